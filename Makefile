@@ -1,0 +1,25 @@
+PYTHON ?= python
+CODE = modeling data training evaluation hub run_pretraining.py
+
+.PHONY: style check test test-slow test-oldest
+
+style:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+check:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy $(CODE)
+
+test:
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+
+test-slow:
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m slow
+
+# The same tests on the oldest supported transformers, in an environment of their own.
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --requirement requirements-oldest.txt
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest

@@ -1,0 +1,25 @@
+"""Every pre-training head in this folder, registered with the Auto classes; a new method is a new file, nothing else."""
+
+import importlib
+import inspect
+import pkgutil
+
+from transformers import AutoConfig, AutoModelForPreTraining
+
+from .base import MimConfig, MimOutput, MimPreTrainedModel
+
+HEADS: dict[str, type[MimPreTrainedModel]] = {}
+
+for _file in pkgutil.iter_modules(__path__):
+    _module = importlib.import_module(f".{_file.name}", __name__)
+    for _class in vars(_module).copy().values():
+        if not inspect.isclass(_class) or _class.__module__ != _module.__name__:
+            continue
+        if issubclass(_class, MimPreTrainedModel) and _class.__name__.endswith("ForPreTraining"):
+            AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
+            AutoModelForPreTraining.register(_class.config_class, _class, exist_ok=True)
+            _class.config_class.register_for_auto_class()  # save_pretrained then copies the code beside the weights
+            _class.register_for_auto_class("AutoModelForPreTraining")
+            HEADS[_file.name] = _class
+
+__all__ = ["HEADS", "MimConfig", "MimOutput", "MimPreTrainedModel"]

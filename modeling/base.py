@@ -1,0 +1,117 @@
+"""What every pre-training head shares: a strict config, one output class, and the cures for the library's traps.
+
+Shapes: B images, C channels, H W pixels.
+"""
+
+import difflib
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Arguments that transformers itself passes through a config's constructor without declaring them as fields.
+_LIBRARY_ARGUMENTS = frozenset(
+    "attn_implementation experts_implementation output_attentions torch_dtype name_or_path num_labels per_layer_config"
+    " auto_map transformers_version model_type use_cache tie_word_embeddings".split()
+)
+
+
+@strict
+class MimConfig(PreTrainedConfig):
+    """Settings of a pre-training head; `encoder_config` is native and outlives pre-training, the rest goes with the head.
+
+    `image_mean` and `image_std` (in [0, 1], one per channel) standardise uint8 images on the device.
+
+    Raises:
+        ValueError: on a setting that does not exist; transformers would store a mistyped name and ignore it.
+    """
+
+    sub_configs: ClassVar[dict[str, type]] = {"encoder_config": AutoConfig}
+    # What an encoder_config that leaves something out gets. LayerNorm eps is transformers' 1e-12 otherwise, with which
+    # the first LayerNorm turns a small token into an exploding gradient.
+    encoder_defaults: ClassVar[dict[str, Any]] = {"model_type": "vit", "layer_norm_eps": 1e-6}
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
+    image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    # Trainer would gather every prediction of the whole evaluation set; it wants a list.
+    keys_to_ignore_at_inference = ["logits"]  # noqa: RUF012
+
+    def __post_init__(self, **kwargs: Any):
+        known = {field.name for field in fields(self)}
+        for name in kwargs:
+            if name not in known | _LIBRARY_ARGUMENTS and not name.startswith("_"):
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(f"{type(self).__name__} has no setting {name!r}{hint}")
+        if not isinstance(self.encoder_config, PreTrainedConfig):
+            self.encoder_config = AutoConfig.for_model(**{**self.encoder_defaults, **(self.encoder_config or {})})
+        super().__post_init__(**kwargs)
+        if len(self.image_mean) != len(self.image_std) or len(self.image_mean) != self.encoder_config.num_channels:
+            raise ValueError(
+                f"image_mean {tuple(self.image_mean)} and image_std {tuple(self.image_std)} need one number for each of "
+                f"the encoder's {self.encoder_config.num_channels} channels"
+            )
+
+
+@dataclass
+class MimOutput(ModelOutput):
+    """`loss`: scalar, float32. `logits` (B, M, K): predictions at the M hidden patches of each image, row-major."""
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+
+
+class MimPreTrainedModel(PreTrainedModel):
+    """Base of the heads. A head is `encoder` plus what goes away after pre-training, and never draws a mask itself.
+
+    `frozen_parameters` are names (of this model) that must never train.
+    """
+
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    # Without it, Trainer takes a head with `labels` for one that divides by num_items_in_batch, and accumulates sums.
+    accepts_loss_kwargs = False
+    frozen_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def post_init(self) -> None:
+        super().post_init()
+        self.freeze()
+
+    def freeze(self) -> None:
+        for name in self.frozen_parameters:
+            self.get_parameter(name).requires_grad_(False)
+
+    def standardize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) uint8 -> float32, zero mean and unit deviation; float images are taken as standardised."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        mean = pixel_values.new_tensor(self.config.image_mean, dtype=torch.float32).view(-1, 1, 1) * 255
+        std = pixel_values.new_tensor(self.config.image_std, dtype=torch.float32).view(-1, 1, 1) * 255
+        return (pixel_values - mean) / std
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """As in transformers, which makes every float parameter trainable; fixed tables are frozen again here."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
+        return loaded
+
+    def save_pretrained(self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any):
+        """As in transformers, but with today's key names.
+
+        The default writes the v4 names of the native encoder inside, which `Trainer` reads back with
+        `load_state_dict(strict=False)`: a resumed run would silently lose every transformer block.
+        """
+        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)

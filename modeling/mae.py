@@ -1,0 +1,141 @@
+"""MAE: encode only the visible patches, then predict the pixels of the hidden ones.
+
+Paper: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377, Sec. 3 and App. A.1.
+Code: facebookresearch/mae at efb2a80.
+Differs: tokens stay in the order (visible, hidden) through the decoder instead of being shuffled back; attention does
+not see order, so with each token's own position added the result is the same and the un-shuffle is saved.
+Shapes: B images, C channels, H W pixels, N patches = V visible + M hidden, D encoder width, E decoder width,
+P = p*p*C numbers in a patch.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import ViTConfig, ViTModel
+from transformers import initialization as init
+from transformers.models.vit.modeling_vit import ViTLayer
+
+from .base import MimConfig, MimOutput, MimPreTrainedModel
+from .patches import init_like_mae, patch_grid, patchify, put_tokens, sincos_positions, take_tokens, visible_then_hidden
+
+
+@strict
+class MaeConfig(MimConfig):
+    """`encoder_config` is a plain ViT; `norm_pix_loss` predicts pixels standardised within each patch (Table 1d)."""
+
+    model_type = "mim_mae"
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int = 2048
+    norm_pix_loss: bool = True
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        patch_grid(self.encoder_config.image_size, self.encoder_config.patch_size)
+
+    def decoder_config(self) -> ViTConfig:
+        """The decoder's blocks are ViT blocks too."""
+        return ViTConfig(
+            hidden_size=self.decoder_hidden_size,
+            num_hidden_layers=self.decoder_num_hidden_layers,
+            num_attention_heads=self.decoder_num_attention_heads,
+            intermediate_size=self.decoder_intermediate_size,
+            layer_norm_eps=self.encoder_config.layer_norm_eps,
+        )
+
+
+class MaeEncoder(ViTModel):
+    """A ViTModel, name for name; it only starts differently and can be given a part of the patches."""
+
+    # Initialisation lives here because transformers never runs a parent's `_init_weights` on a nested model.
+    @torch.no_grad()
+    def _init_weights(self, module):
+        init_like_mae(module)
+        if module is self.embeddings:
+            init.normal_(module.cls_token, std=0.02)
+            grid = patch_grid(self.config.image_size, self.config.patch_size)
+            init.copy_(module.position_embeddings, sincos_positions(grid, self.config.hidden_size))
+
+    def encode(self, patches: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+        """(B, V, P) visible patches and their places (B, V) -> (B, 1+V, D), the class token first."""
+        projection = self.embeddings.patch_embeddings.projection
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the order inside a patch is `patchify`'s
+        positions = self.embeddings.position_embeddings[0]  # (1+N, D), fixed
+        x = nn.functional.linear(patches, weight, projection.bias) + positions[visible + 1]  # (B, V, D)
+        cls = (self.embeddings.cls_token + positions[0]).expand(len(x), -1, -1)  # (B, 1, D)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)
+        for layer in self.layers:
+            x = layer(x)
+        return self.layernorm(x)
+
+
+class MaeForPreTraining(MimPreTrainedModel):
+    """The asymmetric autoencoder of Sec. 3; `.encoder` is what users keep."""
+
+    config: MaeConfig
+    frozen_parameters = ("encoder.embeddings.position_embeddings",)
+    _no_split_modules = ["ViTLayer"]  # noqa: RUF012 - read by transformers as a class attribute
+
+    def __init__(self, config: MaeConfig):
+        super().__init__(config)
+        encoder_config, decoder_config = config.encoder_config, config.decoder_config()
+        self.grid = patch_grid(encoder_config.image_size, encoder_config.patch_size)
+        self.encoder = MaeEncoder(encoder_config, add_pooling_layer=False)
+        # Bare blocks are not told which attention the model uses; unset, they fall back to eager.
+        decoder_config._attn_implementation = self.encoder.config._attn_implementation
+        self.decoder_embed = nn.Linear(encoder_config.hidden_size, decoder_config.hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_config.hidden_size))
+        num_positions = 1 + self.grid[0] * self.grid[1]
+        self.register_buffer("decoder_positions", torch.zeros(1, num_positions, decoder_config.hidden_size))
+        self.decoder_layers = nn.ModuleList(ViTLayer(decoder_config) for _ in range(decoder_config.num_hidden_layers))
+        self.decoder_norm = nn.LayerNorm(decoder_config.hidden_size, eps=decoder_config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(
+            decoder_config.hidden_size, encoder_config.patch_size**2 * encoder_config.num_channels
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        init_like_mae(module)
+        if module is self:
+            init.normal_(self.mask_token, std=0.02)
+            init.copy_(self.decoder_positions, sincos_positions(self.grid, self.config.decoder_hidden_size))
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor,
+        num_masked_patches: int | None = None,
+        return_loss: bool = True,
+    ) -> MimOutput:
+        """(B, C, H, W) images, uint8 or standardised; (B, N) bool, True = hidden; every image hides equally many."""
+        patches = patchify(self.standardize(pixel_values), self.config.encoder_config.patch_size)  # (B, N, P)
+        visible, hidden = visible_then_hidden(bool_masked_pos, num_masked_patches)  # (B, V), (B, M)
+        latent = self.encoder.encode(take_tokens(patches, visible), visible)  # (B, 1+V, D)
+        logits = self.decode(latent, visible, hidden)[:, -hidden.shape[1] :]  # (B, M, P)
+        loss = self.pixel_loss(logits, take_tokens(patches, hidden)) if return_loss else None
+        return MimOutput(loss=loss, logits=logits)
+
+    def decode(self, latent: torch.Tensor, visible: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, 1+V, D) -> predictions (B, V+M, P), the visible patches first, then the hidden ones."""
+        x = self.decoder_embed(latent)  # (B, 1+V, E)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(*hidden.shape, -1)], dim=1)  # (B, 1+N, E)
+        places = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1, hidden + 1], dim=1)  # (B, 1+N)
+        x = x + self.decoder_positions[0, places]
+        for layer in self.decoder_layers:
+            x = layer(x)
+        return self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, N, P)
+
+    def pixel_loss(self, logits: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Mean squared error of the hidden patches (B, M, P), in float32 (Sec. 3, "Reconstruction target")."""
+        target = patches.float()
+        if self.config.norm_pix_loss:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in the authors' code
+            target = (target - mean) / (var + 1e-6).sqrt()
+        return nn.functional.mse_loss(logits.float(), target)
+
+    def predicted_patches(self, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """(B, M, P) -> (B, N, P) in target space, zero at visible patches: what pictures are drawn from."""
+        _, hidden = visible_then_hidden(bool_masked_pos)
+        return put_tokens(logits.new_zeros(*bool_masked_pos.shape, logits.shape[-1]), hidden, logits)

@@ -1,0 +1,121 @@
+"""MAE against the numbers of the authors' own code (tests/golden), and what its page promises."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from hub import convert
+from modeling.mae import MaeConfig, MaeForPreTraining
+from modeling.patches import patchify, sincos_positions, take_tokens, unpatchify, visible_then_hidden
+
+GOLDEN = Path(__file__).parent / "golden"
+HEADS = {"mae_small_normpix": (2, 4, "true"), "mae_small_rawpix": (4, 4, "false")}
+RELATIVE = {"rtol": 1e-4, "atol": 1e-6}
+
+
+@pytest.fixture(scope="module", params=sorted(HEADS))
+def golden(request, tmp_path_factory):
+    """The authors' file through the converter's command line, loaded back from `pretraining/`, and their numbers."""
+    out = tmp_path_factory.mktemp("converted")
+    encoder_heads, decoder_heads, norm_pix = HEADS[request.param]
+    flags = ["--num_attention_heads", encoder_heads, "--decoder_num_attention_heads", decoder_heads]
+    arguments = ["--from", "mae", GOLDEN / f"{request.param}.pth", "--to", out, *flags, "--norm_pix_loss", norm_pix]
+    convert.main([str(argument) for argument in arguments])
+    return MaeForPreTraining.from_pretrained(out / "pretraining"), load_file(GOLDEN / f"{request.param}.safetensors")
+
+
+def test_golden__loss_predictions_and_gradients_equal_the_authors(golden):
+    model, expected = golden
+    bool_masked_pos = expected["mask"].bool()
+    output = model(expected["pixel_values"], bool_masked_pos)
+    output.loss.backward()
+    _, hidden = visible_then_hidden(bool_masked_pos)
+    assert_close(output.loss, expected["loss"].squeeze(), **RELATIVE)
+    assert_close(output.logits, take_tokens(expected["pred"], hidden), rtol=1e-4, atol=1e-5)
+    gradients = {
+        "decoder_pred.weight": model.decoder_pred.weight.grad,
+        "mask_token": model.mask_token.grad,
+        "patch_embed.proj.weight": model.encoder.embeddings.patch_embeddings.projection.weight.grad,
+    }
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[f"grad.{name}"], rtol=1e-4, atol=1e-4 * gradient.abs().max().item())
+
+
+@torch.no_grad()
+def test_golden__latents_and_every_prediction_equal_the_authors(golden):
+    model, expected = golden
+    patches = patchify(expected["pixel_values"], model.config.encoder_config.patch_size)
+    order = expected["noise"].argsort(dim=1)  # the authors keep the patches in order of increasing noise
+    visible, hidden = order.split([expected["latent"].shape[1] - 1, int(expected["mask"][0].sum())], dim=1)
+    latent = model.encoder.encode(take_tokens(patches, visible), visible)
+    assert_close(latent, expected["latent"], rtol=1e-4, atol=1e-5)
+    predictions = take_tokens(model.decode(latent, visible, hidden), order.argsort(dim=1))
+    assert_close(predictions, expected["pred"], rtol=1e-4, atol=1e-5)
+
+
+def test_patchify__is_undone_exactly_and_starts_with_the_top_left_colour():
+    image = torch.arange(2 * 3 * 32 * 48).reshape(2, 3, 32, 48)
+    patches = patchify(image, 8)
+    assert torch.equal(unpatchify(patches, 8, (4, 6)), image)
+    assert torch.equal(patches[:, 0, :3], image[:, :, 0, 0])
+
+
+def test_positions__column_in_the_first_half_row_in_the_second():
+    table = sincos_positions((3, 5), 16)[0]
+    assert table.shape == (16, 16)
+    assert not table[0].any()
+    one_right, one_down = table[1] - table[2], table[1] - table[1 + 5]
+    assert one_right[:8].any()
+    assert not one_right[8:].any()
+    assert one_down[8:].any()
+    assert not one_down[:8].any()
+
+
+def test_counts__of_the_paper():
+    mask = torch.zeros(2, 196, dtype=torch.bool)
+    mask[:, ::4] = True
+    visible, hidden = visible_then_hidden(~mask)
+    assert (visible.shape[1], hidden.shape[1]) == (49, 147)
+    assert torch.equal(visible[0], torch.arange(0, 196, 4))
+
+
+def test_masks__unequal_counts_are_refused():
+    mask = torch.eye(4, dtype=torch.bool)
+    mask[0] = True
+    with pytest.raises(ValueError, match="same number of patches"):
+        visible_then_hidden(mask)
+
+
+def test_norm_pix__zero_prediction_of_noise_and_constant_patches():
+    config = MaeConfig(encoder_config=tiny_encoder(), decoder_hidden_size=16, decoder_num_attention_heads=2)
+    model = MaeForPreTraining(config)
+    noise = torch.randn(4, 50, 768, generator=torch.Generator().manual_seed(0))
+    assert model.pixel_loss(torch.zeros_like(noise), noise).item() == pytest.approx(767 / 768, abs=1e-5)
+    assert model.pixel_loss(torch.zeros(1, 1, 768), torch.full((1, 1, 768), 0.7)).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_config__an_image_size_that_the_patch_size_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="225 x 225 is not a multiple of patch size 16"):
+        MaeConfig(encoder_config={**tiny_encoder(), "image_size": 225})
+
+
+def test_config__a_mistyped_setting_names_the_nearest():
+    with pytest.raises(ValueError, match="norm_pix_loss"):
+        MaeConfig(norm_pix_los=False)
+
+
+def test_compile__is_one_graph():
+    config = MaeConfig(encoder_config=tiny_encoder(), decoder_hidden_size=16, decoder_num_attention_heads=2)
+    model = MaeForPreTraining(config)
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, False, True, True, False, True]] * 2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(images, mask, 4).loss, model(images, mask).loss)
+
+
+def tiny_encoder() -> dict:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    return {**sizes, "image_size": (32, 48), "patch_size": 16}
