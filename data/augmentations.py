@@ -1,0 +1,121 @@
+"""The crops that turn an encoded picture of any size into a uint8 tensor of one size.
+
+Random resized crop: torchvision's sampling rule.  Defaults: He et al. 2021, "Masked Autoencoders Are Scalable Vision
+Learners", arXiv:2111.06377, appendix A.1 and the authors' code: scale (0.2, 1), ratio (3/4, 4/3), bicubic, flip 0.5.
+Shapes: C channels, H W pixels of the crop.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.decoding import Box, load_crop
+
+_NUM_TRIES = 10
+_NUMBERS_PER_TRY = 4  # area, ratio, top, left
+
+
+class Transform(Protocol):
+    """From encoded bytes (or a file) to a uint8 tensor (C, H, W)."""
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+
+    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RandomResizedCrop:
+    """A random part of the picture, resized to `size` (height, width) and mirrored half the time."""
+
+    size: tuple[int, int]
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"scale is {self.scale}, expected 0 < smallest <= largest <= 1, the share of the area")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"ratio is {self.ratio}, expected 0 < smallest <= largest, width over height")
+
+    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor:
+        # One call for all the numbers that any picture could need: the draws do not depend on the picture's size.
+        *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
+
+        def choose_box(width: int, height: int) -> Box:
+            return self.choose_box(width, height, numbers)
+
+        image = load_crop(data, choose_box, self.size, num_channels, self.interpolation)
+        return to_tensor(horizontal_flip(image) if flip < 0.5 else image)
+
+    def choose_box(self, width: int, height: int, numbers: list[float]) -> Box:
+        """The first of ten tries that fits in the picture, else the largest central part with an allowed ratio."""
+        log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
+        for start in range(0, len(numbers), _NUMBERS_PER_TRY):
+            for_area, for_ratio, for_top, for_left = numbers[start : start + _NUMBERS_PER_TRY]
+            area = width * height * _between(self.scale, for_area)
+            ratio = math.exp(_between(log_ratio, for_ratio))
+            crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < crop_width <= width and 0 < crop_height <= height:
+                left, top = int(for_left * (width - crop_width + 1)), int(for_top * (height - crop_height + 1))
+                return left, top, left + crop_width, top + crop_height
+        return self._central_box(width, height)
+
+    def _central_box(self, width: int, height: int) -> Box:
+        crop_width, crop_height = width, height
+        if width / height < self.ratio[0]:
+            crop_height = max(1, round(width / self.ratio[0]))
+        elif width / height > self.ratio[1]:
+            crop_width = max(1, round(height * self.ratio[1]))
+        left, top = (width - crop_width) // 2, (height - crop_height) // 2
+        return left, top, left + crop_width, top + crop_height
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """The largest central part with the shape of `size` (height, width), resized to it: the same at every call."""
+
+    size: tuple[int, int]
+    interpolation: Image.Resampling = Image.Resampling.BICUBIC
+
+    def __post_init__(self) -> None:
+        _check_size(self.size)
+
+    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
+        return to_tensor(load_crop(data, self.choose_box, self.size, num_channels, self.interpolation))
+
+    def choose_box(self, width: int, height: int) -> Box:
+        scale = min(height / self.size[0], width / self.size[1])
+        crop_height, crop_width = scale * self.size[0], scale * self.size[1]
+        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        return left, top, left + crop_width, top + crop_height
+
+
+def horizontal_flip(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB or L picture to a contiguous uint8 tensor (C, H, W)."""
+    bands = image.split()
+    pixels = np.empty((len(bands), image.height, image.width), np.uint8)  # (C, H, W)
+    for channel, band in enumerate(bands):  # band by band: half the time of transposing the interleaved pixels
+        pixels[channel] = np.asarray(band)
+    return torch.from_numpy(pixels)
+
+
+def _between(bounds: tuple[float, float], number: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * number
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"the size of a crop is {size}, expected (height, width) in pixels, both at least 1")

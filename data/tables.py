@@ -1,0 +1,47 @@
+"""Parquet and arrow files with an image column, as `datasets.Dataset`."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+TABLE_EXTENSIONS = frozenset({".parquet", ".arrow"})
+HELD_OUT_NAMES = ("validation", "valid", "val", "held_out", "test")  # the first that exists is the held-out part
+
+
+def load_tables(paths: list[Path]) -> datasets.Dataset:
+    """All rows of the files; parquet goes through the datasets cache, so that rows are read at random quickly."""
+    parquet = [str(path) for path in paths if path.suffix.lower() == ".parquet"]
+    tables = [datasets.Dataset.from_file(str(path)) for path in paths if path.suffix.lower() == ".arrow"]
+    if parquet:
+        tables.append(datasets.load_dataset("parquet", data_files=parquet, split="train"))
+    return datasets.concatenate_datasets(tables)
+
+
+def tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """Groups files by the split that their path names (train-00000.parquet, data/test.parquet); train if none."""
+    groups: dict[str, list[Path]] = {}
+    for table in tables:
+        words = re.split(r"[^a-z0-9]+", str(table.relative_to(folder)).lower().replace("held_out", "heldout"))
+        split = next((name for name in ("train", *HELD_OUT_NAMES) if name.replace("_", "") in words), "train")
+        groups.setdefault(split, []).append(table)
+    return groups
+
+
+def image_column(features: datasets.Features, title: str) -> str:
+    """The first column of images by its type: declared as such, else {bytes, path}, else plain bytes."""
+    tests: list[Callable[[Any], bool]] = [
+        lambda feature: isinstance(feature, datasets.Image),
+        lambda feature: isinstance(feature, dict) and {"bytes", "path"} <= feature.keys(),
+        lambda feature: getattr(feature, "dtype", None) in ("binary", "large_binary"),
+    ]
+    for is_image in tests:
+        for name, feature in features.items():
+            if is_image(feature):
+                return name
+    raise ValueError(
+        f"no image column in {title}; its columns are {', '.join(features)}. Expected one of type Image, "
+        "{bytes, path} or binary"
+    )
