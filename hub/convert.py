@@ -87,10 +87,10 @@ def convert_mae(
     """
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"this is not an MAE checkpoint: it has no {', '.join(missing)}; it begins with {list(state)[:5]}")
+        raise ValueError(f"no MAE checkpoint: it lacks {', '.join(missing)}; it begins with {list(state)[:5]}")
     if "decoder_embed.weight" not in state:
         raise ValueError(
-            "this file holds the encoder only (no decoder_embed.weight): the pre-training model needs the decoder too; "
+            "this file holds the encoder only (no decoder_embed.weight): the whole model needs the decoder too; "
             "use the authors' `_full` or `visualize` file"
         )
     model = MaeForPreTraining(mae_config(state, num_attention_heads, decoder_num_attention_heads, norm_pix_loss))
@@ -119,11 +119,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m hub.convert", description=__doc__.split("\n")[0])
     parser.add_argument("file", help="the authors' checkpoint, e.g. mae_visualize_vit_base.pth")
     parser.add_argument("--from", dest="method", choices=["mae"], required=True, help="whose code wrote the file")
-    parser.add_argument("--to", required=True, help="folder to write: encoder at its root, whole model in pretraining/")
+    parser.add_argument(
+        "--to", required=True, help="folder to write: encoder at its root, whole model in pretraining/"
+    )
     parser.add_argument("--num_attention_heads", type=int, required=True, help="of the encoder: 12 for B, 16 for L, H")
     parser.add_argument("--decoder_num_attention_heads", type=int, default=16, help="16 in every released file")
     parser.add_argument(
-        "--norm_pix_loss", choices=["true", "false"], required=True, help="true for `_full`, false for `visualize` files"
+        "--norm_pix_loss",
+        choices=["true", "false"],
+        required=True,
+        help="true for `_full`, false for `visualize` files",
     )
     options = parser.parse_args(arguments)
     try:

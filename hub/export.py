@@ -22,11 +22,11 @@ PRETRAINING = "pretraining"
 
 
 def native_encoder(encoder: PreTrainedModel, method: str, recipe: dict[str, Any]) -> PreTrainedModel:
-    """The encoder as transformers' own class, same weights; the fine-tuner reads `mim_method` and `mim_recipe`."""
+    """The encoder as transformers' own class; the fine-tuner reads `mim_method` and `mim_recipe` from its config."""
     config = copy.deepcopy(encoder.config)
     config.mim_method, config.mim_recipe = method, recipe
     if config.model_type == "vit":
-        # AutoModel always builds ViT's pooler. An identity one leaves nothing random: pooler_output is the class token.
+        # AutoModel always builds a pooler. An identity leaves nothing random: pooler_output is the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
     native = AutoModel.from_config(config, dtype=torch.float32)
     state = dict(encoder.state_dict())

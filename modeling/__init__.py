@@ -1,4 +1,4 @@
-"""Every pre-training head in this folder, registered with the Auto classes; a new method is a new file, nothing else."""
+"""Every pre-training head in this folder, registered with the Auto classes; a new method is one new file."""
 
 import importlib
 import inspect
@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForPreTraining
 from .base import MimConfig, MimOutput, MimPreTrainedModel
 
 HEADS: dict[str, type[MimPreTrainedModel]] = {}
+CONFIGS: dict[str, type[MimConfig]] = {}
 
 for _file in pkgutil.iter_modules(__path__):
     _module = importlib.import_module(f".{_file.name}", __name__)
@@ -16,10 +17,13 @@ for _file in pkgutil.iter_modules(__path__):
         if not inspect.isclass(_class) or _class.__module__ != _module.__name__:
             continue
         if issubclass(_class, MimPreTrainedModel) and _class.__name__.endswith("ForPreTraining"):
-            AutoConfig.register(_class.config_class.model_type, _class.config_class, exist_ok=True)
-            AutoModelForPreTraining.register(_class.config_class, _class, exist_ok=True)
-            _class.config_class.register_for_auto_class()  # save_pretrained then copies the code beside the weights
+            _config_class = _class.config_class
+            assert _config_class is not None, f"{_class.__name__} does not annotate its config"
+            assert issubclass(_config_class, MimConfig)
+            AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+            AutoModelForPreTraining.register(_config_class, _class, exist_ok=True)
+            _config_class.register_for_auto_class()  # save_pretrained then copies the code beside the weights
             _class.register_for_auto_class("AutoModelForPreTraining")
-            HEADS[_file.name] = _class
+            HEADS[_file.name], CONFIGS[_file.name] = _class, _config_class
 
-__all__ = ["HEADS", "MimConfig", "MimOutput", "MimPreTrainedModel"]
+__all__ = ["CONFIGS", "HEADS", "MimConfig", "MimOutput", "MimPreTrainedModel"]

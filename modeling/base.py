@@ -1,6 +1,6 @@
 """What every pre-training head shares: a strict config, one output class, and the cures for the library's traps.
 
-Shapes: B images, C channels, H W pixels.
+Shapes: B images, C channels, H W pixels, N patches, M of them hidden, K numbers predicted for a patch.
 """
 
 import difflib
@@ -12,19 +12,29 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
+from .patches import put_tokens, visible_then_hidden
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Arguments that transformers itself passes through a config's constructor without declaring them as fields.
-_LIBRARY_ARGUMENTS = frozenset(
-    "attn_implementation experts_implementation output_attentions torch_dtype name_or_path num_labels per_layer_config"
-    " auto_map transformers_version model_type use_cache tie_word_embeddings".split()
-)
+_LIBRARY_ARGUMENTS = {
+    *("attn_implementation", "experts_implementation", "output_attentions", "torch_dtype", "name_or_path"),
+    *(
+        "num_labels",
+        "per_layer_config",
+        "auto_map",
+        "transformers_version",
+        "model_type",
+        "use_cache",
+        "tie_word_embeddings",
+    ),
+}
 
 
 @strict
 class MimConfig(PreTrainedConfig):
-    """Settings of a pre-training head; `encoder_config` is native and outlives pre-training, the rest goes with the head.
+    """Settings of a pre-training head; `encoder_config` is native and outlives it, the rest goes with the head.
 
     `image_mean` and `image_std` (in [0, 1], one per channel) standardise uint8 images on the device.
 
@@ -37,7 +47,7 @@ class MimConfig(PreTrainedConfig):
     # the first LayerNorm turns a small token into an exploding gradient.
     encoder_defaults: ClassVar[dict[str, Any]] = {"model_type": "vit", "layer_norm_eps": 1e-6}
 
-    encoder_config: dict | PreTrainedConfig | None = None
+    encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     # Trainer would gather every prediction of the whole evaluation set; it wants a list.
@@ -55,8 +65,8 @@ class MimConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if len(self.image_mean) != len(self.image_std) or len(self.image_mean) != self.encoder_config.num_channels:
             raise ValueError(
-                f"image_mean {tuple(self.image_mean)} and image_std {tuple(self.image_std)} need one number for each of "
-                f"the encoder's {self.encoder_config.num_channels} channels"
+                f"image_mean {tuple(self.image_mean)} and image_std {tuple(self.image_std)} need one number for each "
+                f"of the encoder's {self.encoder_config.num_channels} channels"
             )
 
 
@@ -64,25 +74,29 @@ class MimConfig(PreTrainedConfig):
 class MimOutput(ModelOutput):
     """`loss`: scalar, float32. `logits` (B, M, K): predictions at the M hidden patches of each image, row-major."""
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 class MimPreTrainedModel(PreTrainedModel):
     """Base of the heads. A head is `encoder` plus what goes away after pre-training, and never draws a mask itself.
 
-    `frozen_parameters` are names (of this model) that must never train.
+    `frozen_parameters` are names (of this model) that must never train. With `needs_equal_num_masked`
+    all images of a batch must hide equally many patches.
     """
 
+    config: MimConfig
+    encoder: PreTrainedModel
     base_model_prefix = "encoder"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
     # Without it, Trainer takes a head with `labels` for one that divides by num_items_in_batch, and accumulates sums.
     accepts_loss_kwargs = False
+    needs_equal_num_masked: ClassVar[bool] = False
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
 
     def post_init(self) -> None:
@@ -101,6 +115,11 @@ class MimPreTrainedModel(PreTrainedModel):
         std = pixel_values.new_tensor(self.config.image_std, dtype=torch.float32).view(-1, 1, 1) * 255
         return (pixel_values - mean) / std
 
+    def predicted_patches(self, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """(B, M, K) -> (B, N, K) in target space, zero at visible patches: what pictures are drawn from."""
+        _, hidden = visible_then_hidden(bool_masked_pos)
+        return put_tokens(logits.new_zeros(*bool_masked_pos.shape, logits.shape[-1]), hidden, logits)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
         """As in transformers, which makes every float parameter trainable; fixed tables are frozen again here."""
@@ -108,10 +127,10 @@ class MimPreTrainedModel(PreTrainedModel):
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, save_original_format: bool = False, **kwargs: Any):
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any):
         """As in transformers, but with today's key names.
 
         The default writes the v4 names of the native encoder inside, which `Trainer` reads back with
         `load_state_dict(strict=False)`: a resumed run would silently lose every transformer block.
         """
-        return super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
+        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})

@@ -16,7 +16,14 @@ from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTLayer
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
-from .patches import init_like_mae, patch_grid, patchify, put_tokens, sincos_positions, take_tokens, visible_then_hidden
+from .patches import (
+    init_like_mae,
+    patch_grid,
+    patchify,
+    sincos_positions,
+    take_tokens,
+    visible_then_hidden,
+)
 
 
 @strict
@@ -74,6 +81,9 @@ class MaeForPreTraining(MimPreTrainedModel):
     """The asymmetric autoencoder of Sec. 3; `.encoder` is what users keep."""
 
     config: MaeConfig
+    encoder: MaeEncoder
+    decoder_positions: torch.Tensor  # (1, 1+N, E), fixed
+    needs_equal_num_masked = True  # the encoder sees a rectangular batch of visible patches
     frozen_parameters = ("encoder.embeddings.position_embeddings",)
     _no_split_modules = ["ViTLayer"]  # noqa: RUF012 - read by transformers as a class attribute
 
@@ -134,8 +144,3 @@ class MaeForPreTraining(MimPreTrainedModel):
             var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in the authors' code
             target = (target - mean) / (var + 1e-6).sqrt()
         return nn.functional.mse_loss(logits.float(), target)
-
-    def predicted_patches(self, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
-        """(B, M, P) -> (B, N, P) in target space, zero at visible patches: what pictures are drawn from."""
-        _, hidden = visible_then_hidden(bool_masked_pos)
-        return put_tokens(logits.new_zeros(*bool_masked_pos.shape, logits.shape[-1]), hidden, logits)

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.models.vit.modeling_vit import ViTAttention
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -32,7 +33,9 @@ def patch_grid(image_size: int | tuple[int, int] | list[int], patch_size: int) -
     """Rows and columns of patches. ValueError when the patch size does not divide the image size."""
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
-        down, up = (tuple(max(f(s / patch_size), 1) * patch_size for s in (height, width)) for f in (math.floor, math.ceil))
+        down, up = (
+            tuple(max(f(s / patch_size), 1) * patch_size for s in (height, width)) for f in (math.floor, math.ceil)
+        )
         raise ValueError(
             f"image size {height} x {width} is not a multiple of patch size {patch_size}; "
             f"nearest that are: {down[0]} x {down[1]} and {up[0]} x {up[1]}"
@@ -109,10 +112,13 @@ def init_like_mae(module: nn.Module) -> None:
         init.ones_(module.weight)
         init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):  # the patch projection: weight as a Linear, bias as PyTorch leaves it
+        assert module.bias is not None
         fan_in = module.weight[0].numel()
         _uniform(module.weight, math.sqrt(6 / (fan_in + module.out_channels)))
         _uniform(module.bias, 1 / math.sqrt(fan_in))
-    elif hasattr(module, "q_proj"):  # authors: one fused (3D, D) matrix, so a smaller bound than three (D, D) ones
+    elif isinstance(
+        module, ViTAttention
+    ):  # authors: one fused (3D, D) matrix, so a smaller bound than three (D, D) ones
         for projection in (module.q_proj, module.k_proj, module.v_proj):
             _uniform(projection.weight, math.sqrt(6 / (4 * projection.in_features)))
 

@@ -1,0 +1,91 @@
+"""Small heads and real images that many tests share. A new head adds one entry to TINY_HEADS."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from data.augmentations import RandomResizedCrop
+from data.collators import MaskingCollator
+from data.images import PretrainingImages
+from data.sources import open_source
+from modeling import HEADS, MimPreTrainedModel
+
+ROOT = Path(__file__).parent.parent
+SIZE, PATCH = 32, 8
+GRID = (SIZE // PATCH, SIZE // PATCH)
+
+_ENCODER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": SIZE,
+    "patch_size": PATCH,
+}
+TINY_HEADS: dict[str, dict[str, Any]] = {
+    "mae": {
+        "encoder_config": _ENCODER,
+        "decoder_hidden_size": 16,
+        "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2,
+        "decoder_intermediate_size": 32,
+    },
+}
+
+
+def tiny_head(method: str, **encoder: Any) -> MimPreTrainedModel:
+    """The smallest model of a method, the same weights at each call; `encoder` overrides the encoder's settings."""
+    settings = dict(TINY_HEADS[method])
+    settings["encoder_config"] = {**settings["encoder_config"], **encoder}
+    torch.manual_seed(0)
+    return HEADS[method](HEADS[method].config_class(**settings))
+
+
+def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = True) -> PretrainingImages:
+    """Bundled photographs as training items of 32 px."""
+    source = open_source("sample")
+    chosen = np.linspace(0, len(source) - 1, num_images).astype(np.int64)
+    crop = RandomResizedCrop((SIZE, SIZE), (0.2, 1.0), (3 / 4, 4 / 3))
+    return PretrainingImages(source, chosen, crop, 3, 0, images_per_step, None, train)
+
+
+def tiny_collator(with_image_index: bool = False) -> MaskingCollator:
+    return MaskingCollator(GRID, 0.75, with_image_index=with_image_index)
+
+
+def tiny_batch(num_images: int = 8) -> dict[str, Any]:
+    images = tiny_images()
+    return tiny_collator()([images[index] for index in range(num_images)])
+
+
+def tiny_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
+    """Eight steps on the CPU, as the run script would set them up."""
+    settings: dict[str, Any] = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 8,
+        "learning_rate": 1e-3,
+        "weight_decay": 0.05,
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "prediction_loss_only": True,
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return TrainingArguments(str(output_dir), **{**settings, **changes})
+
+
+@pytest.fixture(params=sorted(HEADS))
+def method(request) -> str:
+    return request.param

@@ -1,0 +1,244 @@
+"""The battery that every head in `modeling` passes. Heads are found, not listed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TINY_HEADS, tiny_arguments, tiny_batch, tiny_collator, tiny_head, tiny_images
+from torch.testing import assert_close
+from transformers import AutoModel, Trainer
+
+from hub.export import export
+from modeling import HEADS
+from training.trainer import MimTrainer
+
+
+def test_heads__each_has_a_tiny_configuration_here():
+    assert set(TINY_HEADS) == set(HEADS)
+
+
+def test_loss__is_finite_and_reaches_every_trainable_parameter(method):
+    head = tiny_head(method)
+    loss = head(**tiny_batch()).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert loss.dtype == torch.float32
+    without = [n for n, p in head.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    # A key bias shifts all scores of a query alike, so softmax cancels it: its gradient is zero but for rounding.
+    assert [name for name in without if not name.endswith("k_proj.bias")] == []
+
+
+@torch.no_grad()
+def test_output__is_the_same_for_the_same_input(method):
+    head, batch = tiny_head(method).eval(), tiny_batch()
+    first, second = head(**batch), head(**batch)
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(first.logits, second.logits)
+
+
+@torch.no_grad()
+def test_predictions__differ_between_hidden_patches(method):
+    logits = tiny_head(method).eval()(**tiny_batch()).logits  # (B, M, K)
+    assert (logits[:, 0] - logits[:, 1:].amax(1)).abs().amax(-1).min() > 1e-3
+
+
+@torch.no_grad()
+def test_predictions__do_not_see_hidden_pixels(method):
+    head, batch = tiny_head(method).eval(), tiny_batch()
+    hidden = batch["bool_masked_pos"].view(-1, 1, 4, 4).repeat_interleave(8, -1).repeat_interleave(8, -2)
+    changed = batch | {"pixel_values": torch.where(hidden, 255 - batch["pixel_values"], batch["pixel_values"])}
+    assert not torch.equal(batch["pixel_values"], changed["pixel_values"])
+    assert_close(head(**batch).logits, head(**changed).logits)
+
+
+def test_frozen__stays_frozen_after_a_reload_and_keeps_its_values(method, tmp_path):
+    head = tiny_head(method)
+    head.save_pretrained(tmp_path)
+    again = HEADS[method].from_pretrained(tmp_path)
+    assert {n for n, p in again.named_parameters() if not p.requires_grad} == set(head.frozen_parameters)
+    for (name, before), (_, after) in zip(head.state_dict().items(), again.state_dict().items(), strict=True):
+        assert torch.equal(before, after), name
+
+
+def test_uint8__equals_the_standardised_floats(method):
+    head, batch = tiny_head(method).eval(), tiny_batch()
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (head.config.image_mean, head.config.image_std))
+    floats = batch | {"pixel_values": (batch["pixel_values"] / 255 - mean) / std}
+    assert_close(head(**batch).loss, head(**floats).loss)
+
+
+def test_images__may_be_rectangular_and_of_any_channel_count(method):
+    settings = TINY_HEADS[method] | {"image_mean": [0.5], "image_std": [0.25]}
+    settings["encoder_config"] = settings["encoder_config"] | {"image_size": (32, 48), "num_channels": 1}
+    head = HEADS[method](HEADS[method].config_class(**settings))
+    images = tiny_batch()["pixel_values"][:, :1].repeat(1, 1, 1, 2)[..., :48]
+    mask = torch.zeros(len(images), 24, dtype=torch.bool)
+    mask[:, 5:20] = True
+    assert torch.isfinite(head(images, mask).loss)
+
+
+def test_checkpointing__gives_the_same_gradient(method):
+    gradients = []
+    for enable in (False, True):
+        head = tiny_head(method).train()
+        if enable:
+            # transformers 5.17 has the old name only, later ones warn about it
+            (getattr(head, "activation_checkpointing_enable", None) or head.gradient_checkpointing_enable)()
+        head(**tiny_batch()).loss.backward()
+        gradients.append(next(p.grad for n, p in head.named_parameters() if n.endswith("q_proj.weight")))
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention__implementations_agree(method, implementation):
+    head = tiny_head(method).eval()
+    expected = head(**tiny_batch()).loss
+    head.set_attn_implementation(implementation)
+    assert_close(head(**tiny_batch()).loss, expected)
+
+
+def test_training__lowers_the_loss_under_ours_and_under_the_stock_trainer(method, tmp_path):
+    for trainer_class in (Trainer, MimTrainer):
+        trainer = trainer_class(
+            model=tiny_head(method),
+            args=tiny_arguments(tmp_path, max_steps=30, learning_rate=3e-3),
+            train_dataset=tiny_images(),
+            eval_dataset=tiny_images(train=False),
+            data_collator=tiny_collator(with_image_index=trainer_class is MimTrainer),
+        )
+        before = trainer.evaluate()["eval_loss"]
+        assert trainer.evaluate()["eval_loss"] == before  # fixed masks
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+
+
+def test_accumulation__of_4_batches_of_2_equals_one_of_8(method, tmp_path):
+    weights = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = MimTrainer(
+            model=tiny_head(method),
+            args=tiny_arguments(
+                tmp_path,
+                max_steps=3,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",  # Adam divides by the gradient's size and would hide a wrong factor
+                learning_rate=0.1,
+            ),
+            train_dataset=tiny_images(),
+            data_collator=tiny_collator(with_image_index=True),
+        )
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    for name, expected in weights[0].items():
+        assert_close(weights[1][name], expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+LOAD_ALL = """
+import json, sys, warnings
+warnings.simplefilter("error")
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+assert not any(name in sys.modules for name in ("modeling", "hub", "training"))
+results = {}
+for method in sys.argv[2:]:
+    folder = f"{sys.argv[1]}/{method}"
+    batch = torch.load(f"{folder}.batch", weights_only=True)
+    encoder, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    pixels = batch.pop("standardised")
+    first, second = encoder(pixels), encoder(pixels)
+    head = AutoModelForPreTraining.from_pretrained(folder + "/pretraining", trust_remote_code=True)
+    by_subfolder = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", trust_remote_code=True)
+    results[method] = {
+        "class": type(encoder).__module__,
+        "leftovers": {key: sorted(map(str, value)) for key, value in info.items() if value},
+        "repeatable": torch.equal(first.last_hidden_state, second.last_hidden_state),
+        "features": first.last_hidden_state.flatten().tolist(),
+        "loss": head(**batch).loss.item(),
+        "loss_by_subfolder": by_subfolder(**batch).loss.item(),
+        "processor": type(AutoImageProcessor.from_pretrained(folder)).__name__,
+    }
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def opened_elsewhere(tmp_path_factory):
+    """Every head exported, and opened in one process that cannot import this project."""
+    folder = tmp_path_factory.mktemp("exported")
+    expected = {}
+    for method in HEADS:
+        head, batch = tiny_head(method).eval(), tiny_batch()
+        export(head, folder / method, method=method, recipe={"mask_ratio": 0.75})
+        standardised = head.standardize(batch["pixel_values"])
+        torch.save(batch | {"standardised": standardised}, folder / f"{method}.batch")
+        with torch.no_grad():
+            features = head.encoder(standardised).last_hidden_state
+        expected[method] = {"features": features, "loss": head(**batch).loss.item()}
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    command = [sys.executable, "-c", LOAD_ALL, str(folder), *HEADS]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder, expected, json.loads(result.stdout.splitlines()[-1]), result.stderr
+
+
+def test_root__opens_quietly_with_plain_automodel_in_a_process_without_this_project(opened_elsewhere, method):
+    _, expected, found, stderr = opened_elsewhere
+    assert found[method]["class"].startswith("transformers.models.")
+    assert found[method]["leftovers"] == {}
+    assert found[method]["repeatable"]
+    assert_close(torch.tensor(found[method]["features"]), expected[method]["features"].flatten(), rtol=0, atol=1e-5)
+    assert not [line for line in stderr.splitlines() if "MISSING" in line or "UNEXPECTED" in line or "newly" in line]
+
+
+def test_pretraining__opens_by_remote_code_and_gives_the_same_loss(opened_elsewhere, method):
+    _, expected, found, _ = opened_elsewhere
+    assert found[method]["loss"] == pytest.approx(expected[method]["loss"], abs=1e-6)
+    assert found[method]["loss_by_subfolder"] == pytest.approx(expected[method]["loss"], abs=1e-6)
+
+
+def test_root__carries_the_recipe_and_no_pointer_to_code(opened_elsewhere, method):
+    config = json.loads((opened_elsewhere[0] / method / "config.json").read_text())
+    assert config["mim_method"] == method
+    assert config["mim_recipe"] == {"mask_ratio": 0.75}
+    assert "auto_map" not in config
+    assert opened_elsewhere[2][method]["processor"].startswith("ViTImageProcessor")
+
+
+def test_export__leaves_an_old_export_alone_when_the_new_one_is_wrong(method, tmp_path, monkeypatch):
+    export(tiny_head(method), tmp_path, method=method, recipe={})
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()}
+    opened = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        next(p for n, p in opened.named_parameters() if n.endswith("layernorm.bias")).add_(1)
+    monkeypatch.setattr(AutoModel, "from_pretrained", lambda *args, **kwargs: (opened, {}))
+    with pytest.raises(RuntimeError, match="not the trained one"):
+        export(tiny_head(method), tmp_path, method=method, recipe={})
+    assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
+
+
+def test_two_processes__equal_one_with_the_same_global_batch(tmp_path):
+    """All heads in one launch. DDP averages in another order than one process sums, hence the tolerance."""
+    script = Path(__file__).parent / "train_all_heads.py"
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    for command, name in (([sys.executable], "one"), (launcher, "two")):
+        result = subprocess.run(
+            [*command, str(script), str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    for method in HEADS:
+        one, two = (torch.load(tmp_path / name / f"{method}.pt", weights_only=True) for name in ("one", "two"))
+        assert two["world_size"] == 2
+        for name, expected in one["weights"].items():
+            assert_close(two["weights"][name], expected, rtol=1e-4, atol=1e-6)
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)

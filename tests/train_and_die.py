@@ -1,0 +1,67 @@
+"""Train a tiny head with dropout on augmented photographs and be killed on request; run by test_trainer."""
+
+import argparse
+import os
+import signal
+from pathlib import Path
+
+from conftest import tiny_arguments, tiny_collator, tiny_head, tiny_images
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+
+from training.checkpoints import last_whole_checkpoint
+from training.trainer import MimTrainer
+
+
+class Die(TrainerCallback):
+    """At the end of a step, after its checkpoint if it has one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesWhileSaving(MimTrainer):
+    """The weights and the optimizer are written, the rest is not."""
+
+    dies_at = -1
+
+    def _save_rng_state(self, output_dir):
+        if self.state.global_step == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super()._save_rng_state(output_dir)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--die_at", default="never 0")
+    parser.add_argument("--num_workers", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    where, number = options.die_at.split()
+    trainer = DiesWhileSaving(
+        model=tiny_head("mae", hidden_dropout_prob=0.1),
+        args=tiny_arguments(
+            options.folder,
+            max_steps=16,
+            save_strategy="steps",
+            save_steps=4,
+            warmup_steps=4,
+            dataloader_num_workers=options.num_workers,
+        ),
+        train_dataset=tiny_images(),
+        data_collator=tiny_collator(with_image_index=True),
+        callbacks=[Die(int(number))] if where == "step" else [],
+    )
+    trainer.dies_at = int(number) if where == "save" else -1
+    checkpoint = last_whole_checkpoint(options.folder)[0] if options.resume else None
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    save_file(trainer.model.state_dict(), options.folder / "final.safetensors")
+
+
+if __name__ == "__main__":
+    main()

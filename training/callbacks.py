@@ -1,0 +1,136 @@
+"""What a person sees while it trains: a progress bar with images per second, and pictures at every evaluation."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ProgressCallback
+
+# Steps timed before a CPU run says how long it will take; the first one also builds and warms everything.
+_NUM_TIMED_STEPS = 3
+
+
+class MimProgress(ProgressCallback):
+    """`Trainer`'s bar with loss, images/s, data-wait share and time left; plain lines where nobody watches."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            first = state.global_step
+            silent = not sys.stderr.isatty()
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=first, unit="step", dynamic_ncols=True, disable=silent
+            )
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(*args, **kwargs)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if self.training_bar is None or not logs:
+            return
+        text = describe_log(logs)
+        if not text:
+            return
+        if not self.training_bar.disable and "loss" in logs:
+            self.training_bar.set_postfix_str(text)
+        else:
+            self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {text}", file=sys.stderr)
+
+
+def describe_log(logs: dict[str, Any]) -> str:
+    """One line a person reads: only what is there, with units."""
+    parts = []
+    if "loss" in logs:
+        parts.append(f"loss {logs['loss']:.4f}")
+        parts.append(f"lr {logs.get('learning_rate', 0):.2e}")
+    if "eval_loss" in logs:
+        parts.append(f"held-out loss {logs['eval_loss']:.4f}")
+    if "images_per_second" in logs:
+        parts.append(f"{logs['images_per_second']:.0f} images/s")
+        parts.append(f"waits {logs['data_wait_share']:.0%} for data")
+        parts.append(f"{duration(logs['eta_seconds'])} left")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """90 -> "1 min 30 s"; days, hours and minutes above."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
+
+
+class CpuEstimate(TrainerCallback):
+    """Without an accelerator: once the first steps are timed, how long the run takes and what is shorter."""
+
+    def __init__(self, quickstart: str, threshold_seconds: float = 1800) -> None:
+        self.quickstart, self.threshold_seconds = quickstart, threshold_seconds
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if len(self.times) <= _NUM_TIMED_STEPS:
+            self.times.append(time.perf_counter())
+            if len(self.times) == _NUM_TIMED_STEPS + 1 and state.is_world_process_zero:
+                self._say((self.times[-1] - self.times[1]) / (_NUM_TIMED_STEPS - 1), state)
+
+    def _say(self, seconds_per_step: float, state: Any) -> None:
+        seconds = seconds_per_step * (state.max_steps - state.global_step)
+        if seconds > self.threshold_seconds:
+            print(
+                f"note: on this CPU the run takes about {duration(seconds)} ({seconds_per_step:.2g} s per step); "
+                f"for a result in minutes: {self.quickstart}",
+                file=sys.stderr,
+            )
+
+
+class ReconstructionPanels(TrainerCallback):
+    """At every evaluation the same images under the same masks: a PNG in `folder` and a picture in TensorBoard.
+
+    `draw(model, batch, step, eval_loss)` is handed in by the run script; `batch` was made once by the collator.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        batch: dict[str, Any],
+        draw: Callable[[Any, dict[str, Any], int, float | None], Image.Image],
+        tensorboard: TensorBoardCallback | None,
+    ) -> None:
+        self.folder, self.batch, self.draw, self.tensorboard = folder, batch, draw, tensorboard
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, metrics: dict | None = None, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        panel = self._draw(model, state.global_step, (metrics or {}).get("eval_loss"))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        panel.save(self.folder / f"step-{state.global_step:07d}.png", optimize=True)
+        if self.tensorboard is not None and self.tensorboard.tb_writer is not None:
+            pixels = np.asarray(panel.convert("RGB"))
+            self.tensorboard.tb_writer.add_image("reconstructions", pixels, state.global_step, dataformats="HWC")
+
+    @torch.no_grad()
+    def _draw(self, model: Any, step: int, eval_loss: float | None) -> Image.Image:
+        was_training = model.training
+        device = next(model.parameters()).device
+        batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in self.batch.items()}
+        model.eval()
+        try:
+            return self.draw(model, batch, step, eval_loss)
+        finally:
+            model.train(was_training)
