@@ -55,7 +55,7 @@ def describe_log(logs: dict[str, Any]) -> str:
     if "eval_loss" in logs:
         parts.append(f"held-out loss {logs['eval_loss']:.4f}")
     if "images_per_second" in logs:
-        parts.append(f"{logs['images_per_second']:.0f} images/s")
+        parts.append(f"{logs['images_per_second']:.3g} images/s")
         parts.append(f"waits {logs['data_wait_share']:.0%} for data")
         parts.append(f"{duration(logs['eta_seconds'])} left")
     return "  ".join(parts)

@@ -206,6 +206,10 @@ class _StepHooks(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._micro_step = 0
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # `Trainer` evaluates and saves at the end, but logs only at its interval
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self.trainer.optimizer
         if not self.trainer.guard.skip_update_if_raised(getattr(optimizer, "optimizer", optimizer)):

@@ -1,0 +1,443 @@
+"""Pre-train an image encoder without labels: `accelerate launch run_pretraining.py --dataset ./photos`.
+
+Settings -> images -> plan -> Trainer -> two artefacts: the root of the output folder is a native encoder that
+`AutoModel.from_pretrained` opens, its `pretraining/` the whole model. `--help` lists the flags.
+"""
+
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from data.augmentations import CenterCrop, RandomResizedCrop
+from data.collators import MaskingCollator
+from data.image_checks import Checked, check_images
+from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_held_out
+from data.sources import ImageSource, open_source
+from evaluation.pictures import MAX_ROWS, reconstruction_panel, training_curve
+from hub.export import PRETRAINING, export
+from hub.model_card import write_model_card
+from modeling import CONFIGS, MimConfig, MimPreTrainedModel
+from modeling.patches import patch_grid
+from training.callbacks import CpuEstimate, MimProgress, ReconstructionPanels, duration
+from training.checkpoints import last_whole_checkpoint
+from training.guard import NonFiniteError
+from training.launch import check_world, has_accelerator, restore_threads
+from training.plan import Machine, Plan, make_plan
+from training.settings import Settings, load_settings
+from training.trainer import MimTrainer
+
+QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.yaml"
+SETTINGS_FILE = "settings.yaml"
+BAD_IMAGES_FILE = "bad_images.jsonl"
+# Settings that may change between a run and its continuation without changing what is computed.
+FREE_TO_CHANGE = (
+    "dataloader_",
+    "logging_",
+    "eval_",
+    "save_",
+    "report_to",
+    "disable_tqdm",
+    "hub_",
+    "push_to_hub",
+    "max_bad",
+)
+# Settings that a checkpoint cannot be read without.
+SHAPES = ("model", "method", "image_size", "patch_size", "num_channels", "decoder_")
+
+
+@dataclass
+class Images:
+    """The readable images of one run; `held_out` indexes `held_out_source`."""
+
+    source: ImageSource
+    train: np.ndarray
+    held_out_source: ImageSource
+    held_out: np.ndarray
+    bad: list[tuple[str, str]]
+    summary: str
+
+
+def main(argv: list[str]) -> None:
+    settings = load_settings(argv, CONFIGS)
+    use_cpu = settings["use_cpu"] or not has_accelerator()
+    state = PartialState(cpu=use_cpu)
+    check_world(state.num_processes)
+    say = _only_on(state)
+    if (note := restore_threads()) and use_cpu:
+        say(f"note: {note}")
+
+    images = _first_on_main(state, lambda: find_images(settings))
+    config = head_config(settings, images)
+    machine = find_machine(state, use_cpu)
+    found = f"{images.source.describe()}: {images.summary}"
+    plan = make_plan(settings, machine, len(images.train), len(images.held_out), count_parameters(config), found)
+    output_dir = plan.output_dir
+    say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
+    for name, reason in images.bad[:10]:
+        say(f"note: left out {name}: {reason}")
+    if settings["dry_run"]:
+        return
+
+    checkpoint = _first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say))
+    trainer = build_trainer(settings, plan, config, images, output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finish(trainer, settings, images, output_dir, argv)
+    say(
+        f"{output_dir}: encoder for AutoModel.from_pretrained, whole model in {PRETRAINING}/, "
+        "pictures in panels/, card in README.md"
+    )
+    if hasattr(trainer, "end"):  # absent in transformers 5.17
+        trainer.end()
+
+
+def find_machine(state: PartialState, use_cpu: bool) -> Machine:
+    has_bf16 = not use_cpu and state.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    device_type = "cpu" if use_cpu else state.device.type
+    return Machine(device_type, num_cpus, state.num_processes, num_local_processes, has_bf16)
+
+
+# ---- images ----
+
+
+def find_images(settings: Settings) -> Images:
+    """Open what `--dataset` names, look at every header, and set a part aside."""
+    source = open_source(settings["dataset"])
+    checked = _check(source, settings)
+    own_part = source.held_out()
+    if own_part is not None and settings["validation_fraction"]:
+        held_out_checked = _check(own_part, settings)
+        bad = checked.bad + held_out_checked.bad
+        return Images(source, checked.good, own_part, held_out_checked.good, bad, checked.summary.describe())
+    train, held_out = split_held_out(len(checked.good), settings["validation_fraction"], settings["seed"])
+    good = checked.good
+    return Images(source, good[train], source, good[held_out], checked.bad, checked.summary.describe())
+
+
+def head_config(settings: Settings, images: Images) -> MimConfig:
+    """The method's own config: the encoder's sizes, the head's settings, and how pixels are standardised."""
+    stats: dict[str, Any] = {}
+    if settings["image_stats"] == "auto":
+        crop = CenterCrop(settings.image_size)
+        measured = PretrainingImages(
+            images.source, images.train, crop, settings["num_channels"], settings["seed"], 1, None, train=False
+        )
+        stats = dict(zip(("image_mean", "image_std"), measure_image_stats(measured), strict=True))
+    return CONFIGS[settings["method"]](encoder_config=settings.encoder_settings(), **settings.head_settings(), **stats)
+
+
+def count_parameters(config: MimConfig) -> int:
+    with torch.device("meta"):
+        return AutoModelForPreTraining.from_config(config).num_parameters()
+
+
+def _check(source: ImageSource, settings: Settings) -> Checked:
+    return check_images(source, settings["max_bad_fraction"], num_threads=min(8, os.cpu_count() or 1))
+
+
+# ---- the output folder ----
+
+
+def prepare_output_dir(
+    output_dir: Path, settings: Settings, images: Images, say: Callable[[str], None]
+) -> Path | None:
+    """Decide between a new run, a continued one and a refusal; returns the checkpoint to continue from.
+
+    Raises:
+        ValueError: the folder holds a finished run, or one that cannot or must not be continued.
+    """
+    if settings["overwrite"]:
+        _delete_old_run(output_dir)
+    if (output_dir / PRETRAINING / "config.json").exists():
+        raise ValueError(
+            f"{output_dir} holds a finished run, which is not touched: add --overwrite to start anew in its place, "
+            "or give another --output_dir"
+        )
+    checkpoint, passed_over = last_whole_checkpoint(output_dir)
+    for name, problem in passed_over.items():
+        say(f"note: {output_dir / name} is passed over: {problem}")
+    if given := settings["resume_from_checkpoint"]:
+        checkpoint = Path(given) if given not in (True, "true", "True") else checkpoint
+        if checkpoint is None or not checkpoint.is_dir():
+            raise ValueError(f"--resume_from_checkpoint {given}: no whole checkpoint there")
+    elif checkpoint is not None and settings["resume"] == "never":
+        raise ValueError(
+            f"{output_dir} holds an unfinished run: leave --resume at auto to continue it, or add --overwrite"
+        )
+    if checkpoint is not None:
+        _compare_settings(output_dir / SETTINGS_FILE, settings, say)
+        say(f"continuing from {checkpoint}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
+    bad_images = output_dir / BAD_IMAGES_FILE
+    bad_images.unlink(missing_ok=True)
+    if images.bad:
+        lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in images.bad)
+        bad_images.write_text("".join(lines), encoding="utf-8")
+    return checkpoint
+
+
+def _as_yaml(settings: Settings) -> str:
+    return yaml.safe_dump(settings.as_recipe(), sort_keys=False, allow_unicode=True)
+
+
+def _compare_settings(saved_file: Path, settings: Settings, say: Callable[[str], None]) -> None:
+    """A continued run with other settings is not the run that was interrupted: say so, or refuse."""
+    if not saved_file.exists():
+        return
+    saved, now = yaml.safe_load(saved_file.read_text(encoding="utf-8")), yaml.safe_load(_as_yaml(settings))
+    changed = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
+    changed = [name for name in changed if not name.startswith(FREE_TO_CHANGE)]
+    shown = ", ".join(f"{name} {saved.get(name)} -> {now.get(name)}" for name in changed)
+    if any(name.startswith(SHAPES) for name in changed):
+        raise ValueError(
+            f"{saved_file.parent} holds an unfinished run with other settings ({shown}): continue it with its own, "
+            "add --overwrite, or give another --output_dir"
+        )
+    if changed:
+        say(f"note: continuing with other settings than the run began with: {shown}")
+
+
+def _delete_old_run(output_dir: Path) -> None:
+    """What a run of ours wrote, and nothing else that may lie in the folder."""
+    if not (output_dir / SETTINGS_FILE).exists():
+        return
+    for pattern in (
+        "checkpoint-*",
+        PRETRAINING,
+        "panels",
+        "runs",
+        "*.json",
+        "*.py",
+        "*.png",
+        "*.safetensors",
+        "*.jsonl",
+    ):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (output_dir / "README.md").unlink(missing_ok=True)
+
+
+# ---- training ----
+
+
+def build_trainer(settings: Settings, plan: Plan, config: MimConfig, images: Images, output_dir: Path) -> MimTrainer:
+    """Everything of the run as objects: data, masks, head, trainer and what a person sees."""
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs"))
+    arguments = TrainingArguments(**plan.training_arguments())
+    set_seed(settings["seed"])
+    head = AutoModelForPreTraining.from_config(config)
+    height, width = settings.image_size
+    ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # a wide crop for a wide input, not a squashed one
+    crop = RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio)
+
+    def dataset(source: ImageSource, indices: np.ndarray, train: bool) -> PretrainingImages:
+        transform = crop if train else CenterCrop(settings.image_size)
+        bad_images = output_dir / BAD_IMAGES_FILE
+        return PretrainingImages(
+            *(
+                source,
+                indices,
+                transform,
+                settings["num_channels"],
+                settings["seed"],
+                plan.images_per_step,
+                bad_images,
+            ),
+            train=train,
+        )
+
+    train = dataset(images.source, images.train, train=True)
+    held_out = dataset(images.held_out_source, images.held_out, train=False) if len(images.held_out) else None
+    collator = MaskingCollator(
+        grid=patch_grid(config.encoder_config.image_size, config.encoder_config.patch_size),
+        mask_ratio=settings.mask_ratio,
+        strategy=settings["mask_strategy"],
+        seed=settings["seed"],
+        mask_unit=settings["mask_unit"],
+        equal_num_masked=head.needs_equal_num_masked,
+        with_image_index=True,
+    )
+    trainer = MimTrainer(
+        model=head, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=collator
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(MimProgress())
+    trainer.add_callback(BadImagesLimit(output_dir / BAD_IMAGES_FILE, len(images.train), settings["max_bad_fraction"]))
+    if arguments.device.type == "cpu":
+        trainer.add_callback(CpuEstimate(QUICKSTART))
+    shown = held_out if held_out is not None else train.at_center()
+    batch = collator([shown[index] for index in panel_indices(len(shown))])
+    board = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+    draw = panel_drawer(settings["method"])
+    trainer.add_callback(ReconstructionPanels(output_dir / "panels", batch, draw, board[0] if board else None))
+    return trainer
+
+
+class BadImagesLimit(TrainerCallback):
+    """Stops a run of which too many images turn out unreadable only when they are decoded."""
+
+    def __init__(self, file: Path, num_images: int, max_bad_fraction: float) -> None:
+        self.file, self.num_images, self.max_bad_fraction = file, num_images, max_bad_fraction
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        bad = count_bad_images(self.file)
+        if len(bad) > self.max_bad_fraction * self.num_images:
+            examples = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:10])
+            raise ValueError(
+                f"{len(bad)} of {self.num_images} images cannot be read ({examples}), listed in {self.file}: repair "
+                "or remove them, or allow more with --max_bad_fraction"
+            )
+
+
+def panel_indices(num_images: int) -> list[int]:
+    """Up to eight images, spread evenly, so that neighbours of one scene are not all that is seen."""
+    return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
+
+
+def panel_drawer(method: str) -> Callable[[MimPreTrainedModel, dict[str, Any], int, float | None], Image.Image]:
+    def draw(head: MimPreTrainedModel, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
+        mask = batch["bool_masked_pos"]
+        logits = head(batch["pixel_values"], mask, return_loss=False).logits
+        side = head.config.encoder_config.patch_size
+        return reconstruction_panel(
+            batch["pixel_values"] / 255,
+            mask,
+            head.predicted_patches(logits, mask),
+            patch_size=(side, side),
+            norm_pix_loss=head.config.norm_pix_loss,
+            image_mean=head.config.image_mean,
+            image_std=head.config.image_std,
+            method=method,
+            step=step,
+            eval_loss=eval_loss,
+        )
+
+    return draw
+
+
+# ---- the end ----
+
+
+def finish(trainer: MimTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:
+    """Check the weights, evaluate once more if the last evaluation is older, and write both artefacts and the card."""
+    trainer.stop_if_not_finite()
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        head = trainer.accelerator.unwrap_model(trainer.model)
+        export(head, output_dir, method=settings["method"], recipe=settings.as_recipe())
+        write_card(trainer, settings, images, output_dir, argv)
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_card(trainer: MimTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:
+    history = trainer.state.log_history
+    curve = panel = None
+    if any("loss" in entry or "eval_loss" in entry for entry in history):
+        training_curve(history, output_dir / (curve := "training_curve.png"))
+    if panels := sorted((output_dir / "panels").glob("*.png")):
+        shutil.copy(panels[-1], output_dir / (panel := "reconstructions.png"))
+    metrics = {
+        name: [entry[key] for entry in history if key in entry][-1]
+        for name, key in (("train_loss", "loss"), ("eval_loss", "eval_loss"))
+        if any(key in entry for entry in history)
+    }
+    bad = count_bad_images(output_dir / BAD_IMAGES_FILE)
+    runtime = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+    write_model_card(
+        output_dir,
+        command=shlex.join([*_launcher(), "run_pretraining.py", *argv]),
+        method=settings["method"],
+        model_name=output_dir.name,
+        recipe=settings.as_recipe(),
+        data_summary={
+            "dataset": images.source.describe(),
+            "training images": len(images.train),
+            "held-out images": len(images.held_out),
+            "sizes": images.summary,
+            "unreadable images left out": len(bad),
+        },
+        metrics=metrics,
+        versions={
+            **{name: version(name) for name in ("transformers", "torch", "accelerate", "datasets")},
+            "python": platform.python_version(),
+            "hardware": f"{trainer.args.world_size} x {_device_name(trainer.args.device)}",
+            "training time": duration(sum(runtime)),
+        },
+        panel=panel,
+        curve=curve,
+    )
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def _launcher() -> list[str]:
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return ["accelerate", "launch"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return ["python"]
+
+
+# ---- several processes, one voice ----
+
+
+def _only_on(state: PartialState) -> Callable[[str], None]:
+    return lambda text: print(text, flush=True) if state.is_main_process else None
+
+
+def _first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
+    """Run on one process and hand the result, or the user's mistake, to all: no rank is left waiting."""
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
+    logging.getLogger("transformers").setLevel(logging.ERROR) if "--debug" not in sys.argv else None
+    try:
+        main(sys.argv[1:])
+    except (ValueError, NonFiniteError) as error:
+        if "--debug" in sys.argv:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"run_pretraining.py: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 3)

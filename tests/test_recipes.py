@@ -1,0 +1,119 @@
+"""Every recipe loads and says where it comes from; the MAE recipes hold the figures of the paper and its code."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modeling import HEADS
+from modeling.mae import MaeConfig
+from training.plan import Machine, make_plan
+from training.settings import RECIPES, load_settings
+
+CONFIGS = {method: head.config_class for method, head in HEADS.items()}
+ALL = sorted(RECIPES.glob("*.yaml"))
+HEADER = ("Paper:", "Run:", "Cost:", "Expected:", "Measured:")
+NUM_IMAGENET_IMAGES = 1_281_167
+
+
+def load(path: Path):
+    return load_settings(["--config", str(path)], CONFIGS)
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_recipe__loads_and_every_line_of_it_counts(path):
+    settings = load(path)
+    for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        found = settings[name]
+        assert found == (float(value) if isinstance(found, float) else [value] if name == "dataset" else value), name
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_recipe__header_says_paper_command_cost_expectation_and_measurement(path):
+    lines = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"]
+    for field in HEADER:
+        said = [line.removeprefix(field).strip() for line in lines if line.startswith(field)]
+        assert len(said) == 1, f"{path.name}: {field}"
+        assert len(said[0]) > 5
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_recipe__command_in_the_header_runs_this_recipe(path):
+    run = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# Run:"))
+    argv = run.split("run_pretraining.py")[1].split()
+    settings = load_settings(argv, CONFIGS)
+    assert f"recipes/{path.name}" in settings.labels.values()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_methods_recipe__leaves_model_and_data_to_the_user(method):
+    lines = yaml.safe_load((RECIPES / f"{method}.yaml").read_text(encoding="utf-8"))
+    assert not {"model", "method", "dataset", "image_size", "per_device_train_batch_size"} & set(lines)
+
+
+def test_mae__has_the_published_settings():
+    settings = load_settings(["--method", "mae"], CONFIGS)
+    published = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.05,
+        "base_learning_rate": 1.5e-4,
+        "warmup_epochs": 40,
+        "lr_scheduler_type": "cosine",
+        "num_train_epochs": 800,
+        "max_grad_norm": 0,
+        "mask_ratio": 0.75,
+        "mask_strategy": "random",
+        "crop_scale": [0.2, 1.0],
+        "norm_pix_loss": True,
+        "image_stats": "preset",
+        "image_size": 224,
+        "decoder_hidden_size": 512,
+        "decoder_num_hidden_layers": 8,
+        "decoder_num_attention_heads": 16,
+        "decoder_intermediate_size": 2048,
+        "dataloader_drop_last": True,
+    }
+    assert {name: settings[name] for name in published} == published
+
+
+@pytest.mark.parametrize(
+    ("model", "patch_size", "width", "num_blocks", "num_heads", "accuracy"),
+    [
+        ("vit-base", 16, 768, 12, 12, "83.6"),
+        ("vit-large", 16, 1024, 24, 16, "85.9"),
+        ("vit-huge", 14, 1280, 32, 16, "86.9"),
+    ],
+)
+def test_published_runs__are_1600_epochs_of_4096_images_a_step(
+    model, patch_size, width, num_blocks, num_heads, accuracy
+):
+    path = RECIPES / f"mae_{model}_in1k.yaml"
+    settings = load(path)
+    sizes = settings.encoder_settings()
+    assert (sizes["hidden_size"], sizes["num_hidden_layers"], sizes["num_attention_heads"]) == (
+        width,
+        num_blocks,
+        num_heads,
+    )
+    assert (sizes["intermediate_size"], sizes["patch_size"]) == (4 * width, patch_size)
+    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    plan = make_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, 1, "imagenet")
+    assert plan.images_per_step == 4096
+    assert plan.learning_rate == pytest.approx(2.4e-3)
+    assert plan.num_steps == 1600 * math.ceil(NUM_IMAGENET_IMAGES / 4096)  # the last step of an epoch is a smaller one
+    assert plan.warmup_steps == 40 * plan.steps_per_epoch
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+    assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
+
+
+def test_quickstart__is_small_and_predicts_plain_pixels():
+    settings = load(RECIPES / "quickstart.yaml")
+    plan = make_plan(settings, Machine("cpu", 2), 1000, 50, 1, "sample")
+    assert settings["norm_pix_loss"] is False
+    assert plan.learning_rate == pytest.approx(1.5e-3)
+    assert plan.grid == (8, 8)
+    config = MaeConfig(encoder_config=settings.encoder_settings(), **settings.head_settings())
+    assert (config.encoder_config.hidden_size, config.decoder_hidden_size) == (192, 128)

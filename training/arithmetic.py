@@ -1,0 +1,126 @@
+"""The rules of a run's arithmetic, one function each: from the settings, the number of images and the machine.
+
+Small data never stop a run. What a rule changes for their sake it says in `notes`.
+"""
+
+import math
+from dataclasses import dataclass
+
+from data.masks import MASK_STRATEGIES
+from data.seeds import seeded_generator
+from training.settings import Settings
+
+_MIN_STEPS = 2000  # of a run whose length the user did not choose
+_MAX_WARMUP_SHARE = 0.1  # of a run whose warm-up was not given on the command line
+REFERENCE_BATCH = 256  # images a step that base_learning_rate is meant for
+_BATCH_ON_GPU, _BATCH_ON_CPU = 64, 8
+_MAX_WORKERS_ON_GPU, _MAX_WORKERS_ON_CPU = 16, 4
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where the run happens. `num_cpus` and `num_local_processes` are of one node."""
+
+    device_type: str
+    num_cpus: int
+    world_size: int = 1
+    num_local_processes: int = 1
+    has_bf16: bool = False
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device_type == "cpu"
+
+
+def batch_size_and_accumulation(
+    settings: Settings, machine: Machine, num_images: int, notes: list[str]
+) -> tuple[int, int]:
+    """Images of a micro-batch, and micro-batches of a step."""
+    if num_images < machine.world_size:
+        raise ValueError(
+            f"{machine.world_size} processes cannot share {num_images} training image(s): "
+            f"start at most {num_images}, or give more images"
+        )
+    wanted = _BATCH_ON_CPU if machine.is_cpu else _BATCH_ON_GPU
+    if settings.is_given("per_device_train_batch_size"):
+        wanted = settings["per_device_train_batch_size"]
+    batch_size = min(wanted, num_images // machine.world_size)
+    if batch_size < wanted:
+        notes.append(f"{batch_size} images a device instead of {wanted}: there are only {num_images:,}")
+    wanted = settings["gradient_accumulation_steps"]
+    accumulation = min(wanted, micro_batches(settings, num_images, batch_size, machine))
+    if accumulation < wanted:
+        notes.append(f"accumulation over {accumulation} instead of {wanted} batches: an epoch has no more")
+    return batch_size, accumulation
+
+
+def micro_batches(settings: Settings, num_images: int, batch_size: int, machine: Machine) -> int:
+    """Of one process in one epoch, as accelerate deals them out."""
+    if settings["dataloader_drop_last"]:
+        return num_images // batch_size // machine.world_size
+    return math.ceil(math.ceil(num_images / batch_size) / machine.world_size)
+
+
+def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str]) -> int:
+    if settings.counts("max_steps"):
+        return settings["max_steps"]
+    num_epochs = settings["num_train_epochs"]
+    num_steps = math.ceil(num_epochs * steps_per_epoch)
+    if num_steps >= _MIN_STEPS or settings.is_users("num_train_epochs"):
+        return num_steps
+    raised = math.ceil(_MIN_STEPS / steps_per_epoch)
+    notes.append(
+        f"{raised:,} epochs instead of {num_epochs:g}: those would be {num_steps:,} steps, too few to learn from; "
+        "--num_train_epochs or --max_steps sets another length"
+    )
+    return raised * steps_per_epoch
+
+
+def peak_learning_rate(settings: Settings, images_per_step: int) -> float:
+    if settings.counts("learning_rate"):
+        return settings["learning_rate"]
+    return settings["base_learning_rate"] * images_per_step / REFERENCE_BATCH
+
+
+def number_of_warmup_steps(settings: Settings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int:
+    if settings.counts("warmup_steps"):
+        name, given = "warmup_steps", settings["warmup_steps"]
+        wanted = math.ceil(given * num_steps) if given < 1 else int(given)  # below 1 a share, as in transformers
+        most = num_steps
+    else:
+        name, wanted = "warmup_epochs", round(settings["warmup_epochs"] * steps_per_epoch)
+        most = num_steps if settings.is_on_command_line(name) else int(_MAX_WARMUP_SHARE * num_steps)
+    if wanted > most:
+        share = "all steps there are" if most == num_steps else "a tenth of the run"
+        notes.append(f"warm-up of {most:,} steps, {share}, instead of {wanted:,} (--{name})")
+    return min(wanted, most)
+
+
+def precision_of(settings: Settings, machine: Machine) -> str:
+    if settings["fp16"]:
+        return "float16"
+    wanted = settings["bf16"] if settings.is_given("bf16") else machine.has_bf16 and not machine.is_cpu
+    if wanted and not machine.is_cpu and not machine.has_bf16:
+        raise ValueError("--bf16 is asked for, but this device has no bfloat16; use --fp16, or --bf16 false")
+    return "bfloat16" if wanted else "float32"
+
+
+def number_of_workers(settings: Settings, machine: Machine) -> int:
+    if settings.is_given("dataloader_num_workers"):
+        return settings["dataloader_num_workers"]
+    cores = machine.num_cpus // machine.num_local_processes
+    if not machine.is_cpu:
+        return min(_MAX_WORKERS_ON_GPU, cores)
+    return min(_MAX_WORKERS_ON_CPU, cores - 1) if cores > 2 else 0  # on a CPU they take cores from the model
+
+
+def hidden_patches(settings: Settings) -> tuple[int, int]:
+    """Fewest and most hidden patches, counted on a mask of each ratio."""
+    grid, ratio = settings.grid, settings.mask_ratio
+    unit = {"unit": settings["mask_unit"]} if settings["mask_strategy"] == "random-unit" else {}
+    draw = MASK_STRATEGIES[settings["mask_strategy"]]
+    counts = [
+        int(draw(grid, one, seeded_generator("plan"), **unit).sum())
+        for one in (ratio if isinstance(ratio, tuple) else (ratio,))
+    ]
+    return counts[0], counts[-1]

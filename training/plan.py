@@ -1,0 +1,221 @@
+"""The numbers of a run, said aloud before training; `training.arithmetic` has the rules behind them."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.arithmetic import (
+    REFERENCE_BATCH,
+    Machine,
+    batch_size_and_accumulation,
+    hidden_patches,
+    micro_batches,
+    number_of_steps,
+    number_of_warmup_steps,
+    number_of_workers,
+    peak_learning_rate,
+    precision_of,
+)
+from training.memory import BYTES_PER_PARAMETER, activation_bytes
+from training.settings import Settings
+
+__all__ = ["Machine", "Plan", "make_plan"]
+
+_MIN_INTERVAL = 20  # steps between evaluations and between checkpoints, where the user gave no interval
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run. `images_per_step` counts all processes and all micro-batches of an optimizer step."""
+
+    settings: Settings
+    machine: Machine
+    data: str
+    num_train_images: int
+    num_held_out: int
+    num_parameters: int
+    grid: tuple[int, int]
+    num_hidden: tuple[int, int]
+    batch_size: int
+    accumulation: int
+    steps_per_epoch: int
+    num_steps: int
+    learning_rate: float
+    warmup_steps: int
+    precision: str
+    num_workers: int
+    bytes_for_weights: int
+    bytes_for_activations: int
+    output_dir: Path
+    notes: tuple[str, ...]
+
+    @property
+    def images_per_step(self) -> int:
+        return self.batch_size * self.accumulation * self.machine.world_size
+
+    @property
+    def num_epochs(self) -> float:
+        return self.num_steps / self.steps_per_epoch
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of TrainingArguments."""
+        given = self.settings.training_arguments()
+        every = {name: self._interval(name) for name in ("eval_steps", "save_steps")}
+        workers = {
+            "dataloader_num_workers": self.num_workers,
+            "dataloader_persistent_workers": self.num_workers > 0,
+            "dataloader_pin_memory": self.machine.device_type == "cuda",
+            "per_device_eval_batch_size": self.batch_size,
+        }
+        return {
+            **workers,
+            **given,
+            **every,
+            "output_dir": str(self.output_dir),
+            "use_cpu": self.machine.is_cpu,
+            "eval_strategy": given["eval_strategy"] if self.num_held_out else "no",
+            "per_device_train_batch_size": self.batch_size,
+            "gradient_accumulation_steps": self.accumulation,
+            "max_steps": self.num_steps,
+            "num_train_epochs": self.num_epochs,
+            "learning_rate": self.learning_rate,
+            "warmup_steps": self.warmup_steps,
+            "bf16": self.precision == "bfloat16",
+            "fp16": self.precision == "float16",
+        }
+
+    def as_recipe(self) -> dict[str, Any]:
+        """A flat recipe with the numbers of this plan: on as many devices and images it gives the same run again."""
+        recipe = self.settings.as_recipe()
+        for name in ("base_learning_rate", "warmup_epochs", "num_train_epochs"):
+            recipe.pop(name, None)
+        names = ("learning_rate", "warmup_steps", "max_steps", "gradient_accumulation_steps", "bf16")
+        computed = {name: self.training_arguments()[name] for name in names}
+        return {**recipe, **computed, "per_device_train_batch_size": self.batch_size}
+
+    def describe(self) -> str:
+        """About fifteen aligned lines, then a line for each thing that was changed."""
+        rows = {
+            "data": self.data,
+            "images": f"{self.num_train_images:,} to train on, {self.num_held_out:,} held out",
+            "model": f"{self.settings['model']} with {self.settings['method']}, {_millions(self.num_parameters)}",
+            "input": self._input(),
+            "mask": self._mask(),
+            "standardised by": {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[
+                self.settings["image_stats"]
+            ],
+            "images a step": self._batch(),
+            "steps": f"{self.num_steps:,} = {_plain(self.num_epochs)} x {self.steps_per_epoch:,} an epoch",
+            "learning rate": self._rate(),
+            "warm-up": f"{self.warmup_steps:,} steps, {self.warmup_steps / self.num_steps:.1%} of the run",
+            "device": f"{self.machine.device_type}, {self.precision}",
+            "data workers": f"{self.num_workers} on {self.machine.num_cpus} CPU cores"
+            + (" (the images are decoded between the steps)" if not self.num_workers else ""),
+            "memory": f"about {_size(self.bytes_for_weights + self.bytes_for_activations)} a device: "
+            f"{_size(self.bytes_for_weights)} weights, gradients and Adam, "
+            f"{_size(self.bytes_for_activations)} activations",
+            "output": str(self.output_dir),
+        }
+        width = max(map(len, rows))
+        return "\n".join(
+            [f"{name:<{width}}  {text}" for name, text in rows.items()] + [f"note: {n}" for n in self.notes]
+        )
+
+    def _interval(self, name: str) -> int | None:
+        """In steps; below 1 it is a share of the run. Ours is never so short that a tiny run saves at each step."""
+        every = self.settings[name]
+        if every is None or every >= 1:
+            return every and int(every)
+        return max(1 if self.settings.is_given(name) else _MIN_INTERVAL, round(every * self.num_steps))
+
+    def _input(self) -> str:
+        height, width = self.settings.image_size
+        patch, channels = self.settings["patch_size"], self.settings["num_channels"]
+        grid = f"{self.grid[0]} x {self.grid[1]} = {math.prod(self.grid)} patches of {patch} x {patch}"
+        return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}, {grid}"
+
+    def _mask(self) -> str:
+        low, high = self.num_hidden
+        count = f"{low}" if low == high else f"{low} to {high}"
+        return f"{self.settings['mask_strategy']}, {count} of {math.prod(self.grid)} patches hidden"
+
+    def _batch(self) -> str:
+        processes = f"{self.machine.world_size} process{'es' if self.machine.world_size > 1 else ''}"
+        return f"{self.batch_size} x {processes} x {self.accumulation} accumulation = {self.images_per_step:,}"
+
+    def _rate(self) -> str:
+        if self.settings.counts("learning_rate"):
+            return f"{_scientific(self.learning_rate)}, as given"
+        base = _scientific(self.settings["base_learning_rate"])
+        return f"{base} x {self.images_per_step:,} / {REFERENCE_BATCH} = {_scientific(self.learning_rate)}"
+
+
+def make_plan(
+    settings: Settings,
+    machine: Machine,
+    num_train_images: int,
+    num_held_out: int,
+    num_parameters: int,
+    data: str,
+) -> Plan:
+    """Every number of the run. `data` says what was found; `num_parameters` are those of encoder and head.
+
+    Raises:
+        ValueError: fewer images than processes, a mask that cannot be, or a precision that the device has not.
+    """
+    notes: list[str] = []
+    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_train_images, notes)
+    steps_per_epoch = math.ceil(micro_batches(settings, num_train_images, batch_size, machine) / accumulation)
+    num_steps = number_of_steps(settings, steps_per_epoch, notes)
+    if not num_held_out and settings["eval_strategy"] != "no":
+        notes.append("no image is held out, so nothing is evaluated during training")
+    grid, num_hidden, precision = settings.grid, hidden_patches(settings), precision_of(settings, machine)
+    sizes = (settings.encoder_settings(), settings.head_settings())
+    bytes_per_image = activation_bytes(*sizes, math.prod(grid), num_hidden[0], precision != "float32")
+    return Plan(
+        settings=settings,
+        machine=machine,
+        data=data,
+        num_train_images=num_train_images,
+        num_held_out=num_held_out,
+        num_parameters=num_parameters,
+        grid=grid,
+        num_hidden=num_hidden,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        learning_rate=peak_learning_rate(settings, batch_size * accumulation * machine.world_size),
+        warmup_steps=number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
+        precision=precision,
+        num_workers=number_of_workers(settings, machine),
+        bytes_for_weights=num_parameters * BYTES_PER_PARAMETER,
+        bytes_for_activations=batch_size * bytes_per_image,
+        output_dir=Path(settings["output_dir"] or _output_dir(settings)),
+        notes=tuple(notes),
+    )
+
+
+def _output_dir(settings: Settings) -> str:
+    data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in settings["dataset"][:3])
+    return f"outputs/{settings['model']}-{settings['method']}-{data.strip('-.') or 'data'}"
+
+
+def _plain(number: float) -> str:
+    return f"{number:,.2f}".rstrip("0").rstrip(".")
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:,.1f} million parameters"
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.0f} MB"
+
+
+def _scientific(number: float) -> str:
+    """0.00015 -> 1.5e-4."""
+    mantissa, exponent = f"{number:.4e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"

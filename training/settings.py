@@ -1,0 +1,255 @@
+"""From the command line to one resolved set of settings, each with the place that it comes from.
+
+Lowest first: defaults, the model preset's sizes, recipes/<method>.yaml, the recipe of --config, the command line.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import TrainingArguments
+
+from training.flags import OUR_GROUPS, RANGES, TRAINING_DEFAULTS, head_flags
+from training.parsing import SettingsError, as_argv, build_parser, nearest, parse
+from training.presets import ENCODER_SIZES, HEAD_SIZES
+
+__all__ = ["RECIPES", "Origin", "Settings", "SettingsError", "load_settings"]
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+# Belong to one start of the program, or are secret: not part of what a recipe says.
+_NOT_IN_A_RECIPE = frozenset(
+    {"config", "resume", "overwrite", "dry_run", "debug", "hub_token", "output_dir", "resume_from_checkpoint"}
+)
+# The same thing said in two ways; the first is the one that counts if both come from the same place.
+_ALTERNATIVES = {
+    "learning_rate": "base_learning_rate",
+    "warmup_steps": "warmup_epochs",
+    "max_steps": "num_train_epochs",
+}
+_OF_THE_METHOD = ("mask_ratio", "mask_strategy", "crop_scale", "base_learning_rate", "warmup_epochs")
+
+
+class Origin(IntEnum):
+    """Where a value comes from; the larger wins."""
+
+    DEFAULT = 0
+    PRESET = 1
+    METHOD = 2
+    CONFIG = 3
+    COMMAND_LINE = 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting by flag name. `head_names` are those of the method's own config.
+
+    `mask_ratio` is a number or a list [lowest, highest], `image_size` a number or a list [height, width].
+    """
+
+    values: Mapping[str, Any]
+    origins: Mapping[str, Origin]
+    labels: Mapping[Origin, str]
+    head_names: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+    def is_given(self, name: str) -> bool:
+        """By a recipe or on the command line."""
+        return self.origins[name] >= Origin.METHOD
+
+    def is_users(self, name: str) -> bool:
+        """By the user's own recipe or on the command line."""
+        return self.origins[name] >= Origin.CONFIG
+
+    def is_on_command_line(self, name: str) -> bool:
+        return self.origins[name] == Origin.COMMAND_LINE
+
+    def counts(self, name: str) -> bool:
+        """Whether this way to say it was given nearer to the command line than the other (`_ALTERNATIVES`)."""
+        is_off = name == "max_steps" and self[name] < 0
+        return self.is_given(name) and not is_off and self.origins[name] >= self.origins[_ALTERNATIVES[name]]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width."""
+        size = self["image_size"]
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; the head checks that the sides divide."""
+        height, width = self.image_size
+        return height // self["patch_size"], width // self["patch_size"]
+
+    @property
+    def mask_ratio(self) -> float | tuple[float, float]:
+        ratio = self["mask_ratio"]
+        return (ratio[0], ratio[1]) if isinstance(ratio, list) else ratio
+
+    @property
+    def shows_tracebacks(self) -> bool:
+        return self.origins["debug"] > Origin.DEFAULT
+
+    def encoder_settings(self) -> dict[str, Any]:
+        """Keyword arguments of the encoder's `ViTConfig`."""
+        own = {name: self[name] for name in ("image_size", "patch_size", "num_channels")}
+        return {**ENCODER_SIZES[self["model"]], **own}
+
+    def head_settings(self) -> dict[str, Any]:
+        """Keyword arguments of the head's config, next to `encoder_config`."""
+        return {name: self[name] for name in self.head_names}
+
+    def training_arguments(self) -> dict[str, Any]:
+        """Keyword arguments of TrainingArguments, as far as they differ from transformers' defaults."""
+        return {name: self[name] for name in _training_names() if self.is_given(name) or name in TRAINING_DEFAULTS}
+
+    def as_recipe(self) -> dict[str, Any]:
+        """A flat recipe with all that counts; what is left out has transformers' default."""
+        left_out = _NOT_IN_A_RECIPE | {b if self.counts(a) else a for a, b in _ALTERNATIVES.items()}
+        left_out |= set(_training_names()) - set(self.training_arguments())
+        return {n: value for n, value in self.values.items() if n not in left_out and value is not None}
+
+    def describe(self) -> str:
+        """A line for each setting that a preset, a recipe or the user gave: name, value, origin."""
+        names = [name for name in self.values if self.origins[name] > Origin.DEFAULT]
+        rows = [(name, _shown(name, self[name]), self.labels[self.origins[name]]) for name in names]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
+
+
+def load_settings(argv: Sequence[str], heads: Mapping[str, type]) -> Settings:
+    """Resolve the settings of a run. `heads`: method -> class of its head's config.
+
+    Raises:
+        SettingsError: an unknown flag or method, a value that cannot be, or no such recipe.
+    """
+    parser = build_parser(heads)
+    given = parse(parser, argv)
+    config_file = _find_recipe(given["config"]) if "config" in given else None
+    config = _read_recipe(parser, config_file) if config_file else {}
+    chosen = {**_our_defaults(), **config, **given}
+    method, head_defaults = chosen["method"], head_flags(heads[chosen["method"]])
+    method_file = RECIPES / f"{method}.yaml"
+    if not method_file.is_file():
+        raise SettingsError(f"method {method} has no {_label(method_file)} with its published settings; write one")
+    sizes = {"image_size": ENCODER_SIZES[chosen["model"]]["image_size"]}
+    sizes["patch_size"] = ENCODER_SIZES[chosen["model"]]["patch_size"]
+    head_sizes = {name: size for name, size in HEAD_SIZES.get(chosen["model"], {}).items() if name in head_defaults}
+    layers = {
+        Origin.DEFAULT: {**_our_defaults(), **head_defaults, **_training_defaults()},
+        Origin.PRESET: sizes | head_sizes,
+        Origin.METHOD: _read_recipe(parser, method_file),
+        Origin.CONFIG: config,
+        Origin.COMMAND_LINE: given,
+    }
+    labels = {
+        Origin.DEFAULT: "default",
+        Origin.PRESET: f"size of {chosen['model']}",
+        Origin.METHOD: _label(method_file),
+        Origin.CONFIG: _label(config_file) if config_file else "",
+        Origin.COMMAND_LINE: "command line",
+    }
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for origin, layer in layers.items():
+        _refuse_other_methods_settings(layer, method, heads, labels[origin])
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    missing = [name for name in _OF_THE_METHOD if values[name] is None]
+    if missing:
+        raise SettingsError(f"{_label(method_file)} must give every method's settings, and lacks {', '.join(missing)}")
+    return Settings(_checked(values), origins, labels, tuple(head_defaults))
+
+
+def _our_defaults() -> dict[str, Any]:
+    return {name: value for group in OUR_GROUPS for name, value in vars(group()).items()}
+
+
+def _training_defaults() -> dict[str, Any]:
+    defaults = {}
+    for argument in fields(TrainingArguments):
+        if argument.init:
+            factory = argument.default_factory
+            defaults[argument.name] = argument.default if factory is MISSING else factory()
+    return {**defaults, **TRAINING_DEFAULTS}
+
+
+def _training_names() -> list[str]:
+    return [argument.name for argument in fields(TrainingArguments) if argument.init]
+
+
+def _find_recipe(name: str) -> Path:
+    """The file itself, or the one of this name among our recipes, with or without .yaml."""
+    for path in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    close = nearest(Path(name).stem, known)
+    hint = f"did you mean {close}? " if close else ""
+    raise SettingsError(f"there is no recipe {name!r}; {hint}There are: {', '.join(known)}")
+
+
+def _read_recipe(parser: Any, path: Path) -> dict[str, Any]:
+    label = _label(path)
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{label} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{label} holds no settings; a recipe has lines such as 'mask_ratio: 0.75'")
+    if "config" in content:
+        raise SettingsError(f"{label}: a recipe cannot name another one with config; copy its lines")
+    return parse(parser, as_argv(parser, content, label), label)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML itself lets the last of two equal names win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names = [key.value for key, _ in node.value]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is given twice", problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _label(path: Path) -> str:
+    return f"{RECIPES.name}/{path.name}" if path.resolve().parent == RECIPES else str(path)
+
+
+def _refuse_other_methods_settings(
+    layer: Mapping[str, Any], method: str, heads: Mapping[str, type], label: str
+) -> None:
+    own = head_flags(heads[method])
+    for name in layer:
+        owners = [other for other, config_class in heads.items() if name in head_flags(config_class)]
+        if owners and method not in owners:
+            raise SettingsError(
+                f"{label}: {name} is a setting of {', '.join(owners)}, not of {method}, which has: "
+                f"{', '.join(own) or 'none of its own'}"
+            )
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """With every number in its range, and lists of one number as that number."""
+    for name, (is_possible, expected) in RANGES.items():
+        numbers = values[name] if isinstance(values[name], list) else [values[name]]
+        if values[name] is not None and not is_possible(numbers):
+            raise SettingsError(f"--{name} is {' '.join(map(str, numbers))}, expected {expected}")
+        if name in ("image_size", "mask_ratio"):
+            values[name] = numbers[0] if len(numbers) == 1 else numbers
+    if values["image_stats"] is None:  # ImageNet's are those of three colours
+        values["image_stats"] = "preset" if values["num_channels"] == 3 else "auto"
+    if values["image_stats"] == "preset" and values["num_channels"] != 3:
+        raise SettingsError("--image_stats is preset, expected auto for gray images: ImageNet's has three colours")
+    return values
+
+
+def _shown(name: str, value: Any) -> str:
+    if name == "hub_token":
+        return "(secret)"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
