@@ -13,13 +13,13 @@ check:
 	$(PYTHON) -m mypy $(CODE)
 
 test:
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4
 
 test-slow:
-	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m slow
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
 
 # The same tests on the oldest supported transformers, in an environment of their own.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet --requirement requirements-oldest.txt
-	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest
+	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4

@@ -5,7 +5,6 @@ Settings -> images -> plan -> Trainer -> two artefacts: the root of the output f
 """
 
 import json
-import logging
 import os
 import platform
 import shlex
@@ -36,7 +35,7 @@ from data.sources import ImageSource, open_source
 from evaluation.pictures import MAX_ROWS, reconstruction_panel, training_curve
 from hub.export import PRETRAINING, export
 from hub.model_card import write_model_card
-from modeling import CONFIGS, MimConfig, MimPreTrainedModel
+from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import CpuEstimate, MimProgress, ReconstructionPanels, duration
 from training.checkpoints import last_whole_checkpoint
@@ -88,6 +87,7 @@ def main(argv: list[str]) -> None:
 
     images = _first_on_main(state, lambda: find_images(settings))
     config = head_config(settings, images)
+    collator = build_collator(settings, config)
     machine = find_machine(state, use_cpu)
     found = f"{images.source.describe()}: {images.summary}"
     plan = make_plan(settings, machine, len(images.train), len(images.held_out), count_parameters(config), found)
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> None:
         return
 
     checkpoint = _first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say))
-    trainer = build_trainer(settings, plan, config, images, output_dir)
+    trainer = build_trainer(settings, plan, config, collator, images)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
     say(
@@ -242,8 +242,23 @@ def _delete_old_run(output_dir: Path) -> None:
 # ---- training ----
 
 
-def build_trainer(settings: Settings, plan: Plan, config: MimConfig, images: Images, output_dir: Path) -> MimTrainer:
+def build_collator(settings: Settings, config: MimConfig) -> MaskingCollator:
+    return MaskingCollator(
+        grid=patch_grid(config.encoder_config.image_size, config.encoder_config.patch_size),
+        mask_ratio=settings.mask_ratio,
+        strategy=settings["mask_strategy"],
+        seed=settings["seed"],
+        mask_unit=settings["mask_unit"],
+        equal_num_masked=HEADS[settings["method"]].needs_equal_num_masked,
+        with_image_index=True,
+    )
+
+
+def build_trainer(
+    settings: Settings, plan: Plan, config: MimConfig, collator: MaskingCollator, images: Images
+) -> MimTrainer:
     """Everything of the run as objects: data, masks, head, trainer and what a person sees."""
+    output_dir = plan.output_dir
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs"))
     arguments = TrainingArguments(**plan.training_arguments())
     set_seed(settings["seed"])
@@ -270,15 +285,6 @@ def build_trainer(settings: Settings, plan: Plan, config: MimConfig, images: Ima
 
     train = dataset(images.source, images.train, train=True)
     held_out = dataset(images.held_out_source, images.held_out, train=False) if len(images.held_out) else None
-    collator = MaskingCollator(
-        grid=patch_grid(config.encoder_config.image_size, config.encoder_config.patch_size),
-        mask_ratio=settings.mask_ratio,
-        strategy=settings["mask_strategy"],
-        seed=settings["seed"],
-        mask_unit=settings["mask_unit"],
-        equal_num_masked=head.needs_equal_num_masked,
-        with_image_index=True,
-    )
     trainer = MimTrainer(
         model=head, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=collator
     )
@@ -430,14 +436,22 @@ def _first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-if __name__ == "__main__":
+def run(argv: list[str]) -> int:
+    """`main` with a user's mistakes told in one message instead of a traceback; returns the exit code."""
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
-    logging.getLogger("transformers").setLevel(logging.ERROR) if "--debug" not in sys.argv else None
+    wants_traceback = "--debug" in argv
+    if not wants_traceback:
+        transformers.utils.logging.set_verbosity_error()
     try:
-        main(sys.argv[1:])
+        main(argv)
     except (ValueError, NonFiniteError) as error:
-        if "--debug" in sys.argv:
+        if wants_traceback:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"run_pretraining.py: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 3)
+        return 2 if isinstance(error, ValueError) else 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -100,7 +100,7 @@ def test_epochs__given_by_the_user_are_never_raised(tmp_path):
 
 def test_max_steps__wins_unless_epochs_are_given_later():
     assert plan("--max_steps", "3").num_steps == 3
-    assert plan("--config", "quickstart").num_steps == 1500
+    assert plan("--config", "quickstart").num_steps == 900
     assert plan("--config", "quickstart", "--num_train_epochs", "2").num_steps == 2 * (1000 // 64)
 
 

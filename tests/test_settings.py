@@ -270,7 +270,7 @@ def test_describe__says_where_each_value_comes_from_and_keeps_the_token_secret()
     lines = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines()}
     assert lines["seed"] == "3 command line"
     assert lines["mask_ratio"] == "0.75 recipes/mae.yaml"
-    assert lines["max_steps"] == "1500 recipes/quickstart.yaml"
+    assert lines["max_steps"] == "900 recipes/quickstart.yaml"
     assert lines["patch_size"] == "8 size of vit-nano"
     assert "mask_unit" not in lines  # a default
     assert "hf_secret" not in text

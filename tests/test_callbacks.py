@@ -1,0 +1,87 @@
+"""What a person reads while it trains."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from training import launch
+from training.callbacks import CpuEstimate, ReconstructionPanels, describe_log, duration
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(42, "42 s"), (90, "1 min 30 s"), (7260, "2 h 1 min"), (266400, "3 days 2 h"), (3599.7, "1 h 0 min")],
+)
+def test_duration__is_in_two_units(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_log_line__has_units_and_only_what_is_there():
+    logs = {
+        "loss": 0.51234,
+        "learning_rate": 1.5e-4,
+        "images_per_second": 412.3,
+        "data_wait_share": 0.031,
+        "eta_seconds": 90,
+    }
+    assert describe_log(logs) == "loss 0.5123  lr 1.50e-04  412 images/s  waits 3% for data  1 min 30 s left"
+    assert describe_log({"eval_loss": 0.5}) == "held-out loss 0.5000"
+    assert describe_log({"train_runtime": 3.0}) == ""
+
+
+@pytest.mark.parametrize(("max_steps", "speaks"), [(10**13, True), (10, False)])
+def test_cpu_estimate__names_the_quickstart_once_when_the_run_is_long(capsys, max_steps, speaks):
+    callback, state = (
+        CpuEstimate("QUICK"),
+        SimpleNamespace(global_step=0, max_steps=max_steps, is_world_process_zero=True),
+    )
+    callback.on_train_begin(None, state, None)
+    for state.global_step in range(10):
+        callback.on_step_begin(None, state, None)
+    assert capsys.readouterr().err.count("QUICK") == int(speaks)
+
+
+def test_panels__are_drawn_in_evaluation_mode_without_gradient_and_leave_the_model_as_it_was(tmp_path):
+    seen = []
+
+    def draw(model, batch, step, eval_loss):
+        seen.append((model.training, torch.is_grad_enabled(), batch["pixel_values"].shape, step, eval_loss))
+        return Image.new("RGB", (8, 8))
+
+    model = torch.nn.Linear(2, 2).train()
+    panels = ReconstructionPanels(tmp_path / "panels", {"pixel_values": torch.zeros(2, 3)}, draw, tensorboard=None)
+    state = SimpleNamespace(global_step=7, is_world_process_zero=True)
+    panels.on_evaluate(None, state, None, model=model, metrics={"eval_loss": 0.5})
+    assert seen == [(False, False, (2, 3), 7, 0.5)]
+    assert model.training
+    assert Image.open(tmp_path / "panels" / "step-0000007.png").size == (8, 8)
+
+
+def test_threads__are_restored_only_where_a_launcher_took_them(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        assert launch.restore_threads() is None  # the user's own wish
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        said = launch.restore_threads()
+        assert torch.get_num_threads() == cores
+        assert (said is None) == (cores == 1)
+        torch.set_num_threads(1)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(cores))
+        assert launch.restore_threads() is None  # one thread is this process's share
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_world__larger_than_the_trainers_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    launch.check_world(2)
+    with pytest.raises(ValueError, match="--use_cpu"):
+        launch.check_world(1)

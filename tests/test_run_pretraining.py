@@ -1,0 +1,235 @@
+"""The command as a user types it: what it writes, what it refuses, and with which words."""
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+import run_pretraining
+from training.launch import has_accelerator
+
+SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
+LAYOUT = {
+    *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "settings.yaml"),
+    *("mae.py", "base.py", "patches.py", "training_curve.png", "reconstructions.png", "trainer_state.json"),
+    *("pretraining/config.json", "pretraining/model.safetensors", "pretraining/preprocessor_config.json"),
+    *("pretraining/mae.py", "pretraining/base.py", "pretraining/patches.py", "panels/step-0000002.png"),
+}
+PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
+
+
+def layout_of(folder: Path) -> set[str]:
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in files if not name.startswith(("checkpoint-", "runs/"))}
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The message of a command that must fail, without a traceback."""
+    assert run_pretraining.run(list(argv)) not in (0, None)
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert message.count("run_pretraining.py:") == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    assert run_pretraining.run([*SMALL, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+# ---- what it writes ----
+
+
+def test_run__writes_the_layout(finished):
+    assert layout_of(finished) == LAYOUT
+
+
+def test_run__the_encoder_opens_and_its_processor_feeds_it(finished):
+    processor, encoder = AutoImageProcessor.from_pretrained(finished), AutoModel.from_pretrained(finished)
+    inputs = processor(Image.open(PHOTOGRAPHS[0]), return_tensors="pt")
+    assert inputs["pixel_values"].shape == (1, 3, 64, 64)
+    output = encoder(**inputs)
+    assert torch.equal(output.pooler_output, output.last_hidden_state[:, 0])
+
+
+def test_run__a_finished_folder_is_not_touched_without_overwrite(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert "--overwrite" in refusal(capsys, *SMALL, "--output_dir", str(finished))
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    (folder / "notes.txt").write_text("mine")
+    assert run_pretraining.run([*SMALL, "--output_dir", str(folder), "--overwrite", "--max_steps", "1"]) == 0
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder / "checkpoint-2").exists()
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 1
+
+
+def test_run__an_interrupted_one_continues_by_itself_and_ends_like_an_undisturbed_one(finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    command = [*SMALL, "--output_dir", str(folder), "--save_steps", "1", "--max_steps", "3"]
+    assert run_pretraining.run(command) == 0
+    whole = torch.cat([p.flatten() for p in AutoModel.from_pretrained(folder).parameters()])
+    for path in [folder / "checkpoint-3", folder / "pretraining"]:
+        shutil.rmtree(path)
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()  # as if killed inside the save
+    capsys.readouterr()
+    assert run_pretraining.run(command) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint-2 is passed over" in said
+    assert f"continuing from {folder / 'checkpoint-1'}" in said
+    assert torch.equal(torch.cat([p.flatten() for p in AutoModel.from_pretrained(folder).parameters()]), whole)
+
+
+def test_run__an_interrupted_one_of_another_shape_is_refused(finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "pretraining")
+    message = refusal(capsys, *SMALL, "--output_dir", str(folder), "--patch_size", "16")
+    assert "patch_size 8 -> 16" in message
+    assert "--resume" in refusal(capsys, *SMALL, "--output_dir", str(folder), "--resume", "never")
+
+
+def test_run__gray_and_rectangular_with_measured_statistics(tmp_path):
+    folder = tmp_path / "out"
+    flags = ["--num_channels", "1", "--image_size", "32", "64", "--mask_ratio", "0.6", "0.8", "--seed", "3"]
+    assert run_pretraining.run([*SMALL, *flags, "--output_dir", str(folder)]) == 0
+    processor, encoder = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    assert encoder.config.image_size == [32, 64]
+    assert len(processor.image_mean) == 1
+    assert 0.2 < processor.image_mean[0] < 0.7
+    pixels = np.asarray(Image.open(PHOTOGRAPHS[0]).convert("L"))[..., None]
+    inputs = processor(pixels, return_tensors="pt", input_data_format="channels_last")
+    assert encoder(**inputs).last_hidden_state.shape == (1, 1 + 32, 192)
+
+
+def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    folder = tmp_path / "out"
+    assert run_pretraining.run([*SMALL, "--output_dir", str(folder), "--dry_run"]) == 0
+    assert "8 x 1 process x 1 accumulation = 8" in capsys.readouterr().out
+    assert not folder.exists()
+
+
+def test_two_processes__write_the_same_layout(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    # Without --use_cpu transformers would start two jobs on a machine without an accelerator; the script sets it there.
+    flags = SMALL if has_accelerator() else [flag for flag in SMALL if flag != "--use_cpu"]
+    command = [*launcher, str(ROOT / "run_pretraining.py"), *flags, "--output_dir", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert layout_of(tmp_path / "out") == LAYOUT
+    assert "8 x 2 processes x 1 accumulation = 16" in result.stdout
+    assert result.stdout.count("images a step") == 1
+
+
+# ---- bad images ----
+
+
+def png_header_of(width: int, height: int) -> bytes:
+    """A PNG that promises width x height pixels and holds next to none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 64))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory) -> Path:
+    """50 good photographs; five files that cannot be read and six that are merely odd."""
+    folder = tmp_path_factory.mktemp("odd") / "ünïcode and spaces"
+    deep = folder / "a" / "b" / "c" / "d"
+    deep.mkdir(parents=True)
+    for number, photograph in enumerate(PHOTOGRAPHS[:50]):
+        shutil.copy(photograph, (deep if number % 2 else folder) / photograph.name)
+    picture = Image.open(PHOTOGRAPHS[0])
+    (folder / "text.jpg").write_text("not a picture")
+    (folder / "truncated.jpg").write_bytes(PHOTOGRAPHS[1].read_bytes()[:4000])
+    (folder / "zero.png").touch()
+    (folder / "bomb.png").write_bytes(png_header_of(30_000, 30_000))
+    (folder / "broken-link.jpg").symlink_to(folder / "nowhere.jpg")
+    picture.resize((1, 1)).save(folder / "tiny.png")
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(folder / "sixteen.png")
+    picture.convert("CMYK").save(folder / "cmyk.jpg")
+    frames = [picture.convert("P"), picture.rotate(90).convert("P")]
+    frames[0].save(folder / "animated.gif", save_all=True, append_images=frames[1:])
+    picture.save(folder / "ünï cödé (1).jpg")
+    return folder
+
+
+BAD = ("text.jpg", "truncated.jpg", "zero.png", "bomb.png", "broken-link.jpg")
+
+
+def test_bad_images__stop_the_run_before_its_first_step_and_are_named(odd_folder, tmp_path, capsys):
+    message = refusal(capsys, *SMALL, "--dataset", str(odd_folder), "--output_dir", str(tmp_path / "out"))
+    assert all(name in message for name in (*BAD, "--max_bad_fraction"))
+    assert "sixteen.png" not in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_images__are_left_out_and_listed_when_allowed(odd_folder, tmp_path):
+    out = tmp_path / "out"
+    flags = ["--dataset", str(odd_folder), "--max_bad_fraction", "0.2", "--output_dir", str(out)]
+    assert run_pretraining.run([*SMALL, *flags]) == 0
+    listed = [json.loads(line) for line in (out / "bad_images.jsonl").read_text().splitlines()]
+    assert {Path(entry["name"]).name for entry in listed} == set(BAD)
+    assert all(entry["reason"] for entry in listed)
+    assert "| unreadable images left out | 5 |" in (out / "README.md").read_text()
+
+
+def test_bad_images__found_only_when_decoding_stop_the_run_when_they_are_too_many(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, photograph in enumerate(PHOTOGRAPHS[:24]):
+        png = folder / f"{photograph.stem}.png"
+        Image.open(photograph).save(png)
+        if number < 6:  # header and end are whole, the pixels between them are not
+            content = bytearray(png.read_bytes())
+            middle = len(content) // 3
+            content[middle : middle + 2000] = bytes(2000)
+            png.write_bytes(content)
+    flags = ["--dataset", str(folder), "--output_dir", str(tmp_path / "out"), "--logging_steps", "1"]
+    message = refusal(capsys, *SMALL, *flags, "--max_steps", "6", "--validation_fraction", "0")
+    assert "cannot be read" in message
+    assert "--max_bad_fraction" in message
+
+
+# ---- mistakes ----
+
+
+def test_mistakes__each_get_one_clear_message(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("mask_ration: 0.5\n")
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert "no image" in refusal(capsys, *out, "--dataset", str(tmp_path / "empty"))
+    assert str(tmp_path / "missing") in refusal(capsys, *out, "--dataset", str(tmp_path / "missing"))
+    assert "did you mean --mask_ratio?" in refusal(capsys, *out, "--mask_ration", "0.5")
+    assert "mask_ratio" in refusal(capsys, *out, "--config", str(recipe))
+    assert "nearest that are: 224 x 224 and 240 x 240" in refusal(capsys, *out, "--image_size", "225")
+    assert "exact-block" in refusal(capsys, *out, *SMALL, "--mask_strategy", "block")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes__show_their_traceback_with_debug(tmp_path):
+    with pytest.raises(ValueError, match="no image"):
+        run_pretraining.run(["--dataset", str(tmp_path), "--debug"])
