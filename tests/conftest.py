@@ -9,6 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imp
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import TrainingArguments
 
 from data.augmentations import RandomResizedCrop
@@ -18,6 +19,9 @@ from data.sources import open_source
 from modeling import HEADS, MimPreTrainedModel
 
 ROOT = Path(__file__).parent.parent
+# In 5.17 AutoImageProcessor cannot be used without torchvision, whatever the folder holds.
+OLDEST = transformers.__version__.startswith("5.17.")
+IMAGE_PROCESSOR = getattr(transformers, "ViTImageProcessorPil" if OLDEST else "AutoImageProcessor")
 SIZE, PATCH = 32, 8
 GRID = (SIZE // PATCH, SIZE // PATCH)
 

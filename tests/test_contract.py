@@ -142,7 +142,11 @@ LOAD_ALL = """
 import json, sys, warnings
 warnings.simplefilter("error")
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+import transformers
+from transformers import AutoModel, AutoModelForPreTraining
+# In 5.17 AutoImageProcessor cannot be used without torchvision, whatever the folder holds.
+auto_class = "ViTImageProcessorPil" if transformers.__version__.startswith("5.17.") else "AutoImageProcessor"
+AutoImageProcessor = getattr(transformers, auto_class)
 assert not any(name in sys.modules for name in ("modeling", "hub", "training"))
 results = {}
 for method in sys.argv[2:]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import IMAGE_PROCESSOR, ROOT
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoModel
 
 import run_pretraining
 from training.launch import has_accelerator
@@ -58,7 +58,7 @@ def test_run__writes_the_layout(finished):
 
 
 def test_run__the_encoder_opens_and_its_processor_feeds_it(finished):
-    processor, encoder = AutoImageProcessor.from_pretrained(finished), AutoModel.from_pretrained(finished)
+    processor, encoder = IMAGE_PROCESSOR.from_pretrained(finished), AutoModel.from_pretrained(finished)
     inputs = processor(Image.open(PHOTOGRAPHS[0]), return_tensors="pt")
     assert inputs["pixel_values"].shape == (1, 3, 64, 64)
     output = encoder(**inputs)
@@ -110,7 +110,7 @@ def test_run__gray_and_rectangular_with_measured_statistics(tmp_path):
     folder = tmp_path / "out"
     flags = ["--num_channels", "1", "--image_size", "32", "64", "--mask_ratio", "0.6", "0.8", "--seed", "3"]
     assert run_pretraining.run([*SMALL, *flags, "--output_dir", str(folder)]) == 0
-    processor, encoder = AutoImageProcessor.from_pretrained(folder), AutoModel.from_pretrained(folder)
+    processor, encoder = IMAGE_PROCESSOR.from_pretrained(folder), AutoModel.from_pretrained(folder)
     assert encoder.config.image_size == [32, 64]
     assert len(processor.image_mean) == 1
     assert 0.2 < processor.image_mean[0] < 0.7
@@ -129,7 +129,7 @@ def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
 def test_two_processes__write_the_same_layout(tmp_path):
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    # Without --use_cpu transformers would start two jobs on a machine without an accelerator; the script sets it there.
+    # Without --use_cpu transformers starts two jobs on a machine without an accelerator; the script sets it there.
     flags = SMALL if has_accelerator() else [flag for flag in SMALL if flag != "--use_cpu"]
     command = [*launcher, str(ROOT / "run_pretraining.py"), *flags, "--output_dir", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
