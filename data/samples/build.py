@@ -78,7 +78,7 @@ def build_photographs(photographs: list[dict[str, str]], packages: Path, output:
 
 
 def crops(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
-    """Square crops of the image at several scales, as ("<short side>_<row>_<column>", crop), nearly flat ones left out."""
+    """Square crops at several scales, as ("<short side>_<row>_<column>", crop), nearly flat ones left out."""
     for short_side in _short_sides(min(image.size)):
         factor = short_side / min(image.size)
         resized = image.resize(
@@ -86,9 +86,6 @@ def crops(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
         )
         for row, top in enumerate(_offsets(resized.height)):
             for column, left in enumerate(_offsets(resized.width)):
-                # Every second tile of the finest scale: there neighbours resemble each other most, and space is short.
-                if short_side == max(SHORT_SIDES) and (row + column) % 2:
-                    continue
                 crop = resized.crop((left, top, left + CROP_SIZE, top + CROP_SIZE))
                 if textured_share(crop) >= MIN_TEXTURED_SHARE:
                     yield f"{short_side}_{row}_{column}", crop
