@@ -1,0 +1,1 @@
+"""What was learned: pictures and measurements of a pre-trained encoder."""
