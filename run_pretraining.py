@@ -34,7 +34,7 @@ from data.images import PretrainingImages, count_bad_images, measure_image_stats
 from data.sources import ImageSource, open_source
 from evaluation.pictures import MAX_ROWS, reconstruction_panel, training_curve
 from hub.export import PRETRAINING, export
-from hub.model_card import write_model_card
+from hub.model_card import shorten_paths, write_model_card
 from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import CpuEstimate, MimProgress, ReconstructionPanels, duration
@@ -356,9 +356,19 @@ def finish(trainer: MimTrainer, settings: Settings, images: Images, output_dir: 
     trainer.save_state()
     if trainer.is_world_process_zero():
         head = trainer.accelerator.unwrap_model(trainer.model)
-        export(head, output_dir, method=settings["method"], recipe=settings.as_recipe())
+        export(head, output_dir, method=settings["method"], recipe=_without_paths(settings.as_recipe()))
         write_card(trainer, settings, images, output_dir, argv)
     trainer.accelerator.wait_for_everyone()
+
+
+def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Folders of the user's machine do not belong into a config that goes to the Hub."""
+    return {
+        name: [shorten_paths(v) if isinstance(v, str) else v for v in value]
+        if isinstance(value, list)
+        else (shorten_paths(value) if isinstance(value, str) else value)
+        for name, value in recipe.items()
+    }
 
 
 def write_card(trainer: MimTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:

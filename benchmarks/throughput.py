@@ -1,7 +1,7 @@
-"""Training steps per second of our MAE against `ViTMAEForPreTraining`, side by side: `python -m benchmarks.throughput`.
+"""Training steps of our MAE against those of `ViTMAEForPreTraining`, side by side: `python -m benchmarks.throughput`.
 
-Both get the same sizes, batch, masks and AdamW, and take turns, so that what else the machine does hits both. The stock
-model's zero position tables are left as they are: they cost nothing and speed is all that is asked here.
+Both get the same sizes, batch, masks and AdamW, and take turns, so that what else the machine does hits both. The
+stock model's zero position tables are left as they are: they cost nothing and speed is all that is asked here.
 Writes benchmarks/throughput_<hardware>_<date>.md.
 """
 
@@ -58,7 +58,9 @@ def main() -> None:
     grid = (side // sizes["patch_size"],) * 2
     images = torch.randint(0, 256, (options.batch_size, 3, side, side), dtype=torch.uint8)
     items = [{"pixel_values": image, "image_index": i, "epoch": 0, "step": 0} for i, image in enumerate(images)]
-    batch = {k: v.to(options.device) if torch.is_tensor(v) else v for k, v in MaskingCollator(grid, 0.75)(items).items()}
+    batch = {
+        k: v.to(options.device) if torch.is_tensor(v) else v for k, v in MaskingCollator(grid, 0.75)(items).items()
+    }
     steps = {
         "ours": training_step(ours, batch, options.bf16),
         "stock": training_step(

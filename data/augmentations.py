@@ -7,27 +7,30 @@ Shapes: C channels, H W pixels of the crop.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from data.decoding import Box, load_crop
+from data.decoding import Box, load_crop, load_views
 
 _NUM_TRIES = 10
 _NUMBERS_PER_TRY = 4  # area, ratio, top, left
 
 
 class Transform(Protocol):
-    """From encoded bytes (or a file) to a uint8 tensor (C, H, W)."""
+    """From encoded bytes (or a file) to a uint8 tensor (C, H, W), or to several by their names in a batch."""
 
     @property
     def size(self) -> tuple[int, int]: ...
 
-    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor: ...
+    def __call__(
+        self, data: bytes | Path, num_channels: int, generator: torch.Generator
+    ) -> Tensor | dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,49 @@ class CenterCrop:
         crop_height, crop_width = scale * self.size[0], scale * self.size[1]
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
         return left, top, left + crop_width, top + crop_height
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """The same crop twice: for the encoder, and for the image tokenizer whose tokens it learns to predict.
+
+    Paper: Bao et al. 2021 (BEiT), arXiv:2106.08254, App. C; same box, flip and colours, the second by Lanczos.
+    Differs: the colours are jittered after the crop and not before it, so contrast turns about the crop's own mean.
+    """
+
+    crop: RandomResizedCrop | CenterCrop
+    second_size: tuple[int, int]
+    color_jitter: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.crop.size
+
+    def __call__(
+        self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        views = [(self.size, Image.Resampling.BICUBIC), (self.second_size, Image.Resampling.LANCZOS)]
+        if isinstance(self.crop, CenterCrop):
+            first, second = load_views(data, self.crop.choose_box, views, num_channels)
+        else:
+            assert generator is not None
+            *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
+            choose = partial(self.crop.choose_box, numbers=numbers)
+            factors = (1 + self.color_jitter * (2 * torch.rand(3, generator=generator) - 1)).tolist()
+            order = torch.randperm(3, generator=generator).tolist()
+            first, second = (
+                jitter_colors(horizontal_flip(view) if flip < 0.5 else view, factors, order)
+                for view in load_views(data, choose, views, num_channels)
+            )
+        return {"pixel_values": to_tensor(first), "tokenizer_pixel_values": to_tensor(second)}
+
+
+def jitter_colors(image: Image.Image, factors: list[float], order: list[int]) -> Image.Image:
+    """Brightness, contrast and saturation times their factors (1 = unchanged), in the given order."""
+    enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    for which in order:
+        image = enhancers[which](image).enhance(factors[which])
+    return image
 
 
 def horizontal_flip(image: Image.Image) -> Image.Image:

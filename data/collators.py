@@ -23,7 +23,7 @@ COUNTERS = ("epoch", "step", "image_index")
 class MaskingCollator:
     """Items of one batch -> {"pixel_values" (B, C, H, W), "bool_masked_pos" bool (B, N)}; True = hidden.
 
-    With `equal_num_masked` also "num_masked_patches", an int: read off the mask on the device, it would cost a wait.
+    "num_masked_patches" is an int, of the whole batch: counted on the device, it would cost a wait.
 
     Items of `PretrainingImages` carry `epoch`, `step` and `image_index`. The mask then depends on (seed, epoch,
     image_index) only: the same on any rank and worker, after a resume, and at every evaluation, where epoch is 0.
@@ -61,13 +61,14 @@ class MaskingCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {"pixel_values": _stack_images(features)}  # (B, C, H, W)
+        if "tokenizer_pixel_values" in features[0]:
+            batch["tokenizer_pixel_values"] = default_collate([item["tokenizer_pixel_values"] for item in features])
         if all(name in feature for feature in features for name in COUNTERS):
             masks = self._masks_by_counters(features)
         else:
             masks = self._masks_by_call(len(features))
         batch["bool_masked_pos"] = torch.stack(masks)  # (B, N)
-        if self.equal_num_masked:
-            batch["num_masked_patches"] = int(masks[0].sum())
+        batch["num_masked_patches"] = int(batch["bool_masked_pos"].sum())
         if self.with_image_index:
             batch["image_index"] = _stack_image_indices(features)  # (B,)
         return batch

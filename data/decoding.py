@@ -7,7 +7,7 @@ the EXIF orientation is applied; an animation gives its first frame. What cannot
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -104,11 +104,21 @@ def load_crop(
     The order matters for speed: knowing the crop first, a JPEG is decoded at 1/2, 1/4 or 1/8 scale whenever that still
     has at least the wanted pixels, and only the crop is converted, turned upright and resized.
     """
+    return load_views(data, choose_box, [(size, resample)], num_channels)[0]
+
+
+def load_views(
+    data: bytes | Path,
+    choose_box: Callable[[int, int], Box],
+    views: Sequence[tuple[tuple[int, int], Image.Resampling]],
+    num_channels: int,
+) -> list[Image.Image]:
+    """As `load_crop`, the crop resized to each of `views` ((height, width), filter); decoded once, for the largest."""
     with _opened(data) as image:
         header = _header(image)
         box = choose_box(header.width, header.height)
         with _pillow_errors_as_bad_image():
-            return _resized_crop(image, header, box, size, num_channels, resample)
+            return _resized_crops(image, header, box, views, num_channels)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -205,15 +215,14 @@ def _tiff_data_end(image: Image.Image) -> float:
     return math.inf
 
 
-def _resized_crop(
+def _resized_crops(
     image: Image.Image,
     header: Header,
     box: Box,
-    size: tuple[int, int],
+    views: Sequence[tuple[tuple[int, int], Image.Resampling]],
     num_channels: int,
-    resample: Image.Resampling,
-) -> Image.Image:
-    height, width = size
+) -> list[Image.Image]:
+    height, width = (max(size[axis] for size, _ in views) for axis in (0, 1))
     orientation = header.orientation
     image = _stretched(image)
     box = _orient_box(box, header.width, header.height, _INVERSE_ORIENTATION.get(orientation, orientation))
@@ -227,7 +236,7 @@ def _resized_crop(
     if orientation > 1:
         box = _orient_box(box, crop.width, crop.height, orientation)
         crop = crop.transpose(_TRANSPOSE[orientation])
-    return crop.resize((width, height), resample, box)
+    return [crop.resize((width, height), resample, box) for (height, width), resample in views]
 
 
 def _draft(image: Image.Image, box: Box, size: tuple[int, int], num_channels: int) -> int:

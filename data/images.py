@@ -74,8 +74,9 @@ class PretrainingImages(Dataset[dict[str, Any]]):
 
     def item(self, image_index: int, epoch: int, step: int = 0) -> dict[str, Any]:
         """What a batch of that epoch holds for this image."""
-        image_index, pixel_values = self._load(image_index, epoch)
-        return {"pixel_values": pixel_values, "image_index": image_index, "epoch": epoch, "step": step}
+        image_index, pixels = self._load(image_index, epoch)
+        views = pixels if isinstance(pixels, dict) else {"pixel_values": pixels}
+        return {**views, "image_index": image_index, "epoch": epoch, "step": step}
 
     def name(self, image_index: int) -> str:
         return self.source.name(int(self.indices[image_index]))
@@ -101,7 +102,7 @@ class PretrainingImages(Dataset[dict[str, Any]]):
             self._epoch_of_order = epoch
         return int(self._order[position])
 
-    def _load(self, image_index: int, epoch: int) -> tuple[int, Tensor]:
+    def _load(self, image_index: int, epoch: int) -> tuple[int, Tensor | dict[str, Tensor]]:
         """Pixels (C, H, W) of the image, or of the first readable one drawn in its place."""
         candidate = image_index
         for attempt in range(1 + _NUM_REPLACEMENTS):

@@ -24,6 +24,7 @@ for _file in pkgutil.iter_modules(__path__):
             AutoModelForPreTraining.register(_config_class, _class, exist_ok=True)
             _config_class.register_for_auto_class()  # save_pretrained then copies the code beside the weights
             _class.register_for_auto_class("AutoModelForPreTraining")
-            HEADS[_file.name], CONFIGS[_file.name] = _class, _config_class
+            _method = _config_class.model_type.removeprefix("mim_").replace("_", "-")
+            HEADS[_method], CONFIGS[_method] = _class, _config_class
 
 __all__ = ["CONFIGS", "HEADS", "MimConfig", "MimOutput", "MimPreTrainedModel"]

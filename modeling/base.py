@@ -51,7 +51,7 @@ class MimConfig(PreTrainedConfig):
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     # Trainer would gather every prediction of the whole evaluation set; it wants a list.
-    keys_to_ignore_at_inference = ["logits"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["logits", "accuracy"]  # noqa: RUF012
 
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in fields(self)}
@@ -72,10 +72,15 @@ class MimConfig(PreTrainedConfig):
 
 @dataclass
 class MimOutput(ModelOutput):
-    """`loss`: scalar, float32. `logits` (B, M, K): predictions at the M hidden patches of each image, row-major."""
+    """What a head returns.
+
+    `loss`: scalar, float32. `logits` (B, M, K): predictions at the M hidden patches of each image, row-major, or (sum
+    of M, K) where images may hide unequal numbers. `accuracy`: share of hidden patches whose token was predicted.
+    """
 
     loss: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    accuracy: torch.Tensor | None = None
 
 
 class MimPreTrainedModel(PreTrainedModel):

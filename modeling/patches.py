@@ -48,7 +48,7 @@ def visible_then_hidden(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, N) mask -> indices of the visible (B, V) and of the hidden (B, M) patches, each in row-major order.
 
-    `num_masked_patches` (M) comes with the batch from the collator; without it M is read from the mask, which on an
+    `num_masked_patches`, of the whole batch, comes from the collator; without it the mask is counted, which on an
     accelerator waits for the device.
 
     Raises:
@@ -63,9 +63,23 @@ def visible_then_hidden(
                 f"every image of a batch must hide the same number of patches, at least one; got {counts.tolist()}: "
                 "use a mask strategy with exact counts"
             )
-        num_masked_patches = int(most)
+        num_masked_patches = int(most) * len(bool_masked_pos)
+    num_hidden = num_masked_patches // len(bool_masked_pos)
     order = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N): False sorts before True
-    return order.split([num_patches - num_masked_patches, num_masked_patches], dim=1)
+    return order.split([num_patches - num_hidden, num_hidden], dim=1)
+
+
+def hidden_places(bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None) -> torch.Tensor:
+    """(B, N) mask -> places of the hidden patches in the flattened batch, row-major; counts may differ.
+
+    `num_masked_patches` as in `visible_then_hidden`. ValueError if nothing is hidden: there would be no loss.
+    """
+    if num_masked_patches is None:
+        num_masked_patches = int(bool_masked_pos.sum())
+    if num_masked_patches == 0:
+        raise ValueError("no image of the batch hides a patch, so there is nothing to predict: raise --mask_ratio")
+    shown_last = (~bool_masked_pos).flatten().to(torch.uint8)
+    return shown_last.argsort(stable=True)[:num_masked_patches]
 
 
 def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,11 @@ def describe_log(logs: dict[str, Any]) -> str:
         parts.append(f"lr {logs.get('learning_rate', 0):.2e}")
     if "eval_loss" in logs:
         parts.append(f"held-out loss {logs['eval_loss']:.4f}")
+    for prefix, name in (("", ""), ("eval_", "held-out ")):
+        if f"{prefix}accuracy" in logs:
+            parts.append(f"{name}token accuracy {logs[f'{prefix}accuracy']:.1%}")
+    if "eval_most_frequent_share" in logs:
+        parts.append(f"(the most frequent token: {logs['eval_most_frequent_share']:.1%})")
     if "images_per_second" in logs:
         parts.append(f"{logs['images_per_second']:.3g} images/s")
         parts.append(f"waits {logs['data_wait_share']:.0%} for data")

@@ -6,6 +6,7 @@ Shapes: B images of a micro-batch.
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,10 @@ class MimTrainer(Trainer):
     - a non-finite loss, gradient or weight stops the run before anything is saved (`training.guard`);
     - a checkpoint is written before the first step: there always is a good one, and a full disk shows at once;
     - images per second, the share of time spent waiting for data, images seen and time left are logged with the loss;
-    - a head with `update_teacher(progress)` is called after each optimizer step.
+    - a head with `update_teacher(progress)` is called after each optimizer step;
+    - where images may hide unequal numbers of patches, every hidden patch of a step counts alike, however they lie in
+      micro-batches and processes;
+    - `make_labels` (`training.targets`) turns the batch's `tokenizer_pixel_values` into `labels`, on the device.
     """
 
     model: PreTrainedModel
@@ -40,7 +44,9 @@ class MimTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.output_dir = Path(str(self.args.output_dir))
         self.guard = NonFiniteGuard(self.args.device, gradients_may_overflow=self.args.fp16)
-        self._meter = _Meter()
+        self.make_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._num_masked_in_step: torch.Tensor | None = None  # over all micro-batches and processes
+        self._meter, self._accuracy = _Meter(), _AccuracyMeter()
         self._micro_step = 0
         self.add_callback(_StepHooks(self))
 
@@ -63,14 +69,22 @@ class MimTrainer(Trainer):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
-        batches = super().get_batch_samples(*args, **kwargs)
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._meter.seconds_waiting += time.perf_counter() - start
-        return batches
+        self._num_masked_in_step = self._count_masked(batches)
+        return batches, num_items
+
+    def _count_masked(self, batches: list[dict[str, Any]]) -> torch.Tensor | None:
+        if getattr(self.model, "needs_equal_num_masked", True) or "num_masked_patches" not in batches[0]:
+            return None
+        count = torch.tensor(float(sum(batch["num_masked_patches"] for batch in batches)), device=self.args.device)
+        return self.accelerator.reduce(count, reduction="sum")
 
     # ---- one step ----
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         image_index = inputs.pop("image_index", None)  # (B,)
+        inputs = self._with_labels(inputs)
         self._reseed()
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.guard.watch_loss(loss, image_index, self.state.global_step)
@@ -78,7 +92,31 @@ class MimTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop("image_index", None)
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        return super().prediction_step(model, self._with_labels(inputs), *args, **kwargs)
+
+    def _with_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.make_labels is None:
+            return inputs
+        inputs = self._prepare_inputs(inputs)
+        return {**inputs, "labels": self.make_labels(inputs.pop("tokenizer_pixel_values"))}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        num_masked = inputs.get("num_masked_patches")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if outputs.get("accuracy") is not None and num_masked is not None:
+            self._accuracy.add(model.training, outputs["accuracy"], num_masked, inputs)
+        if model.training and self._num_masked_in_step is not None:
+            # The head's mean over its own hidden patches -> this micro-batch's share of the whole step's mean; Trainer
+            # and DDP will divide by the numbers of micro-batches and processes.
+            num_shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            loss = loss * (num_masked * num_shares / self._num_masked_in_step)
+        return (loss, outputs) if return_outputs else loss
 
     def _reseed(self) -> None:
         """Dropout and drop path draw from the global generator: tie it to the step, or a resumed run draws anew."""
@@ -151,7 +189,7 @@ class MimTrainer(Trainer):
 
     @torch.no_grad()
     def _has_finite_loss(self, item: dict[str, Any]) -> bool:
-        batch = self._prepare_inputs(self.data_collator([item]))
+        batch = self._with_labels(self._prepare_inputs(self.data_collator([item])))
         batch.pop("image_index", None)
         with self.compute_loss_context_manager():
             return bool(torch.isfinite(self.model(**batch).loss))
@@ -181,6 +219,9 @@ class MimTrainer(Trainer):
             images_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps_left = self.state.max_steps - self.state.global_step
             logs.update(self._meter.read(self.state.global_step, images_per_step, steps_left))
+            logs.update(self._accuracy.read(self.accelerator, training=True))
+        elif "eval_loss" in logs:
+            logs.update(self._accuracy.read(self.accelerator, training=False))
         super().log(logs, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -224,6 +265,32 @@ class _StepHooks(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._meter.start(state.global_step)
+
+
+class _AccuracyMeter:
+    """Share of hidden patches whose token was predicted; in evaluation also that of the most frequent token."""
+
+    def __init__(self) -> None:
+        self._sums: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # training or not -> (2,) correct, counted
+        self._histogram: torch.Tensor | None = None  # (K,) tokens of hidden patches, in evaluation
+
+    def add(self, training: bool, accuracy: torch.Tensor, num_masked: int, inputs: dict[str, Any]) -> None:
+        """Waits for nothing in training."""
+        sums = torch.stack([accuracy.detach() * num_masked, torch.full_like(accuracy, num_masked)])
+        self._sums[training] = [sums + before for before in self._sums[training]] or [sums]
+        if not training:
+            tokens = torch.bincount(inputs["labels"][inputs["bool_masked_pos"]], minlength=65536)
+            self._histogram = tokens if self._histogram is None else self._histogram + tokens
+
+    def read(self, accelerator: Any, training: bool) -> dict[str, float]:
+        if not self._sums[training]:
+            return {}
+        correct, counted = accelerator.reduce(self._sums[training].pop(), reduction="sum").tolist()
+        if training:
+            return {"accuracy": correct / counted}
+        assert self._histogram is not None
+        tokens, self._histogram = accelerator.reduce(self._histogram, reduction="sum"), None
+        return {"eval_accuracy": correct / counted, "eval_most_frequent_share": (tokens.max() / tokens.sum()).item()}
 
 
 class _Meter:
