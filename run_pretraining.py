@@ -23,16 +23,16 @@ import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForPreTraining, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from data.augmentations import CenterCrop, RandomResizedCrop
+from data.augmentations import CenterCrop, RandomResizedCrop, Transform, TwoViews
 from data.collators import MaskingCollator
 from data.image_checks import Checked, check_images
 from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_held_out
 from data.sources import ImageSource, open_source
-from evaluation.pictures import MAX_ROWS, reconstruction_panel, training_curve
+from evaluation.pictures import MAX_ROWS, labelled_grid, reconstruction_panel, training_curve
 from hub.export import PRETRAINING, export
 from hub.model_card import shorten_paths, write_model_card
 from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
@@ -43,6 +43,8 @@ from training.guard import NonFiniteError
 from training.launch import check_world, has_accelerator, restore_threads
 from training.plan import Machine, Plan, make_plan
 from training.settings import Settings, load_settings
+from training.targets import CHOICES as TOKENIZER_CHOICES
+from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
 from training.trainer import MimTrainer
 
 QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.yaml"
@@ -85,8 +87,9 @@ def main(argv: list[str]) -> None:
     if (note := restore_threads()) and use_cpu:
         say(f"note: {note}")
 
+    tokenizer = open_tokenizer(settings)
     images = _first_on_main(state, lambda: find_images(settings))
-    config = head_config(settings, images)
+    config = head_config(settings, images, tokenizer)
     collator = build_collator(settings, config)
     machine = find_machine(state, use_cpu)
     found = f"{images.source.describe()}: {images.summary}"
@@ -99,7 +102,7 @@ def main(argv: list[str]) -> None:
         return
 
     checkpoint = _first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say))
-    trainer = build_trainer(settings, plan, config, collator, images)
+    trainer = build_trainer(settings, plan, config, collator, images, tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
     say(
@@ -135,7 +138,34 @@ def find_images(settings: Settings) -> Images:
     return Images(source, good[train], source, good[held_out], checked.bad, checked.summary.describe())
 
 
-def head_config(settings: Settings, images: Images) -> MimConfig:
+@dataclass
+class Tokenizer:
+    """An image tokenizer with the view that it wants: one token per patch."""
+
+    model: PreTrainedModel
+    view_size: tuple[int, int]
+    vocab_size: int
+
+
+def open_tokenizer(settings: Settings) -> Tokenizer | None:
+    """What `--tokenizer` names, checked against the patches; never a substitute.
+
+    Raises:
+        ValueError: the method needs one and none is given, or the other way round, or it does not fit.
+    """
+    name, needed = settings["tokenizer"], HEADS[settings["method"]].needs_tokenizer
+    if not needed:
+        if name:
+            raise ValueError(f"--tokenizer {name} has no effect with --method {settings['method']}; leave it out")
+        return None
+    if not name:
+        raise ValueError(TOKENIZER_CHOICES.format(dataset=shlex.join(settings["dataset"])))
+    model = load_tokenizer(name)
+    view_size, vocab_size = tokenizer_view(model, name, patch_grid(settings.image_size, settings["patch_size"]))
+    return Tokenizer(model, view_size, vocab_size)
+
+
+def head_config(settings: Settings, images: Images, tokenizer: Tokenizer | None = None) -> MimConfig:
     """The method's own config: the encoder's sizes, the head's settings, and how pixels are standardised."""
     stats: dict[str, Any] = {}
     if settings["image_stats"] == "auto":
@@ -144,7 +174,11 @@ def head_config(settings: Settings, images: Images) -> MimConfig:
             images.source, images.train, crop, settings["num_channels"], settings["seed"], 1, None, train=False
         )
         stats = dict(zip(("image_mean", "image_std"), measure_image_stats(measured), strict=True))
-    return CONFIGS[settings["method"]](encoder_config=settings.encoder_settings(), **settings.head_settings(), **stats)
+    if tokenizer is not None:
+        stats["vocab_size"] = tokenizer.vocab_size
+    return CONFIGS[settings["method"]](
+        encoder_config=settings.encoder_settings(), **{**settings.head_settings(), **stats}
+    )
 
 
 def count_parameters(config: MimConfig) -> int:
@@ -255,7 +289,12 @@ def build_collator(settings: Settings, config: MimConfig) -> MaskingCollator:
 
 
 def build_trainer(
-    settings: Settings, plan: Plan, config: MimConfig, collator: MaskingCollator, images: Images
+    settings: Settings,
+    plan: Plan,
+    config: MimConfig,
+    collator: MaskingCollator,
+    images: Images,
+    tokenizer: Tokenizer | None = None,
 ) -> MimTrainer:
     """Everything of the run as objects: data, masks, head, trainer and what a person sees."""
     output_dir = plan.output_dir
@@ -265,10 +304,12 @@ def build_trainer(
     head = AutoModelForPreTraining.from_config(config)
     height, width = settings.image_size
     ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # a wide crop for a wide input, not a squashed one
-    crop = RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio)
+    jitter = settings["color_jitter"]
+    crop = RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio, color_jitter=jitter)
 
     def dataset(source: ImageSource, indices: np.ndarray, train: bool) -> PretrainingImages:
-        transform = crop if train else CenterCrop(settings.image_size)
+        view = crop if train else CenterCrop(settings.image_size)
+        transform: Transform = view if tokenizer is None else TwoViews(view, tokenizer.view_size)
         bad_images = output_dir / BAD_IMAGES_FILE
         return PretrainingImages(
             *(
@@ -298,6 +339,12 @@ def build_trainer(
     batch = collator([shown[index] for index in panel_indices(len(shown))])
     board = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
     draw = panel_drawer(settings["method"])
+    if tokenizer is not None:
+        trainer.make_labels = TokenizerLabels(tokenizer.model, arguments.device)
+        draw = token_panel_drawer(settings["method"], trainer.make_labels)
+    if tokenizer is not None and not hasattr(tokenizer.model, "decode"):
+        print("note: this tokenizer has no decoder, so there are no reconstruction panels", file=sys.stderr)
+        return trainer
     trainer.add_callback(ReconstructionPanels(output_dir / "panels", batch, draw, board[0] if board else None))
     return trainer
 
@@ -333,12 +380,43 @@ def panel_drawer(method: str) -> Callable[[MimPreTrainedModel, dict[str, Any], i
             mask,
             head.predicted_patches(logits, mask),
             patch_size=(side, side),
-            norm_pix_loss=head.config.norm_pix_loss,
+            norm_pix_loss=getattr(head.config, "norm_pix_loss", False),
             image_mean=head.config.image_mean,
             image_std=head.config.image_std,
             method=method,
             step=step,
             eval_loss=eval_loss,
+        )
+
+    return draw
+
+
+def token_panel_drawer(
+    method: str, make_labels: TokenizerLabels
+) -> Callable[[MimPreTrainedModel, dict[str, Any], int, float | None], Image.Image]:
+    """What the tokenizer's decoder makes of all true tokens, and of true ones with the hidden ones predicted."""
+
+    def draw(head: MimPreTrainedModel, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
+        mask = batch["bool_masked_pos"]
+        labels = make_labels(batch["tokenizer_pixel_values"])
+        predicted = labels.clone()
+        predicted[mask] = head(batch["pixel_values"], mask, return_loss=False).logits.argmax(-1)
+        views = batch["tokenizer_pixel_values"].float().cpu() / 255
+        grid = patch_grid(head.config.encoder_config.image_size, head.config.encoder_config.patch_size)
+        hidden = torch.nn.functional.interpolate(mask.view(-1, 1, *grid).float(), views.shape[2:]).bool().cpu()
+
+        def decoded(tokens: torch.Tensor) -> torch.Tensor:
+            return make_labels.tokenizer.decode(tokens.view(-1, *grid)).float().clamp(0, 1).cpu()
+
+        footer = f"{method}  ·  step {step:,}" + (f"  ·  eval loss {eval_loss:.4g}" if eval_loss is not None else "")
+        return labelled_grid(
+            {
+                "tokenizer's view": views,
+                "masked": views.masked_fill(hidden, 0.5),
+                "decoded from its own tokens": decoded(labels),
+                "decoded, hidden tokens predicted": decoded(predicted),
+            },
+            footer,
         )
 
     return draw

@@ -6,6 +6,7 @@ Shapes: C channels, H W pixels of the crop.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from data.decoding import Box, load_crop, load_views
+from data.decoding import Box, View, load_crop, load_views
 
 _NUM_TRIES = 10
 _NUMBERS_PER_TRY = 4  # area, ratio, top, left
@@ -41,23 +42,34 @@ class RandomResizedCrop:
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Image.Resampling = Image.Resampling.BICUBIC
+    color_jitter: float = 0.0
 
     def __post_init__(self) -> None:
         _check_size(self.size)
+        if not 0 <= self.color_jitter < 1:
+            raise ValueError(f"color_jitter is {self.color_jitter}, expected 0 (none) to below 1")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"scale is {self.scale}, expected 0 < smallest <= largest <= 1, the share of the area")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is {self.ratio}, expected 0 < smallest <= largest, width over height")
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor:
+        return to_tensor(self.views(data, num_channels, generator, [(self.size, self.interpolation)])[0])
+
+    def views(
+        self, data: bytes | Path, num_channels: int, generator: torch.Generator, views: Sequence[View]
+    ) -> list[Image.Image]:
+        """The same crop, flip and colours at several sizes."""
         # One call for all the numbers that any picture could need: the draws do not depend on the picture's size.
         *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
-
-        def choose_box(width: int, height: int) -> Box:
-            return self.choose_box(width, height, numbers)
-
-        image = load_crop(data, choose_box, self.size, num_channels, self.interpolation)
-        return to_tensor(horizontal_flip(image) if flip < 0.5 else image)
+        images = load_views(data, partial(self.choose_box, numbers=numbers), views, num_channels)
+        if flip < 0.5:
+            images = [horizontal_flip(image) for image in images]
+        if not self.color_jitter:
+            return images
+        factors = (1 + self.color_jitter * (2 * torch.rand(3, generator=generator) - 1)).tolist()
+        order = torch.randperm(3, generator=generator).tolist()
+        return [jitter_colors(image, factors, order) for image in images]
 
     def choose_box(self, width: int, height: int, numbers: list[float]) -> Box:
         """The first of ten tries that fits in the picture, else the largest central part with an allowed ratio."""
@@ -110,9 +122,8 @@ class TwoViews:
     Differs: the colours are jittered after the crop and not before it, so contrast turns about the crop's own mean.
     """
 
-    crop: RandomResizedCrop | CenterCrop
+    crop: "RandomResizedCrop | CenterCrop"
     second_size: tuple[int, int]
-    color_jitter: float
 
     @property
     def size(self) -> tuple[int, int]:
@@ -123,18 +134,11 @@ class TwoViews:
     ) -> dict[str, Tensor]:
         views = [(self.size, Image.Resampling.BICUBIC), (self.second_size, Image.Resampling.LANCZOS)]
         if isinstance(self.crop, CenterCrop):
-            first, second = load_views(data, self.crop.choose_box, views, num_channels)
+            images = load_views(data, self.crop.choose_box, views, num_channels)
         else:
             assert generator is not None
-            *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
-            choose = partial(self.crop.choose_box, numbers=numbers)
-            factors = (1 + self.color_jitter * (2 * torch.rand(3, generator=generator) - 1)).tolist()
-            order = torch.randperm(3, generator=generator).tolist()
-            first, second = (
-                jitter_colors(horizontal_flip(view) if flip < 0.5 else view, factors, order)
-                for view in load_views(data, choose, views, num_channels)
-            )
-        return {"pixel_values": to_tensor(first), "tokenizer_pixel_values": to_tensor(second)}
+            images = self.crop.views(data, num_channels, generator, views)
+        return {"pixel_values": to_tensor(images[0]), "tokenizer_pixel_values": to_tensor(images[1])}
 
 
 def jitter_colors(image: Image.Image, factors: list[float], order: list[int]) -> Image.Image:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright picture
+View = tuple[tuple[int, int], Image.Resampling]  # (height, width) and the filter that resizes to it
 
 EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -110,7 +111,7 @@ def load_crop(
 def load_views(
     data: bytes | Path,
     choose_box: Callable[[int, int], Box],
-    views: Sequence[tuple[tuple[int, int], Image.Resampling]],
+    views: Sequence[View],
     num_channels: int,
 ) -> list[Image.Image]:
     """As `load_crop`, the crop resized to each of `views` ((height, width), filter); decoded once, for the largest."""
@@ -219,7 +220,7 @@ def _resized_crops(
     image: Image.Image,
     header: Header,
     box: Box,
-    views: Sequence[tuple[tuple[int, int], Image.Resampling]],
+    views: Sequence[View],
     num_channels: int,
 ) -> list[Image.Image]:
     height, width = (max(size[axis] for size, _ in views) for axis in (0, 1))

@@ -83,11 +83,22 @@ class MimOutput(ModelOutput):
     accuracy: torch.Tensor | None = None
 
 
-class MimPreTrainedModel(PreTrainedModel):
+class InitialisesEveryModule:
+    """Mix-in for our models: `_init_weights` is called for every module, blocks included.
+
+    In code that is not its own, transformers passes over modules that own no tensor directly, lest loaded weights be
+    drawn anew; a block could not redraw its projections. `transformers.initialization` spares loaded weights anyway.
+    """
+
+    def _initialize_weights(self, module: torch.nn.Module, is_custom_code: bool = False) -> None:
+        super()._initialize_weights(module)  # type: ignore[misc]
+
+
+class MimPreTrainedModel(InitialisesEveryModule, PreTrainedModel):
     """Base of the heads. A head is `encoder` plus what goes away after pre-training, and never draws a mask itself.
 
     `frozen_parameters` are names (of this model) that must never train. With `needs_equal_num_masked`
-    all images of a batch must hide equally many patches.
+    all images of a batch must hide equally many patches; with `needs_tokenizer` it predicts `labels`, visual tokens.
     """
 
     config: MimConfig
@@ -102,6 +113,7 @@ class MimPreTrainedModel(PreTrainedModel):
     # Without it, Trainer takes a head with `labels` for one that divides by num_items_in_batch, and accumulates sums.
     accepts_loss_kwargs = False
     needs_equal_num_masked: ClassVar[bool] = False
+    needs_tokenizer: ClassVar[bool] = False
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
 
     def post_init(self) -> None:

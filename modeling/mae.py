@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTModel
 from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .base import MimConfig, MimOutput, MimPreTrainedModel
+from .base import InitialisesEveryModule, MimConfig, MimOutput, MimPreTrainedModel
 from .patches import (
     init_like_mae,
     patch_grid,
@@ -52,7 +52,7 @@ class MaeConfig(MimConfig):
         )
 
 
-class MaeEncoder(ViTModel):
+class MaeEncoder(InitialisesEveryModule, ViTModel):
     """A ViTModel, name for name; it only starts differently and can be given a part of the patches."""
 
     # Initialisation lives here because transformers never runs a parent's `_init_weights` on a nested model.

@@ -97,6 +97,31 @@ def test_norm_pix__zero_prediction_of_noise_and_constant_patches():
     assert model.pixel_loss(torch.zeros(1, 1, 768), torch.full((1, 1, 768), 0.7)).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_init__is_the_authors():
+    model = MaeForPreTraining(MaeConfig(encoder_config={"num_hidden_layers": 2}, decoder_num_hidden_layers=1))
+    embeddings, block = model.encoder.embeddings, model.encoder.layers[1]
+    assert embeddings.patch_embeddings.projection.weight.abs().max().item() == pytest.approx(0.0625, rel=0.01)
+    assert embeddings.patch_embeddings.projection.bias.abs().max().item() <= 1 / 768**0.5
+    for linear, fan_in_and_out in {
+        block.attention.q_proj: 4 * 768,  # as a third of one fused (3D, D) matrix
+        block.attention.k_proj: 4 * 768,
+        block.attention.v_proj: 4 * 768,
+        block.attention.o_proj: 2 * 768,
+        block.mlp.fc1: 5 * 768,
+        block.mlp.fc2: 5 * 768,
+        model.decoder_layers[0].attention.k_proj: 4 * 512,
+        model.decoder_embed: 768 + 512,
+        model.decoder_pred: 768 + 512,
+    }.items():
+        assert linear.weight.abs().max().item() == pytest.approx((6 / fan_in_and_out) ** 0.5, rel=0.01)
+        assert not linear.bias.any()
+    for token in (embeddings.cls_token, model.mask_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.15)
+    assert torch.equal(embeddings.position_embeddings, sincos_positions((14, 14), 768))
+    assert torch.equal(model.decoder_positions, sincos_positions((14, 14), 512))
+    assert {module.eps for module in model.modules() if isinstance(module, torch.nn.LayerNorm)} == {1e-6}
+
+
 def test_config__an_image_size_that_the_patch_size_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="225 x 225 is not a multiple of patch size 16"):
         MaeConfig(encoder_config={**tiny_encoder(), "image_size": 225})

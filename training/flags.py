@@ -30,6 +30,8 @@ class DataFlags:
     max_bad_fraction: float = 0.05
     image_stats: Literal["preset", "auto"] | None = None
     crop_scale: list[float] | None = None
+    color_jitter: float = 0.0
+    tokenizer: str | None = None
 
 
 @dataclass
@@ -131,6 +133,8 @@ HELP_TEXTS = {
     "image_stats": "standardise with ImageNet's mean and deviation (preset) or these images' own (auto) "
     "(default: preset for colour, auto for gray)",
     "crop_scale": "smallest and largest share of a picture that a training crop shows (default: the method's)",
+    "color_jitter": "change brightness, contrast and saturation by up to this share (default: the method's)",
+    "tokenizer": "for beit: folder or Hub id of the image tokenizer whose tokens are predicted",
     "mask_ratio": "share of the patches that is hidden, or lowest and highest to draw it from (default: the method's)",
     "mask_strategy": "which patches are hidden (default: the method's)",
     "mask_unit": "side in patches of the cells that 'random-unit' hides",
