@@ -1,5 +1,5 @@
 PYTHON ?= python
-CODE = modeling data training evaluation hub run_pretraining.py
+CODE = modeling data training evaluation hub run_pretraining.py run_tokenizer.py
 
 .PHONY: style check test test-slow test-oldest
 

@@ -33,7 +33,7 @@ from data.image_checks import Checked, check_images
 from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_held_out
 from data.sources import ImageSource, open_source
 from evaluation.pictures import MAX_ROWS, labelled_grid, reconstruction_panel, training_curve
-from hub.export import PRETRAINING, export
+from hub.export import PRETRAINING, export, native_root_problem
 from hub.model_card import shorten_paths, write_model_card
 from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
@@ -63,7 +63,7 @@ FREE_TO_CHANGE = (
     "max_bad",
 )
 # Settings that a checkpoint cannot be read without.
-SHAPES = ("model", "method", "image_size", "patch_size", "num_channels", "decoder_")
+SHAPES = ("model", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size")
 
 
 @dataclass
@@ -83,30 +83,33 @@ def main(argv: list[str]) -> None:
     use_cpu = settings["use_cpu"] or not has_accelerator()
     state = PartialState(cpu=use_cpu)
     check_world(state.num_processes)
-    say = _only_on(state)
+    say = printer(state)
     if (note := restore_threads()) and use_cpu:
         say(f"note: {note}")
 
     tokenizer = open_tokenizer(settings)
-    images = _first_on_main(state, lambda: find_images(settings))
+    images = first_on_main(state, lambda: find_images(settings))
     config = head_config(settings, images, tokenizer)
     collator = build_collator(settings, config)
     machine = find_machine(state, use_cpu)
     found = f"{images.source.describe()}: {images.summary}"
-    plan = make_plan(settings, machine, len(images.train), len(images.held_out), count_parameters(config), found)
+    blank = without_weights(config)
+    plan = make_plan(settings, machine, len(images.train), len(images.held_out), blank.num_parameters(), found)
     output_dir = plan.output_dir
     say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     for name, reason in images.bad[:10]:
         say(f"note: left out {name}: {reason}")
+    if problem := native_root_problem(blank):
+        say(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
     if settings["dry_run"]:
         return
 
-    checkpoint = _first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say))
+    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say))
     trainer = build_trainer(settings, plan, config, collator, images, tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
     say(
-        f"{output_dir}: encoder for AutoModel.from_pretrained, whole model in {PRETRAINING}/, "
+        f"{output_dir}: {'' if problem else 'encoder for AutoModel.from_pretrained, '}whole model in {PRETRAINING}/, "
         "pictures in panels/, card in README.md"
     )
     if hasattr(trainer, "end"):  # absent in transformers 5.17
@@ -175,15 +178,20 @@ def head_config(settings: Settings, images: Images, tokenizer: Tokenizer | None 
         )
         stats = dict(zip(("image_mean", "image_std"), measure_image_stats(measured), strict=True))
     if tokenizer is not None:
+        if settings.is_given("vocab_size") and settings["vocab_size"] != tokenizer.vocab_size:
+            raise ValueError(
+                f"--vocab_size {settings['vocab_size']}: the tokenizer has {tokenizer.vocab_size} codes; leave it out"
+            )
         stats["vocab_size"] = tokenizer.vocab_size
     return CONFIGS[settings["method"]](
         encoder_config=settings.encoder_settings(), **{**settings.head_settings(), **stats}
     )
 
 
-def count_parameters(config: MimConfig) -> int:
+def without_weights(config: MimConfig) -> MimPreTrainedModel:
+    """The head, without memory for its weights."""
     with torch.device("meta"):
-        return AutoModelForPreTraining.from_config(config).num_parameters()
+        return AutoModelForPreTraining.from_config(config)
 
 
 def _check(source: ImageSource, settings: Settings) -> Checked:
@@ -194,16 +202,22 @@ def _check(source: ImageSource, settings: Settings) -> Checked:
 
 
 def prepare_output_dir(
-    output_dir: Path, settings: Settings, images: Images, say: Callable[[str], None]
+    output_dir: Path,
+    settings: Settings,
+    images: Images,
+    say: Callable[[str], None],
+    written_last: str = f"{PRETRAINING}/config.json",
 ) -> Path | None:
     """Decide between a new run, a continued one and a refusal; returns the checkpoint to continue from.
+
+    A folder with the file `written_last` holds a finished run.
 
     Raises:
         ValueError: the folder holds a finished run, or one that cannot or must not be continued.
     """
     if settings["overwrite"]:
         _delete_old_run(output_dir)
-    if (output_dir / PRETRAINING / "config.json").exists():
+    if (output_dir / written_last).exists():
         raise ValueError(
             f"{output_dir} holds a finished run, which is not touched: add --overwrite to start anew in its place, "
             "or give another --output_dir"
@@ -277,12 +291,23 @@ def _delete_old_run(output_dir: Path) -> None:
 
 
 def build_collator(settings: Settings, config: MimConfig) -> MaskingCollator:
+    """Masks for the encoder's patches.
+
+    Raises:
+        ValueError: the masks would hide a part of what the encoder merges into one token.
+    """
+    side = config.prediction_side
+    if settings.mask_unit * settings["patch_size"] % side:
+        raise ValueError(
+            f"--model {settings['model']} makes one token of {side} x {side} pixels, which a mask must hide whole: "
+            f"use --mask_strategy random-unit with a --mask_unit of {side} or a multiple"
+        )
     return MaskingCollator(
         grid=patch_grid(config.encoder_config.image_size, config.encoder_config.patch_size),
         mask_ratio=settings.mask_ratio,
         strategy=settings["mask_strategy"],
         seed=settings["seed"],
-        mask_unit=settings["mask_unit"],
+        mask_unit=settings.mask_unit,
         equal_num_masked=HEADS[settings["method"]].needs_equal_num_masked,
         with_image_index=True,
     )
@@ -305,10 +330,11 @@ def build_trainer(
     height, width = settings.image_size
     ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # a wide crop for a wide input, not a squashed one
     jitter = settings["color_jitter"]
-    crop = RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio, color_jitter=jitter)
+    resampling = Image.Resampling[settings["interpolation"].upper()]
+    crop = RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio, resampling, jitter)
 
     def dataset(source: ImageSource, indices: np.ndarray, train: bool) -> PretrainingImages:
-        view = crop if train else CenterCrop(settings.image_size)
+        view = crop if train else CenterCrop(settings.image_size, resampling)
         transform: Transform = view if tokenizer is None else TwoViews(view, tokenizer.view_size)
         bad_images = output_dir / BAD_IMAGES_FILE
         return PretrainingImages(
@@ -329,6 +355,7 @@ def build_trainer(
     trainer = MimTrainer(
         model=head, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=collator
     )
+    trainer.lr_drop_step = plan.lr_drop_step
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(MimProgress())
@@ -374,11 +401,11 @@ def panel_drawer(method: str) -> Callable[[MimPreTrainedModel, dict[str, Any], i
     def draw(head: MimPreTrainedModel, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
         mask = batch["bool_masked_pos"]
         logits = head(batch["pixel_values"], mask, return_loss=False).logits
-        side = head.config.encoder_config.patch_size
+        cells, side = head.masked_cells(mask), head.config.prediction_side
         return reconstruction_panel(
             batch["pixel_values"] / 255,
-            mask,
-            head.predicted_patches(logits, mask),
+            cells,
+            head.predicted_cells(logits, cells),
             patch_size=(side, side),
             norm_pix_loss=getattr(head.config, "norm_pix_loss", False),
             image_mean=head.config.image_mean,
@@ -450,7 +477,7 @@ def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_card(trainer: MimTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:
-    history = trainer.state.log_history
+    head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
     curve = panel = None
     if any("loss" in entry or "eval_loss" in entry for entry in history):
         training_curve(history, output_dir / (curve := "training_curve.png"))
@@ -485,6 +512,8 @@ def write_card(trainer: MimTrainer, settings: Settings, images: Images, output_d
         },
         panel=panel,
         curve=curve,
+        has_class_token=hasattr(head.encoder.embeddings, "cls_token"),
+        native_root_problem=native_root_problem(head),
     )
 
 
@@ -505,11 +534,12 @@ def _launcher() -> list[str]:
 # ---- several processes, one voice ----
 
 
-def _only_on(state: PartialState) -> Callable[[str], None]:
+def printer(state: PartialState) -> Callable[[str], None]:
+    """Prints on the first process only."""
     return lambda text: print(text, flush=True) if state.is_main_process else None
 
 
-def _first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
+def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
     """Run on one process and hand the result, or the user's mistake, to all: no rank is left waiting."""
     outcome: list[Any] = [None, None]
     if state.is_main_process:
@@ -524,7 +554,7 @@ def _first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def run(argv: list[str]) -> int:
+def run(argv: list[str], main: Callable[[list[str]], None] = main, name: str = "run_pretraining.py") -> int:
     """`main` with a user's mistakes told in one message instead of a traceback; returns the exit code."""
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     wants_traceback = "--debug" in argv
@@ -536,7 +566,7 @@ def run(argv: list[str]) -> int:
         if wants_traceback:
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"run_pretraining.py: {error}", file=sys.stderr)
+            print(f"{name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 3
     return 0
 

@@ -132,7 +132,7 @@ class TwoViews:
     def __call__(
         self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        views = [(self.size, Image.Resampling.BICUBIC), (self.second_size, Image.Resampling.LANCZOS)]
+        views = [(self.size, self.crop.interpolation), (self.second_size, Image.Resampling.LANCZOS)]
         if isinstance(self.crop, CenterCrop):
             images = load_views(data, self.crop.choose_box, views, num_channels)
         else:

@@ -129,7 +129,7 @@ def estimate_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Replace the statistics (B, N, 1) of hidden patches by a mean over all visible ones, weighted by 1 / distance**4.
 
-    For the mean, the fourth power was the best or within 1 % of it among 1 to 8, on photographs with 60 to 90 % hidden.
+    For the mean, the fourth power was within 1 % of the best among 1 to 8, on photographs with 60 to 90 % hidden.
     """
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     centers = torch.stack(

@@ -5,99 +5,53 @@ Every key of the file is used, or the conversion stops and names it.
 """
 
 import argparse
-import re
 import sys
-from collections.abc import Iterator
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hub.export import export
-from modeling.mae import MaeConfig, MaeForPreTraining
+from hub import convert_beit, convert_mae, convert_simmim
+from hub.export import PRETRAINING, export
 
-MAE_RENAMES = (
-    (r"^blocks\.(\d+)\.", r"encoder.layers.\1."),
-    (r"^decoder_blocks\.(\d+)\.", r"decoder_layers.\1."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"^norm\.", "encoder.layernorm."),
-    (r"^cls_token$", "encoder.embeddings.cls_token"),
-    (r"^pos_embed$", "encoder.embeddings.position_embeddings"),
-    (r"^patch_embed\.proj\.", "encoder.embeddings.patch_embeddings.projection."),
-    (r"^decoder_pos_embed$", "decoder_positions"),
-)
+FORMATS: dict[str, Any] = {"mae": convert_mae, "simmim": convert_simmim, "beit": convert_beit}
 
 
-def rename_mae(state: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The authors' keys -> ours; the fused qkv matrix (3D, D) becomes q, k and v."""
-    for key, tensor in state.items():
-        name = key
-        for pattern, replacement in MAE_RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if ".attn.qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                yield name.replace(".attn.qkv.", f".attention.{letter}_proj."), part.clone()
-        else:
-            yield name, tensor
+def main(arguments: list[str] | None = None) -> None:
+    options = _parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        model = FORMATS[options.method].convert(read_checkpoint(options.file), options)
+        recipe = {"converted_from": Path(options.file).name}
+        problem = export(model, options.to, method=options.method, recipe=recipe)
+    except ValueError as error:
+        sys.exit(f"hub.convert: {error}")
+    root = "no encoder at the root" if problem else "encoder for AutoModel at the root"
+    print(f"{options.to}: {root}, whole model in {PRETRAINING}/" + (f" ({problem})" if problem else ""))
 
 
-def mae_config(
-    state: dict[str, torch.Tensor], num_attention_heads: int, decoder_num_attention_heads: int, norm_pix_loss: bool
-) -> MaeConfig:
-    """Everything that the tensors' shapes say; a square grid, as the authors' code has no other."""
-    hidden_size, num_channels, patch_size, _ = state["patch_embed.proj.weight"].shape
-    num_patches = state["pos_embed"].shape[1] - 1
-    side = round(num_patches**0.5)
-    if side * side != num_patches:
-        raise ValueError(f"{num_patches} positions are no square grid; the authors' MAE has square images only")
-    for name, width, heads in (
-        ("num_attention_heads", hidden_size, num_attention_heads),
-        ("decoder_num_attention_heads", state["decoder_embed.weight"].shape[0], decoder_num_attention_heads),
-    ):
-        if width % heads:
-            raise ValueError(f"--{name} {heads} does not divide the width {width} found in the file")
-    encoder = {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": _count(state, r"^blocks\.(\d+)\."),
-        "num_attention_heads": num_attention_heads,
-        "intermediate_size": state["blocks.0.mlp.fc1.weight"].shape[0],
-        "image_size": side * patch_size,
-        "patch_size": patch_size,
-        "num_channels": num_channels,
-    }
-    return MaeConfig(
-        encoder_config=encoder,
-        decoder_hidden_size=state["decoder_embed.weight"].shape[0],
-        decoder_num_hidden_layers=_count(state, r"^decoder_blocks\.(\d+)\."),
-        decoder_num_attention_heads=decoder_num_attention_heads,
-        decoder_intermediate_size=state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
-        norm_pix_loss=norm_pix_loss,
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Which flags there are depends on --from."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--from", dest="method", choices=FORMATS)
+    method = first.parse_known_args(arguments)[0].method
+    parser = argparse.ArgumentParser(
+        prog="python -m hub.convert",
+        description=__doc__.split("\n")[0],
+        epilog="" if method else "Each kind of file has flags of its own: add --from and --help.",
     )
+    parser.add_argument("file", help="the authors' checkpoint, e.g. mae_visualize_vit_base.pth")
+    parser.add_argument("--from", dest="method", choices=FORMATS, required=True, help="whose code wrote the file")
+    parser.add_argument(
+        "--to", required=True, help="folder to write: encoder at its root, whole model in pretraining/"
+    )
+    if method:
+        FORMATS[method].add_flags(parser)
+    return parser.parse_args(arguments)
 
 
-def convert_mae(
-    state: dict[str, torch.Tensor], num_attention_heads: int, decoder_num_attention_heads: int, norm_pix_loss: bool
-) -> MaeForPreTraining:
-    """A full MAE (encoder and decoder) from the authors' state dict.
-
-    Raises:
-        ValueError: the file has no decoder, or is not an MAE; the keys that say so are named.
-    """
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
-    if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"no MAE checkpoint: it lacks {', '.join(missing)}; it begins with {list(state)[:5]}")
-    if "decoder_embed.weight" not in state:
-        raise ValueError(
-            "this file holds the encoder only (no decoder_embed.weight): the whole model needs the decoder too; "
-            "use the authors' `_full` or `visualize` file"
-        )
-    model = MaeForPreTraining(mae_config(state, num_attention_heads, decoder_num_attention_heads, norm_pix_loss))
-    missing_keys, unexpected = model.load_state_dict(dict(rename_mae(state)), strict=False)
-    if missing_keys or unexpected:
-        raise ValueError(f"the file does not fit an MAE: missing {missing_keys}, not understood {unexpected}")
-    return model.eval()
+# What the authors' files hold beside the weights, read as plain containers and then left aside.
+_OTHER_CONTENT: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
 
 
 def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
@@ -105,7 +59,8 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise ValueError(f"no file {str(path)!r}")
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_OTHER_CONTENT):
+            content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a checkpoint of plain tensors: {error}") from error
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -113,39 +68,6 @@ def read_checkpoint(path: str | Path) -> dict[str, torch.Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state dict (a dict of tensors, or one under the key 'model')")
     return content
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hub.convert", description=__doc__.split("\n")[0])
-    parser.add_argument("file", help="the authors' checkpoint, e.g. mae_visualize_vit_base.pth")
-    parser.add_argument("--from", dest="method", choices=["mae"], required=True, help="whose code wrote the file")
-    parser.add_argument(
-        "--to", required=True, help="folder to write: encoder at its root, whole model in pretraining/"
-    )
-    parser.add_argument("--num_attention_heads", type=int, required=True, help="of the encoder: 12 for B, 16 for L, H")
-    parser.add_argument("--decoder_num_attention_heads", type=int, default=16, help="16 in every released file")
-    parser.add_argument(
-        "--norm_pix_loss",
-        choices=["true", "false"],
-        required=True,
-        help="true for `_full`, false for `visualize` files",
-    )
-    options = parser.parse_args(arguments)
-    try:
-        model = convert_mae(
-            read_checkpoint(options.file),
-            options.num_attention_heads,
-            options.decoder_num_attention_heads,
-            options.norm_pix_loss == "true",
-        )
-        export(model, options.to, method=options.method, recipe={"converted_from": Path(options.file).name})
-    except ValueError as error:
-        sys.exit(f"hub.convert: {error}")
-    print(f"{options.to}: encoder for AutoModel at the root, whole model in pretraining/")
-
-
-def _count(state: dict[str, torch.Tensor], pattern: str) -> int:
-    return 1 + max(int(match[1]) for key in state if (match := re.match(pattern, key)))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,8 @@ def native_encoder(encoder: PreTrainedModel, method: str, recipe: dict[str, Any]
     if config.model_type == "vit":
         state["pooler.dense.weight"] = torch.eye(config.hidden_size)
         state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
+    if config.model_type == "swin":
+        del state["embeddings.mask_token"]  # AutoModel builds a Swin without one; it stays in pretraining/
     native.load_state_dict(state, strict=True)
     return native.eval()
 
@@ -60,8 +62,15 @@ def write_image_processor(folder: Path, head: MimPreTrainedModel) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def export(head: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> None:
+def native_root_problem(head: MimPreTrainedModel) -> str | None:
+    """Why the encoder cannot be opened as transformers' own class, if so; then there is no root."""
+    return getattr(head.encoder, "native_root_problem", None)
+
+
+def export(head: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> str | None:
     """Write both artefacts into `output_dir`; nothing there changes before the new encoder was opened and compared.
+
+    Returns the `native_root_problem`; if there is one, only `pretraining/` and its code are written.
 
     Raises:
         RuntimeError: what AutoModel opens differs from the encoder in memory.
@@ -70,16 +79,19 @@ def export(head: MimPreTrainedModel, output_dir: str | Path, *, method: str, rec
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as scratch_name:
         scratch = Path(scratch_name)
-        native_encoder(head.encoder, method, recipe).save_pretrained(scratch)
-        write_image_processor(scratch, head)
+        if (problem := native_root_problem(head)) is None:
+            native_encoder(head.encoder, method, recipe).save_pretrained(scratch)
+            write_image_processor(scratch, head)
         head.save_pretrained(scratch / PRETRAINING)
         write_image_processor(scratch / PRETRAINING, head)
         for code in (scratch / PRETRAINING).glob("*.py"):
             shutil.copy(code, scratch)
-        _verify(scratch, head)
+        if problem is None:
+            _verify(scratch, head)
         shutil.rmtree(output_dir / PRETRAINING, ignore_errors=True)
         for path in scratch.iterdir():
             path.replace(output_dir / path.name)
+    return problem
 
 
 @torch.no_grad()

@@ -56,7 +56,10 @@ part of each image is hidden, and the model learns to predict it from the rest.
 It gives features; it has no classifier.
 
 ## Use it
-
+{% if native_root_problem %}
+The encoder alone cannot be opened as a plain transformers model: {{ native_root_problem }}. It is the `encoder` of the \
+whole model.
+{% else %}
 The encoder is a plain transformers model and needs no other code:
 
 ```python
@@ -71,11 +74,14 @@ encoder = AutoModel.from_pretrained(checkpoint).eval()
 inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
 with torch.no_grad():
     outputs = encoder(**inputs)
-features = outputs.last_hidden_state[:, 1:].mean(1)  # mean of the patches
+features = outputs.last_hidden_state{{ patches }}.mean(1)  # mean of the patches
 ```
-
-`pooler_output` is the class token (identity pooler); use `last_hidden_state[:, 1:].mean(1)` for the mean of patches.
-
+{% if patches %}
+`pooler_output` is the class token (identity pooler); use `last_hidden_state{{ patches }}.mean(1)` for the mean of \
+patches.
+{% else %}
+`pooler_output` is the same mean; there is no class token.
+{% endif %}{% endif %}
 The whole pre-training model, with what is dropped after pre-training, lies in `pretraining/`, to continue from or to \
 draw reconstructions with. Loading it runs the Python files of this repository; read them first:
 
@@ -164,6 +170,8 @@ def write_model_card(
     curve: str | None,
     base_model: str | None = None,
     license: str | None = None,
+    has_class_token: bool = True,
+    native_root_problem: str | None = None,
 ) -> None:
     """Write `folder/README.md`. Absolute paths keep their last component only, and Hub tokens are blotted out.
 
@@ -171,6 +179,7 @@ def write_model_card(
         command: the command line as typed, quoted for a shell.
         metrics: `train_loss`, `eval_loss` and whatever else was measured; the card says that quality was not
             measured unless a name speaks of an accuracy, a kNN or a probe.
+        native_root_problem: why the folder holds no native encoder, if it does not (`hub.export`).
         panel, curve: pictures in `folder`, relative to it.
 
     Raises:
@@ -192,6 +201,8 @@ def write_model_card(
         base_model=base_model and shorten_paths(base_model),
         method=method,
         paper=_PAPERS.get(method),
+        native_root_problem=native_root_problem,
+        patches="[:, 1:]" if has_class_token else "",
         command=shorten_command(command),
         metrics=_rows({_METRIC_NAMES.get(name, name): value for name, value in metrics.items()}),
         quality_is_measured=any(word in name.lower() for name in metrics for word in _QUALITY_WORDS),

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import pkgutil
 
-from transformers import AutoConfig, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedModel
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
 
@@ -26,5 +26,12 @@ for _file in pkgutil.iter_modules(__path__):
             _class.register_for_auto_class("AutoModelForPreTraining")
             _method = _config_class.model_type.removeprefix("mim_").replace("_", "-")
             HEADS[_method], CONFIGS[_method] = _class, _config_class
+        elif issubclass(_class, PreTrainedModel) and hasattr(_class, "get_codebook_indices"):  # an image tokenizer
+            _tokenizer_config = _class.config_class
+            assert _tokenizer_config is not None, f"{_class.__name__} does not annotate its config"
+            AutoConfig.register(_tokenizer_config.model_type, _tokenizer_config, exist_ok=True)
+            AutoModel.register(_tokenizer_config, _class, exist_ok=True)
+            _tokenizer_config.register_for_auto_class()
+            _class.register_for_auto_class("AutoModel")
 
 __all__ = ["CONFIGS", "HEADS", "MimConfig", "MimOutput", "MimPreTrainedModel"]

@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .patches import put_tokens, visible_then_hidden
+from .patches import coarsen_mask, hidden_places, patch_grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -47,11 +47,19 @@ class MimConfig(PreTrainedConfig):
     # the first LayerNorm turns a small token into an exploding gradient.
     encoder_defaults: ClassVar[dict[str, Any]] = {"model_type": "vit", "layer_norm_eps": 1e-6}
 
+    # Encoders that a method can train, by the first part of the name of a preset.
+    encoder_families: ClassVar[tuple[str, ...]] = ("vit",)
+
     encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
     # Trainer would gather every prediction of the whole evaluation set; it wants a list.
     keys_to_ignore_at_inference = ["logits", "accuracy"]  # noqa: RUF012
+
+    @property
+    def prediction_side(self) -> int:
+        """Pixels along the side of the square that one prediction fills; a mask must hide such squares whole."""
+        return self.encoder_config.patch_size
 
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in fields(self)}
@@ -132,10 +140,19 @@ class MimPreTrainedModel(InitialisesEveryModule, PreTrainedModel):
         std = pixel_values.new_tensor(self.config.image_std, dtype=torch.float32).view(-1, 1, 1) * 255
         return (pixel_values - mean) / std
 
-    def predicted_patches(self, logits: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
-        """(B, M, K) -> (B, N, K) in target space, zero at visible patches: what pictures are drawn from."""
-        _, hidden = visible_then_hidden(bool_masked_pos)
-        return put_tokens(logits.new_zeros(*bool_masked_pos.shape, logits.shape[-1]), hidden, logits)
+    def masked_cells(self, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """(B, N) -> (B, cells): the mask on the squares that single predictions fill, usually the patches."""
+        encoder_config = self.config.encoder_config
+        step = self.config.prediction_side // encoder_config.patch_size
+        if step == 1:
+            return bool_masked_pos
+        return coarsen_mask(bool_masked_pos, patch_grid(encoder_config.image_size, encoder_config.patch_size), step)
+
+    def predicted_cells(self, logits: torch.Tensor, masked_cells: torch.Tensor) -> torch.Tensor:
+        """Predictions at hidden cells -> (B, cells, K) in target space, zero at visible ones: what pictures show."""
+        predicted = logits.new_zeros(masked_cells.numel(), logits.shape[-1])
+        predicted[hidden_places(masked_cells)] = logits.flatten(0, -2)
+        return predicted.view(*masked_cells.shape, -1)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):

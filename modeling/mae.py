@@ -18,6 +18,7 @@ from transformers.models.vit.modeling_vit import ViTLayer
 from .base import InitialisesEveryModule, MimConfig, MimOutput, MimPreTrainedModel
 from .patches import (
     init_like_mae,
+    normalize_patches,
     patch_grid,
     patchify,
     sincos_positions,
@@ -141,6 +142,31 @@ class MaeForPreTraining(MimPreTrainedModel):
         """Mean squared error of the hidden patches (B, M, P), in float32 (Sec. 3, "Reconstruction target")."""
         target = patches.float()
         if self.config.norm_pix_loss:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in the authors' code
-            target = (target - mean) / (var + 1e-6).sqrt()
+            target = normalize_patches(target)
         return nn.functional.mse_loss(logits.float(), target)
+
+
+@strict
+class SimMimAsymmetricConfig(MaeConfig):
+    """An MAE with raw pixels as target; `recipes/simmim-asymmetric.yaml` hides 40 % of the patches."""
+
+    model_type = "mim_simmim_asymmetric"
+    norm_pix_loss: bool = False
+
+
+class SimMimAsymmetricForPreTraining(MaeForPreTraining):
+    """The asymmetric variant that some overviews call SimMIM. It is NOT the published SimMIM (`modeling/simmim.py`):
+    this encoder sees the visible patches only, a transformer decodes, and nobody has published a result for it.
+
+    It is an MAE whose mask token starts from N(0, 1/E) and whose target is raw pixels. The text it follows sums the
+    squared error over a batch; `pixel_loss` is that sum divided by its B * M * P terms (ViT-B/16 at 40 %: 79 * 768 an
+    image), so that the learning rate does not depend on the batch and the image size.
+    """
+
+    config: SimMimAsymmetricConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            init.normal_(self.mask_token, std=self.config.decoder_hidden_size**-0.5)

@@ -82,6 +82,23 @@ def hidden_places(bool_masked_pos: torch.Tensor, num_masked_patches: int | None 
     return shown_last.argsort(stable=True)[:num_masked_patches]
 
 
+def coarsen_mask(bool_masked_pos: torch.Tensor, grid: tuple[int, int], step: int) -> torch.Tensor:
+    """(B, h*w) -> (B, h*w / step**2): the mask on cells of step x step patches, each wholly hidden or wholly visible.
+
+    Raises:
+        ValueError: a cell is hidden in part; looked at on the CPU only, an accelerator would have to wait.
+    """
+    h, w = grid
+    cells = bool_masked_pos.view(-1, h // step, step, w // step, step)
+    first = cells[:, :, :1, :, :1]
+    if bool_masked_pos.device.type == "cpu" and not torch.compiler.is_compiling() and (cells != first).any():
+        raise ValueError(
+            f"the encoder merges {step} x {step} patches into one token, and a mask hides such a cell in part: draw "
+            f"masks with the strategy random-unit and cells of {step} x {step} patches, or a multiple"
+        )
+    return first.flatten(1)
+
+
 def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """(B, N, D), (B, K) -> (B, K, D)."""
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -90,6 +107,12 @@ def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 def put_tokens(x: torch.Tensor, indices: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """(B, N, D) with `tokens` (B, K, D) in the places `indices` (B, K); `x` itself is not changed."""
     return x.scatter(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]), tokens.to(x.dtype))
+
+
+def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
+    """(B, N, P) -> the same with each patch's mean 0 and deviation 1; unbiased, as in the MAE authors' code."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (var + 1e-6).sqrt()
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> torch.Tensor:

@@ -17,13 +17,13 @@ from data.collators import MaskingCollator
 from data.images import PretrainingImages
 from data.sources import open_source
 from modeling import HEADS, MimPreTrainedModel
+from modeling.patches import patch_grid, patchify
 
 ROOT = Path(__file__).parent.parent
 # In 5.17 AutoImageProcessor cannot be used without torchvision, whatever the folder holds.
 OLDEST = transformers.__version__.startswith("5.17.")
 IMAGE_PROCESSOR = getattr(transformers, "ViTImageProcessorPil" if OLDEST else "AutoImageProcessor")
 SIZE, PATCH = 32, 8
-GRID = (SIZE // PATCH, SIZE // PATCH)
 
 _ENCODER = {
     "hidden_size": 32,
@@ -33,23 +33,43 @@ _ENCODER = {
     "image_size": SIZE,
     "patch_size": PATCH,
 }
+_MAE = {
+    "encoder_config": _ENCODER,
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+_BEIT = {**_ENCODER, "drop_path_rate": 0.0}  # batches that are split otherwise would drop other paths
+_SWIN = {
+    "model_type": "swin",
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "image_size": SIZE,
+    "patch_size": PATCH // 2,  # two stages: one prediction fills PATCH x PATCH pixels here too
+}
+# By method, or by "method+variant" where one method has several kinds of encoders.
 TINY_HEADS: dict[str, dict[str, Any]] = {
-    "mae": {
-        "encoder_config": _ENCODER,
-        "decoder_hidden_size": 16,
-        "decoder_num_hidden_layers": 1,
-        "decoder_num_attention_heads": 2,
-        "decoder_intermediate_size": 32,
-    },
+    "mae": _MAE,
+    "simmim": {"encoder_config": _BEIT},
+    "simmim+swin": {"encoder_config": _SWIN},
+    "simmim-asymmetric": _MAE,
+    "beit": {"encoder_config": _BEIT, "vocab_size": 16},
 }
 
 
-def tiny_head(method: str, **encoder: Any) -> MimPreTrainedModel:
-    """The smallest model of a method, the same weights at each call; `encoder` overrides the encoder's settings."""
-    settings = dict(TINY_HEADS[method])
+def head_class(variant: str) -> type[MimPreTrainedModel]:
+    return HEADS[variant.split("+")[0]]
+
+
+def tiny_head(variant: str, **encoder: Any) -> MimPreTrainedModel:
+    """The smallest model of a variant, the same weights at each call; `encoder` overrides the encoder's settings."""
+    settings = dict(TINY_HEADS[variant])
     settings["encoder_config"] = {**settings["encoder_config"], **encoder}
     torch.manual_seed(0)
-    return HEADS[method](HEADS[method].config_class(**settings))
+    return head_class(variant)(head_class(variant).config_class(**settings))
 
 
 def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = True) -> PretrainingImages:
@@ -60,13 +80,35 @@ def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = Tr
     return PretrainingImages(source, chosen, crop, 3, 0, images_per_step, None, train)
 
 
-def tiny_collator(with_image_index: bool = False) -> MaskingCollator:
-    return MaskingCollator(GRID, 0.75, with_image_index=with_image_index)
+class LabelledByBrightness:
+    """A collator's batch with the `labels` of a stand-in tokenizer: the brightness of each patch in 16 steps."""
+
+    def __init__(self, collator: MaskingCollator) -> None:
+        self.collator = collator
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        batch = self.collator(features)
+        patches = patchify(batch["pixel_values"].float(), PATCH)  # (B, N, P)
+        return batch | {"labels": (patches.mean(-1) / 16).long()}
 
 
-def tiny_batch(num_images: int = 8) -> dict[str, Any]:
+def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
+    """Masks of 12 of the 16 squares of PATCH x PATCH pixels, and labels where the method needs them."""
+    patch_size = TINY_HEADS[variant]["encoder_config"]["patch_size"]
+    collator = MaskingCollator(
+        patch_grid(SIZE, patch_size),
+        0.75,
+        strategy="random" if patch_size == PATCH else "random-unit",
+        mask_unit=PATCH // patch_size,
+        equal_num_masked=head_class(variant).needs_equal_num_masked,
+        with_image_index=with_image_index,
+    )
+    return LabelledByBrightness(collator) if head_class(variant).needs_tokenizer else collator
+
+
+def tiny_batch(variant: str = "mae", num_images: int = 8) -> dict[str, Any]:
     images = tiny_images()
-    return tiny_collator()([images[index] for index in range(num_images)])
+    return tiny_collator(variant)([images[index] for index in range(num_images)])
 
 
 def tiny_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
@@ -90,6 +132,6 @@ def tiny_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(str(output_dir), **{**settings, **changes})
 
 
-@pytest.fixture(params=sorted(HEADS))
-def method(request) -> str:
+@pytest.fixture(params=sorted(TINY_HEADS))
+def variant(request) -> str:
     return request.param

@@ -148,3 +148,15 @@ def test_card__code_blocks_are_valid_python(tmp_path):
     assert len(blocks) == 2
     for block in blocks:
         compile(block, "README.md", "exec")
+
+
+def test_card__tells_how_to_use_an_encoder_without_a_class_token_or_without_a_native_form(tmp_path):
+    assert "last_hidden_state[:, 1:].mean(1)" in card_text(tmp_path)
+    swin = card_text(tmp_path, has_class_token=False)
+    assert "last_hidden_state.mean(1)" in swin
+    assert "[:, 1:]" not in swin
+    assert "there is no class token" in swin
+    alone = card_text(tmp_path, native_root_problem="a window of 12 is too large")
+    assert "a window of 12 is too large" in alone
+    assert "AutoModel.from_pretrained" not in alone
+    assert 'subfolder="pretraining"' in alone

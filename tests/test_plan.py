@@ -119,6 +119,15 @@ def test_warmup__is_the_methods_epochs_but_at_most_a_tenth():
     assert any("a tenth of the run" in note for note in plan("--max_steps", "100").notes)
 
 
+def test_lr_drop__is_the_first_step_of_its_epoch_and_said_if_it_never_comes():
+    constant = ("--lr_scheduler_type", "constant_with_warmup", "--num_train_epochs", "10")
+    assert plan(*constant).lr_drop_step is None
+    dropping = plan(*constant, "--lr_drop_epoch", "7")
+    assert dropping.lr_drop_step == 7 * 125
+    assert "a tenth of it from step 875" in dropping.describe()
+    assert any("the learning rate never drops" in note for note in plan(*constant, "--lr_drop_epoch", "10").notes)
+
+
 def test_warmup__on_the_command_line_is_kept_as_far_as_there_are_steps():
     assert plan("--max_steps", "1000", "--warmup_epochs", "4").warmup_steps == 500
     assert plan("--max_steps", "100", "--warmup_epochs", "4").warmup_steps == 100
@@ -176,7 +185,7 @@ def test_workers__given_are_kept():
 def test_mask__counts_what_is_hidden():
     assert plan().num_hidden == (147, 147)
     assert plan("--mask_ratio", "0.5", "0.75").num_hidden == (98, 147)
-    units = plan("--mask_strategy", "random-unit", "--mask_unit", "2", "--mask_ratio", "0.6")
+    units = plan("--mask_strategy", "random-unit", "--mask_unit", "32", "--mask_ratio", "0.6")
     assert units.num_hidden == (120, 120)  # 30 of 49 cells of 4, as SimMIM
     assert plan("--image_size", "160", "224").grid == (10, 14)
 
@@ -189,6 +198,15 @@ def test_memory__is_near_to_what_was_measured_for_vit_base():
         52.7e6, rel=0.05
     )
     assert exact.bytes_for_weights == 16 * 111_900_000
+
+
+def test_memory__is_near_to_what_was_measured_for_simmim():
+    # The same count for the whole head: Swin-T at 192 pixels 77.0 MB (51.4 in bf16), ViT-S/16 at 224 78.0 MB.
+    swin = ("--method", "simmim", "--model", "swin-tiny", "--per_device_train_batch_size", "1")
+    assert plan(*swin).bytes_for_activations == pytest.approx(77.0e6, rel=0.1)
+    assert plan(*swin, "--bf16").bytes_for_activations == pytest.approx(51.4e6, rel=0.1)
+    vit = plan("--method", "simmim", "--model", "vit-small", "--per_device_train_batch_size", "1")
+    assert vit.bytes_for_activations == pytest.approx(78.0e6, rel=0.1)
 
 
 def test_output_folder__is_named_after_model_method_and_data():

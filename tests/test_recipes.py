@@ -1,5 +1,6 @@
 """Every recipe loads and says where it comes from; the MAE recipes hold the figures of the paper and its code."""
 
+import json
 import math
 from pathlib import Path
 
@@ -12,20 +13,21 @@ from training.plan import Machine, make_plan
 from training.settings import RECIPES, load_settings
 
 CONFIGS = {method: head.config_class for method, head in HEADS.items()}
-ALL = sorted(RECIPES.glob("*.yaml"))
+ALL = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("dvae"))  # run_tokenizer.py's
 HEADER = ("Paper:", "Run:", "Cost:", "Expected:", "Measured:")
 NUM_IMAGENET_IMAGES = 1_281_167
 
 
 def load(path: Path):
-    return load_settings(["--config", str(path)], CONFIGS)
+    argv = ["--method", path.stem] if path.stem in CONFIGS else ["--config", str(path)]
+    return load_settings(argv, CONFIGS)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_recipe__loads_and_every_line_of_it_counts(path):
     settings = load(path)
     for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        found = settings[name]
+        found = json.loads(settings[name]) if isinstance(value, dict) else settings[name]
         assert found == (float(value) if isinstance(found, float) else [value] if name == "dataset" else value), name
 
 
@@ -109,6 +111,39 @@ def test_published_runs__are_1600_epochs_of_4096_images_a_step(
     assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
 
 
+def test_beit__has_the_published_constants():
+    settings = load(RECIPES / "beit.yaml")
+    published = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "weight_decay": 0.05,
+        "base_learning_rate": 1.5e-3 * 256 / 2048,
+        "warmup_epochs": 10,
+        "num_train_epochs": 800,
+        "max_grad_norm": 3.0,
+        "mask_strategy": "block",
+        "crop_scale": [0.08, 1.0],
+        "color_jitter": 0.4,
+    }
+    assert {name: settings[name] for name in published} == published
+    assert round(settings["mask_ratio"] * 196) == 75
+    assert json.loads(settings["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 1.5e-3, rel=1e-4)
+
+
+@pytest.mark.parametrize(("model", "accuracy", "clip"), [("vit-base", "83.2", 3.0), ("vit-large", "85.2", 1.0)])
+def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accuracy, clip):
+    path = RECIPES / f"beit_{model}_in1k.yaml"
+    settings = load(path)
+    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    plan = make_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, 1, "imagenet")
+    assert plan.images_per_step == 2048
+    assert plan.learning_rate == pytest.approx(1.5e-3)
+    assert plan.num_steps == 800 * math.ceil(NUM_IMAGENET_IMAGES / 2048)
+    assert settings["max_grad_norm"] == clip
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+    assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
+
+
 def test_quickstart__is_small_and_predicts_plain_pixels():
     settings = load(RECIPES / "quickstart.yaml")
     plan = make_plan(settings, Machine("cpu", 2), 1000, 50, 1, "sample")
@@ -117,3 +152,70 @@ def test_quickstart__is_small_and_predicts_plain_pixels():
     assert plan.grid == (8, 8)
     config = MaeConfig(encoder_config=settings.encoder_settings(), **settings.head_settings())
     assert (config.encoder_config.hidden_size, config.decoder_hidden_size) == (192, 128)
+
+
+def test_simmim__has_the_published_settings():
+    settings = load(RECIPES / "simmim.yaml")
+    published = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 0.05,
+        "base_learning_rate": 2e-4 * 256 / 512,
+        "warmup_epochs": 10,
+        "num_train_epochs": 100,
+        "max_grad_norm": 5.0,
+        "mask_ratio": 0.6,
+        "mask_strategy": "random-unit",
+        "mask_unit": 32,
+        "crop_scale": [0.67, 1.0],
+        "interpolation": "bilinear",
+        "pixel_loss": "l1",
+        "norm_pix_loss": False,
+        "image_stats": "preset",
+    }
+    assert {name: settings[name] for name in published} == published
+    assert json.loads(settings["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "peak", "drop", "hidden", "accuracy"),
+    [
+        ("vit-base_in1k_800ep", 800, 4e-4, 700, (120, 196), "83.8"),
+        ("swin-base_in1k_100ep", 100, 8e-4, None, (1408, 2304), "82.8"),
+        ("swin-base_in1k_800ep", 800, 4e-4, 700, (1408, 2304), "84.0"),
+    ],
+)
+def test_simmim__published_runs_are_of_2048_images_a_step(name, epochs, peak, drop, hidden, accuracy):
+    path = RECIPES / f"simmim_{name}.yaml"
+    settings = load(path)
+    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    plan = make_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, 1, "imagenet")
+    assert plan.images_per_step == 2048
+    assert plan.learning_rate == pytest.approx(peak)
+    assert plan.num_steps == epochs * math.ceil(NUM_IMAGENET_IMAGES / 2048)
+    assert plan.warmup_steps == 10 * plan.steps_per_epoch
+    assert plan.lr_drop_step == (drop and drop * plan.steps_per_epoch)
+    assert plan.num_hidden == (hidden[0], hidden[0])
+    assert math.prod(plan.grid) == hidden[1]
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+    assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
+
+
+def test_simmim__encoders_are_those_of_the_paper():
+    vit = load(RECIPES / "simmim_vit-base_in1k_800ep.yaml")
+    config = CONFIGS["simmim"](encoder_config=vit.encoder_settings(), **vit.head_settings()).encoder_config
+    assert (config.model_type, config.layer_scale_init_value, config.drop_path_rate) == ("beit", 0.1, 0.1)
+    assert (config.use_shared_relative_position_bias, config.use_absolute_position_embeddings) == (True, False)
+    swin = load(RECIPES / "simmim_swin-base_in1k_800ep.yaml")
+    config = CONFIGS["simmim"](encoder_config=swin.encoder_settings(), **swin.head_settings()).encoder_config
+    assert (config.embed_dim, config.depths, config.num_heads) == (128, [2, 2, 18, 2], [4, 8, 16, 32])
+    assert (config.window_size, config.image_size, config.drop_path_rate) == (6, 192, 0.0)
+
+
+def test_simmim_asymmetric__hides_40_percent_and_sees_117_of_196_patches():
+    settings = load(RECIPES / "simmim-asymmetric.yaml")
+    plan = make_plan(settings, Machine("cpu", 2), 1000, 50, 1, "sample")
+    assert plan.num_hidden == (79, 79)
+    assert settings["norm_pix_loss"] is False
+    assert settings["decoder_num_hidden_layers"] == 8

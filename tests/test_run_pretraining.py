@@ -119,6 +119,33 @@ def test_run__gray_and_rectangular_with_measured_statistics(tmp_path):
     assert encoder(**inputs).last_hidden_state.shape == (1, 1 + 32, 192)
 
 
+@pytest.mark.parametrize("model", ["vit-nano", "swin-nano"])
+def test_run__simmim_with_both_encoders(model, tmp_path):
+    flags = ["--method", "simmim", "--model", model, *SMALL[2:], "--output_dir", str(tmp_path / "out")]
+    assert run_pretraining.run([*flags, "--mask_strategy", "random-unit"]) == 0
+    encoder = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert type(encoder).__name__ == ("SwinModel" if model == "swin-nano" else "BeitModel")
+    assert list((tmp_path / "out" / "panels").glob("*.png"))
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("no class token" in card) is (model == "swin-nano")
+
+
+def test_run__swin_with_a_window_larger_than_its_last_map_says_so_and_writes_the_whole_model(tmp_path, capsys):
+    flags = ["--method", "simmim", "--model", "swin-nano", "--image_size", "64", *SMALL[2:]]  # 2 x 2 in the last stage
+    assert run_pretraining.run([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert "note: only pretraining/ will be written" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert (tmp_path / "out" / "pretraining" / "config.json").exists()
+    assert "a window of 4 is larger" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
+def test_masks__that_would_cut_a_token_of_swin_are_refused_before_anything_is_written(tmp_path, capsys):
+    flags = ["--method", "simmim", "--model", "swin-nano", "--output_dir", str(tmp_path / "out"), *SMALL[2:]]
+    assert "makes one token of 32 x 32 pixels" in refusal(capsys, *flags, "--mask_strategy", "random")
+    assert "--mask_unit of 32 or a multiple" in refusal(capsys, *flags, "--mask_unit", "16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
     folder = tmp_path / "out"
     assert run_pretraining.run([*SMALL, "--output_dir", str(folder), "--dry_run"]) == 0

@@ -200,11 +200,14 @@ def test_debug__bare_shows_tracebacks_and_keeps_the_options_of_transformers():
         (["--patch_size"], "--patch_size: expected one argument"),
         (["--model", "vit-bass"], "did you mean vit-base?"),
         (["--model", "resnet"], "one of vit-nano, vit-tiny, vit-small, vit-base, vit-large, vit-huge"),
-        (["--method", "moe"], "--method: got 'moe', expected one of mae"),
+        (["--method", "moe"], "--method: got 'moe', expected one of beit, mae"),
         (["--mask_strategy", "stripes"], "expected one of random, random-unit, block"),
         (["--lr_scheduler_type", "cosin"], "did you mean cosine?"),
-        (["--config", "nowhere.yaml"], "There are: mae, mae_vit-base_in1k"),
+        (["--config", "nowhere.yaml"], ", mae, mae_vit-base_in1k"),
         (["--config", "quikstart"], "did you mean quickstart?"),
+        (["--model", "swin-base"], "--method mae cannot train swin-base; it trains vit-nano, vit-tiny, vit-small"),
+        (["--mask_unit", "32"], "--mask_unit has no effect with --mask_strategy random"),
+        (["--lr_drop_epoch", "7"], "--lr_drop_epoch needs --lr_scheduler_type constant_with_warmup, not cosine"),
     ],
 )
 def test_mistake_on_the_command_line__is_answered_with_what_would_work(argv, message):
@@ -292,6 +295,27 @@ def test_help__has_every_default_that_is_ours(capsys):
     with pytest.raises(SystemExit):
         load("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "size of the encoder (default: vit-base)" in text
+    assert "from swin-nano to swin-large (default: vit-base)" in text
     assert "of everything random: data order, crops, masks, weights (default: 0)" in text
     assert "of mae (default: 512)" in text
+
+
+# ---- masks in pixels, and a schedule's own arguments ----
+
+
+def test_mask_unit__is_in_pixels_whatever_the_patch():
+    assert load("--method", "simmim").mask_unit == 2
+    assert load("--method", "simmim", "--model", "swin-base").mask_unit == 8
+    assert load("--method", "simmim", "--patch_size", "32").mask_unit == 1
+    assert load("--method", "simmim", "--mask_strategy", "block").mask_unit == 1
+    assert load("--mask_strategy", "random-unit").mask_unit == 1
+
+
+def test_mask_unit__that_does_not_fit_names_those_that_do():
+    with pytest.raises(SettingsError, match=r"multiple of the patch of 14 that divides 224 x 224: 14, 28, 56, 112"):
+        load("--method", "simmim", "--patch_size", "14").mask_unit  # noqa: B018 - a property that checks
+
+
+def test_scheduler_arguments__go_when_another_schedule_is_chosen():
+    assert "min_lr_rate" in str(load("--method", "simmim")["lr_scheduler_kwargs"])
+    assert not load("--method", "simmim", "--lr_scheduler_type", "linear")["lr_scheduler_kwargs"]

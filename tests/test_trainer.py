@@ -283,3 +283,14 @@ def test_positions__stock_zero_tables_give_one_prediction_for_all_hidden_patches
     ]
     assert spread[0] < 1e-5
     assert spread[1] > 1e-2
+
+
+# ---- learning rate ----
+
+
+def test_lr_drop__is_constant_after_warm_up_and_then_a_tenth(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=8, warmup_steps=2, lr_scheduler_type="constant_with_warmup")
+    trainer.lr_drop_step = 5
+    trainer.train()
+    rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])

@@ -4,9 +4,8 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import tiny_arguments, tiny_collator, tiny_head, tiny_images
+from conftest import TINY_HEADS, tiny_arguments, tiny_collator, tiny_head, tiny_images
 
-from modeling import HEADS
 from training.trainer import MimTrainer
 
 NUM_IMAGES = 8
@@ -14,20 +13,20 @@ NUM_IMAGES = 8
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for method in HEADS:
-        arguments = tiny_arguments(folder / method, max_steps=3, optim="sgd", learning_rate=0.1)
+    for variant in TINY_HEADS:
+        arguments = tiny_arguments(folder / variant, max_steps=3, optim="sgd", learning_rate=0.1)
         arguments.per_device_train_batch_size = NUM_IMAGES // arguments.world_size
         trainer = MimTrainer(
-            model=tiny_head(method),
+            model=tiny_head(variant),
             args=arguments,
             train_dataset=tiny_images(images_per_step=NUM_IMAGES),
-            data_collator=tiny_collator(with_image_index=True),
+            data_collator=tiny_collator(variant, with_image_index=True),
         )
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         if trainer.is_world_process_zero():
             state = {"weights": trainer.model.state_dict(), "losses": losses, "world_size": arguments.world_size}
-            torch.save(state, folder / f"{method}.pt")
+            torch.save(state, folder / f"{variant}.pt")
         trainer.accelerator.wait_for_everyone()
 
 

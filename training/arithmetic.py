@@ -96,6 +96,16 @@ def number_of_warmup_steps(settings: Settings, steps_per_epoch: int, num_steps: 
     return min(wanted, most)
 
 
+def lr_drop_step(settings: Settings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int | None:
+    """The first step with a tenth of the learning rate."""
+    if settings["lr_drop_epoch"] is None:
+        return None
+    step = round(settings["lr_drop_epoch"] * steps_per_epoch)
+    if step >= num_steps:
+        notes.append(f"the learning rate never drops: --lr_drop_epoch {settings['lr_drop_epoch']:g} is past the end")
+    return step
+
+
 def precision_of(settings: Settings, machine: Machine) -> str:
     if settings["fp16"]:
         return "float16"
@@ -117,7 +127,7 @@ def number_of_workers(settings: Settings, machine: Machine) -> int:
 def hidden_patches(settings: Settings) -> tuple[int, int]:
     """Fewest and most hidden patches, counted on a mask of each ratio."""
     grid, ratio = settings.grid, settings.mask_ratio
-    unit = {"unit": settings["mask_unit"]} if settings["mask_strategy"] == "random-unit" else {}
+    unit = {"unit": settings.mask_unit} if settings["mask_strategy"] == "random-unit" else {}
     draw = MASK_STRATEGIES[settings["mask_strategy"]]
     counts = [
         int(draw(grid, one, seeded_generator("plan"), **unit).sum())

@@ -59,6 +59,12 @@ def describe_log(logs: dict[str, Any]) -> str:
             parts.append(f"{name}token accuracy {logs[f'{prefix}accuracy']:.1%}")
     if "eval_most_frequent_share" in logs:
         parts.append(f"(the most frequent token: {logs['eval_most_frequent_share']:.1%})")
+    if "temperature" in logs:  # of an image tokenizer
+        parts.append(f"KL {logs['kl']:.2f} x {logs['kl_weight']:.2g}  temperature {logs['temperature']:.3f}")
+    for prefix in ("eval_", "codebook_"):
+        if f"{prefix}perplexity" in logs:
+            alive, tokens = logs[f"{prefix}num_alive"], logs[f"{prefix}num_tokens"]
+            parts.append(f"{alive:,} codes in {tokens:,} tokens, perplexity {logs[f'{prefix}perplexity']:.1f}")
     if "images_per_second" in logs:
         parts.append(f"{logs['images_per_second']:.3g} images/s")
         parts.append(f"waits {logs['data_wait_share']:.0%} for data")

@@ -30,6 +30,7 @@ class DataFlags:
     max_bad_fraction: float = 0.05
     image_stats: Literal["preset", "auto"] | None = None
     crop_scale: list[float] | None = None
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     color_jitter: float = 0.0
     tokenizer: str | None = None
 
@@ -40,7 +41,7 @@ class MaskFlags:
 
     mask_ratio: list[float] | None = None
     mask_strategy: str | None = None
-    mask_unit: int = 1
+    mask_unit: int | None = None
 
 
 @dataclass
@@ -50,6 +51,7 @@ class RunFlags:
     config: str | None = None
     base_learning_rate: float | None = None
     warmup_epochs: float | None = None
+    lr_drop_epoch: float | None = None
     resume: Literal["auto", "never"] = "auto"
     overwrite: bool = False
     dry_run: bool = False
@@ -86,6 +88,7 @@ RANGES: dict[str, tuple[Callable[[_Numbers], bool], str]] = {
     "mask_unit": _COUNT,
     "base_learning_rate": _POSITIVE,
     "warmup_epochs": _NOT_NEGATIVE,
+    "lr_drop_epoch": _POSITIVE,
     "learning_rate": _POSITIVE,
     "warmup_steps": _NOT_NEGATIVE,
     "num_train_epochs": _POSITIVE,
@@ -120,7 +123,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
 }
 
 HELP_TEXTS = {
-    "model": "size of the encoder",
+    "model": "size of the encoder, from vit-nano to vit-huge or from swin-nano to swin-large",
     "method": "how it learns; its published settings are in recipes/<method>.yaml",
     "image_size": "one side, or height and width, in pixels (default: the model's)",
     "patch_size": "side of a patch in pixels (default: the model's)",
@@ -133,11 +136,12 @@ HELP_TEXTS = {
     "image_stats": "standardise with ImageNet's mean and deviation (preset) or these images' own (auto) "
     "(default: preset for colour, auto for gray)",
     "crop_scale": "smallest and largest share of a picture that a training crop shows (default: the method's)",
+    "interpolation": "filter that resizes crops (default: the method's)",
     "color_jitter": "change brightness, contrast and saturation by up to this share (default: the method's)",
     "tokenizer": "for beit: folder or Hub id of the image tokenizer whose tokens are predicted",
     "mask_ratio": "share of the patches that is hidden, or lowest and highest to draw it from (default: the method's)",
     "mask_strategy": "which patches are hidden (default: the method's)",
-    "mask_unit": "side in patches of the cells that 'random-unit' hides",
+    "mask_unit": "side in pixels of the squares that 'random-unit' hides (default: a patch)",
     "config": "recipe: a YAML file of flag names; the command line wins over it",
     "base_learning_rate": "learning rate for 256 images a step: learning_rate = this x images a step / 256 "
     "(default: the method's)",
@@ -151,6 +155,7 @@ HELP_TEXTS = {
     "max_steps": "optimizer steps, in place of num_train_epochs (default: off)",
     "per_device_train_batch_size": "images a device takes at once (default: 64 on a GPU, 8 on a CPU)",
     "gradient_accumulation_steps": "batches summed up for one optimizer step",
+    "lr_drop_epoch": "from this epoch on a tenth of the learning rate; with --lr_scheduler_type constant_with_warmup",
     "learning_rate": "the peak itself, in place of base_learning_rate (default: off)",
     "warmup_steps": "in place of warmup_epochs; below 1 it is a share of all steps (default: off)",
     "lr_scheduler_type": "how the learning rate falls after warm-up",

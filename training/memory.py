@@ -11,6 +11,10 @@ BYTES_PER_PARAMETER = 16  # weight, gradient and Adam's two moments in float32
 # Numbers that a ViT block keeps for its backward pass, per token: two inputs and outputs of LayerNorm, q, k, v and the
 # output of attention are 8 widths; GELU's input and output are 2 of the MLP.
 _WIDTHS_PER_TOKEN, _INTERMEDIATES_PER_TOKEN = 8, 2
+# LayerScale and drop path after both branches; measured on SimMIM ViT-S/16.
+_WIDTHS_OF_LAYER_SCALE = 5
+# Measured on SimMIM Swin-T and our swin-nano, the masks of shifted windows included.
+_WIDTHS_PER_SWIN_TOKEN = 18
 # Measured on MAE ViT-B/16: 4.12 and 2.60 bytes; under autocast the residual stream stays float32.
 _BYTES_PER_NUMBER, _BYTES_PER_NUMBER_AUTOCAST = 4.1, 2.6
 
@@ -24,8 +28,11 @@ def activation_bytes(
     """
     if "decoder_num_hidden_layers" in head:
         numbers = _kept(encoder, "", num_patches - num_hidden) + _kept(head, "decoder_", num_patches)
+    elif "depths" in encoder:
+        numbers = _kept_by_swin(encoder, num_patches)
     else:
         numbers = _kept(encoder, "", num_patches)
+        numbers += (1 + num_patches) * encoder["num_hidden_layers"] * _WIDTHS_OF_LAYER_SCALE * encoder["hidden_size"]
     return round(numbers * (_BYTES_PER_NUMBER_AUTOCAST if is_autocast else _BYTES_PER_NUMBER))
 
 
@@ -33,3 +40,11 @@ def _kept(size: Mapping[str, Any], prefix: str, num_patches: int) -> int:
     per_token = _WIDTHS_PER_TOKEN * size[f"{prefix}hidden_size"]
     per_token += _INTERMEDIATES_PER_TOKEN * size[f"{prefix}intermediate_size"]
     return (1 + num_patches) * size[f"{prefix}num_hidden_layers"] * per_token
+
+
+def _kept_by_swin(size: Mapping[str, Any], num_patches: int) -> int:
+    """Each stage has a quarter of the tokens of the one before it, at double the width."""
+    return sum(
+        num_patches // 4**stage * depth * _WIDTHS_PER_SWIN_TOKEN * size["embed_dim"] * 2**stage
+        for stage, depth in enumerate(size["depths"])
+    )

@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ class SettingsError(ValueError):
     """A flag or a line of a recipe that cannot be meant as it stands; the message says what would work."""
 
 
+# Flags whose values stand in --help instead of X; those of --model are too many for a line.
+_SHOWN_WITH_CHOICES = ("num_channels", "image_stats", "interpolation", "resume", "mask_strategy", "method")
 _EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
@@ -47,26 +49,38 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], source: str = ""
 
 
 def build_parser(heads: Mapping[str, type]) -> argparse.ArgumentParser:
-    """A parser whose namespace holds only what was given; `heads`: method -> class of its config."""
-    parser = _Parser(
-        [*OUR_GROUPS, _head_flags(heads), TransformersFlags],  # type: ignore[list-item]
+    """The parser of `run_pretraining.py`; `heads`: method -> class of its config."""
+    return make_parser(
+        (*OUR_GROUPS, _head_flags(heads)),
+        {**CHOICES, "method": tuple(heads)},
         prog="run_pretraining.py",
         usage="accelerate launch run_pretraining.py [--flag value ...]",
         description="Pre-train an image encoder on unlabelled images by masked image modeling.",
         epilog=EPILOG,
+    )
+
+
+def make_parser(
+    groups: Sequence[type], choices: Mapping[str, Collection[str]], **texts: str
+) -> argparse.ArgumentParser:
+    """A parser whose namespace holds only what was given: flags of `groups`, and every field of TrainingArguments."""
+    parser = _Parser(
+        [*groups, TransformersFlags],  # type: ignore[list-item]
         formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=False,
         exit_on_error=False,
+        **texts,
     )
-    choices = {**CHOICES, "method": tuple(heads)}
     for action in parser._actions:
         action.choices = choices.get(action.dest, action.choices)
         if action.dest == "debug":  # bare, it is ours
             action.nargs = "*"
         _refine(action)
-    parser.add_argument("-h", "--help", action=_Help, nargs=0, help="show this and stop")
-    parser.add_argument("--help_all", "--help-all", action=_Help, nargs=0, help="show every flag and stop")
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this and stop")
+    parser.add_argument(
+        "--help_all", "--help-all", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show every flag and stop"
+    )
     return parser
 
 
@@ -135,7 +149,7 @@ def _refine(action: argparse.Action) -> None:
         action.nargs, action.const = "?", True
     if action.type is not None:
         action.type = _strict(action.type, action.choices)  # type: ignore[arg-type]
-    if action.nargs != 0 and action.dest not in ("num_channels", "image_stats", "resume", *CHOICES, "method"):
+    if action.nargs != 0 and action.dest not in _SHOWN_WITH_CHOICES:
         action.metavar = "X"
     action.default = argparse.SUPPRESS
 

@@ -11,6 +11,7 @@ from training.arithmetic import (
     Machine,
     batch_size_and_accumulation,
     hidden_patches,
+    lr_drop_step,
     micro_batches,
     number_of_steps,
     number_of_warmup_steps,
@@ -44,6 +45,7 @@ class Plan:
     num_steps: int
     learning_rate: float
     warmup_steps: int
+    lr_drop_step: int | None
     precision: str
     num_workers: int
     bytes_for_weights: int
@@ -97,18 +99,22 @@ class Plan:
 
     def describe(self) -> str:
         """About fifteen aligned lines, then a line for each thing that was changed."""
-        rows = {
+        rows = self.rows()
+        width = max(map(len, rows))
+        return "\n".join(
+            [f"{name:<{width}}  {text}" for name, text in rows.items()] + [f"note: {n}" for n in self.notes]
+        )
+
+    def rows(self) -> dict[str, str]:
+        """What `describe` says, by name."""
+        return {
             "data": self.data,
             "images": f"{self.num_train_images:,} to train on, {self.num_held_out:,} held out",
-            "model": f"{self.settings['model']} with {self.settings['method']}, {_millions(self.num_parameters)}",
-            "input": self._input(),
-            "mask": self._mask(),
-            "standardised by": {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[
-                self.settings["image_stats"]
-            ],
+            **self.task_rows(),
             "images a step": self._batch(),
             "steps": f"{self.num_steps:,} = {_plain(self.num_epochs)} x {self.steps_per_epoch:,} an epoch",
-            "learning rate": self._rate(),
+            "learning rate": self._rate()
+            + (f", a tenth of it from step {self.lr_drop_step:,}" if self.lr_drop_step else ""),
             "warm-up": f"{self.warmup_steps:,} steps, {self.warmup_steps / self.num_steps:.1%} of the run",
             "device": f"{self.machine.device_type}, {self.precision}",
             "data workers": f"{self.num_workers} on {self.machine.num_cpus} CPU cores"
@@ -118,10 +124,17 @@ class Plan:
             f"{_size(self.bytes_for_activations)} activations",
             "output": str(self.output_dir),
         }
-        width = max(map(len, rows))
-        return "\n".join(
-            [f"{name:<{width}}  {text}" for name, text in rows.items()] + [f"note: {n}" for n in self.notes]
-        )
+
+    def task_rows(self) -> dict[str, str]:
+        """Those about the model and what it learns from."""
+        return {
+            "model": f"{self.settings['model']} with {self.settings['method']}, {in_millions(self.num_parameters)}",
+            "input": self._input(),
+            "mask": self._mask(),
+            "standardised by": {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[
+                self.settings["image_stats"]
+            ],
+        }
 
     def _interval(self, name: str) -> int | None:
         """In steps; below 1 it is a share of the run. Ours is never so short that a tiny run saves at each step."""
@@ -169,6 +182,7 @@ def make_plan(
     batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_train_images, notes)
     steps_per_epoch = math.ceil(micro_batches(settings, num_train_images, batch_size, machine) / accumulation)
     num_steps = number_of_steps(settings, steps_per_epoch, notes)
+    drop_step = lr_drop_step(settings, steps_per_epoch, num_steps, notes)
     if not num_held_out and settings["eval_strategy"] != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
     grid, num_hidden, precision = settings.grid, hidden_patches(settings), precision_of(settings, machine)
@@ -189,6 +203,7 @@ def make_plan(
         num_steps=num_steps,
         learning_rate=peak_learning_rate(settings, batch_size * accumulation * machine.world_size),
         warmup_steps=number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
+        lr_drop_step=drop_step,
         precision=precision,
         num_workers=number_of_workers(settings, machine),
         bytes_for_weights=num_parameters * BYTES_PER_PARAMETER,
@@ -199,15 +214,20 @@ def make_plan(
 
 
 def _output_dir(settings: Settings) -> str:
+    return f"outputs/{settings['model']}-{settings['method']}-{data_name(settings)}"
+
+
+def data_name(settings: Settings) -> str:
+    """The data sets' names, fit for a folder."""
     data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in settings["dataset"][:3])
-    return f"outputs/{settings['model']}-{settings['method']}-{data.strip('-.') or 'data'}"
+    return data.strip("-.") or "data"
 
 
 def _plain(number: float) -> str:
     return f"{number:,.2f}".rstrip("0").rstrip(".")
 
 
-def _millions(number: int) -> str:
+def in_millions(number: int) -> str:
     return f"{number / 1e6:,.1f} million parameters"
 
 

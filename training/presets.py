@@ -1,14 +1,16 @@
-"""Encoder sizes by name, with the keys of `ViTConfig`.
+"""Encoder sizes by name, with the keys of the native configs: `ViTConfig` and `BeitConfig`, or `SwinConfig`.
 
 vit-small to vit-large: Dosovitskiy et al. 2020 (ViT), arXiv:2010.11929, Table 1, and Touvron et al. 2020 (DeiT),
 arXiv:2012.12877, Table 1, which also has vit-tiny.  vit-huge has patches of 14 as in He et al. 2021 (MAE),
-arXiv:2111.06377.  vit-nano is ours: small enough to learn something on two CPU cores in minutes.
+arXiv:2111.06377.  swin-tiny to swin-large: Liu et al. 2021 (Swin), arXiv:2103.14030, Sec. 3.3, at 192 pixels with the
+windows of Xie et al. 2021 (SimMIM), arXiv:2111.09886, Sec. 4.1.  vit-nano and swin-nano are ours: small enough to
+learn something on two CPU cores in minutes.
 """
 
+from typing import Any
 
-def _encoder(
-    width: int, num_blocks: int, num_heads: int, patch_size: int = 16, image_size: int = 224
-) -> dict[str, int]:
+
+def _vit(width: int, num_blocks: int, num_heads: int, patch_size: int = 16, image_size: int = 224) -> dict[str, Any]:
     return {
         "hidden_size": width,
         "num_hidden_layers": num_blocks,
@@ -19,13 +21,32 @@ def _encoder(
     }
 
 
-ENCODER_SIZES: dict[str, dict[str, int]] = {
-    "vit-nano": _encoder(192, 4, 3, patch_size=8, image_size=64),
-    "vit-tiny": _encoder(192, 12, 3),
-    "vit-small": _encoder(384, 12, 6),
-    "vit-base": _encoder(768, 12, 12),
-    "vit-large": _encoder(1024, 24, 16),
-    "vit-huge": _encoder(1280, 32, 16, patch_size=14),
+def _swin(
+    width: int, depths: list[int], num_heads: list[int], window_size: int = 6, image_size: int = 192
+) -> dict[str, Any]:
+    return {
+        "model_type": "swin",
+        "embed_dim": width,
+        "depths": depths,
+        "num_heads": num_heads,
+        "window_size": window_size,
+        "patch_size": 4,
+        "image_size": image_size,
+    }
+
+
+ENCODER_SIZES: dict[str, dict[str, Any]] = {
+    "vit-nano": _vit(192, 4, 3, patch_size=8, image_size=64),
+    "vit-tiny": _vit(192, 12, 3),
+    "vit-small": _vit(384, 12, 6),
+    "vit-base": _vit(768, 12, 12),
+    "vit-large": _vit(1024, 24, 16),
+    "vit-huge": _vit(1280, 32, 16, patch_size=14),
+    "swin-nano": _swin(48, [2, 2, 2, 2], [2, 4, 8, 16], window_size=4, image_size=128),
+    "swin-tiny": _swin(96, [2, 2, 6, 2], [3, 6, 12, 24]),
+    "swin-small": _swin(96, [2, 2, 18, 2], [3, 6, 12, 24]),
+    "swin-base": _swin(128, [2, 2, 18, 2], [4, 8, 16, 32]),
+    "swin-large": _swin(192, [2, 2, 18, 2], [6, 12, 24, 48], window_size=12),
 }
 
 # Sizes of a head that go with an encoder, for heads that have these settings; what is not here is the head's default

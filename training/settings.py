@@ -86,6 +86,21 @@ class Settings:
         return height // self["patch_size"], width // self["patch_size"]
 
     @property
+    def mask_unit(self) -> int:
+        """Side in patches of the squares that 'random-unit' hides; the flag counts pixels."""
+        if self["mask_strategy"] != "random-unit":
+            return 1
+        patch_size, (height, width) = self["patch_size"], self.image_size
+        unit = self["mask_unit"] or patch_size
+        if any(length % unit for length in (height, width)) or unit % patch_size:
+            fitting = [n for n in range(patch_size, min(height, width), patch_size) if not (height % n or width % n)]
+            raise SettingsError(
+                f"--mask_unit is {unit} pixels, expected a multiple of the patch of {patch_size} that divides "
+                f"{height} x {width}: {', '.join(map(str, fitting)) or 'there is none'}"
+            )
+        return unit // patch_size
+
+    @property
     def mask_ratio(self) -> float | tuple[float, float]:
         ratio = self["mask_ratio"]
         return (ratio[0], ratio[1]) if isinstance(ratio, list) else ratio
@@ -95,7 +110,7 @@ class Settings:
         return self.origins["debug"] > Origin.DEFAULT
 
     def encoder_settings(self) -> dict[str, Any]:
-        """Keyword arguments of the encoder's `ViTConfig`."""
+        """Keyword arguments of the encoder's native config."""
         own = {name: self[name] for name in ("image_size", "patch_size", "num_channels")}
         return {**ENCODER_SIZES[self["model"]], **own}
 
@@ -129,28 +144,29 @@ def load_settings(argv: Sequence[str], heads: Mapping[str, type]) -> Settings:
     """
     parser = build_parser(heads)
     given = parse(parser, argv)
-    config_file = _find_recipe(given["config"]) if "config" in given else None
-    config = _read_recipe(parser, config_file) if config_file else {}
+    config_file = find_recipe(given["config"]) if "config" in given else None
+    config = read_recipe(parser, config_file) if config_file else {}
     chosen = {**_our_defaults(), **config, **given}
     method, head_defaults = chosen["method"], head_flags(heads[chosen["method"]])
     method_file = RECIPES / f"{method}.yaml"
     if not method_file.is_file():
-        raise SettingsError(f"method {method} has no {_label(method_file)} with its published settings; write one")
+        raise SettingsError(f"method {method} has no {label_of(method_file)} with its published settings; write one")
+    _refuse_encoder(chosen["model"], method, heads)
     sizes = {"image_size": ENCODER_SIZES[chosen["model"]]["image_size"]}
     sizes["patch_size"] = ENCODER_SIZES[chosen["model"]]["patch_size"]
     head_sizes = {name: size for name, size in HEAD_SIZES.get(chosen["model"], {}).items() if name in head_defaults}
     layers = {
-        Origin.DEFAULT: {**_our_defaults(), **head_defaults, **_training_defaults()},
+        Origin.DEFAULT: {**_our_defaults(), **head_defaults, **training_defaults()},
         Origin.PRESET: sizes | head_sizes,
-        Origin.METHOD: _read_recipe(parser, method_file),
+        Origin.METHOD: read_recipe(parser, method_file),
         Origin.CONFIG: config,
         Origin.COMMAND_LINE: given,
     }
     labels = {
         Origin.DEFAULT: "default",
         Origin.PRESET: f"size of {chosen['model']}",
-        Origin.METHOD: _label(method_file),
-        Origin.CONFIG: _label(config_file) if config_file else "",
+        Origin.METHOD: label_of(method_file),
+        Origin.CONFIG: label_of(config_file) if config_file else "",
         Origin.COMMAND_LINE: "command line",
     }
     values: dict[str, Any] = {}
@@ -159,9 +175,14 @@ def load_settings(argv: Sequence[str], heads: Mapping[str, type]) -> Settings:
         _refuse_other_methods_settings(layer, method, heads, labels[origin])
         values |= layer
         origins |= dict.fromkeys(layer, origin)
+    if origins["lr_scheduler_type"] > origins["lr_scheduler_kwargs"]:  # kwargs of a schedule that is not used
+        values["lr_scheduler_kwargs"] = layers[Origin.DEFAULT]["lr_scheduler_kwargs"]
+        origins["lr_scheduler_kwargs"] = Origin.DEFAULT
+    _refuse_without_effect(values, origins)
     missing = [name for name in _OF_THE_METHOD if values[name] is None]
     if missing:
-        raise SettingsError(f"{_label(method_file)} must give every method's settings, and lacks {', '.join(missing)}")
+        names = ", ".join(missing)
+        raise SettingsError(f"{label_of(method_file)} must give every method's settings, and lacks {names}")
     return Settings(_checked(values), origins, labels, tuple(head_defaults))
 
 
@@ -169,7 +190,7 @@ def _our_defaults() -> dict[str, Any]:
     return {name: value for group in OUR_GROUPS for name, value in vars(group()).items()}
 
 
-def _training_defaults() -> dict[str, Any]:
+def training_defaults() -> dict[str, Any]:
     defaults = {}
     for argument in fields(TrainingArguments):
         if argument.init:
@@ -182,7 +203,7 @@ def _training_names() -> list[str]:
     return [argument.name for argument in fields(TrainingArguments) if argument.init]
 
 
-def _find_recipe(name: str) -> Path:
+def find_recipe(name: str) -> Path:
     """The file itself, or the one of this name among our recipes, with or without .yaml."""
     for path in (Path(name), RECIPES / name, RECIPES / f"{name}.yaml"):
         if path.is_file():
@@ -193,8 +214,8 @@ def _find_recipe(name: str) -> Path:
     raise SettingsError(f"there is no recipe {name!r}; {hint}There are: {', '.join(known)}")
 
 
-def _read_recipe(parser: Any, path: Path) -> dict[str, Any]:
-    label = _label(path)
+def read_recipe(parser: Any, path: Path) -> dict[str, Any]:
+    label = label_of(path)
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -217,7 +238,7 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _label(path: Path) -> str:
+def label_of(path: Path) -> str:
     return f"{RECIPES.name}/{path.name}" if path.resolve().parent == RECIPES else str(path)
 
 
@@ -232,6 +253,25 @@ def _refuse_other_methods_settings(
                 f"{label}: {name} is a setting of {', '.join(owners)}, not of {method}, which has: "
                 f"{', '.join(own) or 'none of its own'}"
             )
+
+
+def _refuse_without_effect(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> None:
+    """What the user asks for and would not get, for a setting beside it."""
+    if origins["mask_unit"] >= Origin.CONFIG and values["mask_strategy"] != "random-unit":
+        raise SettingsError(
+            f"--mask_unit has no effect with --mask_strategy {values['mask_strategy']}: use random-unit, or leave it"
+        )
+    if values["lr_drop_epoch"] is not None and values["lr_scheduler_type"] != "constant_with_warmup":
+        raise SettingsError(
+            f"--lr_drop_epoch needs --lr_scheduler_type constant_with_warmup, not {values['lr_scheduler_type']}"
+        )
+
+
+def _refuse_encoder(model: str, method: str, heads: Mapping[str, Any]) -> None:
+    families = heads[method].encoder_families
+    if model.split("-")[0] not in families:
+        possible = [name for name in ENCODER_SIZES if name.split("-")[0] in families]
+        raise SettingsError(f"--method {method} cannot train {model}; it trains {', '.join(possible)}")
 
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:

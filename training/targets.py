@@ -45,6 +45,8 @@ def load_tokenizer(name: str) -> PreTrainedModel:
     Raises:
         ValueError: nothing is there, or it is not an image tokenizer.
     """
+    if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1 or name.startswith(".")):
+        raise ValueError(f"--tokenizer {name}: there is no such folder, and no Hub model is called so (org/name)")
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"--tokenizer {name}: this folder has no config.json, so it is no saved model")
     try:

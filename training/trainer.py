@@ -33,6 +33,7 @@ class MimTrainer(Trainer):
     - a head with `update_teacher(progress)` is called after each optimizer step;
     - where images may hide unequal numbers of patches, every hidden patch of a step counts alike, however they lie in
       micro-batches and processes;
+    - with `lr_drop_step`, the learning rate is constant after warm-up, and a tenth of it from that step on (SimMIM);
     - `make_labels` (`training.targets`) turns the batch's `tokenizer_pixel_values` into `labels`, on the device.
     """
 
@@ -45,6 +46,7 @@ class MimTrainer(Trainer):
         self.output_dir = Path(str(self.args.output_dir))
         self.guard = NonFiniteGuard(self.args.device, gradients_may_overflow=self.args.fp16)
         self.make_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.lr_drop_step: int | None = None
         self._num_masked_in_step: torch.Tensor | None = None  # over all micro-batches and processes
         self._meter, self._accuracy = _Meter(), _AccuracyMeter()
         self._micro_step = 0
@@ -98,7 +100,8 @@ class MimTrainer(Trainer):
         if self.make_labels is None:
             return inputs
         inputs = self._prepare_inputs(inputs)
-        return {**inputs, "labels": self.make_labels(inputs.pop("tokenizer_pixel_values"))}
+        inputs["labels"] = self.make_labels(inputs.pop("tokenizer_pixel_values"))
+        return inputs
 
     def compute_loss(
         self,
@@ -117,6 +120,17 @@ class MimTrainer(Trainer):
             num_shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (num_masked * num_shares / self._num_masked_in_step)
         return (loss, outputs) if return_outputs else loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_drop_step is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup_steps, drop_step = self.args.get_warmup_steps(num_training_steps), self.lr_drop_step
+
+        def factor(step: int) -> float:
+            return min(1.0, step / max(1, warmup_steps)) * (0.1 if step >= drop_step else 1.0)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
 
     def _reseed(self) -> None:
         """Dropout and drop path draw from the global generator: tie it to the step, or a resumed run draws anew."""

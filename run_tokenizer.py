@@ -1,0 +1,298 @@
+"""Train an image tokenizer, the discrete VAE of DALL-E: `accelerate launch run_tokenizer.py --dataset ./photos`.
+
+Settings -> images -> plan -> Trainer -> a folder that `AutoModel.from_pretrained` opens with its own code, and that
+`run_pretraining.py --method beit --tokenizer` takes. `--help` lists the flags.
+"""
+
+import json
+import math
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from transformers import TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from data.augmentations import CenterCrop, RandomResizedCrop, Transform
+from data.images import PretrainingImages
+from data.seeds import seeded_generator
+from data.sources import ImageSource
+from evaluation.pictures import labelled_grid, training_curve
+from hub.model_card import shorten_command
+from modeling.dvae import DvaeConfig, DvaeModel, map_pixels
+from run_pretraining import (
+    BAD_IMAGES_FILE,
+    BadImagesLimit,
+    Images,
+    find_images,
+    find_machine,
+    first_on_main,
+    panel_indices,
+    prepare_output_dir,
+    printer,
+    run,
+)
+from training.callbacks import CpuEstimate, MimProgress, ReconstructionPanels
+from training.codebook_start import NUM_IMAGES, start_from_images
+from training.launch import check_world, has_accelerator, restore_threads
+from training.settings import Settings
+from training.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
+from training.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
+from training.tokenizer_trainer import CodebookUse, TokenizerTrainer, stack_items
+
+QUICKSTART = "accelerate launch run_tokenizer.py --config recipes/dvae_nano_sample.yaml"
+CODEBOOK_FILE = "codebook.json"
+# Of held-out images that the use of the codebook is counted on at the end; fewer leave rare codes unseen.
+MIN_TOKENS = 50_000
+_WRITTEN_LAST = "config.json"
+
+
+def main(argv: list[str]) -> None:
+    settings = load_tokenizer_settings(argv)
+    use_cpu = settings["use_cpu"] or not has_accelerator()
+    state = PartialState(cpu=use_cpu)
+    check_world(state.num_processes)
+    say = printer(state)
+    if (note := restore_threads()) and use_cpu:
+        say(f"note: {note}")
+
+    config = DvaeConfig(**tokenizer_sizes(settings))
+    images = first_on_main(state, lambda: find_images(settings))
+    plan = make_tokenizer_plan(
+        settings,
+        find_machine(state, use_cpu),
+        len(images.train),
+        len(images.held_out),
+        *measure_model(config),
+        data=f"{images.source.describe()}: {images.summary}",
+    )
+    output_dir = plan.output_dir
+    say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
+    for name, reason in images.bad[:10]:
+        say(f"note: left out {name}: {reason}")
+    if settings["dry_run"]:
+        return
+
+    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say, _WRITTEN_LAST))
+    trainer = build_trainer(settings, plan, config, images, is_new=checkpoint is None)
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finish(trainer, settings, images, output_dir, argv)
+    say(f"{output_dir}: image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}")
+    if hasattr(trainer, "end"):  # absent in transformers 5.17
+        trainer.end()
+
+
+def measure_model(config: DvaeConfig) -> tuple[int, int, tuple[int, int]]:
+    """Parameters, bytes that the backward pass of one image needs, and rows and columns of codes; computes nothing."""
+    with torch.device("meta"):
+        model = DvaeModel(config).train()
+        image = torch.empty(1, config.num_channels, *config.input_size)
+    kept = {id(parameter): 0 for parameter in model.parameters()}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)  # or an id could be used again
+        kept.setdefault(id(tensor), tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(image)
+    height, width = config.input_size
+    return model.num_parameters(), sum(kept.values()), (height // config.stride, width // config.stride)
+
+
+# ---- training ----
+
+
+def build_trainer(
+    settings: Settings, plan: TokenizerPlan, config: DvaeConfig, images: Images, is_new: bool
+) -> TokenizerTrainer:
+    """Everything of the run as objects: data, tokenizer, trainer and what a person sees."""
+    output_dir = plan.output_dir
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs"))
+    arguments = TrainingArguments(**plan.training_arguments())
+    set_seed(settings["seed"])
+    tokenizer = DvaeModel(config)
+    train = image_crops(settings, images.source, images.train, random_crop(settings), plan)
+    if is_new and settings["start_from_images"]:
+        some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
+        generator = seeded_generator(settings["seed"], "codebook_start")
+        start_from_images(tokenizer, map_pixels(torch.stack(list(some))), generator)
+    center = CenterCrop(settings.image_size)
+    held_out = None
+    if len(images.held_out):
+        held_out = image_crops(settings, images.held_out_source, images.held_out, center, plan)
+    trainer = TokenizerTrainer(
+        model=tokenizer,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=stack_items,
+        schedules=plan.schedules,
+        ema_decay=settings["ema_decay"],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(MimProgress())
+    trainer.add_callback(BadImagesLimit(output_dir / BAD_IMAGES_FILE, len(images.train), settings["max_bad_fraction"]))
+    if arguments.device.type == "cpu":
+        trainer.add_callback(CpuEstimate(QUICKSTART))
+    shown = held_out if held_out is not None else train.at_center()
+    batch = stack_items([shown[index] for index in panel_indices(len(shown))])
+    board = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+    trainer.add_callback(ReconstructionPanels(output_dir / "panels", batch, draw_panel, board[0] if board else None))
+    return trainer
+
+
+def random_crop(settings: Settings) -> RandomResizedCrop:
+    height, width = settings.image_size
+    ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # a wide crop for a wide input, not a squashed one
+    return RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio)
+
+
+def image_crops(
+    settings: Settings, source: ImageSource, indices: np.ndarray, transform: Transform, plan: TokenizerPlan
+) -> PretrainingImages:
+    """Random crops come in an order of their own, central ones (of held-out images) in plain order."""
+    return PretrainingImages(
+        source,
+        indices,
+        transform,
+        settings["num_channels"],
+        settings["seed"],
+        plan.images_per_step,
+        plan.output_dir / BAD_IMAGES_FILE,
+        train=not isinstance(transform, CenterCrop),
+    )
+
+
+def draw_panel(tokenizer: DvaeModel, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
+    """Each image, what its codes give, and what the decoder makes of the codes' probabilities before one is picked."""
+    pixels = batch["pixel_values"]
+    codes = tokenizer.get_codebook_indices(pixels)
+    views = {
+        "input": pixels / 255,
+        f"from {codes[0].numel()} codes": tokenizer.decode(codes),
+        "from their probabilities": tokenizer.decode_soft(tokenizer.encode(map_pixels(pixels)).softmax(dim=1)),
+    }
+    facts = [f"discrete VAE, {tokenizer.vocab_size:,} codes", f"step {step:,}"]
+    if eval_loss is not None:
+        facts.append(f"held-out loss {eval_loss:.4g}")
+    return labelled_grid({label: view.float().cpu() for label, view in views.items()}, footer="  ·  ".join(facts))
+
+
+# ---- the end ----
+
+
+def finish(trainer: TokenizerTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:
+    """Check the weights, count the codes in use, and write the averaged tokenizer with its card."""
+    trainer.stop_if_not_finite()
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    if trainer.is_world_process_zero():
+        with trainer.average.in_place_of_weights():
+            facts = codebook_facts(trainer, settings, images)
+            write_tokenizer(trainer, facts, output_dir, argv)
+    trainer.accelerator.wait_for_everyone()
+
+
+@torch.no_grad()
+def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: Images) -> dict[str, Any]:
+    """The use of the codebook on random crops of the held-out images, as many as `MIN_TOKENS` takes; logged."""
+    if not len(images.held_out):
+        return {}
+    tokenizer, use_plan = trainer.model.eval(), trainer.train_dataset
+    crops = PretrainingImages(
+        images.held_out_source,
+        images.held_out,
+        random_crop(settings),
+        settings["num_channels"],
+        settings["seed"],
+        use_plan.images_per_step,
+        use_plan.bad_images_file,
+        train=True,
+    )
+    tokens_per_image = math.prod(length // tokenizer.config.stride for length in settings.image_size)
+    num_crops = math.ceil(MIN_TOKENS / tokens_per_image)
+    histogram = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
+    for pixels in _batches(crops, num_crops, trainer.args.per_device_eval_batch_size):
+        codes = tokenizer.get_codebook_indices(pixels.to(trainer.args.device))
+        histogram += torch.bincount(codes.flatten(), minlength=tokenizer.vocab_size).cpu()
+    use = CodebookUse.of(histogram)
+    trainer.log({f"codebook_{name}": value for name, value in asdict(use).items()})
+    return {"vocab_size": tokenizer.vocab_size, **asdict(use), "num_crops": num_crops, "num_images": len(crops)}
+
+
+def _batches(crops: PretrainingImages, num_crops: int, batch_size: int) -> Iterator[torch.Tensor]:
+    for start in range(0, num_crops, batch_size):
+        yield torch.stack(
+            [crops[counter]["pixel_values"] for counter in range(start, min(start + batch_size, num_crops))]
+        )
+
+
+def write_tokenizer(trainer: TokenizerTrainer, facts: dict[str, Any], output_dir: Path, argv: list[str]) -> None:
+    history = trainer.state.log_history
+    trainer.save_state()
+    if any("loss" in entry or "eval_loss" in entry for entry in history):
+        training_curve(history, output_dir / "training_curve.png")
+    if panels := sorted((output_dir / "panels").glob("*.png")):
+        shutil.copy(panels[-1], output_dir / "reconstructions.png")
+    if facts:
+        (output_dir / CODEBOOK_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    card = tokenizer_card(output_dir, facts, losses[-1] if losses else None, argv)
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
+    scratch = output_dir / ".export"
+    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
+    for path in sorted(scratch.iterdir(), key=lambda path: path.name == _WRITTEN_LAST):
+        path.replace(output_dir / path.name)
+    scratch.rmdir()
+
+
+def tokenizer_card(output_dir: Path, facts: dict[str, Any], eval_loss: float | None, argv: list[str]) -> str:
+    """README.md of the folder: how to use it, how it was made, what was measured."""
+    lines = [
+        f"# {output_dir.name}",
+        "",
+        "An image tokenizer: a discrete VAE as in [DALL-E](https://arxiv.org/abs/2102.12092).",
+        "Loading it runs the Python file of this repository; read it first.",
+        "",
+        "```python",
+        "from transformers import AutoModel",
+        "",
+        f'tokenizer = AutoModel.from_pretrained("{output_dir.name}", trust_remote_code=True).eval()',
+        "codes = tokenizer.get_codebook_indices(pixel_values)  # (B, C, H, W) uint8, or floats in [0, 1] -> (B, h, w)",
+        "images = tokenizer.decode(codes)  # in [0, 1]",
+        "```",
+        "",
+        "```bash",
+        shorten_command(shlex.join(["python", "run_tokenizer.py", *argv])),
+        "```",
+    ]
+    if facts:
+        lines += [
+            "",
+            f"On held-out images ({facts['num_tokens']:,} codes: {facts['num_crops']:,} random crops of "
+            f"{facts['num_images']:,} images) {facts['num_alive']:,} of {facts['vocab_size']:,} codes occur; the "
+            f"perplexity of their frequencies is {facts['perplexity']:.1f}.",
+        ]
+    if eval_loss is not None:
+        lines += ["", f"Held-out reconstruction loss, from picked codes: {eval_loss:.4g} nats a number."]
+    if (output_dir / "reconstructions.png").exists():
+        lines += ["", "![Images and their reconstructions](reconstructions.png)"]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], main, "run_tokenizer.py"))

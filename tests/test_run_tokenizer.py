@@ -1,0 +1,221 @@
+"""The command that trains a tokenizer, as a user types it: what it writes, how it goes on, and what it refuses."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from transformers import AutoModel
+
+import run_pretraining
+import run_tokenizer
+from modeling.dvae import DvaeConfig
+from training.settings import RECIPES
+from training.targets import load_tokenizer, tokenizer_view
+from training.tokenizer_plan import Machine, make_tokenizer_plan
+from training.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
+
+PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
+SIZES = ["--model", "dvae-nano", "--image_size", "32", "--vocab_size", "32"]
+SMALL = [*SIZES, "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
+LAYOUT = {
+    *("config.json", "model.safetensors", "dvae.py", "README.md", "settings.yaml", "codebook.json"),
+    *("training_curve.png", "reconstructions.png", "trainer_state.json", "panels/step-0000002.png"),
+}
+ALL = sorted(RECIPES.glob("dvae*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(run_tokenizer, "MIN_TOKENS", 1000)
+
+
+def train(*argv: str) -> int:
+    return run_pretraining.run([*SMALL, *argv], run_tokenizer.main, "run_tokenizer.py")
+
+
+def refusal(capsys, *argv: str) -> str:
+    """The message of a command that must fail, without a traceback."""
+    assert train(*argv) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert message.startswith("run_tokenizer.py: ")
+    return message
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([parameter.flatten() for parameter in AutoModel.from_pretrained(folder).parameters()])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_tokenizer, "MIN_TOKENS", 1000)
+        assert train("--output_dir", str(folder)) == 0
+    return folder
+
+
+# ---- what it writes ----
+
+
+def test_run__writes_the_layout(finished):
+    files = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    assert {name for name in files if not name.startswith(("checkpoint-", "runs/"))} == LAYOUT
+
+
+def test_run__counts_the_codes_of_enough_held_out_tokens(finished):
+    facts = json.loads((finished / "codebook.json").read_text())
+    assert facts["num_tokens"] == facts["num_crops"] * 16 >= 1000
+    assert 1 <= facts["perplexity"] <= facts["num_alive"] <= facts["vocab_size"] == 32
+    assert f"{facts['num_alive']} of 32 codes occur" in (finished / "README.md").read_text()
+    assert facts["num_images"] == len(list((ROOT / "data" / "samples" / "photographs" / "held_out").glob("*.jpg")))
+
+
+def test_run__logs_the_parts_of_the_loss_and_the_schedules(finished):
+    history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
+    trained = [entry for entry in history if "loss" in entry]
+    assert {"reconstruction_loss", "kl", "kl_weight", "temperature", "images_per_second"} <= trained[-1].keys()
+    assert trained[0]["temperature"] == 1
+    assert trained[0]["kl_weight"] == 6.6  # a tenth of two steps is none
+    evaluated = [entry for entry in history if "eval_loss" in entry]
+    assert evaluated[-1]["eval_num_tokens"] == 58 * 16
+    assert {"eval_num_alive", "eval_perplexity", "eval_kl"} <= evaluated[-1].keys()
+
+
+def test_run__is_a_tokenizer_that_pretraining_takes(finished):
+    tokenizer = load_tokenizer(str(finished))
+    assert tokenizer_view(tokenizer, str(finished), (4, 4)) == ((32, 32), 32)
+
+
+def test_run__saves_the_average_and_not_the_last_weights(finished):
+    checkpoint = finished / "checkpoint-2"
+    average = torch.nn.Module.state_dict(AutoModel.from_pretrained(finished))
+    last = AutoModel.from_pretrained(checkpoint).state_dict()
+    assert any(not torch.equal(average[name], last[name]) for name in average)
+    assert (checkpoint / "weight_average.safetensors").exists()
+
+
+def test_run__gray_and_rectangular_starting_from_images(tmp_path):
+    flags = ["--num_channels", "1", "--image_size", "32", "64", "--start_from_images", "--usage_weight", "0.1"]
+    assert train(*flags, "--output_dir", str(tmp_path / "out")) == 0
+    tokenizer = AutoModel.from_pretrained(tmp_path / "out")
+    assert tokenizer.get_codebook_indices(torch.zeros(1, 1, 32, 64)).shape == (1, 4, 8)
+
+
+def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
+    assert train("--output_dir", str(tmp_path / "out"), "--dry_run", "--max_steps", "1000") == 0
+    plan = capsys.readouterr().out
+    assert "32 x 32 pixels become 4 x 4 codes out of 32" in plan
+    assert "note: temperature_steps is 500 instead of 150,000: the run has 1,000 steps" in plan
+    assert "help" not in plan
+    assert not (tmp_path / "out").exists()
+
+
+# ---- going on, and refusing to ----
+
+
+def test_run__an_interrupted_one_ends_like_an_undisturbed_one(tmp_path):
+    folder = tmp_path / "out"
+    command = ["--output_dir", str(folder), "--save_steps", "1", "--max_steps", "3", "--start_from_images"]
+    assert train(*command) == 0
+    whole = weights(folder)
+    shutil.rmtree(folder / "checkpoint-3")
+    (folder / "config.json").unlink()
+    (folder / "checkpoint-2" / "trainer_state.json").unlink()  # as if killed inside the save
+    assert train(*command) == 0
+    assert torch.equal(weights(folder), whole)
+
+
+def test_run__a_finished_folder_is_not_touched_without_overwrite(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert "--overwrite" in refusal(capsys, "--output_dir", str(finished))
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+def test_run__an_interrupted_one_of_another_shape_is_refused(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "config.json").unlink()
+    assert "vocab_size 32 -> 64" in refusal(capsys, "--output_dir", str(tmp_path / "out"), "--vocab_size", "64")
+
+
+def test_bad_images__stop_the_run_or_are_left_out_and_listed(tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for photograph in PHOTOGRAPHS[:20]:
+        shutil.copy(photograph, photos)
+    (photos / "text.jpg").write_text("not a picture")
+    (photos / "truncated.jpg").write_bytes(PHOTOGRAPHS[0].read_bytes()[:4000])
+    flags = ["--dataset", str(photos), "--output_dir", str(out)]
+    message = refusal(capsys, *flags)
+    assert all(name in message for name in ("text.jpg", "truncated.jpg", "--max_bad_fraction"))
+    assert not out.exists()
+    assert train(*flags, "--max_bad_fraction", "0.2") == 0
+    listed = [json.loads(line)["name"] for line in (out / "bad_images.jsonl").read_text().splitlines()]
+    assert {Path(name).name for name in listed} == {"text.jpg", "truncated.jpg"}
+
+
+def test_mistakes__each_get_one_clear_message(tmp_path, capsys):
+    out = ["--output_dir", str(tmp_path / "out")]
+    assert "did you mean --vocab_size?" in refusal(capsys, *out, "--vocab_sizes", "9")
+    assert "--vocab_size is 1" in refusal(capsys, *out, "--vocab_size", "1")
+    assert "stride of 8 pixels" in refusal(capsys, *out, "--image_size", "30")
+    assert "--final_temperature is 0.0" in refusal(capsys, *out, "--final_temperature", "0")
+    assert "did you mean dvae-nano?" in refusal(capsys, *out, "--model", "dvae_nano")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- settings ----
+
+
+def test_dvae__has_the_published_objective():
+    settings = load_tokenizer_settings([])
+    published = {
+        "kl_weight": 6.6,
+        "kl_weight_steps": 5000,
+        "final_temperature": 1 / 16,
+        "temperature_steps": 150_000,
+        "ema_decay": 0.999,
+        "usage_weight": 0,
+        "start_from_images": False,
+        "vocab_size": 8192,
+        "image_size": 112,
+        "learning_rate": 1e-4,
+        "lr_scheduler_kwargs": {"min_lr": 1.25e-6},
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "weight_decay": 1e-4,
+    }
+    found = {name: settings[name] for name in published}
+    if isinstance(found["lr_scheduler_kwargs"], str):
+        found["lr_scheduler_kwargs"] = json.loads(found["lr_scheduler_kwargs"])
+    assert found == published
+    assert DvaeConfig(**tokenizer_sizes(settings)).hidden_size == 256
+
+
+def test_long_run__keeps_the_published_schedules():
+    settings = load_tokenizer_settings(["--max_steps", "3000000"])
+    plan = make_tokenizer_plan(settings, Machine("cuda", 16), 10**6, 1000, 1, 1, (14, 14), "images")
+    assert plan.schedules.at(5000)["kl_weight"] == 6.6
+    assert plan.schedules.at(150_000)["temperature"] == 1 / 16 < plan.schedules.at(149_000)["temperature"]
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+def test_recipe__loads_counts_and_runs_by_the_command_in_its_header(path):
+    text = path.read_text(encoding="utf-8")
+    run = next(line for line in text.splitlines() if line.startswith("# Run:"))
+    settings = load_tokenizer_settings(run.split("run_tokenizer.py")[1].split())
+    assert f"recipes/{path.name}" in settings.labels.values()
+    for name, value in yaml.safe_load(text).items():
+        found = (
+            json.loads(settings[name]) if isinstance(settings[name], str) and "{" in settings[name] else settings[name]
+        )
+        assert found == (float(value) if isinstance(found, float) else [value] if name == "dataset" else value), name
+    for field in ("Paper:", "Run:", "Cost:", "Expected:", "Measured:", "Differs:"):
+        assert len([line for line in text.splitlines() if line.startswith(f"# {field}") and len(line) > 14]) == 1, (
+            field
+        )

@@ -1,0 +1,112 @@
+"""Labels from an image tokenizer: which models are one, what view they want, and that both views show the same."""
+
+import pytest
+import torch
+from conftest import tiny_arguments, tiny_head
+from torch.testing import assert_close
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig, ViTConfig, ViTModel
+
+from data.augmentations import CenterCrop, RandomResizedCrop, TwoViews
+from data.collators import MaskingCollator
+from data.images import PretrainingImages
+from data.seeds import seeded_generator
+from data.sources import open_source
+from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
+from training.trainer import MimTrainer
+
+
+@pytest.fixture(scope="module")
+def dalle(tmp_path_factory):
+    """The public tokenizer's class at a small size; its weights would come from the Hub."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    torch.manual_seed(0)
+    config = FlavaImageCodebookConfig(hidden_size=16, vocab_size=32, num_blocks_per_group=1, image_size=32)
+    FlavaImageCodebook(config).save_pretrained(folder)
+    return folder
+
+
+def two_views(source, crop) -> PretrainingImages:
+    indices = torch.arange(0, 48).numpy()
+    train = isinstance(crop, RandomResizedCrop)
+    return PretrainingImages(source, indices, TwoViews(crop, (32, 32)), 3, 0, 8, None, train)
+
+
+def test_views__show_the_same_crop_and_colours():
+    source = open_source("sample")
+    crop = RandomResizedCrop((64, 64), (0.08, 1.0), color_jitter=0.4)
+    for index in range(12):
+        views = TwoViews(crop, (32, 32))(source.read(index), 3, seeded_generator(0, index))
+        first, second = (views[name].float() for name in ("pixel_values", "tokenizer_pixel_values"))
+        shrunk = torch.nn.functional.interpolate(first[None], (32, 32), mode="bicubic", antialias=True)[0]
+        assert (shrunk - second).abs().mean() < 6  # of 255: other filters, the same picture
+        assert (shrunk.flip(-1) - second).abs().mean() > 2 * (shrunk - second).abs().mean()
+
+
+def test_views__colours_are_jittered_in_training_only():
+    source = open_source("sample")
+    plain, jittered = (RandomResizedCrop((64, 64), color_jitter=amount) for amount in (0.0, 0.4))
+    one, other = (crop(source.read(0), 3, seeded_generator(0)) for crop in (plain, jittered))
+    assert (one.float() - other.float()).abs().mean() > 2
+    center = TwoViews(CenterCrop((64, 64)), (32, 32))(source.read(0), 3)
+    assert torch.equal(center["pixel_values"], CenterCrop((64, 64))(source.read(0), 3))
+
+
+def test_labels__are_the_frozen_tokenizers_in_float32_with_dalles_pixel_mapping(dalle):
+    tokenizer = load_tokenizer(str(dalle))
+    labels = TokenizerLabels(tokenizer, torch.device("cpu"))
+    views = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = labels(views)
+    assert found.dtype == torch.int64
+    assert torch.equal(found, tokenizer.get_codebook_indices(0.8 * views.float() / 255 + 0.1).flatten(1))
+    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+
+
+def test_view__is_the_tokenizers_own_size_and_must_give_a_token_per_patch(dalle):
+    tokenizer = load_tokenizer(str(dalle))
+    assert tokenizer_view(tokenizer, "x", (4, 4)) == ((32, 32), 32)
+    with pytest.raises(ValueError, match="32 x 32 pixels into 4 x 4 tokens, the encoder has 8 x 8 patches"):
+        tokenizer_view(tokenizer, "x", (8, 8))
+
+
+def test_load__says_what_is_wrong(tmp_path):
+    with pytest.raises(ValueError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        load_tokenizer(str(tmp_path))
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="ViTModel without get_codebook_indices"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_trainer__every_hidden_patch_of_a_step_counts_alike(dalle, tmp_path):
+    """Images hide very unequal numbers: 1 x 8 images and 4 x 2 must still be the same step."""
+    source, crop = open_source("sample"), RandomResizedCrop((32, 32), (0.2, 1.0))
+    weights, losses = [], []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        trainer = MimTrainer(
+            model=tiny_head("beit", drop_path_rate=0.0),
+            args=tiny_arguments(
+                tmp_path,
+                max_steps=2,
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                optim="sgd",
+                learning_rate=0.1,
+            ),
+            train_dataset=two_views(source, crop),
+            eval_dataset=two_views(source, CenterCrop((32, 32))),
+            data_collator=MaskingCollator((4, 4), (0.2, 0.9), equal_num_masked=False, with_image_index=True),
+        )
+        tokenizer = load_tokenizer(str(dalle))
+        labels = TokenizerLabels(tokenizer, torch.device("cpu"))
+        trainer.make_labels = lambda views, labels=labels: labels(views) % 16
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for name, expected in weights[0].items():
+        assert_close(weights[1][name], expected, rtol=1e-5, atol=1e-6)
+    metrics = trainer.evaluate()
+    assert 0 <= metrics["eval_accuracy"] <= 1

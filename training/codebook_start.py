@@ -1,0 +1,65 @@
+"""Start a tokenizer from images instead of from noise alone, for runs too short to recover from a collapsed codebook.
+
+Pixels are all positive, so at DALL-E's initialisation one direction, the mean image, drowns the differences between
+patches, one code wins everywhere, and thousands of steps go by before others are used. Here each convolution of the
+encoder first gets outputs of zero mean and unit deviation on real images (Salimans & Kingma 2016, arXiv:1602.07868,
+Sec. 3), then each code the features of a place in them, so that the logits tell squared distances, as in k-means.
+
+Shapes: B images, K codes, D features of a place, n places.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+NUM_IMAGES = 256  # to choose codes from; there are at least as many places as codes
+_NUM_IMAGES_FOR_SCALES = 64
+# How much less likely a place is to choose the second-nearest code than its own, in nats, at temperature 1.
+_LOGIT_GAP = 4.0
+
+
+@torch.no_grad()
+def start_from_images(tokenizer: Any, pixels: torch.Tensor, generator: torch.Generator) -> None:
+    """Set the weights of `encoder` and `to_logits`; `pixels` (B, C, H, W) are what `encode` takes.
+
+    Raises:
+        ValueError: the images have fewer places than there are codes.
+    """
+    convolutions = [module for module in tokenizer.encoder.modules() if isinstance(module, nn.Conv2d)]
+    _standardise_outputs(convolutions, lambda: tokenizer.encoder(pixels[:_NUM_IMAGES_FOR_SCALES]))
+    maps = [tokenizer.encoder(part) for part in pixels.split(32)]  # (32, D, h, w) each
+    features = torch.cat([part.movedim(1, -1).flatten(0, 2) for part in maps])  # (n, D)
+    num_codes = tokenizer.vocab_size
+    if len(features) < num_codes:
+        raise ValueError(
+            f"{len(pixels)} images have only {len(features):,} places to start {num_codes:,} codes from: give more "
+            "images, lower --vocab_size, or --start_from_images false"
+        )
+    mean, std = features.mean(0), features.std(0) + 1e-6  # (D,)
+    features = (features - mean) / std
+    order = torch.randperm(len(features), generator=generator)
+    codes, others = features[order[:num_codes]], features[order[-num_codes:]]  # (K, D)
+    nearest = torch.cdist(others, codes).square().topk(2, largest=False).values.mean()
+    scale = nearest / _LOGIT_GAP
+    weight = codes / scale / std  # -|f - code|^2 / (2 scale), but for a term that all codes share
+    tokenizer.to_logits.weight.copy_(weight[:, :, None, None])
+    tokenizer.to_logits.bias.copy_(-codes.square().sum(1) / (2 * scale) - weight @ mean)
+
+
+def _standardise_outputs(convolutions: list[nn.Conv2d], run: Any) -> None:
+    """In the order in which `run` calls them, so that each sees inputs that are already as they will be."""
+
+    def standardise(module: nn.Conv2d, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        mean, std = output.mean((0, 2, 3)), output.std((0, 2, 3)) + 1e-6
+        assert module.bias is not None
+        module.weight.div_(std[:, None, None, None])
+        module.bias.copy_((module.bias - mean) / std)
+        return (output - mean[:, None, None]) / std[:, None, None]
+
+    hooks = [convolution.register_forward_hook(standardise) for convolution in convolutions]
+    try:
+        run()
+    finally:
+        for hook in hooks:
+            hook.remove()

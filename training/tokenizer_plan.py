@@ -1,0 +1,109 @@
+"""The numbers of a tokenizer's run, said aloud before training; `training.arithmetic` has the rules behind them."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.arithmetic import (
+    Machine,
+    batch_size_and_accumulation,
+    micro_batches,
+    number_of_steps,
+    number_of_warmup_steps,
+    number_of_workers,
+    peak_learning_rate,
+    precision_of,
+)
+from training.memory import BYTES_PER_PARAMETER
+from training.plan import Plan, data_name, in_millions
+from training.settings import Settings
+from training.tokenizer_schedules import TokenizerSchedules
+
+_EXTRA_BYTES_PER_PARAMETER = 4  # the average of the weights
+# Of the run. DALL-E's schedules end after 0.2 % and 5 % of 3 million steps; in a short run they still need to end.
+_MOST_KL_WEIGHT_SHARE, _MOST_TEMPERATURE_SHARE = 0.1, 0.5
+
+
+@dataclass(frozen=True)
+class TokenizerPlan(Plan):
+    """`grid` holds the codes of one image; nothing is hidden."""
+
+    schedules: TokenizerSchedules
+
+    def task_rows(self) -> dict[str, str]:
+        height, width = self.settings.image_size
+        codes = f"{self.grid[0]} x {self.grid[1]} codes out of {self.settings['vocab_size']:,}"
+        schedules = self.schedules
+        return {
+            "model": f"{self.settings['model']}, {in_millions(self.num_parameters)}",
+            "input": f"{height} x {width} pixels become {codes}",
+            "KL weight": f"0 to {schedules.kl_weight:g} in {schedules.kl_weight_steps:,} steps",
+            "temperature": f"1 to {schedules.final_temperature:g} in {schedules.temperature_steps:,} steps",
+        }
+
+
+def make_tokenizer_plan(
+    settings: Settings,
+    machine: Machine,
+    num_train_images: int,
+    num_held_out: int,
+    num_parameters: int,
+    bytes_per_image: int,
+    grid: tuple[int, int],
+    data: str,
+) -> TokenizerPlan:
+    """Every number of the run; `bytes_per_image` is what the backward pass of one image needs, `data` what was found.
+
+    Raises:
+        ValueError: fewer images than processes, or a precision that the device has not.
+    """
+    notes: list[str] = []
+    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_train_images, notes)
+    steps_per_epoch = math.ceil(micro_batches(settings, num_train_images, batch_size, machine) / accumulation)
+    num_steps = number_of_steps(settings, steps_per_epoch, notes)
+    if not num_held_out and settings["eval_strategy"] != "no":
+        notes.append("no image is held out, so nothing is evaluated during training")
+    schedules = _schedules(settings, num_steps, notes)
+    warmup_steps = number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes)
+    return TokenizerPlan(
+        settings=settings,
+        machine=machine,
+        data=data,
+        num_train_images=num_train_images,
+        num_held_out=num_held_out,
+        num_parameters=num_parameters,
+        grid=grid,
+        num_hidden=(0, 0),
+        batch_size=batch_size,
+        accumulation=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        learning_rate=peak_learning_rate(settings, batch_size * accumulation * machine.world_size),
+        lr_drop_step=None,
+        warmup_steps=warmup_steps,
+        precision=precision_of(settings, machine),
+        num_workers=number_of_workers(settings, machine),
+        bytes_for_weights=num_parameters * (BYTES_PER_PARAMETER + _EXTRA_BYTES_PER_PARAMETER),
+        bytes_for_activations=batch_size * bytes_per_image,
+        output_dir=Path(settings["output_dir"] or f"outputs/{settings['model']}-{data_name(settings)}"),
+        notes=tuple(notes),
+        schedules=schedules,
+    )
+
+
+def _schedules(settings: Settings, num_steps: int, notes: list[str]) -> TokenizerSchedules:
+    def steps(name: str, most_share: float) -> int:
+        given = settings[name]
+        wanted = math.ceil(given * num_steps) if given < 1 else int(given)
+        most = num_steps if settings.is_users(name) else int(most_share * num_steps)
+        if wanted > most:
+            notes.append(f"{name} is {most:,} instead of {wanted:,}: the run has {num_steps:,} steps")
+        return min(wanted, most)
+
+    return TokenizerSchedules(
+        kl_weight=settings["kl_weight"],
+        kl_weight_steps=steps("kl_weight_steps", _MOST_KL_WEIGHT_SHARE),
+        final_temperature=settings["final_temperature"],
+        temperature_steps=steps("temperature_steps", _MOST_TEMPERATURE_SHARE),
+        usage_weight=settings["usage_weight"],
+    )

@@ -1,0 +1,170 @@
+"""The flags of `run_tokenizer.py`: the discrete VAE's sizes and objective, data, and every field of TrainingArguments.
+
+Lowest first: defaults, the preset's sizes, recipes/dvae.yaml, the recipe of --config, the command line.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from training.flags import RANGES
+from training.parsing import SettingsError, make_parser, parse
+from training.settings import RECIPES, Origin, Settings, find_recipe, label_of, read_recipe, training_defaults
+
+# dvae: the encoder and decoder of DALL-E (Ramesh et al. 2021, arXiv:2102.12092, App. A), on the views of 112 pixels
+# that BEiT gives it (DALL-E's were 256). The others are ours; dvae-nano learns on two CPU cores in minutes.
+TOKENIZER_SIZES: dict[str, dict[str, Any]] = {
+    "dvae-nano": {
+        "hidden_size": 32,
+        "num_groups": 4,
+        "num_blocks_per_group": 1,
+        "decoder_input_size": 64,
+        "image_size": 112,
+    },
+    "dvae-small": {
+        "hidden_size": 64,
+        "num_groups": 4,
+        "num_blocks_per_group": 2,
+        "decoder_input_size": 128,
+        "image_size": 112,
+    },
+    "dvae": {
+        "hidden_size": 256,
+        "num_groups": 4,
+        "num_blocks_per_group": 2,
+        "decoder_input_size": 128,
+        "image_size": 112,
+    },
+}
+_METHOD = "dvae"
+_EPILOG = """\
+The result is an image tokenizer for BEiT: accelerate launch run_pretraining.py --method beit --tokenizer FOLDER.
+Small data: a step never takes more images than there are, and what needs fewer steps than planned ends sooner. The
+plan, printed before training, says in a "note:" what was changed.
+
+precedence: defaults < recipes/dvae.yaml < --config < command line. --vocab-size is --vocab_size.
+"""
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class TokenizerModelFlags:
+    _argument_group_name = "model"
+
+    model: str = _flag("dvae", "size of the tokenizer")
+    vocab_size: int = _flag(8192, "codes in the book")
+    image_size: list[int] | None = None
+    num_channels: Literal[1, 3] = 3
+
+
+@dataclass
+class TokenizerObjectiveFlags:
+    _argument_group_name = "objective (defaults: DALL-E's)"
+
+    kl_weight: float = _flag(6.6, "weight of the divergence from a uniform choice of codes, once it has grown from 0")
+    kl_weight_steps: float = _flag(5000.0, "steps in which it grows; below 1 it is a share of all steps")
+    final_temperature: float = _flag(0.0625, "temperature of the relaxation, once it has fallen from 1")
+    temperature_steps: float = _flag(150000.0, "steps in which it falls; below 1 it is a share of all steps")
+    usage_weight: float = _flag(0.0, "weight of an extra term that spreads the codes of a batch evenly; not DALL-E's")
+    start_from_images: bool = _flag(False, "start filters and codes from images; not DALL-E's, for short runs")
+    ema_decay: float = _flag(0.999, "of the average of the weights that is evaluated and saved")
+
+
+@dataclass
+class TokenizerDataFlags:
+    _argument_group_name = "data"
+
+    dataset: list[str] = field(default_factory=lambda: ["sample"])
+    validation_fraction: float = 0.05
+    max_bad_fraction: float = 0.05
+    crop_scale: list[float] | None = None
+
+
+@dataclass
+class TokenizerRunFlags:
+    _argument_group_name = "run"
+
+    config: str | None = None
+    base_learning_rate: float | None = None
+    warmup_epochs: float | None = None
+    resume: Literal["auto", "never"] = "auto"
+    overwrite: bool = False
+    dry_run: bool = False
+
+
+_GROUPS = (TokenizerModelFlags, TokenizerObjectiveFlags, TokenizerDataFlags, TokenizerRunFlags)
+_RANGES = {
+    **RANGES,
+    "vocab_size": (lambda x: x[0] >= 2, "2 or more"),
+    "kl_weight": (lambda x: x[0] >= 0, "0 or more"),
+    "kl_weight_steps": (lambda x: x[0] >= 0, "0 or more"),
+    "final_temperature": (lambda x: 0 < x[0] <= 1, "a number above 0, at most 1"),
+    "temperature_steps": (lambda x: x[0] >= 0, "0 or more"),
+    "usage_weight": (lambda x: x[0] >= 0, "0 or more"),
+    "ema_decay": (lambda x: 0 <= x[0] < 1, "0 or more and below 1"),
+}
+
+
+def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
+    """Resolve the settings of a tokenizer's run.
+
+    Raises:
+        SettingsError: an unknown flag, a value that cannot be, or no such recipe.
+    """
+    parser = make_parser(
+        _GROUPS,
+        {"model": TOKENIZER_SIZES},
+        prog="run_tokenizer.py",
+        usage="accelerate launch run_tokenizer.py [--flag value ...]",
+        description="Train an image tokenizer (a discrete VAE) on unlabelled images.",
+        epilog=_EPILOG,
+    )
+    given = parse(parser, argv)
+    config_file = find_recipe(given["config"]) if "config" in given else None
+    config = read_recipe(parser, config_file) if config_file else {}
+    defaults = {name: value for group in _GROUPS for name, value in vars(group()).items()}
+    model = {**defaults, **config, **given}["model"]
+    method_file = RECIPES / f"{_METHOD}.yaml"
+    layers = {
+        Origin.DEFAULT: {**defaults, **training_defaults()},
+        Origin.PRESET: {"image_size": TOKENIZER_SIZES[model]["image_size"]},
+        Origin.METHOD: read_recipe(parser, method_file),
+        Origin.CONFIG: config,
+        Origin.COMMAND_LINE: given,
+    }
+    labels = {
+        Origin.DEFAULT: "default",
+        Origin.PRESET: f"size of {model}",
+        Origin.METHOD: label_of(method_file),
+        Origin.CONFIG: label_of(config_file) if config_file else "",
+        Origin.COMMAND_LINE: "command line",
+    }
+    values: dict[str, Any] = {}
+    origins: dict[str, Origin] = {}
+    for origin, layer in layers.items():
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    return Settings(_checked(values), origins, labels, ("vocab_size",))
+
+
+def tokenizer_sizes(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of the tokenizer's config."""
+    own = {name: settings[name] for name in ("image_size", "vocab_size", "num_channels")}
+    return {**TOKENIZER_SIZES[settings["model"]], **own}
+
+
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """With every number in its range, and one side of a square as that number."""
+    checked = dict(values)
+    for name in _RANGES.keys() & checked.keys():
+        is_possible, expected = _RANGES[name]
+        numbers = checked[name] if isinstance(checked[name], list) else [checked[name]]
+        if checked[name] is not None and not is_possible(numbers):
+            raise SettingsError(f"--{name} is {' '.join(map(str, numbers))}, expected {expected}")
+    size = checked["image_size"]
+    if isinstance(size, list) and len(size) == 1:
+        checked["image_size"] = size[0]
+    return checked
