@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, FlavaImageCodebook, PreTrainedModel
+from transformers import AutoModel, FlavaImageCodebook, PreTrainedConfig, PreTrainedModel
 
 CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --tokenizer one of
   1. your own, trained on your images:
@@ -50,8 +50,9 @@ def load_tokenizer(name: str) -> PreTrainedModel:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ValueError(f"--tokenizer {name}: this folder has no config.json, so it is no saved model")
     try:
-        config: Any = AutoConfig.from_pretrained(name)
-        is_dalle = config.model_type in ("flava", "flava_image_codebook")
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        # Not asked of AutoConfig: its own config of this class was saved without a model type before 5.23.
+        is_dalle = FlavaImageCodebook.__name__ in (config.get("architectures") or ())
         loader: Any = FlavaImageCodebook if is_dalle else AutoModel
         tokenizer = loader.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
