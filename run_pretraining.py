@@ -4,7 +4,6 @@ Settings -> images -> plan -> Trainer -> two artefacts: the root of the output f
 `AutoModel.from_pretrained` opens, its `pretraining/` the whole model. `--help` lists the flags.
 """
 
-import json
 import os
 import platform
 import shlex
@@ -19,11 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from PIL import Image
-from transformers import AutoModelForPreTraining, PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForPreTraining, PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -32,38 +30,24 @@ from data.collators import MaskingCollator
 from data.image_checks import Checked, check_images
 from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_held_out
 from data.sources import ImageSource, open_source
-from evaluation.pictures import MAX_ROWS, labelled_grid, reconstruction_panel, training_curve
+from evaluation.panels import pixel_panel_drawer, token_panel_drawer
+from evaluation.pictures import MAX_ROWS, training_curve
 from hub.export import PRETRAINING, export, native_root_problem
 from hub.model_card import shorten_paths, write_model_card
 from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
-from training.callbacks import CpuEstimate, MimProgress, ReconstructionPanels, duration
-from training.checkpoints import last_whole_checkpoint
+from training.callbacks import BadImagesLimit, CpuEstimate, MimProgress, ReconstructionPanels, duration
 from training.guard import NonFiniteError
 from training.launch import check_world, has_accelerator, restore_threads
+from training.output_folder import BAD_IMAGES_FILE, prepare_output_dir
 from training.plan import Machine, Plan, make_plan
 from training.settings import Settings, load_settings
 from training.targets import CHOICES as TOKENIZER_CHOICES
 from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
 from training.trainer import MimTrainer
 
+WRITTEN_LAST = f"{PRETRAINING}/config.json"  # of a finished run
 QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.yaml"
-SETTINGS_FILE = "settings.yaml"
-BAD_IMAGES_FILE = "bad_images.jsonl"
-# Settings that may change between a run and its continuation without changing what is computed.
-FREE_TO_CHANGE = (
-    "dataloader_",
-    "logging_",
-    "eval_",
-    "save_",
-    "report_to",
-    "disable_tqdm",
-    "hub_",
-    "push_to_hub",
-    "max_bad",
-)
-# Settings that a checkpoint cannot be read without.
-SHAPES = ("model", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size")
 
 
 @dataclass
@@ -104,7 +88,7 @@ def main(argv: list[str]) -> None:
     if settings["dry_run"]:
         return
 
-    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say))
+    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, say, WRITTEN_LAST))
     trainer = build_trainer(settings, plan, config, collator, images, tokenizer)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
@@ -198,95 +182,6 @@ def _check(source: ImageSource, settings: Settings) -> Checked:
     return check_images(source, settings["max_bad_fraction"], num_threads=min(8, os.cpu_count() or 1))
 
 
-# ---- the output folder ----
-
-
-def prepare_output_dir(
-    output_dir: Path,
-    settings: Settings,
-    images: Images,
-    say: Callable[[str], None],
-    written_last: str = f"{PRETRAINING}/config.json",
-) -> Path | None:
-    """Decide between a new run, a continued one and a refusal; returns the checkpoint to continue from.
-
-    A folder with the file `written_last` holds a finished run.
-
-    Raises:
-        ValueError: the folder holds a finished run, or one that cannot or must not be continued.
-    """
-    if settings["overwrite"]:
-        _delete_old_run(output_dir)
-    if (output_dir / written_last).exists():
-        raise ValueError(
-            f"{output_dir} holds a finished run, which is not touched: add --overwrite to start anew in its place, "
-            "or give another --output_dir"
-        )
-    checkpoint, passed_over = last_whole_checkpoint(output_dir)
-    for name, problem in passed_over.items():
-        say(f"note: {output_dir / name} is passed over: {problem}")
-    if given := settings["resume_from_checkpoint"]:
-        checkpoint = Path(given) if given not in (True, "true", "True") else checkpoint
-        if checkpoint is None or not checkpoint.is_dir():
-            raise ValueError(f"--resume_from_checkpoint {given}: no whole checkpoint there")
-    elif checkpoint is not None and settings["resume"] == "never":
-        raise ValueError(
-            f"{output_dir} holds an unfinished run: leave --resume at auto to continue it, or add --overwrite"
-        )
-    if checkpoint is not None:
-        _compare_settings(output_dir / SETTINGS_FILE, settings, say)
-        say(f"continuing from {checkpoint}")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
-    bad_images = output_dir / BAD_IMAGES_FILE
-    bad_images.unlink(missing_ok=True)
-    if images.bad:
-        lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in images.bad)
-        bad_images.write_text("".join(lines), encoding="utf-8")
-    return checkpoint
-
-
-def _as_yaml(settings: Settings) -> str:
-    return yaml.safe_dump(settings.as_recipe(), sort_keys=False, allow_unicode=True)
-
-
-def _compare_settings(saved_file: Path, settings: Settings, say: Callable[[str], None]) -> None:
-    """A continued run with other settings is not the run that was interrupted: say so, or refuse."""
-    if not saved_file.exists():
-        return
-    saved, now = yaml.safe_load(saved_file.read_text(encoding="utf-8")), yaml.safe_load(_as_yaml(settings))
-    changed = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
-    changed = [name for name in changed if not name.startswith(FREE_TO_CHANGE)]
-    shown = ", ".join(f"{name} {saved.get(name)} -> {now.get(name)}" for name in changed)
-    if any(name.startswith(SHAPES) for name in changed):
-        raise ValueError(
-            f"{saved_file.parent} holds an unfinished run with other settings ({shown}): continue it with its own, "
-            "add --overwrite, or give another --output_dir"
-        )
-    if changed:
-        say(f"note: continuing with other settings than the run began with: {shown}")
-
-
-def _delete_old_run(output_dir: Path) -> None:
-    """What a run of ours wrote, and nothing else that may lie in the folder."""
-    if not (output_dir / SETTINGS_FILE).exists():
-        return
-    for pattern in (
-        "checkpoint-*",
-        PRETRAINING,
-        "panels",
-        "runs",
-        "*.json",
-        "*.py",
-        "*.png",
-        "*.safetensors",
-        "*.jsonl",
-    ):
-        for path in output_dir.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (output_dir / "README.md").unlink(missing_ok=True)
-
-
 # ---- training ----
 
 
@@ -365,10 +260,10 @@ def build_trainer(
     shown = held_out if held_out is not None else train.at_center()
     batch = collator([shown[index] for index in panel_indices(len(shown))])
     board = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
-    draw = panel_drawer(settings["method"])
+    draw = pixel_panel_drawer(settings["method"])
     if tokenizer is not None:
         trainer.make_labels = TokenizerLabels(tokenizer.model, arguments.device)
-        draw = token_panel_drawer(settings["method"], trainer.make_labels)
+        draw = token_panel_drawer(settings["method"], trainer.make_labels, collator.grid)
     if tokenizer is not None and not hasattr(tokenizer.model, "decode"):
         print("note: this tokenizer has no decoder, so there are no reconstruction panels", file=sys.stderr)
         return trainer
@@ -376,77 +271,9 @@ def build_trainer(
     return trainer
 
 
-class BadImagesLimit(TrainerCallback):
-    """Stops a run of which too many images turn out unreadable only when they are decoded."""
-
-    def __init__(self, file: Path, num_images: int, max_bad_fraction: float) -> None:
-        self.file, self.num_images, self.max_bad_fraction = file, num_images, max_bad_fraction
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        bad = count_bad_images(self.file)
-        if len(bad) > self.max_bad_fraction * self.num_images:
-            examples = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:10])
-            raise ValueError(
-                f"{len(bad)} of {self.num_images} images cannot be read ({examples}), listed in {self.file}: repair "
-                "or remove them, or allow more with --max_bad_fraction"
-            )
-
-
 def panel_indices(num_images: int) -> list[int]:
     """Up to eight images, spread evenly, so that neighbours of one scene are not all that is seen."""
     return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
-
-
-def panel_drawer(method: str) -> Callable[[MimPreTrainedModel, dict[str, Any], int, float | None], Image.Image]:
-    def draw(head: MimPreTrainedModel, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
-        mask = batch["bool_masked_pos"]
-        logits = head(batch["pixel_values"], mask, return_loss=False).logits
-        cells, side = head.masked_cells(mask), head.config.prediction_side
-        return reconstruction_panel(
-            batch["pixel_values"] / 255,
-            cells,
-            head.predicted_cells(logits, cells),
-            patch_size=(side, side),
-            norm_pix_loss=getattr(head.config, "norm_pix_loss", False),
-            image_mean=head.config.image_mean,
-            image_std=head.config.image_std,
-            method=method,
-            step=step,
-            eval_loss=eval_loss,
-        )
-
-    return draw
-
-
-def token_panel_drawer(
-    method: str, make_labels: TokenizerLabels
-) -> Callable[[MimPreTrainedModel, dict[str, Any], int, float | None], Image.Image]:
-    """What the tokenizer's decoder makes of all true tokens, and of true ones with the hidden ones predicted."""
-
-    def draw(head: MimPreTrainedModel, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
-        mask = batch["bool_masked_pos"]
-        labels = make_labels(batch["tokenizer_pixel_values"])
-        predicted = labels.clone()
-        predicted[mask] = head(batch["pixel_values"], mask, return_loss=False).logits.argmax(-1)
-        views = batch["tokenizer_pixel_values"].float().cpu() / 255
-        grid = patch_grid(head.config.encoder_config.image_size, head.config.encoder_config.patch_size)
-        hidden = torch.nn.functional.interpolate(mask.view(-1, 1, *grid).float(), views.shape[2:]).bool().cpu()
-
-        def decoded(tokens: torch.Tensor) -> torch.Tensor:
-            return make_labels.tokenizer.decode(tokens.view(-1, *grid)).float().clamp(0, 1).cpu()
-
-        footer = f"{method}  ·  step {step:,}" + (f"  ·  eval loss {eval_loss:.4g}" if eval_loss is not None else "")
-        return labelled_grid(
-            {
-                "tokenizer's view": views,
-                "masked": views.masked_fill(hidden, 0.5),
-                "decoded from its own tokens": decoded(labels),
-                "decoded, hidden tokens predicted": decoded(predicted),
-            },
-            footer,
-        )
-
-    return draw
 
 
 # ---- the end ----

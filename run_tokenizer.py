@@ -83,7 +83,7 @@ def main(argv: list[str]) -> None:
     if settings["dry_run"]:
         return
 
-    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images, say, _WRITTEN_LAST))
+    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, say, _WRITTEN_LAST))
     trainer = build_trainer(settings, plan, config, images, is_new=checkpoint is None)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)

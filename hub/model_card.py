@@ -57,8 +57,8 @@ It gives features; it has no classifier.
 
 ## Use it
 {% if native_root_problem %}
-The encoder alone cannot be opened as a plain transformers model: {{ native_root_problem }}. It is the `encoder` of the \
-whole model.
+The encoder alone cannot be opened as a plain transformers model: {{ native_root_problem }}. \
+It is the `encoder` of the whole model.
 {% else %}
 The encoder is a plain transformers model and needs no other code:
 

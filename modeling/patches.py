@@ -89,7 +89,7 @@ def coarsen_mask(bool_masked_pos: torch.Tensor, grid: tuple[int, int], step: int
         ValueError: a cell is hidden in part; looked at on the CPU only, an accelerator would have to wait.
     """
     h, w = grid
-    cells = bool_masked_pos.view(-1, h // step, step, w // step, step)
+    cells = bool_masked_pos.reshape(-1, h // step, step, w // step, step)
     first = cells[:, :, :1, :, :1]
     if bool_masked_pos.device.type == "cpu" and not torch.compiler.is_compiling() and (cells != first).any():
         raise ValueError(

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import SwinConfig
-from transformers.models.auto.configuration_auto import AutoConfig
+from transformers import AutoConfig, SwinConfig
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
 from .encoders import BEIT_DEFAULTS, SWIN_DEFAULTS, BeitEncoder, SwinEncoder, init_like_pytorch
@@ -33,7 +32,7 @@ PIXEL_LOSSES = {
 class SimMimConfig(MimConfig):
     """`encoder_config` is a BEiT (a ViT with LayerScale and one relative position table) or a Swin.
 
-    `pixel_loss` is l1, l2 or smooth_l1 (Table 5); `norm_pix_loss` predicts pixels standardised within each cell.
+    `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels standardised within each cell.
     """
 
     model_type = "mim_simmim"

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import AutoModel
 import run_pretraining
 import run_tokenizer
 from modeling.dvae import DvaeConfig
+from training.launch import has_accelerator
 from training.settings import RECIPES
 from training.targets import load_tokenizer, tokenizer_view
 from training.tokenizer_plan import Machine, make_tokenizer_plan
@@ -113,6 +116,18 @@ def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert "note: temperature_steps is 500 instead of 150,000: the run has 1,000 steps" in plan
     assert "help" not in plan
     assert not (tmp_path / "out").exists()
+
+
+def test_two_processes__write_one_tokenizer(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    # Without --use_cpu transformers starts two jobs on a machine without an accelerator; the script sets it there.
+    flags = SMALL if has_accelerator() else [flag for flag in SMALL if flag != "--use_cpu"]
+    command = [*launcher, str(ROOT / "run_tokenizer.py"), *flags, "--output_dir", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "8 x 2 processes x 1 accumulation = 16" in result.stdout
+    files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {name for name in files if not name.startswith(("checkpoint-", "runs/"))} == LAYOUT
 
 
 # ---- going on, and refusing to ----

@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
+from data.images import count_bad_images
+
 # Steps timed before a CPU run says how long it will take; the first one also builds and warms everything.
 _NUM_TIMED_STEPS = 3
 
@@ -145,3 +147,19 @@ class ReconstructionPanels(TrainerCallback):
             return self.draw(model, batch, step, eval_loss)
         finally:
             model.train(was_training)
+
+
+class BadImagesLimit(TrainerCallback):
+    """Stops a run of which too many images turn out unreadable only when they are decoded."""
+
+    def __init__(self, file: Path, num_images: int, max_bad_fraction: float) -> None:
+        self.file, self.num_images, self.max_bad_fraction = file, num_images, max_bad_fraction
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        bad = count_bad_images(self.file)
+        if len(bad) > self.max_bad_fraction * self.num_images:
+            examples = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:10])
+            raise ValueError(
+                f"{len(bad)} of {self.num_images} images cannot be read ({examples}), listed in {self.file}: repair "
+                "or remove them, or allow more with --max_bad_fraction"
+            )

@@ -61,7 +61,10 @@ def build_parser(heads: Mapping[str, type]) -> argparse.ArgumentParser:
 
 
 def make_parser(
-    groups: Sequence[type], choices: Mapping[str, Collection[str]], **texts: str
+    groups: Sequence[type],
+    choices: Mapping[str, Collection[str]],
+    help_texts: Mapping[str, str] = HELP_TEXTS,
+    **texts: str,
 ) -> argparse.ArgumentParser:
     """A parser whose namespace holds only what was given: flags of `groups`, and every field of TrainingArguments."""
     parser = _Parser(
@@ -76,7 +79,7 @@ def make_parser(
         action.choices = choices.get(action.dest, action.choices)
         if action.dest == "debug":  # bare, it is ours
             action.nargs = "*"
-        _refine(action)
+        _refine(action, help_texts)
     parser.add_argument("-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this and stop")
     parser.add_argument(
         "--help_all", "--help-all", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show every flag and stop"
@@ -138,10 +141,10 @@ def _head_flags(heads: Mapping[str, type]) -> type:
     return make_dataclass("HeadFlags", flags, namespace={"_argument_group_name": "method (settings of its head)"})
 
 
-def _refine(action: argparse.Action) -> None:
+def _refine(action: argparse.Action, help_texts: Mapping[str, str]) -> None:
     """Own words for help and errors, and no default, so that what was not given stays out of the namespace."""
     default = TRAINING_DEFAULTS.get(action.dest, action.default)
-    text = HELP_TEXTS.get(action.dest, action.help or "")
+    text = help_texts.get(action.dest, action.help or "")
     if "(default" not in text and default not in (None, "", []) and default is not False:
         text += f" (default: {_shown(default).replace('%', '%%')})"
     action.help = text

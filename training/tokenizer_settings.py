@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.flags import RANGES
+from training.flags import HELP_TEXTS, RANGES
 from training.parsing import SettingsError, make_parser, parse
 from training.settings import RECIPES, Origin, Settings, find_recipe, label_of, read_recipe, training_defaults
 
@@ -46,6 +46,15 @@ precedence: defaults < recipes/dvae.yaml < --config < command line. --vocab-size
 """
 
 
+_HELP_TEXTS = {
+    "model": f"size of the tokenizer: {', '.join(TOKENIZER_SIZES)}",
+    "crop_scale": "smallest and largest share of a picture that a training crop shows (default: recipes/dvae.yaml)",
+    "base_learning_rate": "in place of learning_rate, for 256 images a step (default: off)",
+    "learning_rate": "the peak (default: recipes/dvae.yaml)",
+    "output_dir": "where everything goes (default: outputs/<model>-<data>)",
+}
+
+
 def _flag(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
@@ -54,7 +63,7 @@ def _flag(default: Any, help_text: str) -> Any:
 class TokenizerModelFlags:
     _argument_group_name = "model"
 
-    model: str = _flag("dvae", "size of the tokenizer")
+    model: str = "dvae"
     vocab_size: int = _flag(8192, "codes in the book")
     image_size: list[int] | None = None
     num_channels: Literal[1, 3] = 3
@@ -117,6 +126,7 @@ def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
     parser = make_parser(
         _GROUPS,
         {"model": TOKENIZER_SIZES},
+        {**HELP_TEXTS, **_HELP_TEXTS},
         prog="run_tokenizer.py",
         usage="accelerate launch run_tokenizer.py [--flag value ...]",
         description="Train an image tokenizer (a discrete VAE) on unlabelled images.",

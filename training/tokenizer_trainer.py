@@ -102,7 +102,8 @@ class TokenizerTrainer(MimTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        self.average.save(Path(output_dir or self.output_dir))
+        if self.args.should_save:  # Trainer comes here in every process
+            self.average.save(Path(output_dir or self.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,117 @@
+"""What a run finds in its output folder: nothing, a finished run, or one to continue."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from data.images import count_bad_images
+from training.checkpoints import last_whole_checkpoint, problem_with
+from training.settings import Settings
+
+SETTINGS_FILE = "settings.yaml"
+BAD_IMAGES_FILE = "bad_images.jsonl"
+# Settings that may change between a run and its continuation without changing what is computed.
+FREE_TO_CHANGE = (
+    "dataloader_",
+    "logging_",
+    "eval_",
+    "save_",
+    "report_to",
+    "disable_tqdm",
+    "hub_",
+    "push_to_hub",
+    "max_bad",
+)
+# Settings that a checkpoint cannot be read without.
+SHAPES = ("model", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size")
+# What runs write, beside folders; the code of the model lies there under the names that it has in `modeling`.
+WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "panels", "runs")
+WRITTEN_FILES = (
+    *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
+    *("trainer_state.json", "codebook.json", "training_curve.png", "reconstructions.png", BAD_IMAGES_FILE),
+)
+
+
+def prepare_output_dir(
+    output_dir: Path,
+    settings: Settings,
+    bad: Sequence[tuple[str, str]],
+    say: Callable[[str], None],
+    written_last: str,
+) -> Path | None:
+    """Decide between a new run, a continued one and a refusal; returns the checkpoint to continue from.
+
+    A folder with the file `written_last` holds a finished run. `bad`: name and reason of every image left out.
+
+    Raises:
+        ValueError: the folder holds a finished run, or one that cannot or must not be continued.
+    """
+    if settings["overwrite"]:
+        _delete_old_run(output_dir)
+    if (output_dir / written_last).exists():
+        raise ValueError(
+            f"{output_dir} holds a finished run, which is not touched: add --overwrite to start anew in its place, "
+            "or give another --output_dir"
+        )
+    checkpoint, passed_over = last_whole_checkpoint(output_dir)
+    for name, problem in passed_over.items():
+        say(f"note: {output_dir / name} is passed over: {problem}")
+    if given := settings["resume_from_checkpoint"]:
+        checkpoint = Path(given) if given not in (True, "true", "True") else checkpoint
+        reason = "no whole checkpoint there" if checkpoint is None else problem_with(checkpoint)
+        if reason:
+            raise ValueError(f"--resume_from_checkpoint {given}: {reason}")
+    elif checkpoint is not None and settings["resume"] == "never":
+        raise ValueError(
+            f"{output_dir} holds an unfinished run: leave --resume at auto to continue it, or add --overwrite"
+        )
+    if checkpoint is not None:
+        _compare_settings(output_dir / SETTINGS_FILE, settings, say)
+        say(f"continuing from {checkpoint}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
+    _write_bad_images(output_dir / BAD_IMAGES_FILE, bad, keep=checkpoint is not None)
+    return checkpoint
+
+
+def _write_bad_images(file: Path, bad: Sequence[tuple[str, str]], keep: bool) -> None:
+    """`keep` those that an interrupted run found while decoding."""
+    entries = (count_bad_images(file) if keep else {}) | dict(bad)
+    file.unlink(missing_ok=True)
+    if entries:
+        lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in entries.items())
+        file.write_text("".join(lines), encoding="utf-8")
+
+
+def _as_yaml(settings: Settings) -> str:
+    return yaml.safe_dump(settings.as_recipe(), sort_keys=False, allow_unicode=True)
+
+
+def _compare_settings(saved_file: Path, settings: Settings, say: Callable[[str], None]) -> None:
+    """A continued run with other settings is not the run that was interrupted: say so, or refuse."""
+    if not saved_file.exists():
+        return
+    saved, now = yaml.safe_load(saved_file.read_text(encoding="utf-8")), yaml.safe_load(_as_yaml(settings))
+    changed = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
+    changed = [name for name in changed if not name.startswith(FREE_TO_CHANGE)]
+    shown = ", ".join(f"{name} {saved.get(name)} -> {now.get(name)}" for name in changed)
+    if any(name.startswith(SHAPES) for name in changed):
+        raise ValueError(
+            f"{saved_file.parent} holds an unfinished run with other settings ({shown}): continue it with its own, "
+            "add --overwrite, or give another --output_dir"
+        )
+    if changed:
+        say(f"note: continuing with other settings than the run began with: {shown}")
+
+
+def _delete_old_run(output_dir: Path) -> None:
+    """What a run of ours wrote, and nothing else that may lie in the folder."""
+    if not (output_dir / SETTINGS_FILE).exists():
+        return
+    code = {path.name for path in output_dir.glob("pretraining/*.py")} | {"dvae.py"}
+    for pattern in (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code):
+        for path in output_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
