@@ -17,7 +17,8 @@ from data.collators import MaskingCollator
 from data.images import PretrainingImages
 from data.sources import open_source
 from modeling import HEADS, MimPreTrainedModel
-from modeling.patches import patch_grid, patchify
+from modeling.dvae import DvaeConfig, DvaeModel
+from modeling.patches import patch_grid
 
 ROOT = Path(__file__).parent.parent
 # In 5.17 AutoImageProcessor cannot be used without torchvision, whatever the folder holds.
@@ -80,16 +81,19 @@ def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = Tr
     return PretrainingImages(source, chosen, crop, 3, 0, images_per_step, None, train)
 
 
-class LabelledByBrightness:
-    """A collator's batch with the `labels` of a stand-in tokenizer: the brightness of each patch in 16 steps."""
+class LabelledByTokenizer:
+    """A collator's batch with the `labels` of a small, untrained image tokenizer of ours, one code for each patch."""
 
     def __init__(self, collator: MaskingCollator) -> None:
         self.collator = collator
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            sizes = {"hidden_size": 16, "num_groups": 4, "num_blocks_per_group": 1, "decoder_input_size": 16}
+            self.tokenizer = DvaeModel(DvaeConfig(image_size=SIZE, vocab_size=16, **sizes)).eval()
 
     def __call__(self, features: Any) -> dict[str, Any]:
         batch = self.collator(features)
-        patches = patchify(batch["pixel_values"].float(), PATCH)  # (B, N, P)
-        return batch | {"labels": (patches.mean(-1) / 16).long()}
+        return batch | {"labels": self.tokenizer.get_codebook_indices(batch["pixel_values"]).flatten(1)}
 
 
 def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
@@ -103,7 +107,7 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
         equal_num_masked=head_class(variant).needs_equal_num_masked,
         with_image_index=with_image_index,
     )
-    return LabelledByBrightness(collator) if head_class(variant).needs_tokenizer else collator
+    return LabelledByTokenizer(collator) if head_class(variant).needs_tokenizer else collator
 
 
 def tiny_batch(variant: str = "mae", num_images: int = 8) -> dict[str, Any]:
