@@ -395,6 +395,9 @@ def run(argv: list[str], main: Callable[[list[str]], None] = main, name: str = "
         if os.environ.get("RANK", "0") == "0":
             print(f"{name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 3
+    finally:
+        if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads sometimes abort it
+            torch.distributed.destroy_process_group()
     return 0
 
 
