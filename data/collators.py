@@ -61,8 +61,9 @@ class MaskingCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = {"pixel_values": _stack_images(features)}  # (B, C, H, W)
-        if "tokenizer_pixel_values" in features[0]:
-            batch["tokenizer_pixel_values"] = default_collate([item["tokenizer_pixel_values"] for item in features])
+        for name in ("tokenizer_pixel_values", "labels"):
+            if name in features[0]:
+                batch[name] = default_collate([item[name] for item in features])
         if all(name in feature for feature in features for name in COUNTERS):
             masks = self._masks_by_counters(features)
         else:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.augmentations import CenterCrop, Transform
+from data.augmentations import CenterCrop, Transform, TwoViews
 from data.decoding import BadImage
 from data.seeds import seeded_generator
 from data.sources import ImageSource
@@ -38,6 +38,7 @@ class PretrainingImages(Dataset[dict[str, Any]]):
     Args:
         images_per_step: images that all processes together take in one optimizer step.
         bad_images_file: one JSON line {name, reason} an image; None warns only.
+        labels: (images, N) tokens made beforehand; a row of -1 is an image that could not be read then.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class PretrainingImages(Dataset[dict[str, Any]]):
         images_per_step: int,
         bad_images_file: Path | None,
         train: bool,
+        labels: np.ndarray | None = None,
     ) -> None:
         if not len(indices):
             raise ValueError(f"no image is left of {source.describe()}; name more images or hold out fewer")
@@ -61,6 +63,7 @@ class PretrainingImages(Dataset[dict[str, Any]]):
         self.images_per_step = images_per_step
         self.bad_images_file = bad_images_file
         self.train = train
+        self.labels = labels
         self._epoch_of_order = -1
         self._order = torch.empty(0, dtype=torch.int64)
         self._reported: set[int] = set()
@@ -76,16 +79,30 @@ class PretrainingImages(Dataset[dict[str, Any]]):
         """What a batch of that epoch holds for this image."""
         image_index, pixels = self._load(image_index, epoch)
         views = pixels if isinstance(pixels, dict) else {"pixel_values": pixels}
+        if self.labels is not None:
+            views["labels"] = torch.from_numpy(self.labels[image_index].astype(np.int64))  # (N,)
         return {**views, "image_index": image_index, "epoch": epoch, "step": step}
 
     def name(self, image_index: int) -> str:
         return self.source.name(int(self.indices[image_index]))
 
     def at_center(self) -> "PretrainingImages":
-        """The same images in evaluation: central crops in plain order."""
+        """The same images in evaluation: central crops, as many views as in training, in plain order."""
         images = copy(self)
-        images.train, images.transform, images._reported = False, CenterCrop(self.transform.size), set()
+        images.train, images.labels, images._reported = False, None, set()
+        center = CenterCrop(self.transform.size)
+        is_twofold = isinstance(self.transform, TwoViews)
+        images.transform = TwoViews(center, self.transform.second_size) if is_twofold else center
         return images
+
+    def view(self, image_index: int, epoch: int = 0) -> Any:
+        """What the transform makes of this image, and of no other.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        data = self.source.read(int(self.indices[image_index]))
+        return self.transform(data, self.num_channels, seeded_generator(self.seed, "augment", epoch, image_index))
 
     def _locate(self, counter: int) -> tuple[int, int, int]:
         if counter < 0 or (not self.train and counter >= len(self)):
@@ -110,17 +127,18 @@ class PretrainingImages(Dataset[dict[str, Any]]):
                 generator = seeded_generator(self.seed, "replace", epoch, image_index, attempt)
                 candidate = int(torch.randint(len(self), (), generator=generator))
             try:
-                data = self.source.read(int(self.indices[candidate]))
-                generator = seeded_generator(self.seed, "augment", epoch, candidate)
-                return candidate, self.transform(data, self.num_channels, generator)
+                if self.labels is not None and self.labels[candidate][0] < 0:
+                    raise BadImage("had no tokens when they were made")
+                return candidate, self.view(candidate, epoch)
             except BadImage as error:
-                self._report(candidate, str(error))
+                self.report(candidate, str(error))
         raise BadImage(
             f"{self.name(image_index)} cannot be read, nor can any of {_NUM_REPLACEMENTS} others drawn in its place; "
             f"is the storage of {self.source.describe()} still there?"
         )
 
-    def _report(self, image_index: int, reason: str) -> None:
+    def report(self, image_index: int, reason: str) -> None:
+        """Write once, by name, that this image cannot be read."""
         if image_index in self._reported:
             return
         self._reported.add(image_index)

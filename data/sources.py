@@ -1,25 +1,23 @@
 """Where the images come from: opens whatever the dataset argument names and gives each image's encoded bytes.
 
 It may name a bundled sample, a folder of images (any nesting), a text file of paths, a parquet or arrow file, a folder
-of those or of `save_to_disk`, or a dataset of the Hub; or several of these.
+of those or of `save_to_disk`, a folder of MNIST's idx files, or a dataset of the Hub; or several of these.
 """
 
 import difflib
 import os
 import re
-from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 
 import datasets
-import pyarrow as pa
 
-from data.decoding import EXTENSIONS, BadImage, read_bytes
-from data.tables import HELD_OUT_NAMES, TABLE_EXTENSIONS, image_column, load_tables, tables_by_split
+from data.decoding import EXTENSIONS
+from data.idx import idx_files, read_idx
+from data.image_source import ArraySource, FileSource, ImageSource, TableSource, joined
+from data.tables import HELD_OUT_NAMES, TABLE_EXTENSIONS, load_tables, tables_by_split
 
 _SAMPLES = Path(__file__).parent / "samples"
 BUNDLED = {"sample": _SAMPLES / "photographs", "sample-fashion": _SAMPLES / "fashion_mnist"}
@@ -29,114 +27,12 @@ LIST_EXTENSIONS = frozenset({".txt", ".lst"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-class ImageSource(ABC):
-    """A numbered collection of encoded images; knows nothing of pixels."""
-
-    def __init__(self, description: str, open_held_out: "Callable[[], ImageSource] | None" = None) -> None:
-        self._description = description
-        self._open_held_out = open_held_out
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def entry(self, index: int) -> bytes | Path:
-        """The image where it lies: a path for a file, so that a check need not read all of it."""
-
-    @abstractmethod
-    def name(self, index: int) -> str:
-        """What a person needs to find the image again: its path, or dataset/split#row."""
-
-    def read(self, index: int) -> bytes:
-        entry = self.entry(index)
-        return entry if isinstance(entry, bytes) else read_bytes(entry)
-
-    def held_out(self) -> "ImageSource | None":
-        """The part that the dataset itself keeps apart for validation, if it has one."""
-        return self._open_held_out() if self._open_held_out else None
-
-    def describe(self) -> str:
-        return self._description
-
-
-class FileSource(ImageSource):
-    """Image files; the paths are one arrow array, which worker processes share instead of copying."""
-
-    def __init__(
-        self, paths: Sequence[bytes], description: str, open_held_out: Callable[[], ImageSource] | None = None
-    ) -> None:
-        super().__init__(description, open_held_out)
-        self._paths = pa.array(paths, pa.large_binary())  # binary: a file name need not be valid unicode
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def entry(self, index: int) -> Path:
-        return Path(self.name(index))
-
-    def name(self, index: int) -> str:
-        return os.fsdecode(self._paths[index].as_py())
-
-
-class TableSource(ImageSource):
-    """The image column of a `datasets.Dataset`."""
-
-    def __init__(
-        self, table: datasets.Dataset, title: str, open_held_out: Callable[[], ImageSource] | None = None
-    ) -> None:
-        column = image_column(table.features, title)
-        super().__init__(f"{title}: {len(table):,} rows, image column {column!r}", open_held_out)
-        self._table = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
-        self._column = column
-        self._title = title
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    def entry(self, index: int) -> bytes | Path:
-        cell = self._table[index][self._column]
-        if cell is None or (cell["bytes"] is None and not cell["path"]):
-            raise BadImage("no image in this row")
-        return cell["bytes"] if cell["bytes"] is not None else Path(cell["path"])
-
-    def name(self, index: int) -> str:
-        return f"{self._title}#{index}"
-
-
-class JoinedSource(ImageSource):
-    """Several sources, one after the other."""
-
-    def __init__(self, parts: Sequence[ImageSource]) -> None:
-        super().__init__("; ".join(part.describe() for part in parts))
-        self._parts = tuple(parts)
-        self._starts = (0, *accumulate(len(part) for part in parts))
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def entry(self, index: int) -> bytes | Path:
-        part, index = self._locate(index)
-        return part.entry(index)
-
-    def name(self, index: int) -> str:
-        part, index = self._locate(index)
-        return part.name(index)
-
-    def held_out(self) -> ImageSource | None:
-        held_out = [part for part in (part.held_out() for part in self._parts) if part is not None]
-        return _joined(held_out) if held_out else None
-
-    def _locate(self, index: int) -> tuple[ImageSource, int]:
-        number = bisect_right(self._starts, index) - 1
-        return self._parts[number], index - self._starts[number]
-
-
 def open_source(dataset: str | list[str], split: str | None = "train") -> ImageSource:
     """Opens what `dataset` names; `split` picks a part where there are parts (None: all of them together)."""
     if not dataset:
         raise ValueError("no dataset was named; name a folder of images, or 'sample' for the bundled photographs")
     if not isinstance(dataset, str):
-        return _joined([open_source(one, split) for one in dataset])
+        return joined([open_source(one, split) for one in dataset])
     if dataset in BUNDLED:
         return _open_folder(BUNDLED[dataset], split)
     path = Path(dataset).expanduser()
@@ -149,8 +45,22 @@ def open_source(dataset: str | list[str], split: str | None = "train") -> ImageS
     raise ValueError(f"dataset {dataset!r}: {_nothing_there(path)}, and this is not the form of a Hub id (owner/name)")
 
 
-def _joined(parts: list[ImageSource]) -> ImageSource:
-    return parts[0] if len(parts) == 1 else JoinedSource(parts)
+def split_names(dataset: str) -> list[str]:
+    """The parts that `open_source` can open of one dataset; "train" alone where it is not in parts."""
+    folder = BUNDLED.get(dataset, Path(dataset).expanduser())
+    if folder.is_file():
+        return ["train"]
+    if not folder.is_dir():
+        return _hub_split_names(dataset)
+    if (folder / "dataset_dict.json").exists():
+        return list(datasets.load_from_disk(str(folder)))
+    if idx_files(folder):
+        return list(idx_files(folder))
+    if _choose_subfolder(folder, "train")[1] is not None:
+        subfolders = {path.name.lower() for path in folder.iterdir() if path.is_dir()}
+        return [name for name in ("train", *HELD_OUT_NAMES) if name in subfolders]
+    images, tables, _ = _list_files(folder)
+    return ["train"] if images or not tables else list(tables_by_split(tables, folder))
 
 
 def _open_file(path: Path) -> ImageSource:
@@ -172,6 +82,8 @@ def _open_file(path: Path) -> ImageSource:
 def _open_folder(folder: Path, split: str | None) -> ImageSource:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, split)
+    if idx_files(folder):
+        return _open_idx(folder, split)
     part, held_out = _choose_subfolder(folder, split)
     images, tables, others = _list_files(part)
     if images:
@@ -179,9 +91,9 @@ def _open_folder(folder: Path, split: str | None) -> ImageSource:
             raise ValueError(f"there is no folder {split!r} in {folder}; its images are one part: use split 'train'")
         description = f"{part}: {len(images):,} image files"
         if held_out is None:
-            return FileSource(images, description)
+            return FileSource(images, description, folder=part)
         description += f" ({held_out.name}/ beside it is held out)"
-        return FileSource(images, description, partial(_open_folder, held_out, None))
+        return FileSource(images, description, partial(_open_folder, held_out, None), folder=part)
     if tables:
         return _open_tables(part, tables, split, held_out)
     found = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5)) or "nothing"
@@ -252,16 +164,29 @@ def _open_saved(folder: Path, split: str | None) -> ImageSource:
     return _from_splits(list(saved), split, str(folder), partial(_open_saved, folder), saved.__getitem__)
 
 
+def _open_idx(folder: Path, split: str | None) -> ImageSource:
+    files = idx_files(folder)
+    if split is None:
+        return joined([_open_idx(folder, part) for part in files])
+    if split not in files:
+        raise ValueError(f"no split {split!r} in {folder}; its idx files are of: {', '.join(files)}")
+    open_held_out = partial(_open_idx, folder, "test") if split == "train" and "test" in files else None
+    return ArraySource(*read_idx(*files[split]), f"{folder}/{split}", open_held_out)
+
+
 def _open_hub(name: str, split: str | None) -> ImageSource:
+    return _from_splits(_hub_split_names(name), split, name, partial(_open_hub, name), partial(_load_hub, name))
+
+
+def _hub_split_names(name: str) -> list[str]:
     try:
-        splits = datasets.get_dataset_split_names(name)
+        return datasets.get_dataset_split_names(name)
     # The Hub's client raises a dozen types from three libraries (not found, offline, gated, several configurations).
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"dataset {name!r}: {_nothing_there(Path(name))}, and the Hub gives no dataset of this name ({reason})"
         ) from error
-    return _from_splits(splits, split, name, partial(_open_hub, name), partial(_load_hub, name))
 
 
 def _load_hub(name: str, split: str) -> datasets.Dataset:
@@ -276,7 +201,7 @@ def _from_splits(
     load: Callable[[str], datasets.Dataset],
 ) -> ImageSource:
     if split is None:
-        return _joined([TableSource(load(each), f"{title}/{each}") for each in splits])
+        return joined([TableSource(load(each), f"{title}/{each}") for each in splits])
     if split not in splits:
         raise ValueError(f"no split {split!r} in {title}; it has: {', '.join(splits)}")
     held_out = next((name for name in HELD_OUT_NAMES if name in splits), None)

@@ -8,7 +8,6 @@ Shapes: N images, H W pixels.
 """
 
 import argparse
-import gzip
 import hashlib
 import io
 import json
@@ -24,6 +23,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from data.idx import read_idx_array
 from data.seeds import seeded_generator
 
 CROP_SIZE = 256
@@ -106,8 +106,8 @@ def build_fashion_mnist(source: dict[str, Any], packages: Path, output: Path) ->
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=FASHION_CLASSES)})
     for split, (prefix, num_per_class) in FASHION_SPLITS.items():
         pixels_file, labels_file = f"{prefix}-images-idx3-ubyte.gz", f"{prefix}-labels-idx1-ubyte.gz"
-        pixels = _read_idx(_checked(folder / pixels_file, source["sha256"][pixels_file]))  # (N, H, W)
-        labels = _read_idx(_checked(folder / labels_file, source["sha256"][labels_file]))  # (N,)
+        pixels = read_idx_array(_checked(folder / pixels_file, source["sha256"][pixels_file]), num_axes=3)  # (N, H, W)
+        labels = read_idx_array(_checked(folder / labels_file, source["sha256"][labels_file]), num_axes=1)  # (N,)
         indices = _balanced_indices(labels, num_per_class, split)
         images = [{"bytes": _png(pixels[i]), "path": f"{split}_{i:05d}.png"} for i in indices]
         dataset = Dataset.from_dict({"image": images, "label": labels[indices].tolist()}, features=features)
@@ -213,14 +213,6 @@ def _balanced_indices(labels: np.ndarray, num_per_class: int, split: str) -> lis
         order = torch.randperm(len(candidates), generator=seeded_generator("fashion_mnist", split, label))
         chosen += candidates[order[:num_per_class].numpy()].tolist()
     return sorted(chosen)
-
-
-def _read_idx(file: Path) -> np.ndarray:
-    """Reads MNIST's IDX format: two zero bytes, the type (8: uint8), the number of axes, big-endian sizes, data."""
-    content = gzip.decompress(file.read_bytes())
-    num_axes = content[3]
-    shape = np.frombuffer(content, dtype=">u4", count=num_axes, offset=4)
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * num_axes).reshape(shape)
 
 
 def _png(pixels: np.ndarray) -> bytes:

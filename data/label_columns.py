@@ -1,0 +1,149 @@
+"""The label of each image of a source: the class folder that it lies in, a column of its table, or its idx file.
+
+Shapes: N labelled images of a source.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from data.image_source import ArraySource, FileSource, ImageSource, TableSource
+from data.tables import HELD_OUT_NAMES
+
+logger = logging.getLogger(__name__)
+
+# Names that the Hub's image data sets use; the first that exists is taken.
+LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target", "class_name", "label_name", "y")
+_WHOLE = ("int", "uint", "bool", "string", "large_string")
+
+
+@dataclass(frozen=True)
+class RawLabels:
+    """Labels as they lie there: image `indices[i]` of `source` is of the class called `values[i]`.
+
+    Images without a label are left out, and counted in `num_missing` where they should have one. `class_names` is set
+    where the data set itself orders its classes. `hint` is added to what is said when there is but one class.
+    """
+
+    source: ImageSource
+    indices: np.ndarray
+    values: list[str]
+    class_names: tuple[str, ...] | None = None
+    num_missing: int = 0
+    hint: str = ""
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def raw_labels(source: ImageSource, label_column: str | None) -> RawLabels:
+    """The labels of a source.
+
+    Raises: ValueError if it can have none, or they are no classes.
+    """
+    if isinstance(source, TableSource):
+        return _table_labels(source, label_column)
+    if label_column is not None:
+        raise ValueError(f"a label column {label_column!r} was named, but {source.describe()} is no table")
+    if isinstance(source, FileSource):
+        return _folder_labels(source)
+    if isinstance(source, ArraySource):
+        return _idx_labels(source)
+    raise ValueError(f"{source.describe()} has no labels; expected class folders, a table or idx files")
+
+
+def _folder_labels(source: FileSource) -> RawLabels:
+    if source.folder is None:
+        raise ValueError(
+            f"{source.describe()} has no labels; expected a folder of class folders, or a table with a label column"
+        )
+    root = source.folder
+    classes = _first_folders(source, root)
+    if set(classes) == {"train"}:  # a folder of parts with the training part only
+        root = root / "train"
+        classes = _first_folders(source, root)
+    inside = [index for index, name in enumerate(classes) if name is not None]
+    if not inside:
+        raise ValueError(
+            f"the images lie directly in {root}, which says nothing of their classes; expected a folder for each "
+            f"class: {root / 'some class' / 'image.jpg'}"
+        )
+    if {classes[index] for index in inside} <= set(HELD_OUT_NAMES):
+        raise ValueError(
+            f"there is no train folder in {root}, which has {_folders(root)}; add it, or rename one of them"
+        )
+    if len(inside) < len(classes):
+        first = source.name(classes.index(None))
+        logger.warning("images beside the class folders are left aside: %d, as %s", len(classes) - len(inside), first)
+    hint = f"; expected a folder for each class in {root}, which has {_folders(root)}"
+    return RawLabels(source, np.array(inside, np.int64), [name for name in classes if name is not None], hint=hint)
+
+
+def _first_folders(source: FileSource, root: Path) -> list[str | None]:
+    """The folder below `root` that each image is in; None for images in `root` itself."""
+    start = len(os.path.join(root, ""))
+    found = (source.name(index)[start:].split(os.sep, 1) for index in range(len(source)))
+    return [parts[0] if len(parts) == 2 else None for parts in found]
+
+
+def _folders(root: Path) -> str:
+    return ", ".join(repr(path.name) for path in sorted(root.iterdir()) if path.is_dir()) or "no folders"
+
+
+def _table_labels(source: TableSource, label_column: str | None) -> RawLabels:
+    features = source.table.features
+    column = label_column or _label_column(features, source.describe())
+    if column not in features:
+        raise ValueError(f"no column {column!r} in {source.describe()}; its columns are {', '.join(features)}")
+    feature = features[column]
+    values: Sequence[Any] = source.table.with_format(None)[column][:]
+    if isinstance(feature, datasets.ClassLabel):
+        # -1 is how published test parts say that their labels are secret.
+        labelled = [index for index, value in enumerate(values) if value is not None and value >= 0]
+        names = [feature.int2str(values[index]) for index in labelled]
+        return RawLabels(source, np.array(labelled, np.int64), names, tuple(feature.names), len(values) - len(names))
+    _check_type(column, feature, values, source.describe())
+    labelled = [index for index, value in enumerate(values) if value is not None]
+    names = [str(values[index]) for index in labelled]
+    return RawLabels(source, np.array(labelled, np.int64), names, num_missing=len(values) - len(names))
+
+
+def _label_column(features: datasets.Features, title: str) -> str:
+    declared = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if len(declared) > 1:
+        raise ValueError(f"{title} has several label columns: {', '.join(declared)}; say which with label_column")
+    named = [name for name in LABEL_COLUMNS if name in features]
+    if not declared and not named:
+        raise ValueError(
+            f"no label column in {title}; its columns are {', '.join(features)}. Expected one of type ClassLabel, or "
+            f"with one of the names {', '.join(LABEL_COLUMNS)}; say which with label_column"
+        )
+    return (declared or named)[0]
+
+
+def _check_type(column: str, feature: Any, values: Sequence[Any], title: str) -> None:
+    dtype = getattr(feature, "dtype", type(feature).__name__)
+    if dtype.startswith(_WHOLE):
+        return
+    example = next((value for value in values if value is not None), None)
+    if dtype.startswith(("float", "double", "decimal")):
+        raise ValueError(
+            f"column {column!r} of {title} holds {dtype} numbers such as {example}: a regression target, no class. "
+            "Make whole numbers or strings of them if they are class numbers"
+        )
+    raise ValueError(
+        f"column {column!r} of {title} is of type {dtype} (such as {example!r}); expected one class for each image: "
+        "ClassLabel, whole number or string"
+    )
+
+
+def _idx_labels(source: ArraySource) -> RawLabels:
+    if source.labels is None:
+        return RawLabels(source, np.empty(0, np.int64), [], num_missing=len(source))
+    return RawLabels(source, np.arange(len(source)), [str(label) for label in source.labels.tolist()])
