@@ -47,8 +47,10 @@ class MimConfig(PreTrainedConfig):
     # the first LayerNorm turns a small token into an exploding gradient.
     encoder_defaults: ClassVar[dict[str, Any]] = {"model_type": "vit", "layer_norm_eps": 1e-6}
 
-    # Encoders that a method can train, by the first part of the name of a preset.
+    # Encoders that a method can train: by the first part of the name of a preset, and by model type, in the order in
+    # which they are tried for a model that somebody else trained (`hub.init_from`).
     encoder_families: ClassVar[tuple[str, ...]] = ("vit",)
+    encoder_types: ClassVar[tuple[str, ...]] = ("vit",)
 
     encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
@@ -69,8 +71,16 @@ class MimConfig(PreTrainedConfig):
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
                 raise ValueError(f"{type(self).__name__} has no setting {name!r}{hint}")
         if not isinstance(self.encoder_config, PreTrainedConfig):
-            self.encoder_config = AutoConfig.for_model(**{**self.encoder_defaults, **(self.encoder_config or {})})
+            given, defaults = self.encoder_config or {}, self.encoder_defaults
+            if given.get("model_type", defaults["model_type"]) != defaults["model_type"]:
+                defaults = {}  # they are of another kind of encoder
+            self.encoder_config = AutoConfig.for_model(**{**defaults, **given})
         super().__post_init__(**kwargs)
+        if self.encoder_config.model_type not in self.encoder_types:
+            raise ValueError(
+                f"{type(self).__name__} trains {' or '.join(self.encoder_types)}, "
+                f"not a {self.encoder_config.model_type}"
+            )
         if len(self.image_mean) != len(self.image_std) or len(self.image_mean) != self.encoder_config.num_channels:
             raise ValueError(
                 f"image_mean {tuple(self.image_mean)} and image_std {tuple(self.image_std)} need one number for each "

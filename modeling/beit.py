@@ -15,8 +15,10 @@ from torch import nn
 from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
-from .encoders import BEIT_DEFAULTS, BeitEncoder
+from .encoders import BEIT_DEFAULTS, BeitEncoder, DeitEncoder
 from .patches import hidden_places
+
+ENCODERS = {"beit": BeitEncoder, "deit": DeitEncoder}
 
 
 @strict
@@ -25,13 +27,15 @@ class BeitMimConfig(MimConfig):
 
     model_type = "mim_beit"
     encoder_defaults: ClassVar[dict[str, Any]] = BEIT_DEFAULTS
+    encoder_types = tuple(ENCODERS)
 
     vocab_size: int = 8192
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.encoder_config, dict) and self.encoder_config.get("num_hidden_layers", 12) >= 24:
+        given = self.encoder_config if isinstance(self.encoder_config, dict) else {}
+        if given.get("model_type", "beit") == "beit" and given.get("num_hidden_layers", 12) >= 24:
             # the authors start LayerScale smaller in deep encoders
-            self.encoder_config = {"layer_scale_init_value": 1e-5, **self.encoder_config}
+            self.encoder_config = {"layer_scale_init_value": 1e-5, **given}
         super().__post_init__(**kwargs)
 
 
@@ -39,14 +43,14 @@ class BeitForPreTraining(MimPreTrainedModel):
     """An encoder that sees every patch, the hidden ones as a mask token, and one linear layer (Fig. 1)."""
 
     config: BeitMimConfig
-    encoder: BeitEncoder
+    encoder: BeitEncoder | DeitEncoder
     needs_tokenizer = True
-    no_weight_decay = BeitEncoder.no_weight_decay
-    _no_split_modules = ["BeitLayer"]  # noqa: RUF012 - read by transformers as a class attribute
+    _no_split_modules = ["BeitLayer", "DeiTLayer"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: BeitMimConfig):
         super().__init__(config)
-        self.encoder = BeitEncoder(config.encoder_config)
+        self.encoder = ENCODERS[config.encoder_config.model_type](config.encoder_config)
+        self.no_weight_decay = self.encoder.no_weight_decay
         self.lm_head = nn.Linear(config.encoder_config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -71,7 +75,8 @@ class BeitForPreTraining(MimPreTrainedModel):
         """
         features = self.encoder(self.standardize(pixel_values), bool_masked_pos=bool_masked_pos).last_hidden_state
         hidden = hidden_places(bool_masked_pos, num_masked_patches)  # (M,)
-        logits = self.lm_head(features[:, 1:].flatten(0, 1)[hidden])  # (M, K)
+        patches = features[:, -bool_masked_pos.shape[1] :]  # (B, N, D), without the tokens that lead them
+        logits = self.lm_head(patches.flatten(0, 1)[hidden])  # (M, K)
         if not return_loss:
             return MimOutput(logits=logits)
         if labels is None:

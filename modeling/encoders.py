@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import BeitConfig, BeitModel, SwinConfig, SwinModel
+from transformers import BeitConfig, BeitModel, DeiTConfig, DeiTModel, SwinConfig, SwinModel
 from transformers import initialization as init
 from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitRelativePositionBias
+from transformers.models.deit.modeling_deit import DeiTEmbeddings
 from transformers.models.swin.modeling_swin import (
     SwinDropPath,
     SwinEmbeddings,
@@ -41,26 +42,30 @@ SWIN_DEFAULTS: dict[str, Any] = {"model_type": "swin", "layer_norm_eps": 1e-5, "
 class BeitEncoder(InitialisesEveryModule, BeitModel):
     """A BeitModel, name for name: drawn as the authors draw it, its position bias looked up without interpolation.
 
-    Position comes from one bias table for all blocks, and is wholly learned: until the first update, all hidden
-    patches of an image get the same prediction.
+    From scratch, position comes from one bias table for all blocks, and is wholly learned: until the first update, all
+    hidden patches of an image get the same prediction.
     """
 
-    no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token",)  # the mask token and the bias table are decayed
+    # The mask token and the bias tables are decayed.
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token", "position_embeddings")
 
     def __init__(self, config: BeitConfig, add_pooling_layer: bool = False):
         if not config.use_mask_token:
             raise ValueError("use_mask_token is False, expected True: hidden patches are shown as the mask token")
         super().__init__(config, add_pooling_layer=add_pooling_layer)
-        if self.shared_position_bias is not None:
-            self.shared_position_bias = SharedPositionBias(config)
-            self.post_init()
+        for module in (self, *self.layers):
+            name = "shared_position_bias" if module is self else "relative_position_bias"
+            if getattr(module, name) is not None:
+                setattr(module, name, PositionBias(config))
+        self.post_init()
 
     @property
     def native_root_problem(self) -> str | None:
         """Why transformers' own class would not compute what this one does, if so."""
-        if self.shared_position_bias is None or len(set(self.shared_position_bias.window_size)) == 1:
+        bias = next((module for module in self.modules() if isinstance(module, PositionBias)), None)
+        if bias is None or len(set(bias.window_size)) == 1:
             return None
-        rows, columns = self.shared_position_bias.window_size
+        rows, columns = bias.window_size
         return (
             f"transformers' BeitModel reads the position table of a rectangular image ({rows} x {columns} patches) "
             "with rows and columns swapped; only square images can be exported"
@@ -91,7 +96,24 @@ class BeitEncoder(InitialisesEveryModule, BeitModel):
         return 1.0
 
 
-class SharedPositionBias(BeitRelativePositionBias):
+class DeitEncoder(InitialisesEveryModule, DeiTModel):
+    """A DeiTModel, name for name, to continue from: two tokens, class and distillation, lead the patches."""
+
+    no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token", "distillation_token", "position_embeddings")
+
+    def __init__(self, config: DeiTConfig, add_pooling_layer: bool = False):
+        super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=True)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, DeiTEmbeddings):  # all zero in transformers
+            tokens = (module.cls_token, module.distillation_token, module.mask_token, module.position_embeddings)
+            for tensor in tokens:
+                init.trunc_normal_(tensor, std=0.02)
+
+
+class PositionBias(BeitRelativePositionBias):
     """The bias between all pairs of tokens.
 
     At each step the native class resizes its table to the size it has, and brings the index from the CPU.

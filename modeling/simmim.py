@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, SwinConfig
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
-from .encoders import BEIT_DEFAULTS, SWIN_DEFAULTS, BeitEncoder, SwinEncoder, init_like_pytorch
+from .encoders import BEIT_DEFAULTS, SWIN_DEFAULTS, BeitEncoder, DeitEncoder, SwinEncoder, init_like_pytorch
 from .patches import hidden_places, normalize_patches, patch_grid, patchify
 
-ENCODERS = {"beit": BeitEncoder, "swin": SwinEncoder}
+ENCODERS = {"beit": BeitEncoder, "deit": DeitEncoder, "swin": SwinEncoder}
 PIXEL_LOSSES = {
     "l1": nn.functional.l1_loss,
     "l2": nn.functional.mse_loss,
@@ -30,7 +30,7 @@ PIXEL_LOSSES = {
 
 @strict
 class SimMimConfig(MimConfig):
-    """`encoder_config` is a BEiT (a ViT with LayerScale and one relative position table) or a Swin.
+    """`encoder_config` is a BEiT (a ViT with LayerScale and one relative position table), a Swin or a DeiT.
 
     `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels standardised within each cell.
     """
@@ -38,6 +38,7 @@ class SimMimConfig(MimConfig):
     model_type = "mim_simmim"
     encoder_defaults: ClassVar[dict[str, Any]] = BEIT_DEFAULTS
     encoder_families = ("vit", "swin")
+    encoder_types = tuple(ENCODERS)
 
     pixel_loss: str = "l1"
     norm_pix_loss: bool = False
@@ -46,8 +47,6 @@ class SimMimConfig(MimConfig):
         if isinstance(self.encoder_config, dict) and self.encoder_config.get("model_type") == "swin":
             self.encoder_config = AutoConfig.for_model(**{**SWIN_DEFAULTS, **self.encoder_config})
         super().__post_init__(**kwargs)
-        if self.encoder_config.model_type not in ENCODERS:
-            raise ValueError(f"SimMIM trains {' or '.join(ENCODERS)}, not a {self.encoder_config.model_type}")
         if self.pixel_loss not in PIXEL_LOSSES:
             raise ValueError(f"pixel_loss is {self.pixel_loss!r}, expected one of {', '.join(PIXEL_LOSSES)}")
         patch_grid(self.encoder_config.image_size, self.prediction_side)
@@ -64,9 +63,9 @@ class SimMimForPreTraining(MimPreTrainedModel):
     """Encoder and one-layer prediction head (Sec. 3.3); `.encoder` is what users keep."""
 
     config: SimMimConfig
-    encoder: BeitEncoder | SwinEncoder
-    _supports_flash_attn = False  # both encoders add a bias to the scores
-    _no_split_modules = ["BeitLayer", "SwinStage"]  # noqa: RUF012 - read by transformers as a class attribute
+    encoder: BeitEncoder | DeitEncoder | SwinEncoder
+    _supports_flash_attn = False  # BEiT and Swin add a bias to the scores
+    _no_split_modules = ["BeitLayer", "DeiTLayer", "SwinStage"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: SimMimConfig):
         super().__init__(config)
@@ -98,7 +97,7 @@ class SimMimForPreTraining(MimPreTrainedModel):
         patches_in_cell = bool_masked_pos.shape[1] // cells.shape[1]
         hidden = hidden_places(cells, num_masked_patches and num_masked_patches // patches_in_cell)  # (M,)
         features = self.encoder(pixels, bool_masked_pos=bool_masked_pos).last_hidden_state
-        features = features[:, -cells.shape[1] :]  # (B, L, D), without the class token of a ViT
+        features = features[:, -cells.shape[1] :]  # (B, L, D), without the tokens that lead the patches
         logits = self.decoder(features.flatten(0, 1)[hidden])  # (M, P)
         if not return_loss:
             return MimOutput(logits=logits)

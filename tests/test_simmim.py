@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from data.masks import random_unit_mask
 from hub import convert
+from hub.weight_file import open_weights
 from modeling.mae import MaeForPreTraining, SimMimAsymmetricConfig, SimMimAsymmetricForPreTraining
 from modeling.patches import unpatchify
 from modeling.simmim import SimMimConfig, SimMimForPreTraining
@@ -65,8 +66,8 @@ def test_golden__encoder_map_and_reconstruction_equal_the_authors(golden):
     [
         ("encoder.mask_token", "lacks encoder.mask_token"),
         ("decoder.0.weight", "lacks decoder.0.weight"),
-        ("encoder.norm.weight", r"missing \['encoder.layernorm.weight'\]"),
-        (None, r"not understood \['encoder.surprise', 'other'\]"),
+        ("encoder.norm.weight", "missing encoder.norm.weight"),
+        (None, "not understood encoder.surprise, other"),
     ],
 )
 def test_converter__accounts_for_every_key(key, problem, tmp_path):
@@ -103,7 +104,7 @@ def test_converter__reads_the_authors_own_files_without_their_settings_class(tmp
     settings.__dict__["__immutable__"] = True
     torch.save({"model": {"weight": torch.ones(2)}, "config": settings}, tmp_path / "file.pth")
     monkeypatch.undo()
-    assert torch.equal(convert.read_checkpoint(tmp_path / "file.pth")["weight"], torch.ones(2))
+    assert torch.equal(open_weights(tmp_path / "file.pth").states["model"]["weight"], torch.ones(2))
 
 
 @pytest.mark.parametrize(("pixel_loss", "expected"), [("l1", 0.5), ("l2", 0.25), ("smooth_l1", 0.125)])

@@ -1,0 +1,70 @@
+"""Position tables at another size: absolute ones in two dimensions, relative ones so that near offsets stay near.
+
+Code: facebookresearch/mae/util/pos_embed.py at efb2a80; microsoft/SimMIM/utils.py at d3e29bc, microsoft/unilm/beit at
+768a3c8 (both resize bias tables by a cubic spline over a geometric progression; for them tables only grow).
+Shapes: N tokens, D width, T rows of a bias table, K attention heads.
+"""
+
+import torch
+from torch import nn
+
+
+def resize_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """(1, E+N, D) -> the same for `new` rows and columns of patches; the E rows of extra tokens stay as they are."""
+    if old == new:
+        return table
+    num_extra = table.shape[1] - old[0] * old[1]
+    extra, patches = table[:, :num_extra], table[:, num_extra:]
+    grid = patches.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, h, w)
+    resized = nn.functional.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
+    return torch.cat([extra, resized.flatten(2).transpose(1, 2)], dim=1)
+
+
+def resize_relative_bias(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """(T, K) of a window with `old` rows and columns -> that of a `new` one; rows after the offsets stay."""
+    if old == new:
+        return table
+    sides = tuple(2 * length - 1 for length in old)
+    offsets, extra = table[: sides[0] * sides[1]], table[sides[0] * sides[1] :]
+    grid = offsets.double().unflatten(0, sides)  # (2h-1, 2w-1, K)
+    by_row, by_column = (_resampling(a, b).to(table.device) for a, b in zip(old, new, strict=True))
+    resized = torch.einsum("ia,jb,abk->ijk", by_row, by_column, grid)
+    return torch.cat([resized.flatten(0, 1).to(table.dtype), extra])
+
+
+def _resampling(old: int, new: int) -> torch.Tensor:
+    """(2 new - 1, 2 old - 1): what takes values at the old offsets to values at the new ones."""
+    if old == 1:
+        return torch.ones(2 * new - 1, 1, dtype=torch.float64)
+    if new <= old:  # the same offsets, as far as there are any
+        return torch.eye(2 * old - 1, dtype=torch.float64)[old - new : old + new - 1]
+    ratio = _growth(old - 1, new - 1)
+    one_side = torch.tensor([ratio**n for n in range(old - 1)], dtype=torch.float64).cumsum(0)
+    known = torch.cat([-one_side.flip(0), torch.zeros(1, dtype=torch.float64), one_side])
+    wanted = torch.arange(-(new - 1), new, dtype=torch.float64)
+    return _cubic_spline(known, wanted)
+
+
+def _growth(num_terms: int, total: int) -> float:
+    """q with 1 + q + q^2 + ... (`num_terms` of them) = `total`, by bisection."""
+    low, high = 1.0, float(total)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**n for n in range(num_terms)) < total else (low, middle)
+    return (low + high) / 2
+
+
+def _cubic_spline(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """(wanted, known): the weights of an interpolating cubic spline whose first and last two pieces are one cubic."""
+    num = len(known)
+    if num < 4:  # one parabola through three points
+        powers = torch.arange(num, dtype=known.dtype)
+        return torch.linalg.solve(known[:, None] ** powers, wanted[:, None] ** powers, left=False)
+    knots = known[2:-2]  # truncated powers at the inner points, without the second and the last but one
+    scale = known[-1]
+    known, wanted, knots = known / scale, wanted / scale, knots / scale
+
+    def basis(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, None] ** torch.arange(4), (x[:, None] - knots).clamp(min=0) ** 3], dim=1)
+
+    return torch.linalg.solve(basis(known), basis(wanted), left=False)
