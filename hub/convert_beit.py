@@ -1,35 +1,47 @@
-"""The authors' BEiT pre-training checkpoints (microsoft/unilm/beit) -> `BeitForPreTraining`; the encoder has the keys
-of SimMIM's ViT.
+"""The authors' BEiT files (microsoft/unilm/beit): pre-training -> `BeitForPreTraining`; encoder, fine-tuned and
+BEiT v2 -> native.
 """
 
 import argparse
 
-from hub.convert_simmim import State, beit_settings, rename_beit
+from hub.key_names import BEIT
+from hub.native_models import DERIVED, Converted, State, beit_from, drop, fill, renamed
+from hub.sizes import BLOCK_TABLE, SHARED_TABLE, beit_settings
+from hub.weight_file import suggested_num_heads
 from modeling.beit import BeitForPreTraining, BeitMimConfig
+
+_SECOND_BRANCH = "BEiT v2's second branch, or the head that it shares: for pre-training with its own tokenizer"
+_REASONS = {r"^cls_pt_layers\.|^lm_head\.": _SECOND_BRANCH}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The shapes of the file say everything."""
+    parser.add_argument("--num_attention_heads", type=int, help="of a file without relative position tables")
 
 
-def convert(state: State, options: argparse.Namespace) -> BeitForPreTraining:
-    """Encoder and token head from the authors' state dict.
+def asks(state: State) -> dict[str, str]:
+    """Flags that the file cannot answer, with what is usual."""
+    has_table = SHARED_TABLE in state or BLOCK_TABLE in state
+    return {} if has_table else {"num_attention_heads": suggested_num_heads(state)}
 
-    Raises:
-        ValueError: the file is no BEiT in pre-training (a fine-tuned one has no lm_head).
-    """
-    needed = ("patch_embed.proj.weight", "mask_token", "lm_head.weight", "lm_head.bias")
-    if missing := [key for key in needed if key not in state]:
-        raise ValueError(
-            f"no BEiT pre-training checkpoint: it lacks {', '.join(missing)}; it has {list(state)[:5]} ..."
-        )
-    encoder = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
-    model = BeitForPreTraining(
-        BeitMimConfig(encoder_config=beit_settings(encoder), vocab_size=state["lm_head.weight"].shape[0])
+
+def image_stats(state: State) -> str:
+    return "half"  # in every released file; the authors' flag for ImageNet's is for training on ImageNet-1k
+
+
+def convert(state: State, options: argparse.Namespace) -> Converted:
+    """Raises ValueError if the file is not a BEiT; the keys that say so are named."""
+    if "lm_head.weight" not in state or any(key.startswith("cls_pt_layers.") for key in state):
+        return beit_from(state, options.num_attention_heads, reasons=_REASONS)
+    if missing := [key for key in ("mask_token", "lm_head.bias") if key not in state]:
+        raise ValueError(f"no BEiT in pre-training: it lacks {', '.join(missing)}; it has {list(state)[:5]} ...")
+    state, dropped = drop(state, DERIVED)
+    config = BeitMimConfig(
+        encoder_config=beit_settings(state, options.num_attention_heads),
+        image_mean=options.image_mean,
+        image_std=options.image_std,
+        vocab_size=state["lm_head.weight"].shape[0],
     )
-    renamed = {f"encoder.{name}": tensor for name, tensor in rename_beit(encoder)}
-    renamed |= {key: tensor for key, tensor in state.items() if key.startswith("lm_head.")}
-    missing_keys, unexpected = model.load_state_dict(renamed, strict=False)
-    if missing_keys or unexpected:
-        raise ValueError(f"the file does not fit a BEiT: missing {missing_keys}, not understood {unexpected}")
-    return model.eval()
+    model = BeitForPreTraining(config)
+    fill(model, renamed(state, BEIT), BEIT)
+    encoder = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
+    return Converted(model.eval(), encoder, dropped)

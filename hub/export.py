@@ -3,45 +3,91 @@
 The root opens with plain `AutoModel.from_pretrained`, without this project and without a missing or unexpected key.
 Loading code remotely from a subfolder looks the files up at the root, so they lie in both places; only the config in
 `pretraining/` points to them.
+
+`python -m hub.export DIR --onnx FILE | --timm FILE | --decoder FOLDER` writes what lies in such a folder in other
+forms.
 """
 
+import argparse
 import copy
 import json
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_utils import PILImageResampling
+from transformers.utils.logging import disable_progress_bar
 
+from hub.export_decoder import export_decoder
+from hub.export_onnx import export_onnx
+from hub.export_timm import export_timm
 from modeling import MimPreTrainedModel
 
 PRETRAINING = "pretraining"
 
 
-def native_encoder(encoder: PreTrainedModel, method: str, recipe: dict[str, Any]) -> PreTrainedModel:
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m hub.export", description="Write a model in another form.")
+    parser.add_argument("folder", help="what run_pretraining.py, run_finetune.py or hub.convert wrote")
+    parser.add_argument("--onnx", metavar="FILE", help="the encoder or classifier for onnxruntime")
+    parser.add_argument("--timm", metavar="FILE", help="the same under timm's names, as safetensors")
+    parser.add_argument("--decoder", metavar="FOLDER", help="all but the encoder, as safetensors with a README")
+    options = parser.parse_args(arguments)
+    folder = Path(options.folder)
+    if not (options.onnx or options.timm or options.decoder):
+        parser.error("nothing to write: give --onnx, --timm or --decoder")
+    try:
+        if (options.onnx or options.timm) and not (folder / "config.json").is_file():
+            raise ValueError(f"{folder} holds no model for AutoModel: it has no config.json")
+        if options.onnx:
+            print("\n".join(export_onnx(folder, options.onnx)))
+        if options.timm:
+            print("\n".join(export_timm(folder, options.timm)))
+        if options.decoder:
+            print("\n".join(export_decoder(folder / PRETRAINING, options.decoder)))
+    except ValueError as error:
+        sys.exit(f"hub.export: {error}")
+
+
+def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[str, Any]) -> PreTrainedModel:
     """The encoder as transformers' own class; the fine-tuner reads `mim_method` and `mim_recipe` from its config."""
     config = copy.deepcopy(encoder.config)
-    config.mim_method, config.mim_recipe = method, recipe
-    if config.model_type == "vit":
+    _remember(config, method, recipe)
+    if config.model_type in ("vit", "deit"):
         # AutoModel always builds a pooler. An identity leaves nothing random: pooler_output is the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
     native = AutoModel.from_config(config, dtype=torch.float32)
     state = dict(encoder.state_dict())
-    if config.model_type == "vit":
+    if config.model_type in ("vit", "deit"):
         state["pooler.dense.weight"] = torch.eye(config.hidden_size)
         state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
-    if config.model_type == "swin":
-        del state["embeddings.mask_token"]  # AutoModel builds a Swin without one; it stays in pretraining/
+    if getattr(config, "use_mean_pooling", False):  # a BEiT that was fine-tuned once: the last norm is its pooler's
+        state.setdefault("pooler.layernorm.weight", torch.ones(config.hidden_size))
+        state.setdefault("pooler.layernorm.bias", torch.zeros(config.hidden_size))
+    if config.model_type in ("swin", "deit"):
+        state.pop("embeddings.mask_token", None)  # AutoModel builds them without one; it stays in pretraining/
     native.load_state_dict(state, strict=True)
     return native.eval()
 
 
-def write_image_processor(folder: Path, head: MimPreTrainedModel) -> None:
-    """`preprocessor_config.json` of a native type, so that no code of ours is needed: short side, centre crop, RGB."""
-    encoder_config = head.config.encoder_config
+def write_image_processor(
+    folder: Path,
+    encoder_config: Any,
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    resize_to: int | None = None,
+    resample: int = PILImageResampling.BICUBIC,
+) -> None:
+    """`preprocessor_config.json` of a native type, so that no code of ours is needed: short side, centre crop, RGB.
+
+    `resize_to`: what the short side becomes, if more than the crop.
+    """
     size = encoder_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
     square = height == width
@@ -49,15 +95,15 @@ def write_image_processor(folder: Path, head: MimPreTrainedModel) -> None:
         "image_processor_type": "ViTImageProcessor",
         "do_convert_rgb": encoder_config.num_channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": height} if square else {"height": height, "width": width},
-        "resample": int(PILImageResampling.BICUBIC),
+        "size": {"shortest_edge": resize_to or height} if square else {"height": height, "width": width},
+        "resample": int(resample),
         "do_center_crop": square,
         "crop_size": {"height": height, "width": width},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(head.config.image_mean),
-        "image_std": list(head.config.image_std),
+        "image_mean": list(image_mean),
+        "image_std": list(image_std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -75,42 +121,96 @@ def export(head: MimPreTrainedModel, output_dir: str | Path, *, method: str, rec
     Raises:
         RuntimeError: what AutoModel opens differs from the encoder in memory.
     """
-    output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as scratch_name:
-        scratch = Path(scratch_name)
+    with _replacing(Path(output_dir)) as scratch:
+        stats = (head.config.image_mean, head.config.image_std)
         if (problem := native_root_problem(head)) is None:
             native_encoder(head.encoder, method, recipe).save_pretrained(scratch)
-            write_image_processor(scratch, head)
+            write_image_processor(scratch, head.config.encoder_config, *stats)
         head.save_pretrained(scratch / PRETRAINING)
-        write_image_processor(scratch / PRETRAINING, head)
+        write_image_processor(scratch / PRETRAINING, head.config.encoder_config, *stats)
         for code in (scratch / PRETRAINING).glob("*.py"):
             shutil.copy(code, scratch)
         if problem is None:
-            _verify(scratch, head)
-        shutil.rmtree(output_dir / PRETRAINING, ignore_errors=True)
-        for path in scratch.iterdir():
-            path.replace(output_dir / path.name)
+            _verify(scratch, head.encoder)
+        shutil.rmtree(Path(output_dir) / PRETRAINING, ignore_errors=True)
     return problem
 
 
+def export_native(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    *,
+    method: str | None,
+    recipe: dict[str, Any],
+    image_mean: Sequence[float],
+    image_std: Sequence[float],
+    resize_to: int | None = None,
+    resample: int = PILImageResampling.BICUBIC,
+) -> str:
+    """Write an encoder or a classifier of transformers alone; returns the name of the Auto class that opens it.
+
+    `resize_to`: what the processor makes of the short side, for a classifier by default what its authors do.
+
+    Raises:
+        RuntimeError: what that opens differs from the model in memory.
+    """
+    classifies = hasattr(model, "classifier")
+    with _replacing(Path(output_dir)) as scratch:
+        if classifies:
+            _remember(model.config, method, recipe)
+            model.save_pretrained(scratch)
+            resize_to = resize_to or _evaluated_size(model.config)
+        else:
+            native_encoder(model, method, recipe).save_pretrained(scratch)
+        write_image_processor(scratch, model.config, image_mean, image_std, resize_to, resample)
+        _verify(scratch, model)
+    return (AutoModelForImageClassification if classifies else AutoModel).__name__
+
+
+def _evaluated_size(config: Any) -> int | None:
+    """The authors of all these methods evaluate small images so: short side 256 for a crop of 224."""
+    return config.image_size * 256 // 224 if isinstance(config.image_size, int) and config.image_size < 384 else None
+
+
+@contextmanager
+def _replacing(output_dir: Path) -> Iterator[Path]:
+    """A folder to write into, whose content moves to `output_dir` at the end, unless something went wrong."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as scratch_name:
+        scratch = Path(scratch_name)
+        yield scratch
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):  # the sign of a whole one
+            path.replace(output_dir / path.name)
+
+
+def _remember(config: Any, method: str | None, recipe: dict[str, Any]) -> None:
+    if method is not None:
+        config.mim_method = method
+    config.mim_recipe = recipe
+
+
 @torch.no_grad()
-def _verify(folder: Path, head: MimPreTrainedModel) -> None:
-    opened, info = AutoModel.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+def _verify(folder: Path, ours: PreTrainedModel) -> None:
+    """Open the folder as a user would, and compare with the encoder or classifier in memory."""
+    auto_class = AutoModelForImageClassification if hasattr(ours, "classifier") else AutoModel
+    opened, info = auto_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     leftovers = {key: value for key, value in info.items() if value}
-    config = head.config.encoder_config
-    size = config.image_size
-    shape = (1, config.num_channels, *((size, size) if isinstance(size, int) else size))
+    size = ours.config.image_size
+    shape = (1, ours.config.num_channels, *((size, size) if isinstance(size, int) else size))
     probe = torch.linspace(-2, 2, shape[1] * shape[2] * shape[3]).reshape(shape)
-    encoder = head.encoder
-    was_training = encoder.training
-    parameter = next(encoder.parameters())
-    ours = encoder.eval()(probe.to(parameter.device, parameter.dtype)).last_hidden_state.float().cpu()
-    encoder.train(was_training)
-    difference = (opened.eval()(probe).last_hidden_state - ours).abs().max().item()
-    tolerance = 1e-4 * max(ours.abs().max().item(), 1.0)
+    was_training = ours.training
+    parameter = next(ours.parameters())
+    expected = ours.eval()(probe.to(parameter.device, parameter.dtype))[0].float().cpu()
+    ours.train(was_training)
+    difference = (opened.eval()(probe)[0] - expected).abs().max().item()
+    tolerance = 1e-4 * max(expected.abs().max().item(), 1.0)
     if leftovers or not difference <= tolerance:
         raise RuntimeError(
-            f"the exported encoder is not the trained one: features differ by {difference:.3g} "
+            f"the exported model is not the one in memory: outputs differ by {difference:.3g} "
             f"(at most {tolerance:.3g} expected), left-over keys {leftovers}; nothing was written"
         )
+
+
+if __name__ == "__main__":
+    disable_progress_bar()
+    main()

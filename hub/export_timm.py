@@ -1,0 +1,138 @@
+"""The encoder under timm's names, for people whose code is built on timm; mask tokens stay behind.
+
+Checked against timm's own model where timm can be imported, and always against the names and shapes that it has.
+"""
+
+import functools
+import importlib
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from hub.key_names import TABLES, from_native
+from hub.native_models import open_native
+from hub.timm_shapes import timm_shapes
+
+_STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
+
+
+@torch.no_grad()
+def export_timm(folder: str | Path, file: str | Path) -> list[str]:
+    """Write `file` (safetensors) from the native model in `folder`; returns what is to be said about it.
+
+    Raises:
+        ValueError: timm has no such model, or its own computes something else.
+    """
+    model = open_native(folder)
+    state, dropped = timm_state(model)
+    expected = timm_shapes(model)
+    found = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    if found != expected:
+        wrong = sorted({*found.items()} ^ {*expected.items()})
+        raise ValueError(f"timm's {_class_path(model)[1]} has other weights than these: {wrong[:6]}")
+    checked = _compare_with_timm(model, state)
+    module, name = _class_path(model)
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.contiguous() for key, tensor in state.items()}, file, {"format": "pt"})
+    return [
+        f"{file}: {len(state)} tensors under timm's names",
+        *(f"  dropped {key}: timm's model has none" for key in dropped),
+        f"  from {module} import {name}",
+        f"  model = {name}({', '.join(f'{key}={value!r}' for key, value in timm_arguments(model).items())})",
+        f"  {checked}",
+    ]
+
+
+def timm_state(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The weights under timm's names, and the keys of `model` that have no place there."""
+    config: Any = model.config
+    if config.model_type not in TABLES or config.hidden_act != "gelu":
+        raise ValueError(
+            f"ViT, BEiT and Swin with gelu are exported under timm's names, not a {config.model_type} with "
+            f"{config.hidden_act}"
+        )
+    prefix = model.base_model_prefix + "."
+    native = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
+    # An identity that `hub.export` adds, as AutoModel always builds a pooler for a ViT.
+    dropped = [key for key in native if key.startswith("pooler.dense.") or key == "embeddings.mask_token"]
+    state = from_native({key: t for key, t in native.items() if key not in dropped}, TABLES[config.model_type])
+    if config.model_type == "swin":
+        # timm merges patches at the beginning of a stage, transformers at the end of the one before
+        state = {_STAGE.sub(lambda m: f"layers.{int(m[1]) + 1}.downsample.", key): t for key, t in state.items()}
+        state = {re.sub(r"^head\.", "head.fc.", key): tensor for key, tensor in state.items()}
+    return state, dropped
+
+
+def timm_arguments(model: PreTrainedModel) -> dict[str, Any]:
+    """Keyword arguments with which timm builds the same model."""
+    config: Any = model.config
+    arguments: dict[str, Any] = {
+        "img_size": config.image_size,
+        "patch_size": config.patch_size,
+        "in_chans": config.num_channels,
+    }
+    if config.model_type == "swin":
+        arguments |= {
+            "embed_dim": config.embed_dim,
+            "depths": tuple(config.depths),
+            "num_heads": tuple(config.num_heads),
+        }
+        arguments |= {"window_size": config.window_size, "mlp_ratio": config.mlp_ratio, "qkv_bias": config.qkv_bias}
+    else:
+        arguments |= {"embed_dim": config.hidden_size, "depth": config.num_hidden_layers}
+        arguments |= {"num_heads": config.num_attention_heads}
+        arguments |= {"mlp_ratio": config.intermediate_size / config.hidden_size}
+    if config.model_type == "vit":
+        arguments |= {"qkv_bias": config.qkv_bias}
+    if config.model_type == "beit":
+        arguments |= {
+            "qkv_bias": True,
+            "init_values": config.layer_scale_init_value or None,
+            "use_abs_pos_emb": config.use_absolute_position_embeddings,
+            "use_rel_pos_bias": config.use_relative_position_bias,
+            "use_shared_rel_pos_bias": config.use_shared_relative_position_bias,
+            "global_pool": "avg" if config.use_mean_pooling else "token",
+        }
+    arguments["num_classes"] = config.num_labels if hasattr(model, "classifier") else 0
+    if config.layer_norm_eps != (1e-5 if config.model_type == "swin" else 1e-6):
+        arguments["norm_layer"] = functools.partial(torch.nn.LayerNorm, eps=config.layer_norm_eps)
+    return arguments
+
+
+def _class_path(model: PreTrainedModel) -> tuple[str, str]:
+    return {
+        "vit": ("timm.models.vision_transformer", "VisionTransformer"),
+        "beit": ("timm.models.beit", "Beit"),
+        "swin": ("timm.models.swin_transformer", "SwinTransformer"),
+    }[model.config.model_type]
+
+
+def _compare_with_timm(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> str:
+    """Raises ValueError if timm's model does not take the weights or computes something else."""
+    if importlib.util.find_spec("timm") is None:
+        return "checked against the names and shapes of timm 1.0.31 (timm is not installed)"
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:  # so where torchvision does not fit torch
+        return f"checked against the names and shapes of timm 1.0.31 (timm cannot be imported: {error})"
+    module, name = _class_path(model)
+    theirs = getattr(importlib.import_module(module), name)(**timm_arguments(model)).eval()
+    try:
+        theirs.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"timm {timm.__version__} does not take these weights: {error}") from error
+    size = model.config.image_size
+    shape = (1, model.config.num_channels, *((size, size) if isinstance(size, int) else size))
+    images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    expected = model(images)[0]
+    computed = (theirs(images) if hasattr(model, "classifier") else theirs.forward_features(images)).view_as(expected)
+    difference = ((computed - expected).abs().max() / expected.abs().max()).item()
+    if not difference < 1e-4:
+        raise ValueError(f"timm {timm.__version__} computes something else: off by {difference:.2g}")
+    return f"checked with timm {timm.__version__}: off by {difference:.1g} of the largest number"

@@ -1,0 +1,93 @@
+"""The same weight by two names: as the papers' authors and timm call it, and as transformers calls it.
+
+One table for each kind of encoder, read in both directions: forwards by the converters, backwards by the timm export
+and by messages that name a missing weight as the file would have named it.
+Shapes: D width.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+
+State = Mapping[str, torch.Tensor]
+# (theirs, ours); "^" stands for the beginning of the name.
+Table = tuple[tuple[str, str], ...]
+
+_BLOCK: Table = (
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+    (".attn.proj.", ".attention.o_proj."),
+    ("^mask_token", "^embeddings.mask_token"),
+    ("^patch_embed.proj.", "^embeddings.patch_embeddings.projection."),
+    ("^norm.", "^layernorm."),
+    ("^head.", "^classifier."),
+)
+VIT: Table = (
+    *_BLOCK,
+    ("^blocks.", "^layers."),
+    ("^cls_token", "^embeddings.cls_token"),
+    ("^pos_embed", "^embeddings.position_embeddings"),
+)
+BEIT: Table = (
+    *VIT,
+    (".gamma_1", ".lambda_1"),
+    (".gamma_2", ".lambda_2"),
+    (".attn.q_bias", ".attention.q_proj.bias"),
+    (".attn.v_bias", ".attention.v_proj.bias"),
+    ("^rel_pos_bias.", "^shared_position_bias."),
+    (".attn.relative_position_bias_table", ".relative_position_bias.relative_position_bias_table"),
+    ("^fc_norm.", "^pooler.layernorm."),
+)
+SWIN: Table = (
+    *_BLOCK,
+    ("^layers.", "^encoder.layers."),
+    (".attn.relative_position_bias_table", ".attention.relative_position_bias.relative_position_bias_table"),
+    ("^patch_embed.norm.", "^embeddings.norm."),
+)
+TABLES: dict[str, Table] = {"vit": VIT, "beit": BEIT, "swin": SWIN}
+# A whole MAE: its mask token is the decoder's, and that has blocks like the encoder's.
+MAE: Table = (
+    *(pair for pair in VIT if pair[0] != "^mask_token"),
+    ("^decoder_blocks.", "^decoder_layers."),
+    ("^decoder_pos_embed", "^decoder_positions"),
+)
+
+_QKV = re.compile(r"\.attn\.qkv\.(weight|bias)$")
+_PROJECTION = re.compile(r"\.attention\.[qkv]_proj\.(weight|bias)$")
+
+
+def to_native(state: State, table: Table) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """(their key, our key, tensor) for each tensor; the fused qkv matrix (3D, D) becomes q, k and v."""
+    for key, tensor in state.items():
+        if match := _QKV.search(key):
+            name = _rename(key.removesuffix(match[0]), table)
+            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+                yield key, f"{name}.attention.{letter}_proj.{match[1]}", part.clone()
+        else:
+            yield key, _rename(key, table), tensor
+
+
+def from_native(state: State, table: Table) -> dict[str, torch.Tensor]:
+    """`to_native` undone: q, k and v are fused again; a BEiT's q and v biases stay apart, as its k has none."""
+    renamed: dict[str, torch.Tensor] = {}
+    for key, tensor in state.items():
+        if (match := _PROJECTION.search(key)) is None or (table is BEIT and match[1] == "bias"):
+            renamed[native_to_theirs(key, table)] = tensor
+        elif ".q_proj." in key:
+            parts = [state[key.replace(".q_proj.", f".{letter}_proj.")] for letter in "qkv"]
+            renamed[native_to_theirs(key, table)] = torch.cat(parts)
+    return renamed
+
+
+def native_to_theirs(key: str, table: Table) -> str:
+    """What the authors' file calls the tensor that holds this one."""
+    name = _rename(key, tuple((theirs, ours) for ours, theirs in table))
+    return _PROJECTION.sub(r".attn.qkv.\1", name)
+
+
+def _rename(key: str, table: Table) -> str:
+    name = "^" + key
+    for old, new in table:
+        name = name.replace(old, new)
+    return name.removeprefix("^")

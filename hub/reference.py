@@ -1,0 +1,74 @@
+"""What a ViT or BEiT computes, straight from the authors' weights: the converter compares its result with it.
+
+Nothing of transformers and no renamed key takes part, so that a weight in the wrong place cannot go unnoticed.
+Code: facebookresearch/mae at efb2a80, microsoft/unilm/beit at 768a3c8 (written anew from what they compute).
+Shapes: B images, N patches, D width, A heads.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional as F
+
+from hub.sizes import BLOCK_TABLE, SHARED_TABLE, count
+from modeling.encoders import relative_position_index
+
+State = Mapping[str, torch.Tensor]
+
+
+@torch.no_grad()
+def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int, eps: float = 1e-6) -> torch.Tensor:
+    """All tokens (B, 1+N, D), behind the final norm if there is one; of a classifier, its logits."""
+    x = F.conv2d(
+        pixel_values,
+        state["patch_embed.proj.weight"],
+        state["patch_embed.proj.bias"],
+        stride=state["patch_embed.proj.weight"].shape[-1],
+    )
+    grid = (x.shape[2], x.shape[3])
+    x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1+N, D)
+    if "pos_embed" in state:
+        x = x + state["pos_embed"]
+    shared = _bias(state[SHARED_TABLE], grid) if SHARED_TABLE in state else 0.0
+    for block in range(count(state, r"^blocks\.(\d+)\.")):
+        prefix = f"blocks.{block}."
+        weights = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
+        table = weights.get(BLOCK_TABLE.removeprefix("blocks.0."))
+        bias = shared if table is None else shared + _bias(table, grid)
+        x = x + _scale(weights, 1) * _attention(weights, _norm(weights, "norm1", x, eps), bias, num_heads)
+        hidden = F.gelu(_linear(weights, "mlp.fc1", _norm(weights, "norm2", x, eps)))
+        x = x + _scale(weights, 2) * _linear(weights, "mlp.fc2", hidden)
+    if "norm.weight" in state:
+        x = _norm(state, "norm", x, eps)
+    if "head.weight" not in state:
+        return x
+    mean_or_class = _norm(state, "fc_norm", x[:, 1:].mean(1), eps) if "fc_norm.weight" in state else x[:, 0]
+    return _linear(state, "head", mean_or_class)
+
+
+def _attention(weights: State, x: torch.Tensor, bias: torch.Tensor | float, num_heads: int) -> torch.Tensor:
+    qkv_bias = weights.get("attn.qkv.bias")
+    if "attn.q_bias" in weights:
+        q_bias = weights["attn.q_bias"]
+        qkv_bias = torch.cat([q_bias, torch.zeros_like(q_bias), weights["attn.v_bias"]])
+    qkv = F.linear(x, weights["attn.qkv.weight"], qkv_bias)  # (B, 1+N, 3D)
+    q, k, v = qkv.view(*x.shape[:2], 3, num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, A, 1+N, D/A) each
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5 + bias
+    mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)  # (B, 1+N, D)
+    return _linear(weights, "attn.proj", mixed)
+
+
+def _bias(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    return table[relative_position_index(grid, table.device)].permute(2, 0, 1)  # (A, 1+N, 1+N)
+
+
+def _scale(weights: State, branch: int) -> torch.Tensor | float:
+    return weights.get(f"gamma_{branch}", 1.0)
+
+
+def _norm(weights: State, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+
+
+def _linear(weights: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
