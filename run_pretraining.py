@@ -9,12 +9,13 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -24,27 +25,40 @@ from PIL import Image
 from transformers import AutoModelForPreTraining, PreTrainedModel, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import HubStrategy
 
 from data.augmentations import CenterCrop, RandomResizedCrop, Transform, TwoViews
 from data.collators import MaskingCollator
 from data.image_checks import Checked, check_images
 from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_held_out
 from data.sources import ImageSource, open_source
+from evaluation.looks import summary as features_in_words
 from evaluation.panels import pixel_panel_drawer, token_panel_drawer
 from evaluation.pictures import MAX_ROWS, training_curve
+from evaluation.watch import FeatureWatch, open_feature_watch
+from hub.card_rules import license_problem
+from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint, stage_checkpoint
 from hub.export import PRETRAINING, export, native_root_problem
-from hub.model_card import shorten_paths, write_model_card
+from hub.init_from import StartingModel, open_starting_model
+from hub.init_weights import read_weights
+from hub.model_card import write_model_card
+from hub.push import HubError, Repository
+from hub.redaction import shorten_values
 from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import BadImagesLimit, CpuEstimate, MimProgress, ReconstructionPanels, duration
+from training.checkpoints import last_whole_checkpoint
 from training.guard import NonFiniteError
+from training.hub_push import HubPush
 from training.launch import check_world, has_accelerator, restore_threads
-from training.output_folder import BAD_IMAGES_FILE, prepare_output_dir
-from training.plan import Machine, Plan, make_plan
+from training.output_folder import BAD_IMAGES_FILE, SETTINGS_FILE, interrupted_run, prepare_output_dir
+from training.plan import Machine, Plan, default_output_dir, make_plan
 from training.settings import Settings, load_settings
 from training.targets import CHOICES as TOKENIZER_CHOICES
 from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
+from training.token_cache import cached_tokens
 from training.trainer import MimTrainer
+from training.watch import EveryFewSteps
 
 WRITTEN_LAST = f"{PRETRAINING}/config.json"  # of a finished run
 QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.yaml"
@@ -63,7 +77,7 @@ class Images:
 
 
 def main(argv: list[str]) -> None:
-    settings = load_settings(argv, CONFIGS)
+    settings = load_settings(argv, CONFIGS, starting_point)
     use_cpu = settings["use_cpu"] or not has_accelerator()
     state = PartialState(cpu=use_cpu)
     check_world(state.num_processes)
@@ -71,6 +85,7 @@ def main(argv: list[str]) -> None:
     if (note := restore_threads()) and use_cpu:
         say(f"note: {note}")
 
+    repository = open_repository(settings)
     tokenizer = open_tokenizer(settings)
     images = first_on_main(state, lambda: find_images(settings))
     config = head_config(settings, images, tokenizer)
@@ -85,11 +100,27 @@ def main(argv: list[str]) -> None:
         say(f"note: left out {name}: {reason}")
     if problem := native_root_problem(blank):
         say(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
+    weights = initial_weights(settings, blank, say)
+    watch = open_watch(settings, state)
     if settings["dry_run"]:
         return
 
-    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, say, WRITTEN_LAST))
+    def prepare() -> Path | None:
+        if repository is not None:
+            bring_back(repository, settings, output_dir, say)
+        return prepare_output_dir(output_dir, settings, images.bad, say, WRITTEN_LAST)
+
+    checkpoint = first_on_main(state, prepare)
     trainer = build_trainer(settings, plan, config, collator, images, tokenizer)
+    trainer.model.load_state_dict(weights, strict=False)
+    hub_push = None
+    if repository is not None:
+        hub_push = build_hub_push(trainer, settings, images, output_dir, argv, repository, say)
+        trainer.add_callback(hub_push)
+    if watch is not None:
+        say(f"features watched: {watch.describe()}")
+        every = int(plan.training_arguments()["eval_steps"])
+        trainer.add_callback(EveryFewSteps(trainer, every, watch, features_in_words))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
     say(
@@ -98,6 +129,8 @@ def main(argv: list[str]) -> None:
     )
     if hasattr(trainer, "end"):  # absent in transformers 5.17
         trainer.end()
+    if hub_push is not None and state.is_main_process:
+        hub_push.finish()
 
 
 def find_machine(state: PartialState, use_cpu: bool) -> Machine:
@@ -106,6 +139,33 @@ def find_machine(state: PartialState, use_cpu: bool) -> Machine:
     num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     device_type = "cpu" if use_cpu else state.device.type
     return Machine(device_type, num_cpus, state.num_processes, num_local_processes, has_bf16)
+
+
+# ---- what it begins from ----
+
+
+def starting_point(chosen: Mapping[str, Any]) -> StartingModel:
+    """What `--init_from` names; an interrupted run's own checkpoint tells as much, and the rest may be gone by now."""
+    checkpoint = interrupted_run(Path(chosen.get("output_dir") or default_output_dir(chosen)), chosen)
+    name = str(checkpoint or chosen["init_from"])
+    return open_starting_model(name, chosen["method"], sizes_only=checkpoint is not None)
+
+
+def initial_weights(
+    settings: Settings, head: MimPreTrainedModel, say: Callable[[str], None]
+) -> Mapping[str, torch.Tensor]:
+    """Of the model that the run begins from, by the names of `head`; nothing from scratch or for a continued run.
+
+    Raises:
+        ValueError: they cannot be read, or would not do.
+    """
+    start = settings.start
+    if not isinstance(start, StartingModel) or start.sizes_only:
+        return {}
+    weights = read_weights(start, head, settings["repair_positions"])
+    for note in weights.notes:
+        say(f"note: {note}")
+    return weights.state
 
 
 # ---- images ----
@@ -125,6 +185,15 @@ def find_images(settings: Settings) -> Images:
     return Images(source, good[train], source, good[held_out], checked.bad, checked.summary.describe())
 
 
+def open_watch(settings: Settings, state: PartialState) -> FeatureWatch | None:
+    """What `--eval_dataset` names, in the first process, which does the looking; a mistake is told to all."""
+    opened: list[FeatureWatch] = []
+    if (dataset := settings["eval_dataset"]) is not None:
+        wanted = (settings.image_size, settings["num_channels"], settings["seed"])
+        first_on_main(state, lambda: opened.append(open_feature_watch(dataset, *wanted)))
+    return opened[0] if opened else None
+
+
 @dataclass
 class Tokenizer:
     """An image tokenizer with the view that it wants: one token per patch."""
@@ -142,8 +211,9 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     """
     name, needed = settings["tokenizer"], HEADS[settings["method"]].needs_tokenizer
     if not needed:
-        if name:
-            raise ValueError(f"--tokenizer {name} has no effect with --method {settings['method']}; leave it out")
+        for flag in ("tokenizer", "cache_tokens"):
+            if settings[flag]:
+                raise ValueError(f"--{flag} has no effect with --method {settings['method']}; leave it out")
         return None
     if not name:
         raise ValueError(TOKENIZER_CHOICES.format(dataset=shlex.join(settings["dataset"])))
@@ -155,6 +225,8 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
 def head_config(settings: Settings, images: Images, tokenizer: Tokenizer | None = None) -> MimConfig:
     """The method's own config: the encoder's sizes, the head's settings, and how pixels are standardised."""
     stats: dict[str, Any] = {}
+    if settings["image_stats"] == "source" and settings.start is not None:
+        stats = dict(settings.start.image_stats)
     if settings["image_stats"] == "auto":
         crop = CenterCrop(settings.image_size)
         measured = PretrainingImages(
@@ -229,7 +301,8 @@ def build_trainer(
     crop = RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio, resampling, jitter)
 
     def dataset(source: ImageSource, indices: np.ndarray, train: bool) -> PretrainingImages:
-        view = crop if train else CenterCrop(settings.image_size, resampling)
+        is_fixed = settings["cache_tokens"] or not train
+        view = CenterCrop(settings.image_size, resampling) if is_fixed else crop
         transform: Transform = view if tokenizer is None else TwoViews(view, tokenizer.view_size)
         bad_images = output_dir / BAD_IMAGES_FILE
         return PretrainingImages(
@@ -251,6 +324,7 @@ def build_trainer(
         model=head, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=collator
     )
     trainer.lr_drop_step = plan.lr_drop_step
+    trainer.layer_decay = settings["layer_decay"]
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(MimProgress())
@@ -263,12 +337,24 @@ def build_trainer(
     draw = pixel_panel_drawer(settings["method"])
     if tokenizer is not None:
         trainer.make_labels = TokenizerLabels(tokenizer.model, arguments.device)
+        if settings["cache_tokens"]:
+            keep_tokens(trainer)
         draw = token_panel_drawer(settings["method"], trainer.make_labels, collator.grid)
     if tokenizer is not None and not hasattr(tokenizer.model, "decode"):
         print("note: this tokenizer has no decoder, so there are no reconstruction panels", file=sys.stderr)
         return trainer
     trainer.add_callback(ReconstructionPanels(output_dir / "panels", batch, draw, board[0] if board else None))
     return trainer
+
+
+def keep_tokens(trainer: MimTrainer) -> None:
+    """The training images' tokens from a file, which the main process makes first; then one view of each is enough."""
+    images = trainer.train_dataset
+    state, labels = PartialState(), trainer.make_labels
+    assert isinstance(labels, TokenizerLabels)
+    file = first_on_main(state, lambda: cached_tokens(images, labels, trainer.output_dir, printer(state)))
+    images.labels = np.load(file, mmap_mode="r")  # which the workers share
+    images.transform = images.transform.crop
 
 
 def panel_indices(num_images: int) -> list[int]:
@@ -287,41 +373,53 @@ def finish(trainer: MimTrainer, settings: Settings, images: Images, output_dir: 
         trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():
-        head = trainer.accelerator.unwrap_model(trainer.model)
-        export(head, output_dir, method=settings["method"], recipe=_without_paths(settings.as_recipe()))
-        write_card(trainer, settings, images, output_dir, argv)
+        write_artefacts(trainer, settings, images, output_dir, argv, output_dir)
     trainer.accelerator.wait_for_everyone()
 
 
-def _without_paths(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Folders of the user's machine do not belong into a config that goes to the Hub."""
-    return {
-        name: [shorten_paths(v) if isinstance(v, str) else v for v in value]
-        if isinstance(value, list)
-        else (shorten_paths(value) if isinstance(value, str) else value)
-        for name, value in recipe.items()
-    }
+def write_artefacts(
+    trainer: MimTrainer,
+    settings: Settings,
+    images: Images,
+    output_dir: Path,
+    argv: list[str],
+    folder: Path,
+    unfinished: str | None = None,
+) -> None:
+    """Encoder, whole model and card of the run in `output_dir` as it is now, into `folder`."""
+    head = trainer.accelerator.unwrap_model(trainer.model)
+    # Folders of the user's machine do not belong into a config that goes to the Hub.
+    export(head, folder, method=settings["method"], recipe=shorten_values(settings.as_recipe()))
+    write_card(trainer, settings, images, output_dir, argv, folder, unfinished)
 
 
-def write_card(trainer: MimTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:
+def write_card(
+    trainer: MimTrainer,
+    settings: Settings,
+    images: Images,
+    output_dir: Path,
+    argv: list[str],
+    folder: Path,
+    unfinished: str | None,
+) -> None:
     head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
     curve = panel = None
     if any("loss" in entry or "eval_loss" in entry for entry in history):
-        training_curve(history, output_dir / (curve := "training_curve.png"))
+        training_curve(history, folder / (curve := "training_curve.png"))
     if panels := sorted((output_dir / "panels").glob("*.png")):
-        shutil.copy(panels[-1], output_dir / (panel := "reconstructions.png"))
+        shutil.copy(panels[-1], folder / (panel := "reconstructions.png"))
     metrics = {
         name: [entry[key] for entry in history if key in entry][-1]
         for name, key in (("train_loss", "loss"), ("eval_loss", "eval_loss"))
         if any(key in entry for entry in history)
     }
     bad = count_bad_images(output_dir / BAD_IMAGES_FILE)
-    runtime = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
     write_model_card(
-        output_dir,
-        command=shlex.join([*_launcher(), "run_pretraining.py", *argv]),
+        folder,
+        command=shlex.join([*launcher(), "run_pretraining.py", *argv]),
         method=settings["method"],
-        model_name=output_dir.name,
+        model_name=settings["hub_model_id"] or output_dir.name,
+        base_model=settings["init_from"],
         recipe=settings.as_recipe(),
         data_summary={
             "dataset": images.source.describe(),
@@ -331,17 +429,26 @@ def write_card(trainer: MimTrainer, settings: Settings, images: Images, output_d
             "unreadable images left out": len(bad),
         },
         metrics=metrics,
-        versions={
-            **{name: version(name) for name in ("transformers", "torch", "accelerate", "datasets")},
-            "python": platform.python_version(),
-            "hardware": f"{trainer.args.world_size} x {_device_name(trainer.args.device)}",
-            "training time": duration(sum(runtime)),
-        },
+        versions=software_and_hardware(trainer),
         panel=panel,
         curve=curve,
-        has_class_token=hasattr(head.encoder.embeddings, "cls_token"),
+        license=settings["license"],
+        datasets=settings["dataset"],
+        unfinished=unfinished,
+        num_extra_tokens=sum(hasattr(head.encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")),
+        pools_mean=getattr(head.encoder.config, "use_mean_pooling", False),
         native_root_problem=native_root_problem(head),
     )
+
+
+def software_and_hardware(trainer: MimTrainer) -> dict[str, str]:
+    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    return {
+        **{name: version(name) for name in ("transformers", "torch", "accelerate", "datasets")},
+        "python": platform.python_version(),
+        "hardware": f"{trainer.args.world_size} x {_device_name(trainer.args.device)}",
+        **({"training time": duration(sum(runtime))} if runtime else {}),
+    }
 
 
 def _device_name(device: torch.device) -> str:
@@ -350,12 +457,77 @@ def _device_name(device: torch.device) -> str:
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
-def _launcher() -> list[str]:
+def launcher() -> list[str]:
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return ["accelerate", "launch"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
     return ["python"]
+
+
+# ---- the Hub ----
+
+
+def open_repository(settings: Settings) -> Repository | None:
+    """Where `--push_to_hub` goes; nothing is asked of the Hub yet.
+
+    Raises:
+        ValueError: it cannot be the id of a repository, or the Hub would refuse the licence.
+    """
+    if settings["license"] and (problem := license_problem(settings["license"])):
+        raise ValueError(f"--{problem}")
+    if not settings["push_to_hub"]:
+        return None
+    names = ("hub_model_id", "hub_private_repo", "hub_token", "hub_revision")
+    return Repository(*(settings[name] for name in names))
+
+
+def bring_back(repository: Repository, settings: Settings, output_dir: Path, say: Callable[[str], None]) -> None:
+    """A checkpoint that another machine pushed, into an output folder that has none."""
+    keeps_states = HubStrategy(settings["hub_strategy"]) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
+    starts_anew = settings["overwrite"] or settings["resume"] == "never"
+    if not keeps_states or starts_anew or settings["resume_from_checkpoint"]:
+        return
+    if (output_dir / WRITTEN_LAST).exists() or last_whole_checkpoint(output_dir)[0] is not None:
+        return
+    try:
+        found = fetch_checkpoint(repository, output_dir, SETTINGS_FILE)
+    except HubError as error:
+        say(
+            f"note: the run begins anew, for no checkpoint of it could be fetched from the Hub ({error}); "
+            "if there is one, stop now and try again"
+        )
+        return
+    if found is not None:
+        say(f"found a checkpoint of this run in {repository.url}: {found}")
+
+
+def build_hub_push(
+    trainer: MimTrainer,
+    settings: Settings,
+    images: Images,
+    output_dir: Path,
+    argv: list[str],
+    repository: Repository,
+    say: Callable[[str], None],
+) -> HubPush:
+    """Uploads at every save what `finish` writes at the end, and training states if `--hub_strategy` asks for them."""
+    strategy = HubStrategy(settings["hub_strategy"])
+    names: dict[HubStrategy, Callable[[int], str]] = {
+        HubStrategy.CHECKPOINT: lambda step: LAST_CHECKPOINT,
+        HubStrategy.ALL_CHECKPOINTS: lambda step: f"checkpoint-{step}",
+    }
+
+    def stage(folder: Path, checkpoint_name: str | None) -> None:
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        unfinished = f"Training goes on: this is step {step:,} of {last:,}." if step < last else None
+        write_artefacts(trainer, settings, images, output_dir, argv, folder, unfinished)
+        if checkpoint_name is not None:
+            checkpoint = output_dir / f"checkpoint-{step}"
+            stage_checkpoint(checkpoint, output_dir / SETTINGS_FILE, folder / checkpoint_name)
+
+    at_saves = strategy is not HubStrategy.END
+    return HubPush(repository, output_dir, stage, say, names.get(strategy), at_saves)
 
 
 # ---- several processes, one voice ----
@@ -387,6 +559,7 @@ def run(argv: list[str], main: Callable[[list[str]], None] = main, name: str = "
     wants_traceback = "--debug" in argv
     if not wants_traceback:
         transformers.utils.logging.set_verbosity_error()
+        huggingface_hub.utils.logging.set_verbosity_error()
     try:
         main(argv)
     except (ValueError, NonFiniteError) as error:

@@ -45,6 +45,7 @@ from run_pretraining import (
 from training.callbacks import CpuEstimate, MimProgress, ReconstructionPanels
 from training.codebook_start import NUM_IMAGES, start_from_images
 from training.launch import check_world, has_accelerator, restore_threads
+from training.memory import kept_bytes
 from training.settings import Settings
 from training.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
 from training.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
@@ -97,18 +98,8 @@ def measure_model(config: DvaeConfig) -> tuple[int, int, tuple[int, int]]:
     with torch.device("meta"):
         model = DvaeModel(config).train()
         image = torch.empty(1, config.num_channels, *config.input_size)
-    kept = {id(parameter): 0 for parameter in model.parameters()}
-    alive = []
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        alive.append(tensor)  # or an id could be used again
-        kept.setdefault(id(tensor), tensor.numel() * tensor.element_size())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(image)
     height, width = config.input_size
-    return model.num_parameters(), sum(kept.values()), (height // config.stride, width // config.stride)
+    return model.num_parameters(), kept_bytes(model, image), (height // config.stride, width // config.stride)
 
 
 # ---- training ----

@@ -1,159 +1,25 @@
-"""Write the README.md of an exported encoder: how to load it, how it was made, what is known about it and what not."""
+"""Write the README.md of an exported model: how to load it, how it was made, what is known about it and what not."""
 
+import json
 import re
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from hub.card_results import eval_results, read_results, results_section, with_results
+from hub.card_rules import HUB_ID, check_card
+from hub.citations import PAPERS
+from hub.redaction import shorten_command, shorten_paths
 
-class _Paper(NamedTuple):
-    title: str
-    authors: str
-    year: int
-    arxiv: str
+__all__ = ["card_for", "shorten_command", "shorten_paths", "write_model_card"]
 
-    def bibtex(self, key: str) -> str:
-        return (
-            f"@article{{{key}{self.year},\n  title   = {{{{{self.title}}}}},\n  author  = {{{self.authors}}},\n"
-            f"  journal = {{arXiv preprint arXiv:{self.arxiv}}},\n  year    = {{{self.year}}}\n}}"
-        )
-
-
-_PAPERS = {
-    "mae": _Paper(
-        "Masked Autoencoders Are Scalable Vision Learners",
-        "Kaiming He and Xinlei Chen and Saining Xie and Yanghao Li and Piotr Doll{\\'a}r and Ross Girshick",
-        2021,
-        "2111.06377",
-    ),
-    "simmim": _Paper(
-        "SimMIM: A Simple Framework for Masked Image Modeling",
-        "Zhenda Xie and Zheng Zhang and Yue Cao and Yutong Lin and Jianmin Bao and Zhuliang Yao and Qi Dai and Han Hu",
-        2021,
-        "2111.09886",
-    ),
-    "beit": _Paper(
-        "BEiT: BERT Pre-Training of Image Transformers",
-        "Hangbo Bao and Li Dong and Songhao Piao and Furu Wei",
-        2021,
-        "2106.08254",
-    ),
-}
-
-_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ model_name }}
-
-An image encoder pre-trained {% if base_model %}from `{{ base_model }}` {% endif %}without labels by masked
-image modeling ({{ method }}{% if paper %}, [{{ paper.title }}](https://arxiv.org/abs/{{ paper.arxiv }}){% endif %}): \
-part of each image is hidden, and the model learns to predict it from the rest.
-It gives features; it has no classifier.
-
-## Use it
-{% if native_root_problem %}
-The encoder alone cannot be opened as a plain transformers model: {{ native_root_problem }}. \
-It is the `encoder` of the whole model.
-{% else %}
-The encoder is a plain transformers model and needs no other code:
-
-```python
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-checkpoint = "{{ checkpoint }}"
-processor = AutoImageProcessor.from_pretrained(checkpoint)
-encoder = AutoModel.from_pretrained(checkpoint).eval()
-
-inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
-with torch.no_grad():
-    outputs = encoder(**inputs)
-features = outputs.last_hidden_state{{ patches }}.mean(1)  # mean of the patches
-```
-{% if patches %}
-`pooler_output` is the class token (identity pooler); use `last_hidden_state{{ patches }}.mean(1)` for the mean of \
-patches.
-{% else %}
-`pooler_output` is the same mean; there is no class token.
-{% endif %}{% endif %}
-The whole pre-training model, with what is dropped after pre-training, lies in `pretraining/`, to continue from or to \
-draw reconstructions with. Loading it runs the Python files of this repository; read them first:
-
-```python
-from transformers import AutoModelForPreTraining
-
-model = AutoModelForPreTraining.from_pretrained(checkpoint, subfolder="pretraining", trust_remote_code=True)
-```
-{% if metrics %}
-## Results
-
-| measure | value |
-|---|---|
-{% for name, value in metrics %}| {{ name }} | {{ value }} |
-{% endfor %}{% endif %}{% if panel %}
-![Reconstructions of images: input, masked, predicted]({{ panel }})
-{% endif %}{% if curve %}
-![Training and held-out loss over steps]({{ curve }})
-{% endif %}
-## Intended use and limits
-
-Intended as a starting point for fine-tuning, or for frozen features, on images like those it was trained on.
-{% if not quality_is_measured %}
-**The quality of the features has not been measured.** A pre-training loss tells that training went on, not how good \
-the features are, and losses of different methods, mask ratios or targets cannot be compared. Fine-tune or probe the \
-encoder on your own task before relying on it.
-{% endif %}
-It carries the biases of its training images, and no check for bias, safety or memorised images was made.
-Features of masked image modeling usually need fine-tuning; frozen, they tend to trail those of \
-contrastive or supervised models.
-
-## How it was trained
-
-```bash
-{{ command }}
-```
-{% if data_summary %}
-| training images | |
-|---|---|
-{% for name, value in data_summary %}| {{ name }} | {{ value }} |
-{% endfor %}{% endif %}{% if versions %}
-| software and hardware | |
-|---|---|
-{% for name, value in versions %}| {{ name }} | {{ value }} |
-{% endfor %}{% endif %}{% if recipe %}
-<details>
-<summary>All settings ({{ recipe | length }})</summary>
-
-| setting | value |
-|---|---|
-{% for name, value in recipe %}| `{{ name }}` | {{ value }} |
-{% endfor %}
-</details>
-{% endif %}{% if paper %}
-## Citation
-
-```bibtex
-{{ paper.bibtex(method) }}
-```
-{% endif %}"""
-
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
+_ELSEWHERE = "path/to/this/folder"
+_CHECKPOINT_LINE = re.compile(r'^checkpoint = ".*"$', re.MULTILINE)
 _METRIC_NAMES = {"train_loss": "training loss", "eval_loss": "held-out loss"}
-_QUALITY_WORDS = ("accuracy", "knn", "probe", "top1", "top5", "iou")
-_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
-# The folders of an absolute path: its root (/, ~/, C:\, file:///), then every component that another one follows.
-# The slashes of a URL do not match: they follow a colon, a slash or a word. Nor does a slash between spaces.
-_FOLDERS = re.compile(
-    r"""(?<![\w/.~\\-])(?:file://)?(?:~[\w.-]*/+|(?<!:)/+|/(?!/)|[A-Za-z]:[\\/]+|\\\\)(?=\S)
-        (?:[^/\\,;:=\n]*[^\s/\\,;:=][/\\]+(?=[^\s/\\,;:="'`\[\](){}<>]))*""",
-    re.VERBOSE,
-)
 
 
 def write_model_card(
@@ -170,63 +36,102 @@ def write_model_card(
     curve: str | None,
     base_model: str | None = None,
     license: str | None = None,
-    has_class_token: bool = True,
+    datasets: Sequence[str] = (),
+    num_extra_tokens: int = 1,
+    pools_mean: bool = False,
     native_root_problem: str | None = None,
+    classes: Sequence[str] = (),
+    from_scratch: bool = False,
+    unfinished: str | None = None,
 ) -> None:
     """Write `folder/README.md`. Absolute paths keep their last component only, and Hub tokens are blotted out.
 
+    What `folder/metrics.json` holds goes into a table and into the metadata; without it the card says that the quality
+    of the features was not measured.
+
     Args:
         command: the command line as typed, quoted for a shell.
-        metrics: `train_loss`, `eval_loss` and whatever else was measured; the card says that quality was not
-            measured unless a name speaks of an accuracy, a kNN or a probe.
+        model_name: an id of the Hub (then the examples load from there) or any other name.
+        metrics: `train_loss`, `eval_loss` and what else was seen in training.
+        datasets: what it was trained on; ids of the Hub are linked.
+        num_extra_tokens: those before the patches: a class token, or none.
+        pools_mean: the encoder's pooler normalises the mean of the patches, instead of taking the class token.
         native_root_problem: why the folder holds no native encoder, if it does not (`hub.export`).
+        classes: names of the classes, for a classifier.
+        from_scratch: a classifier's weights were random before its training.
+        unfinished: a sentence in front of all others, while training goes on.
         panel, curve: pictures in `folder`, relative to it.
 
     Raises:
-        ValueError: a picture is not in `folder`.
+        ValueError: a picture is not in `folder`, or the Hub would refuse the card (`hub.card_rules`).
     """
-    on_hub = base_model is not None and _HUB_ID.fullmatch(base_model) is not None and not Path(base_model).exists()
+    results = read_results(folder)
+    on_hub = model_name if HUB_ID.fullmatch(model_name) else None
+    title = shorten_paths(model_name).split("/")[-1]
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["masked-image-modeling", "self-supervised-learning", method],
+        pipeline_tag="image-classification" if classes else "image-feature-extraction",
+        tags=None if from_scratch else ["masked-image-modeling", "self-supervised-learning", method],
         license=license,
-        base_model=base_model if on_hub else None,
+        base_model=base_model if base_model and _is_on_hub(base_model) else None,
+        datasets=[name for name in datasets if _is_on_hub(name)] or None,
+        model_name=title if results else None,  # of `model-index`
+        eval_results=eval_results(results) or None,
     )
+    paper = PAPERS.get(method)
+    linked = f", [{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper else ""
     card = ModelCard.from_template(
         card_data,
-        template_str=_TEMPLATE,
-        model_name=shorten_paths(model_name),
-        checkpoint=model_name if _HUB_ID.fullmatch(model_name) else "path/to/this/folder",
+        template_path=str(_TEMPLATE),
+        title=title,
+        checkpoint=on_hub or _ELSEWHERE,
         base_model=base_model and shorten_paths(base_model),
         method=method,
-        paper=_PAPERS.get(method),
+        method_in_words=f" ({method}{linked})",
+        paper=paper,
+        classes=[_cell(name) for name in classes],
+        from_scratch=from_scratch,
+        unfinished=unfinished,
         native_root_problem=native_root_problem,
-        patches="[:, 1:]" if has_class_token else "",
+        patches=f"[:, {num_extra_tokens}:]" if num_extra_tokens else "",
+        pools_mean=pools_mean,
         command=shorten_command(command),
         metrics=_rows({_METRIC_NAMES.get(name, name): value for name, value in metrics.items()}),
-        quality_is_measured=any(word in name.lower() for name in metrics for word in _QUALITY_WORDS),
+        measured=results_section(results),
         data_summary=_rows(data_summary),
         versions=_rows(versions),
         recipe=[(name, _cell(value)) for name, value in _flatten(recipe)],
         panel=_picture(folder, panel),
         curve=_picture(folder, curve),
     )
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    text = str(card)
+    check_card(text)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def shorten_command(command: str) -> str:
-    """`shorten_paths` of each word of a shell command, so that a path may contain spaces."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # an unpaired quote: not a command that a shell would run, but still to be shown
-        words = command.split()
-    return shlex.join(shorten_paths(word) for word in words)
+def card_for(folder: Path, repo_id: str) -> str:
+    """The card in `folder` as it goes to `repo_id`: loading from there, with the results measured since.
+
+    Raises:
+        ValueError: there is no card, or the Hub would refuse it.
+    """
+    file = folder / "README.md"
+    if not file.is_file():
+        raise ValueError(f"{folder} has no README.md, which every model needs: run_pretraining.py writes one")
+    text = file.read_text(encoding="utf-8")
+    check_card(text)
+    text = _CHECKPOINT_LINE.sub(lambda _: f"checkpoint = {json.dumps(repo_id)}", text)
+    if results := read_results(folder):
+        card = ModelCard(with_results(text, results))
+        card.data["model_name"] = card.data.get("model_name", repo_id.split("/")[-1])
+        card.data["eval_results"] = eval_results(results) or None
+        text = str(card)
+        check_card(text)
+    return text
 
 
-def shorten_paths(text: str) -> str:
-    """Keep the last component of each absolute path in a text (others name the user and the machine), and no token."""
-    return _TOKEN.sub("hf_...", _FOLDERS.sub("", text))
+def _is_on_hub(name: str) -> bool:
+    return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:

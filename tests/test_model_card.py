@@ -1,5 +1,6 @@
 """The model card: valid metadata, pictures that are there, nothing about the machine it was made on."""
 
+import json
 import re
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 from transformers.pipelines import SUPPORTED_TASKS
 
-from hub.model_card import shorten_command, shorten_paths, write_model_card
+from hub.card_rules import check_card
+from hub.model_card import card_for, shorten_command, shorten_paths, write_model_card
 
 TOKEN = "hf_" + "aB3" * 12
 
@@ -85,6 +87,13 @@ def test_shorten_paths__keeps_the_last_component_of_absolute_paths_only(text, ex
     assert shorten_paths(text) == expected
 
 
+@pytest.mark.parametrize("flag", ["--hub_token {}", "--hub_token={}", "--hub-token {}"])
+def test_shorten_command__shows_no_token_of_any_form(flag):
+    shortened = shorten_command(f"python run.py {flag.format('secret')} --seed 1")
+    assert "secret" not in shortened
+    assert shortened.endswith("hf_... --seed 1")
+
+
 def test_shorten_command__survives_an_unpaired_quote():
     assert "/home" not in shorten_command("python /home/ann/run.py --note it's")
 
@@ -121,12 +130,115 @@ def test_card__refuses_a_picture_outside_its_folder(tmp_path, panel):
         card_text(tmp_path, panel=panel)
 
 
+def results_file(folder: Path, *results: dict, **facts) -> None:
+    (folder / "metrics.json").write_text(json.dumps({"results": results, **facts}))
+
+
+KNN = {"name": "kNN, class token", "metric": "accuracy", "value": 0.61, "interval": [0.58, 0.64], "n": 1000}
+PIXELS = {"name": "kNN, raw pixels", "metric": "accuracy", "value": 0.5, "reference": True}
+
+
+def test_card__shows_what_was_measured_with_confidence_intervals(tmp_path):
+    results_file(tmp_path, KNN, {"name": "RankMe", "metric": "rank", "value": 33.2}, PIXELS, dataset="ann/birds")
+    text = card_text(tmp_path)
+    assert "| kNN, class token | accuracy | 0.61 | 0.58 to 0.64 | 1,000 |" in text
+    assert "| RankMe | rank | 33.2 |  |  |" in text
+    assert "has not been measured" not in text
+    (result,) = ModelCard(text).data.eval_results  # neither ranks nor what the encoder is compared with
+    assert (result.task_type, result.dataset_type, result.metric_type) == (
+        "image-classification",
+        "ann/birds",
+        "accuracy",
+    )
+    assert (result.metric_name, result.metric_value) == ("kNN, class token", 0.61)
+
+
 def test_card__says_that_quality_is_not_measured_unless_it_is(tmp_path):
     warning = "The quality of the features has not been measured."
     assert warning in card_text(tmp_path)
-    measured = card_text(tmp_path, metrics={"eval_loss": 0.45, "knn_accuracy": 0.61})
-    assert warning not in measured
-    assert "0.61" in measured
+    results_file(tmp_path, PIXELS)
+    assert warning in card_text(tmp_path)
+    assert ModelCard(card_text(tmp_path)).data.eval_results is None
+
+
+def test_card__takes_up_what_was_measured_after_it_was_written(tmp_path):
+    before = card_text(tmp_path)
+    results_file(tmp_path, KNN)
+    after = card_for(tmp_path, "lab/enc")
+    assert "| kNN, class token | accuracy | 0.61 |" in after
+    assert "has not been measured" not in after
+    assert 'checkpoint = "lab/enc"' in after
+    assert ModelCard(after).data.eval_results[0].metric_value == 0.61
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == before
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"results": [{"name": "x"}]}', '{"results": [{"name": "x", "value": NaN}]}']
+)
+def test_card__refuses_a_results_file_that_is_none(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.json is no list of results"):
+        card_text(tmp_path)
+
+
+def test_card__names_licence_and_data_sets_of_the_hub(tmp_path):
+    data = ModelCard(card_text(tmp_path, license="cc-by-4.0", datasets=["sample", "/home/ann/x", "ann/birds"])).data
+    assert data.license == "cc-by-4.0"
+    assert data.datasets == ["ann/birds"]
+    with pytest.raises(ValueError, match=r"license is 'Apache 2\.0'.*did you mean apache-2\.0\?"):
+        card_text(tmp_path, license="Apache 2.0")
+
+
+def test_card__of_a_classifier_names_its_classes_and_loads_it(tmp_path):
+    text = card_text(tmp_path, classes=["cat", "dog"], base_model="ann/enc")
+    assert ModelCard(text).data.pipeline_tag == "image-classification"
+    assert "Classes: cat, dog." in text
+    assert "AutoModelForImageClassification" in text
+    assert "AutoModelForPreTraining" not in text
+
+
+def test_card__says_first_that_training_goes_on(tmp_path):
+    text = card_text(tmp_path, unfinished="Training goes on: this is step 3 of 9.")
+    assert text.index("**Training goes on: this is step 3 of 9.**") < text.index("An image encoder")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "part"),
+    [
+        ("license: mit", None),
+        ("license: other\nlicense_name: mine", None),
+        ("base_model:\n- a/b\ndatasets: [mnist]", None),
+        ("license: other", "license_name"),
+        ("license: my-own", "license is 'my-own'"),
+        ("license: 3", "license is 3"),
+        ("tags: [a, 3]", "tags is"),
+        ("tags: {a: b}", "tags is"),
+        ("license: mit\nlicense: mit", "license is given twice"),
+        ("tags: [a", "cannot be read as YAML"),
+        ("- a", "expected names with values"),
+        ("base_model: /home/ann/enc", "base_model is '/home/ann/enc'"),
+        ("datasets: [my birds]", "datasets is 'my birds'"),
+        ("model-index: [{name: x}]", "model-index lacks or misplaces 'results'"),
+        ("model-index: 3", "model-index"),
+        (
+            "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: d}, "
+            "metrics: [{type: accuracy, value: true}]}]}]",
+            "accuracy True, expected a number",
+        ),
+    ],
+)
+def test_rules__are_those_of_the_hub(metadata, part):
+    text = f"---\n{metadata}\n---\n# A card\n"
+    if part is None:
+        check_card(text)
+    else:
+        with pytest.raises(ValueError, match=re.escape(part)):
+            check_card(text)
+
+
+def test_rules__want_metadata_at_the_top():
+    with pytest.raises(ValueError, match="no metadata"):
+        check_card("# A card\n\n---\nlicense: mit\n---\n")
 
 
 @pytest.mark.parametrize(
@@ -145,14 +257,14 @@ def test_card__of_an_unknown_method_has_no_citation(tmp_path):
 
 def test_card__code_blocks_are_valid_python(tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", card_text(tmp_path), flags=re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         compile(block, "README.md", "exec")
 
 
 def test_card__tells_how_to_use_an_encoder_without_a_class_token_or_without_a_native_form(tmp_path):
     assert "last_hidden_state[:, 1:].mean(1)" in card_text(tmp_path)
-    swin = card_text(tmp_path, has_class_token=False)
+    swin = card_text(tmp_path, num_extra_tokens=0)
     assert "last_hidden_state.mean(1)" in swin
     assert "[:, 1:]" not in swin
     assert "there is no class token" in swin

@@ -288,7 +288,8 @@ def test_help__fits_in_100_columns_and_exits(flag, capsys):
     assert max(map(len, text.splitlines())) <= 100
     for name in ("--mask_ratio", "--decoder_hidden_size", "--output_dir", "--help_all", "small data:"):
         assert name in text
-    assert ("--hub_model_id" in text) is ("all" in flag)
+    assert ("--ddp_backend" in text) is ("all" in flag)
+    assert "--hub_model_id" in text
 
 
 def test_help__has_every_default_that_is_ours(capsys):

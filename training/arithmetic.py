@@ -33,7 +33,7 @@ class Machine:
 
 
 def batch_size_and_accumulation(
-    settings: Settings, machine: Machine, num_images: int, notes: list[str]
+    settings: Settings, machine: Machine, num_images: int, notes: list[str], batch_on_cpu: int = _BATCH_ON_CPU
 ) -> tuple[int, int]:
     """Images of a micro-batch, and micro-batches of a step."""
     if num_images < machine.world_size:
@@ -41,7 +41,7 @@ def batch_size_and_accumulation(
             f"{machine.world_size} processes cannot share {num_images} training image(s): "
             f"start at most {num_images}, or give more images"
         )
-    wanted = _BATCH_ON_CPU if machine.is_cpu else _BATCH_ON_GPU
+    wanted = batch_on_cpu if machine.is_cpu else _BATCH_ON_GPU
     if settings.is_given("per_device_train_batch_size"):
         wanted = settings["per_device_train_batch_size"]
     batch_size = min(wanted, num_images // machine.world_size)
@@ -61,14 +61,14 @@ def micro_batches(settings: Settings, num_images: int, batch_size: int, machine:
     return math.ceil(math.ceil(num_images / batch_size) / machine.world_size)
 
 
-def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str]) -> int:
+def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str], min_steps: int = _MIN_STEPS) -> int:
     if settings.counts("max_steps"):
         return settings["max_steps"]
     num_epochs = settings["num_train_epochs"]
     num_steps = math.ceil(num_epochs * steps_per_epoch)
-    if num_steps >= _MIN_STEPS or settings.is_users("num_train_epochs"):
+    if num_steps >= min_steps or settings.is_users("num_train_epochs"):
         return num_steps
-    raised = math.ceil(_MIN_STEPS / steps_per_epoch)
+    raised = math.ceil(min_steps / steps_per_epoch)
     notes.append(
         f"{raised:,} epochs instead of {num_epochs:g}: those would be {num_steps:,} steps, too few to learn from; "
         "--num_train_epochs or --max_steps sets another length"

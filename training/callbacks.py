@@ -58,7 +58,8 @@ def describe_log(logs: dict[str, Any]) -> str:
         parts.append(f"held-out loss {logs['eval_loss']:.4f}")
     for prefix, name in (("", ""), ("eval_", "held-out ")):
         if f"{prefix}accuracy" in logs:
-            parts.append(f"{name}token accuracy {logs[f'{prefix}accuracy']:.1%}")
+            of_what = "" if "eval_macro_f1" in logs else "token "  # of a classifier, or of masked image modeling
+            parts.append(f"{name}{of_what}accuracy {logs[f'{prefix}accuracy']:.1%}")
     if "eval_most_frequent_share" in logs:
         parts.append(f"(the most frequent token: {logs['eval_most_frequent_share']:.1%})")
     if "temperature" in logs:  # of an image tokenizer
@@ -113,6 +114,8 @@ class CpuEstimate(TrainerCallback):
 class ReconstructionPanels(TrainerCallback):
     """At every evaluation the same images under the same masks: a PNG in `folder` and a picture in TensorBoard.
 
+    At every checkpoint where nothing is evaluated.
+
     `draw(model, batch, step, eval_loss)` is handed in by the run script; `batch` was made once by the collator.
     """
 
@@ -128,14 +131,20 @@ class ReconstructionPanels(TrainerCallback):
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: dict | None = None, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
-        panel = self._draw(model, state.global_step, (metrics or {}).get("eval_loss"))
+        if state.is_world_process_zero:
+            self._write(model, state.global_step, (metrics or {}).get("eval_loss"))
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.eval_strategy == "no" and state.is_world_process_zero:  # nothing is held out
+            self._write(model, state.global_step, None)
+
+    def _write(self, model: Any, step: int, eval_loss: float | None) -> None:
+        panel = self._draw(model, step, eval_loss)
         self.folder.mkdir(parents=True, exist_ok=True)
-        panel.save(self.folder / f"step-{state.global_step:07d}.png", optimize=True)
+        panel.save(self.folder / f"step-{step:07d}.png", optimize=True)
         if self.tensorboard is not None and self.tensorboard.tb_writer is not None:
             pixels = np.asarray(panel.convert("RGB"))
-            self.tensorboard.tb_writer.add_image("reconstructions", pixels, state.global_step, dataformats="HWC")
+            self.tensorboard.tb_writer.add_image("reconstructions", pixels, step, dataformats="HWC")
 
     @torch.no_grad()
     def _draw(self, model: Any, step: int, eval_loss: float | None) -> Image.Image:

@@ -19,6 +19,8 @@ class ModelFlags:
     image_size: list[int] | None = None
     patch_size: int | None = None
     num_channels: Literal[1, 3] = 3
+    init_from: str | None = None
+    repair_positions: bool = False
 
 
 @dataclass
@@ -27,12 +29,14 @@ class DataFlags:
 
     dataset: list[str] = field(default_factory=lambda: ["sample"])
     validation_fraction: float = 0.05
+    eval_dataset: list[str] | None = None
     max_bad_fraction: float = 0.05
-    image_stats: Literal["preset", "auto"] | None = None
+    image_stats: Literal["preset", "auto", "source"] | None = None
     crop_scale: list[float] | None = None
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     color_jitter: float = 0.0
     tokenizer: str | None = None
+    cache_tokens: bool = False
 
 
 @dataclass
@@ -51,13 +55,19 @@ class RunFlags:
     config: str | None = None
     base_learning_rate: float | None = None
     warmup_epochs: float | None = None
-    lr_drop_epoch: float | None = None
+    license: str | None = None
     resume: Literal["auto", "never"] = "auto"
     overwrite: bool = False
     dry_run: bool = False
 
 
-OUR_GROUPS = (ModelFlags, DataFlags, MaskFlags, RunFlags)
+@dataclass
+class PretrainingRunFlags(RunFlags):
+    lr_drop_epoch: float | None = None
+    layer_decay: float = 1.0
+
+
+OUR_GROUPS = (ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags)
 
 # Flags of which only some values exist; those of `method` are the heads that there are.
 CHOICES: dict[str, Collection[str]] = {"model": ENCODER_SIZES, "mask_strategy": MASK_STRATEGIES}
@@ -89,6 +99,7 @@ RANGES: dict[str, tuple[Callable[[_Numbers], bool], str]] = {
     "base_learning_rate": _POSITIVE,
     "warmup_epochs": _NOT_NEGATIVE,
     "lr_drop_epoch": _POSITIVE,
+    "layer_decay": (lambda x: 0 < x[0] <= 1, "a number above 0 and at most 1"),
     "learning_rate": _POSITIVE,
     "warmup_steps": _NOT_NEGATIVE,
     "num_train_epochs": _POSITIVE,
@@ -128,17 +139,24 @@ HELP_TEXTS = {
     "image_size": "one side, or height and width, in pixels (default: the model's)",
     "patch_size": "side of a patch in pixels (default: the model's)",
     "num_channels": "3: colour, 1: gray",
+    "init_from": "folder or Hub id of a trained encoder, or of a whole model of ours, to begin from; its sizes then "
+    "stand in place of --model's",
+    "repair_positions": "fill the position tables of a ViTMAE with sines and cosines, where they are all zero",
     "dataset": "folders of images (any nesting), parquet or arrow files, text files of paths, or Hub ids; 'sample' "
     "and 'sample-fashion' are bundled",
     "validation_fraction": "share of the images held out to measure the loss; not used where the data come with a "
     "held-out part of their own",
+    "eval_dataset": "labelled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe "
+    "and RankMe of the frozen encoder are measured every eval_steps",
     "max_bad_fraction": "stop before training if more than this share of the images cannot be read",
-    "image_stats": "standardise with ImageNet's mean and deviation (preset) or these images' own (auto) "
-    "(default: preset for colour, auto for gray)",
+    "image_stats": "standardise with ImageNet's mean and deviation (preset), these images' own (auto), or those of "
+    "--init_from (source) (default: source if it has any, else preset for colour, auto for gray)",
     "crop_scale": "smallest and largest share of a picture that a training crop shows (default: the method's)",
     "interpolation": "filter that resizes crops (default: the method's)",
     "color_jitter": "change brightness, contrast and saturation by up to this share (default: the method's)",
     "tokenizer": "for beit: folder or Hub id of the image tokenizer whose tokens are predicted",
+    "cache_tokens": "for beit: make every image's tokens once, before training. Each image is then its central crop, "
+    "never mirrored: for images that are cut to size already",
     "mask_ratio": "share of the patches that is hidden, or lowest and highest to draw it from (default: the method's)",
     "mask_strategy": "which patches are hidden (default: the method's)",
     "mask_unit": "side in pixels of the squares that 'random-unit' hides (default: a patch)",
@@ -147,6 +165,7 @@ HELP_TEXTS = {
     "(default: the method's)",
     "warmup_epochs": "epochs in which the learning rate rises from 0; at most a tenth of the run unless given here "
     "(default: the method's)",
+    "license": "of the weights, for the card: one of the Hub's identifiers, such as apache-2.0 (default: none is named)",
     "resume": "auto: go on from the last whole checkpoint in --output_dir",
     "overwrite": "delete what an earlier run left in --output_dir",
     "dry_run": "check everything, print the plan and stop before training",
@@ -156,6 +175,7 @@ HELP_TEXTS = {
     "per_device_train_batch_size": "images a device takes at once (default: 64 on a GPU, 8 on a CPU)",
     "gradient_accumulation_steps": "batches summed up for one optimizer step",
     "lr_drop_epoch": "from this epoch on a tenth of the learning rate; with --lr_scheduler_type constant_with_warmup",
+    "layer_decay": "each layer of the encoder learns this much slower than the one above it; for --init_from",
     "learning_rate": "the peak itself, in place of base_learning_rate (default: off)",
     "warmup_steps": "in place of warmup_epochs; below 1 it is a share of all steps (default: off)",
     "lr_scheduler_type": "how the learning rate falls after warm-up",
@@ -170,6 +190,12 @@ HELP_TEXTS = {
     "save_steps": "steps between checkpoints; below 1 it is a share of all steps",
     "save_total_limit": "checkpoints kept",
     "report_to": "tensorboard, wandb, trackio, ... or none",
+    "push_to_hub": "upload to --hub_model_id at every save, beside the training, and at the end",
+    "hub_model_id": "organisation/name or user/name; made if it is not there",
+    "hub_strategy": "every_save; checkpoint: with the last training state, which an empty --output_dir on any machine "
+    "continues from; all_checkpoints: with every one; end: only the finished run",
+    "hub_private_repo": "make the repository private if it is made, and never write to a public one",
+    "hub_token": "in place of HF_TOKEN or the login of `hf auth login`; stored nowhere",
     "seed": "of everything random: data order, crops, masks, weights",
     "use_cpu": "leave the GPU alone",
     "debug": "show Python tracebacks of errors (bare), or transformers' own debug options",

@@ -6,6 +6,9 @@ Shapes: N patches.
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import nn
+
 BYTES_PER_PARAMETER = 16  # weight, gradient and Adam's two moments in float32
 
 # Numbers that a ViT block keeps for its backward pass, per token: two inputs and outputs of LayerNorm, q, k, v and the
@@ -34,6 +37,21 @@ def activation_bytes(
         numbers = _kept(encoder, "", num_patches)
         numbers += (1 + num_patches) * encoder["num_hidden_layers"] * _WIDTHS_OF_LAYER_SCALE * encoder["hidden_size"]
     return round(numbers * (_BYTES_PER_NUMBER_AUTOCAST if is_autocast else _BYTES_PER_NUMBER))
+
+
+def kept_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
+    """What a forward pass keeps for its backward pass beside the weights, by looking."""
+    kept = {id(parameter): 0 for parameter in model.parameters()}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        alive.append(tensor)  # or an id could be used again
+        kept.setdefault(id(tensor), tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(inputs)
+    return sum(kept.values())
 
 
 def _kept(size: Mapping[str, Any], prefix: str, num_patches: int) -> int:

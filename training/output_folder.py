@@ -2,8 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,6 +14,9 @@ from training.settings import Settings
 
 SETTINGS_FILE = "settings.yaml"
 BAD_IMAGES_FILE = "bad_images.jsonl"
+CURVE_FILE = "training_curve.png"
+# Of a fine-tuning.
+SUBSET_FILE, METRICS_FILE, CONFUSION_FILE = "labelled_images.txt", "metrics.json", "confusion_matrix.png"
 # Settings that may change between a run and its continuation without changing what is computed.
 FREE_TO_CHANGE = (
     "dataloader_",
@@ -26,12 +30,22 @@ FREE_TO_CHANGE = (
     "max_bad",
 )
 # Settings that a checkpoint cannot be read without.
-SHAPES = ("model", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size")
+SHAPES = ("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size")
 # What runs write, beside folders; the code of the model lies there under the names that it has in `modeling`.
-WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "panels", "runs")
+WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "panels", "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("trainer_state.json", "codebook.json", "training_curve.png", "reconstructions.png", BAD_IMAGES_FILE),
+    *(
+        "trainer_state.json",
+        "codebook.json",
+        "tokens-*.npy",
+        CURVE_FILE,
+        SUBSET_FILE,
+        METRICS_FILE,
+        CONFUSION_FILE,
+        "reconstructions.png",
+        BAD_IMAGES_FILE,
+    ),
 )
 
 
@@ -75,6 +89,19 @@ def prepare_output_dir(
     (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
     _write_bad_images(output_dir / BAD_IMAGES_FILE, bad, keep=checkpoint is not None)
     return checkpoint
+
+
+def interrupted_run(output_dir: Path, chosen: Mapping[str, Any]) -> Path | None:
+    """The checkpoint from which a run that begins from the same model with the same method will go on, if any."""
+    if chosen["overwrite"] or chosen["resume"] == "never" or not (output_dir / SETTINGS_FILE).is_file():
+        return None
+    given = chosen.get("resume_from_checkpoint")
+    if given not in (None, True, "true", "True"):
+        return None if problem_with(Path(given)) else Path(given)
+    saved = yaml.safe_load((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
+    if any(saved.get(name) != chosen[name] for name in ("init_from", "method")):
+        return None
+    return last_whole_checkpoint(output_dir)[0]
 
 
 def _write_bad_images(file: Path, bad: Sequence[tuple[str, str]], keep: bool) -> None:

@@ -75,6 +75,7 @@ def make_parser(
         exit_on_error=False,
         **texts,
     )
+    parser.shown = frozenset(help_texts)
     for action in parser._actions:
         action.choices = choices.get(action.dest, action.choices)
         if action.dest == "debug":  # bare, it is ours
@@ -195,6 +196,8 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class _Parser(HfArgumentParser):
+    shown: frozenset[str] = frozenset()  # those flags of transformers that --help names, too
+
     def error(self, message: str) -> Any:
         raise SettingsError(message)
 
@@ -209,7 +212,7 @@ class _Parser(HfArgumentParser):
                 action
                 for action in group._group_actions
                 if not action.option_strings[0].startswith("--no_")
-                and (everything or not of_transformers or action.dest in HELP_TEXTS)
+                and (everything or not of_transformers or action.dest in self.shown)
             )
             formatter.end_section()
         if not everything:

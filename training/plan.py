@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ class Plan:
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments of TrainingArguments."""
-        given = self.settings.training_arguments()
+        # `Trainer` would push by itself: without our layout, with the token in a file, and fail when the Hub does.
+        ours = ("push_to_hub", "hub_")
+        given = {n: value for n, value in self.settings.training_arguments().items() if not n.startswith(ours)}
         every = {name: self._interval(name) for name in ("eval_steps", "save_steps")}
         workers = {
             "dataloader_num_workers": self.num_workers,
@@ -131,10 +134,15 @@ class Plan:
             "model": f"{self.settings['model']} with {self.settings['method']}, {in_millions(self.num_parameters)}",
             "input": self._input(),
             "mask": self._mask(),
-            "standardised by": {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[
-                self.settings["image_stats"]
-            ],
+            "standardised by": self._standardised_by(),
         }
+
+    def _standardised_by(self) -> str:
+        kind, start = self.settings["image_stats"], self.settings.start
+        if kind == "source" and start is not None:
+            mean, std = (" ".join(f"{number:.3g}" for number in numbers) for numbers in start.image_stats.values())
+            return f"mean {mean} and deviation {std}, as {self.settings['init_from']} is"
+        return {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[kind]
 
     def _interval(self, name: str) -> int | None:
         """In steps; below 1 it is a share of the run. Ours is never so short that a tiny run saves at each step."""
@@ -208,16 +216,17 @@ def make_plan(
         num_workers=number_of_workers(settings, machine),
         bytes_for_weights=num_parameters * BYTES_PER_PARAMETER,
         bytes_for_activations=batch_size * bytes_per_image,
-        output_dir=Path(settings["output_dir"] or _output_dir(settings)),
+        output_dir=Path(settings["output_dir"] or default_output_dir(settings)),
         notes=tuple(notes),
     )
 
 
-def _output_dir(settings: Settings) -> str:
+def default_output_dir(settings: Settings | Mapping[str, Any]) -> str:
+    """Where a run goes if the user does not say."""
     return f"outputs/{settings['model']}-{settings['method']}-{data_name(settings)}"
 
 
-def data_name(settings: Settings) -> str:
+def data_name(settings: Settings | Mapping[str, Any]) -> str:
     """The data sets' names, fit for a folder."""
     data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in settings["dataset"][:3])
     return data.strip("-.") or "data"

@@ -1,6 +1,7 @@
 """From the command line to one resolved set of settings, each with the place that it comes from.
 
-Lowest first: defaults, the model preset's sizes, recipes/<method>.yaml, the recipe of --config, the command line.
+Lowest first: defaults, the model preset's sizes, recipes/<method>.yaml, what --init_from brings, the recipe of
+--config, the command line.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from transformers import TrainingArguments
 from training.flags import OUR_GROUPS, RANGES, TRAINING_DEFAULTS, head_flags
 from training.parsing import SettingsError, as_argv, build_parser, nearest, parse
 from training.presets import ENCODER_SIZES, HEAD_SIZES
+from training.starting_point import OpenStart, StartingPoint, check_against_start, short_name
 
 __all__ = ["RECIPES", "Origin", "Settings", "SettingsError", "load_settings"]
 
@@ -38,13 +40,14 @@ class Origin(IntEnum):
     DEFAULT = 0
     PRESET = 1
     METHOD = 2
-    CONFIG = 3
-    COMMAND_LINE = 4
+    SOURCE = 3
+    CONFIG = 4
+    COMMAND_LINE = 5
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Every setting by flag name. `head_names` are those of the method's own config.
+    """Every setting by flag name. `head_names` are those of the method's own config, `start` what it begins from.
 
     `mask_ratio` is a number or a list [lowest, highest], `image_size` a number or a list [height, width].
     """
@@ -53,12 +56,13 @@ class Settings:
     origins: Mapping[str, Origin]
     labels: Mapping[Origin, str]
     head_names: tuple[str, ...]
+    start: StartingPoint | None = None
 
     def __getitem__(self, name: str) -> Any:
         return self.values[name]
 
     def is_given(self, name: str) -> bool:
-        """By a recipe or on the command line."""
+        """By a recipe, by what the run begins from, or on the command line."""
         return self.origins[name] >= Origin.METHOD
 
     def is_users(self, name: str) -> bool:
@@ -112,7 +116,7 @@ class Settings:
     def encoder_settings(self) -> dict[str, Any]:
         """Keyword arguments of the encoder's native config."""
         own = {name: self[name] for name in ("image_size", "patch_size", "num_channels")}
-        return {**ENCODER_SIZES[self["model"]], **own}
+        return {**(ENCODER_SIZES[self["model"]] if self.start is None else self.start.encoder), **own}
 
     def head_settings(self) -> dict[str, Any]:
         """Keyword arguments of the head's config, next to `encoder_config`."""
@@ -126,6 +130,7 @@ class Settings:
         """A flat recipe with all that counts; what is left out has transformers' default."""
         left_out = _NOT_IN_A_RECIPE | {b if self.counts(a) else a for a, b in _ALTERNATIVES.items()}
         left_out |= set(_training_names()) - set(self.training_arguments())
+        left_out |= {"model"} if self.start is not None else set()  # then it is but a name
         return {n: value for n, value in self.values.items() if n not in left_out and value is not None}
 
     def describe(self) -> str:
@@ -136,8 +141,8 @@ class Settings:
         return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
 
 
-def load_settings(argv: Sequence[str], heads: Mapping[str, type]) -> Settings:
-    """Resolve the settings of a run. `heads`: method -> class of its head's config.
+def load_settings(argv: Sequence[str], heads: Mapping[str, type], open_start: OpenStart | None = None) -> Settings:
+    """Resolve the settings of a run. `heads`: method -> class of its head's config; `open_start` for --init_from.
 
     Raises:
         SettingsError: an unknown flag or method, a value that cannot be, or no such recipe.
@@ -151,14 +156,19 @@ def load_settings(argv: Sequence[str], heads: Mapping[str, type]) -> Settings:
     method_file = RECIPES / f"{method}.yaml"
     if not method_file.is_file():
         raise SettingsError(f"method {method} has no {label_of(method_file)} with its published settings; write one")
-    _refuse_encoder(chosen["model"], method, heads)
-    sizes = {"image_size": ENCODER_SIZES[chosen["model"]]["image_size"]}
-    sizes["patch_size"] = ENCODER_SIZES[chosen["model"]]["patch_size"]
-    head_sizes = {name: size for name, size in HEAD_SIZES.get(chosen["model"], {}).items() if name in head_defaults}
+    start = None
+    if chosen["init_from"] is None:
+        _refuse_encoder(chosen["model"], method, heads)
+        preset = _preset_sizes(chosen["model"], head_defaults)
+    else:
+        assert open_start is not None, "this command has no --init_from"
+        chosen["model"] = {"model": short_name(chosen["init_from"]), **config, **given}["model"]
+        start, preset = open_start(chosen), {}
     layers = {
         Origin.DEFAULT: {**_our_defaults(), **head_defaults, **training_defaults()},
-        Origin.PRESET: sizes | head_sizes,
+        Origin.PRESET: preset,
         Origin.METHOD: read_recipe(parser, method_file),
+        Origin.SOURCE: {"model": chosen["model"], **start.fixed, **start.defaults} if start else {},
         Origin.CONFIG: config,
         Origin.COMMAND_LINE: given,
     }
@@ -166,28 +176,55 @@ def load_settings(argv: Sequence[str], heads: Mapping[str, type]) -> Settings:
         Origin.DEFAULT: "default",
         Origin.PRESET: f"size of {chosen['model']}",
         Origin.METHOD: label_of(method_file),
+        Origin.SOURCE: f"of {chosen['init_from']}",
         Origin.CONFIG: label_of(config_file) if config_file else "",
         Origin.COMMAND_LINE: "command line",
     }
+    for origin, layer in layers.items():
+        _refuse_other_methods_settings(layer, method, heads, labels[origin])
+    values, origins = merged(layers)
+    _refuse_without_effect(values, origins)
+    check_against_start(values, {name for name, origin in origins.items() if origin >= Origin.CONFIG}, start)
+    missing = [name for name in _OF_THE_METHOD if values[name] is None]
+    if missing:
+        names = ", ".join(missing)
+        raise SettingsError(f"{label_of(method_file)} must give every method's settings, and lacks {names}")
+    return Settings(_checked(values), origins, labels, tuple(head_defaults), start)
+
+
+def _our_defaults() -> dict[str, Any]:
+    return {name: value for group in OUR_GROUPS for name, value in vars(group()).items()}
+
+
+def _preset_sizes(model: str, head_defaults: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {name: ENCODER_SIZES[model][name] for name in ("image_size", "patch_size")}
+    return sizes | {name: size for name, size in HEAD_SIZES.get(model, {}).items() if name in head_defaults}
+
+
+def merged(layers: Mapping[Origin, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Origin]]:
+    """The values that win, lowest layer first, and where each comes from."""
     values: dict[str, Any] = {}
     origins: dict[str, Origin] = {}
     for origin, layer in layers.items():
-        _refuse_other_methods_settings(layer, method, heads, labels[origin])
         values |= layer
         origins |= dict.fromkeys(layer, origin)
     if origins["lr_scheduler_type"] > origins["lr_scheduler_kwargs"]:  # kwargs of a schedule that is not used
         values["lr_scheduler_kwargs"] = layers[Origin.DEFAULT]["lr_scheduler_kwargs"]
         origins["lr_scheduler_kwargs"] = Origin.DEFAULT
-    _refuse_without_effect(values, origins)
-    missing = [name for name in _OF_THE_METHOD if values[name] is None]
-    if missing:
-        names = ", ".join(missing)
-        raise SettingsError(f"{label_of(method_file)} must give every method's settings, and lacks {names}")
-    return Settings(_checked(values), origins, labels, tuple(head_defaults))
+    return values, origins
 
 
-def _our_defaults() -> dict[str, Any]:
-    return {name: value for group in OUR_GROUPS for name, value in vars(group()).items()}
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, tuple[Any, str]]) -> None:
+    """Every number that is given lies where it can.
+
+    Raises:
+        SettingsError: one does not; the message has the flag, the value and what was expected.
+    """
+    for name in ranges.keys() & values.keys():
+        is_possible, expected = ranges[name]
+        numbers = values[name] if isinstance(values[name], list) else [values[name]]
+        if values[name] is not None and not is_possible(numbers):
+            raise SettingsError(f"--{name} is {' '.join(map(str, numbers))}, expected {expected}")
 
 
 def training_defaults() -> dict[str, Any]:
@@ -261,10 +298,29 @@ def _refuse_without_effect(values: Mapping[str, Any], origins: Mapping[str, Orig
         raise SettingsError(
             f"--mask_unit has no effect with --mask_strategy {values['mask_strategy']}: use random-unit, or leave it"
         )
+    if values["cache_tokens"]:
+        changing = [name for name in ("crop_scale", "color_jitter") if origins[name] >= Origin.CONFIG and values[name]]
+        if changing:
+            raise SettingsError(
+                f"--cache_tokens keeps the tokens of each image's central crop: leave out --{changing[0]}, which "
+                "would show another crop every time"
+            )
+    refuse_hub_flags(values, origins)
     if values["lr_drop_epoch"] is not None and values["lr_scheduler_type"] != "constant_with_warmup":
         raise SettingsError(
             f"--lr_drop_epoch needs --lr_scheduler_type constant_with_warmup, not {values['lr_scheduler_type']}"
         )
+
+
+def refuse_hub_flags(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> None:
+    if values["push_to_hub"] and not values["hub_model_id"]:
+        raise SettingsError("--push_to_hub needs --hub_model_id organisation/name (or user/name)")
+    if values["hub_always_push"]:
+        raise SettingsError("--hub_always_push: leave it out; every save is uploaded unless a newer one is there")
+    flags = [name for name in values if name.startswith("hub_") and name != "hub_token"]
+    given = [name for name in flags if origins[name] >= Origin.CONFIG]
+    if given and not values["push_to_hub"]:
+        raise SettingsError(f"--{given[0]} has no effect without --push_to_hub")
 
 
 def _refuse_encoder(model: str, method: str, heads: Mapping[str, Any]) -> None:
@@ -276,12 +332,10 @@ def _refuse_encoder(model: str, method: str, heads: Mapping[str, Any]) -> None:
 
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
     """With every number in its range, and lists of one number as that number."""
-    for name, (is_possible, expected) in RANGES.items():
-        numbers = values[name] if isinstance(values[name], list) else [values[name]]
-        if values[name] is not None and not is_possible(numbers):
-            raise SettingsError(f"--{name} is {' '.join(map(str, numbers))}, expected {expected}")
-        if name in ("image_size", "mask_ratio"):
-            values[name] = numbers[0] if len(numbers) == 1 else numbers
+    check_ranges(values, RANGES)
+    for name in ("image_size", "mask_ratio"):
+        if isinstance(values[name], list) and len(values[name]) == 1:
+            values[name] = values[name][0]
     if values["image_stats"] is None:  # ImageNet's are those of three colours
         values["image_stats"] = "preset" if values["num_channels"] == 3 else "auto"
     if values["image_stats"] == "preset" and values["num_channels"] != 3:

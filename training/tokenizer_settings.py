@@ -7,9 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.flags import HELP_TEXTS, RANGES
-from training.parsing import SettingsError, make_parser, parse
-from training.settings import RECIPES, Origin, Settings, find_recipe, label_of, read_recipe, training_defaults
+from training.flags import HELP_TEXTS, RANGES, RunFlags
+from training.parsing import make_parser, parse
+from training.settings import (
+    RECIPES,
+    Origin,
+    Settings,
+    check_ranges,
+    find_recipe,
+    label_of,
+    merged,
+    read_recipe,
+    training_defaults,
+)
 
 # dvae: the encoder and decoder of DALL-E (Ramesh et al. 2021, arXiv:2102.12092, App. A), on the views of 112 pixels
 # that BEiT gives it (DALL-E's were 256). The others are ours; dvae-nano learns on two CPU cores in minutes.
@@ -92,19 +102,7 @@ class TokenizerDataFlags:
     crop_scale: list[float] | None = None
 
 
-@dataclass
-class TokenizerRunFlags:
-    _argument_group_name = "run"
-
-    config: str | None = None
-    base_learning_rate: float | None = None
-    warmup_epochs: float | None = None
-    resume: Literal["auto", "never"] = "auto"
-    overwrite: bool = False
-    dry_run: bool = False
-
-
-_GROUPS = (TokenizerModelFlags, TokenizerObjectiveFlags, TokenizerDataFlags, TokenizerRunFlags)
+_GROUPS = (TokenizerModelFlags, TokenizerObjectiveFlags, TokenizerDataFlags, RunFlags)
 _RANGES = {
     **RANGES,
     "vocab_size": (lambda x: x[0] >= 2, "2 or more"),
@@ -152,11 +150,7 @@ def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
         Origin.CONFIG: label_of(config_file) if config_file else "",
         Origin.COMMAND_LINE: "command line",
     }
-    values: dict[str, Any] = {}
-    origins: dict[str, Origin] = {}
-    for origin, layer in layers.items():
-        values |= layer
-        origins |= dict.fromkeys(layer, origin)
+    values, origins = merged(layers)
     return Settings(_checked(values), origins, labels, ("vocab_size",))
 
 
@@ -169,11 +163,7 @@ def tokenizer_sizes(settings: Settings) -> dict[str, Any]:
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """With every number in its range, and one side of a square as that number."""
     checked = dict(values)
-    for name in _RANGES.keys() & checked.keys():
-        is_possible, expected = _RANGES[name]
-        numbers = checked[name] if isinstance(checked[name], list) else [checked[name]]
-        if checked[name] is not None and not is_possible(numbers):
-            raise SettingsError(f"--{name} is {' '.join(map(str, numbers))}, expected {expected}")
+    check_ranges(checked, _RANGES)
     size = checked["image_size"]
     if isinstance(size, list) and len(size) == 1:
         checked["image_size"] = size[0]

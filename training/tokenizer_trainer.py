@@ -6,17 +6,15 @@ Shapes: B images, K codes.
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import default_collate
-from transformers import TrainerCallback
 
 from training.tokenizer_schedules import TokenizerSchedules
 from training.trainer import MimTrainer
-from training.weight_average import WeightAverage
+from training.weight_average import AveragesWeights, WeightAverage
 
 
 def stack_items(items: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -41,17 +39,18 @@ class CodebookUse:
         return cls(num_tokens, len(frequencies), math.exp(entropy))
 
 
-class TokenizerTrainer(MimTrainer):
+class TokenizerTrainer(AveragesWeights, MimTrainer):
     """`MimTrainer` for a model whose forward takes `kl_weight` and `temperature` and returns its codes.
 
-    Evaluation and `averaged` use the moving average of the weights; a checkpoint holds both.
+    Evaluation uses the moving average of the weights.
     """
+
+    average: WeightAverage
 
     def __init__(self, *args: Any, schedules: TokenizerSchedules, ema_decay: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.schedules = schedules
-        self.average = WeightAverage(self.model, ema_decay)
-        self.add_callback(_AverageWeights(self.average))
+        self.keep_average(ema_decay)
         self._sums: torch.Tensor | None = None  # (3,) reconstruction loss, divergence, micro-batches
         self._histogram: torch.Tensor | None = None  # (K,) of held-out images
 
@@ -76,8 +75,7 @@ class TokenizerTrainer(MimTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         sums_of_training, self._sums = self._sums, None
         try:
-            with self.average.in_place_of_weights():
-                return super().evaluate(*args, **kwargs)
+            return super().evaluate(*args, **kwargs)
         finally:
             self._sums = sums_of_training
 
@@ -97,22 +95,3 @@ class TokenizerTrainer(MimTrainer):
         reconstruction_loss, kl, count = self.accelerator.reduce(self._sums, reduction="sum").tolist()
         self._sums = None
         return {"reconstruction_loss": reconstruction_loss / count, "kl": kl / count}
-
-    # ---- the average goes with each checkpoint, and is written before the file that declares it whole ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:  # Trainer comes here in every process
-            self.average.save(Path(output_dir or self.output_dir))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.average.load(Path(resume_from_checkpoint))
-
-
-class _AverageWeights(TrainerCallback):
-    def __init__(self, average: WeightAverage) -> None:
-        self.average = average
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.average.update(state.global_step)

@@ -6,7 +6,8 @@ Shapes: B images of a micro-batch.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from data.classification import ClassificationImages
 from data.images import PretrainingImages
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from training.checkpoints import last_whole_checkpoint
 from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
+from training.layer_decay import layer_decay_groups
 
 
 class MimTrainer(Trainer):
@@ -33,6 +36,7 @@ class MimTrainer(Trainer):
     - a head with `update_teacher(progress)` is called after each optimizer step;
     - where images may hide unequal numbers of patches, every hidden patch of a step counts alike, however they lie in
       micro-batches and processes;
+    - with `layer_decay` below 1, each layer of the encoder learns that much slower than the one above it;
     - with `lr_drop_step`, the learning rate is constant after warm-up, and a tenth of it from that step on (SimMIM);
     - `make_labels` (`training.targets`) turns the batch's `tokenizer_pixel_values` into `labels`, on the device.
     """
@@ -47,6 +51,7 @@ class MimTrainer(Trainer):
         self.guard = NonFiniteGuard(self.args.device, gradients_may_overflow=self.args.fp16)
         self.make_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.lr_drop_step: int | None = None
+        self.layer_decay = 1.0
         self._num_masked_in_step: torch.Tensor | None = None  # over all micro-batches and processes
         self._meter, self._accuracy = _Meter(), _AccuracyMeter()
         self._micro_step = 0
@@ -56,7 +61,7 @@ class MimTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, PretrainingImages):
+        if not isinstance(dataset, (PretrainingImages, ClassificationImages)):
             return super()._get_train_sampler(train_dataset)
         self._epoch_sampler = EpochSampler(len(dataset))
         return self._epoch_sampler
@@ -97,7 +102,7 @@ class MimTrainer(Trainer):
         return super().prediction_step(model, self._with_labels(inputs), *args, **kwargs)
 
     def _with_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if self.make_labels is None:
+        if self.make_labels is None or "labels" in inputs:
             return inputs
         inputs = self._prepare_inputs(inputs)
         inputs["labels"] = self.make_labels(inputs.pop("tokenizer_pixel_values"))
@@ -120,6 +125,14 @@ class MimTrainer(Trainer):
             num_shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
             loss = loss * (num_masked * num_shares / self._num_masked_in_step)
         return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        if self.layer_decay != 1 and self.optimizer is None:
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            rates = (self.args.learning_rate, self.args.weight_decay, self.layer_decay)
+            groups = layer_decay_groups(self.model, *rates, self.get_decay_parameter_names(self.model))
+            self.optimizer_cls_and_kwargs = optimizer_class, {**settings, "params": groups}
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_drop_step is None or self.lr_scheduler is not None:
@@ -193,7 +206,7 @@ class MimTrainer(Trainer):
     def _bad_images(self) -> tuple[list[str], list[str]]:
         """Names of the images that alone give a non-finite loss, and of the whole bad batch, over all processes."""
         dataset, indices = self.train_dataset, [i for i in self.guard.image_index.tolist() if i >= 0]
-        if not isinstance(dataset, PretrainingImages):
+        if not isinstance(dataset, (PretrainingImages, ClassificationImages)):
             indices = []
         micro_batches_per_epoch = len(self.callback_handler.train_dataloader)
         epoch = int(self.guard.step) * self.args.gradient_accumulation_steps // micro_batches_per_epoch
@@ -237,6 +250,13 @@ class MimTrainer(Trainer):
         elif "eval_loss" in logs:
             logs.update(self._accuracy.read(self.accelerator, training=False))
         super().log(logs, *args, **kwargs)
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """For what is not training, and should not be counted in images per second."""
+        start = time.perf_counter()
+        yield
+        self._meter.started += time.perf_counter() - start
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer counts pixels as tokens, which says nothing about a vision model

@@ -1,0 +1,118 @@
+"""What was measured, from `metrics.json` into a model card: a table for readers, `model-index` for the Hub."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult
+
+from hub.redaction import shorten_paths
+
+RESULTS_FILE = "metrics.json"
+NOT_MEASURED = """\
+**The quality of the features has not been measured.** A pre-training loss tells that training went on, not how good
+the features are, and losses of different methods, mask ratios or targets cannot be compared. Fine-tune or probe the
+encoder on your own task before relying on it."""
+# Around what is written by `results_markdown`, so that later measurements find their place.
+_BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
+_SECTION = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
+_QUALITY = ("accuracy", "f1")
+
+
+class Result(NamedTuple):
+    """One line of the table. `interval`: 95 % confidence; `is_reference`: of raw pixels or an untrained encoder."""
+
+    name: str
+    metric: str
+    value: float
+    interval: tuple[float, float] | None
+    num_images: int | None
+    dataset: str | None
+    is_reference: bool
+
+    @property
+    def is_quality(self) -> bool:
+        """A share between 0 and 1 that tells how good the features are."""
+        return any(word in self.metric.lower() for word in _QUALITY) and 0 <= self.value <= 1
+
+
+def read_results(folder: Path) -> list[Result]:
+    """The entries of `folder/metrics.json`, none if there is no such file.
+
+    Raises:
+        ValueError: the file cannot be read, or an entry has no name or no finite value.
+    """
+    file = folder / RESULTS_FILE
+    if not file.exists():
+        return []
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [_result(entry, content) for entry in content.get("results", [])]
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is no list of results as run_evaluation.py writes it: {error!r}") from None
+
+
+def with_results(card: str, results: Sequence[Result]) -> str:
+    """The text of a card with its table of measurements replaced; unchanged if it has no place for one."""
+    return _SECTION.sub(lambda _: results_section(results), card)
+
+
+def results_section(results: Sequence[Result]) -> str:
+    """Markdown between its two markers: the table, or that nothing was measured."""
+    parts = [_table(results)] if results else []
+    if not any(result.is_quality and not result.is_reference for result in results):
+        parts.append(NOT_MEASURED)
+    return "\n\n".join([_BEGIN, *parts, _END])
+
+
+def eval_results(results: Sequence[Result]) -> list[EvalResult]:
+    """Entries of `model-index`: the model's own, not those of the references it is compared with."""
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=_identifier(result.dataset or "unnamed"),
+            dataset_name=result.dataset or "unnamed",
+            metric_type=_identifier(result.metric),
+            metric_name=result.name,
+            metric_value=round(result.value, 6),
+        )
+        for result in results
+        if result.is_quality and not result.is_reference
+    ]
+
+
+def _result(entry: Mapping[str, Any], content: Mapping[str, Any]) -> Result:
+    value = float(entry["value"])
+    if not math.isfinite(value):
+        raise ValueError(f"{entry['name']} is {value}")
+    interval, number = entry.get("interval"), entry.get("n")
+    dataset = entry.get("dataset") or content.get("dataset")
+    return Result(
+        name=shorten_paths(str(entry["name"])),
+        metric=str(entry.get("metric", "accuracy")),
+        value=value,
+        interval=(float(interval[0]), float(interval[1])) if interval else None,
+        num_images=None if number is None else int(number),
+        dataset=shorten_paths(str(dataset)) if dataset else None,
+        is_reference=bool(entry.get("reference", False)),
+    )
+
+
+def _table(results: Sequence[Result]) -> str:
+    rows = ["| what | measure | value | 95 % interval | images |", "|---|---|---|---|---|"]
+    for result in results:
+        interval = "" if result.interval is None else " to ".join(f"{bound:.4g}" for bound in result.interval)
+        number = "" if result.num_images is None else f"{result.num_images:,}"
+        cells = (result.name, result.metric.replace("_", " "), f"{result.value:.4g}", interval, number)
+        rows.append(f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def _identifier(name: str) -> str:
+    """A Hub id stays itself, anything else becomes lower-case words with hyphens."""
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        return name
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"

@@ -1,0 +1,168 @@
+"""The same function in another class: which encoder can hold which, and its weights under that encoder's names.
+
+Exact, not near: a key bias adds the same number to all scores of a query and so drops out of the softmax; LayerScale
+is a diagonal matrix behind a linear layer and can become part of it.
+"""
+
+import re
+from typing import Any
+
+import torch
+from transformers import BeitForMaskedImageModeling, PreTrainedConfig
+
+State = dict[str, torch.Tensor]
+
+# Model types of transformers that training can begin from.
+FAMILIES = {
+    "vit": "ViT",
+    "vit_mae": "ViTMAE",
+    "deit": "DeiT",
+    "beit": "BEiT",
+    "dinov2": "DINOv2",
+    "data2vec-vision": "Data2VecVision",
+    "swin": "Swin",
+}
+# By the model type of our encoder: what it can hold.
+FAMILIES_OF = {
+    "vit": ("ViT", "ViTMAE", "DINOv2 without SwiGLU", "BEiT and Data2VecVision with absolute positions only"),
+    "beit": ("BEiT", "Data2VecVision", "ViT", "ViTMAE", "DINOv2 without SwiGLU"),
+    "deit": ("DeiT",),
+    "swin": ("Swin",),
+}
+_SHARED = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+    *("hidden_act", "layer_norm_eps", "qkv_bias"),
+)
+_SETTINGS = {
+    "vit": _SHARED,
+    "deit": _SHARED,
+    "beit": tuple(name for name in _SHARED if name != "qkv_bias"),
+    "swin": (
+        *("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"),
+        *("hidden_act", "layer_norm_eps", "qkv_bias", "use_absolute_embeddings"),
+    ),
+}
+_RELATIVE_KINDS = ("use_relative_position_bias", "use_shared_relative_position_bias")
+# How a training regularised, which is no part of the function: only our own method's is continued.
+_REGULARISERS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+# Names of DINOv2 and Data2VecVision, of today and of transformers 5.17 -> those of ViT and BEiT.
+_RENAMES = (
+    (r"^encoder\.layer\.", "layers."),
+    (r"^encoder\.relative_position_bias\.", "shared_position_bias."),
+    (r"\.attention\.attention\.relative_position_bias\.", ".relative_position_bias."),
+    (r"\.attention\.attention\.(q|k|v)(?:uery|ey|alue)\.", r".attention.\1_proj."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.layer_scale([12])\.lambda1$", r".lambda_\1"),
+)
+
+
+def obstacle(config: PreTrainedConfig, host: str) -> str | None:
+    """Why our encoder of type `host` cannot compute what a model with this config does; None if it can."""
+    family = config.model_type
+    if family == host:
+        return None
+    if "swin" in (family, host):
+        return "it merges patches from stage to stage, in windows" if family == "swin" else "it is no Swin"
+    if "deit" in (family, host):
+        return "its distillation token takes part in every block" if family == "deit" else "it has no such token"
+    if getattr(config, "use_swiglu_ffn", False):
+        return "its MLPs are gated (SwiGLU)"
+    if host == "vit":
+        if _relative_positions(config):
+            return "its blocks know positions by a bias between pairs of patches, which a ViT has not"
+        if not _absolute_positions(config):
+            return "it has no positions at all"
+        if not has_final_norm(config):
+            return "it has no LayerNorm behind its last block"
+    return None
+
+
+def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[str, Any]:
+    """Keyword arguments of the native config of our encoder, without what flags say (image, patch, channels)."""
+    names = (*_SETTINGS[host], *(_REGULARISERS if is_own else ()))
+    settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    if config.model_type == "dinov2":
+        settings["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
+    if host == "beit":
+        for kind in _RELATIVE_KINDS:
+            settings[kind] = getattr(config, kind, False)
+        settings["use_absolute_position_embeddings"] = _absolute_positions(config)
+        settings["use_mean_pooling"] = not has_final_norm(config)
+        # Counts only as "there is one" or, with 0, "there is none": its values are weights.
+        in_dinov2 = getattr(config, "layerscale_value", 0.0) or 1.0
+        own = getattr(config, "layer_scale_init_value", 0.0)
+        settings["layer_scale_init_value"] = in_dinov2 if config.model_type == "dinov2" else own
+    return {"model_type": host, **settings}
+
+
+def has_final_norm(config: PreTrainedConfig) -> bool:
+    """BEiT and Data2VecVision leave it to the pooler, or, in masked image modeling, to the head."""
+    in_head = BeitForMaskedImageModeling.__name__ in (config.architectures or ())
+    return in_head or not getattr(config, "use_mean_pooling", False)
+
+
+def native_state(state: State, family: str, has_norm: bool) -> tuple[State, State]:
+    """A model of transformers, as it names its weights -> encoder with the names of ViT and BEiT, and the rest."""
+    if family == "swin":
+        return state, {}
+    if family == "vit_mae":
+        encoder = {name.removeprefix("vit."): tensor for name, tensor in state.items() if name.startswith("vit.")}
+        rest = {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
+        if "decoder_pos_embed" in rest:
+            rest["decoder_positions"] = rest.pop("decoder_pos_embed")
+        return encoder, rest
+    if "lm_head.weight" in state:  # BeitForMaskedImageModeling
+        encoder = {name.removeprefix("beit."): tensor for name, tensor in state.items() if name.startswith("beit.")}
+        rest = {name: tensor for name, tensor in state.items() if not name.startswith("beit.")}
+        if has_norm and "layernorm.weight" not in encoder:
+            encoder |= {name: rest.pop(name) for name in list(rest) if name.startswith("layernorm.")}
+        return encoder, rest
+    encoder = {}
+    for key, tensor in state.items():
+        name = key
+        for pattern, replacement in _RENAMES:
+            name = re.sub(pattern, replacement, name)
+        encoder[name] = tensor.unsqueeze(0) if name.endswith("mask_token") and tensor.ndim == 2 else tensor
+    return encoder, {}
+
+
+def as_host(state: State, host: str, qkv_bias: bool) -> tuple[State, list[str]]:
+    """The same function for our encoder of type `host`, and in words what went into other weights or out of them."""
+    if host == "vit":
+        return _as_vit(state, qkv_bias)
+    if host == "beit":
+        return _as_beit(state)
+    return state, []
+
+
+def _as_vit(state: State, qkv_bias: bool) -> tuple[State, list[str]]:
+    scales = {name: tensor for name, tensor in state.items() if name.endswith(("lambda_1", "lambda_2"))}
+    state = {name: tensor for name, tensor in state.items() if name not in scales}
+    for name, scale in scales.items():
+        layer = name.replace("lambda_1", "attention.o_proj").replace("lambda_2", "mlp.fc2")
+        state[f"{layer}.weight"] = scale[:, None] * state[f"{layer}.weight"]
+        state[f"{layer}.bias"] = scale * state[f"{layer}.bias"]
+    for key in [name for name in state if name.endswith("k_proj.weight")]:
+        bias = key.replace("weight", "bias")
+        if qkv_bias and bias not in state:
+            state[bias] = torch.zeros(len(state[key]))
+    return state, ["LayerScale (now part of the layers before it)"] if scales else []
+
+
+def _as_beit(state: State) -> tuple[State, list[str]]:
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("k_proj.bias")}
+    for key in [name for name in kept if name.endswith(("q_proj.weight", "v_proj.weight"))]:
+        kept.setdefault(key.replace("weight", "bias"), torch.zeros(len(kept[key])))
+    return kept, ["key biases (they cancel in the softmax)"] if len(kept) < len(state) else []
+
+
+def _relative_positions(config: PreTrainedConfig) -> bool:
+    return any(getattr(config, kind, False) for kind in _RELATIVE_KINDS)
+
+
+def _absolute_positions(config: PreTrainedConfig) -> bool:
+    return getattr(config, "use_absolute_position_embeddings", True)

@@ -1,0 +1,178 @@
+"""The weights of what `--init_from` names, under the names and in the shapes of a head of ours.
+
+What the source lacks keeps the initialisation that the head has from scratch; that, and what is not used, is said.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    BeitForMaskedImageModeling,
+    BeitModel,
+    Data2VecVisionModel,
+    DeiTModel,
+    Dinov2Model,
+    PreTrainedModel,
+    SwinModel,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
+
+from hub.encoder_states import State, as_host, has_final_norm, native_state
+from hub.init_from import StartingModel, first_line, grid_of
+from modeling import HEADS, MimPreTrainedModel
+from modeling.patches import sincos_positions
+from modeling.positions import resize_positions, resize_relative_bias
+
+_WITHOUT_POOLER = {"add_pooling_layer": False}
+_WITH_MASK_TOKEN = {**_WITHOUT_POOLER, "use_mask_token": True}
+# How a model type is opened so that nothing is drawn at random that is not in the file, but for a mask token.
+_CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
+    "vit": (ViTModel, _WITH_MASK_TOKEN),
+    "vit_mae": (ViTMAEForPreTraining, {}),
+    "deit": (DeiTModel, _WITH_MASK_TOKEN),
+    "beit": (BeitModel, _WITHOUT_POOLER),
+    "dinov2": (Dinov2Model, {}),
+    "data2vec-vision": (Data2VecVisionModel, _WITHOUT_POOLER),
+    "swin": (SwinModel, _WITH_MASK_TOKEN),
+}
+_TABLES = ("position_embeddings", "decoder_positions", "relative_position_bias_table")
+
+
+class Weights(NamedTuple):
+    """What goes into a head, by the head's names, and what to say about it."""
+
+    state: State
+    notes: list[str]
+
+
+def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_positions: bool = False) -> Weights:
+    """`head` may lie on the meta device: only its names and shapes are looked at.
+
+    Raises:
+        ValueError: the files cannot be read or lack a part of the encoder, the position tables are empty, or the
+            head's grid of patches does not fit.
+    """
+    config = head.config.encoder_config
+    grid = grid_of(config)
+    _refuse_rectangle(start, config, grid)
+    encoder, kept_head, unused = _read_state(start)
+    notes = _repair(start, encoder, kept_head, repair_positions)
+    encoder, changes = as_host(encoder, config.model_type, getattr(config, "qkv_bias", True))
+    wanted, state, has_resized = head.state_dict(), {}, False
+    for name, tensor in {**{f"encoder.{key}": value for key, value in encoder.items()}, **kept_head}.items():
+        resized = _resized(name, tensor, start.grid, grid, wanted.get(name))
+        if name in wanted and resized.shape == wanted[name].shape:
+            state[name], has_resized = resized, has_resized or resized is not tensor
+        else:
+            unused.append(name)
+    missing = [name for name in wanted if name not in state]
+    strange = [name for name in missing if name.startswith("encoder.") and not name.endswith("mask_token")]
+    assert not strange, f"{start.family} is said to fit, and lacks {strange}"
+    kept = [name for name in state if not name.startswith("encoder.")]
+    lines = [f"begins from {start.name} ({start.family}): {', '.join(['encoder', *_parts(kept)])}"]
+    if has_resized:
+        lines.append("position tables resized from {} x {} to {} x {} patches".format(*start.grid, *grid))
+    if missing:
+        lines.append(f"new, since the source has none that fits: {', '.join(_parts(missing))}")
+    if unused or changes:
+        lines.append(f"not taken over: {', '.join([*_parts(unused), *changes])}")
+    return Weights(state, [*lines, *notes])
+
+
+def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
+    """Encoder, head where it is kept, and the names of what is left aside."""
+    if start.own_method is not None:
+        model, _, _ = _load(HEADS[start.own_method], start, subfolder=start.subfolder)
+        head = model.state_dict()
+        encoder = {name.removeprefix("encoder."): head.pop(name) for name in list(head) if name.startswith("encoder.")}
+        return (encoder, head, []) if start.keeps_head else (encoder, {}, list(head))
+    config: Any = copy.deepcopy(start.config)
+    model_class, options = _CLASSES[config.model_type]
+    if model_class is BeitModel and BeitForMaskedImageModeling.__name__ in (config.architectures or ()):
+        model_class, options = BeitForMaskedImageModeling, {}
+    if hasattr(config, "use_mask_token"):
+        config.use_mask_token = True  # or the file's would not be read
+    model, absent, unused = _load(model_class, start, config=config, **options)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
+    encoder, head = native_state(state, config.model_type, has_final_norm(config))
+    if not start.keeps_head:
+        unused, head = [*unused, *head], {}
+    return encoder, head, [name.removeprefix(f"{model.base_model_prefix}.") for name in unused]
+
+
+def _load(
+    model_class: type[PreTrainedModel], start: StartingModel, **options: Any
+) -> tuple[PreTrainedModel, list[str], list[str]]:
+    """The model, and the names of what its file lacks and of what the file holds beside."""
+    try:
+        loaded: Any = model_class.from_pretrained(start.name, dtype=torch.float32, output_loading_info=True, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"--init_from {start.name}: its weights cannot be read: {first_line(error)}") from error
+    model, info = loaded
+    absent = sorted(info["missing_keys"])
+    may_lack = ("mask_token", "decoder.") if start.own_method is None else ()
+    if broken := [name for name in absent if not any(part in name for part in may_lack)]:
+        raise ValueError(
+            f"--init_from {start.name}: its file lacks {len(broken)} weights that its config promises, such as "
+            f"{', '.join(broken[:3])}"
+        )
+    return model, absent, sorted(info["unexpected_keys"])
+
+
+def _repair(start: StartingModel, encoder: State, head: State, repair_positions: bool) -> list[str]:
+    """Sine-cosine tables in place of empty ones: transformers makes ViTMAE with tables of zeros, and freezes them."""
+    tables = [(encoder, "embeddings.position_embeddings"), (head, "decoder_positions")]
+    empty = [(state, name) for state, name in tables if name in state and not state[name].any()]
+    if start.config.model_type not in ("vit", "vit_mae") or not empty:
+        return []
+    if not repair_positions:
+        raise ValueError(
+            f"--init_from {start.name}: its position tables are all zero, so it never knew where a patch lies. "
+            "transformers' ViTMAE begins so when it is trained from scratch. Add --repair_positions to give it the "
+            "sine-cosine tables that it should have had, or begin from another model"
+        )
+    for state, name in empty:
+        state[name] = sincos_positions(start.grid, state[name].shape[-1])
+    return ["position tables that were all zero are filled with sines and cosines"]
+
+
+def _refuse_rectangle(start: StartingModel, config: Any, grid: tuple[int, int]) -> None:
+    if getattr(config, "use_absolute_position_embeddings", False) and len(set(grid)) > 1:
+        raise ValueError(
+            f"--method {start.method} holds the absolute positions of {start.name} in a BeitModel, which reads "
+            f"square images only; got {grid[0]} x {grid[1]} patches: give --image_size one number"
+        )
+
+
+def _resized(
+    name: str, tensor: torch.Tensor, old: tuple[int, int], new: tuple[int, int], wanted: torch.Tensor | None
+) -> torch.Tensor:
+    """A position table for the new grid, or, in a Swin, for the new window; anything else as it is."""
+    if not name.endswith(_TABLES) or wanted is None:
+        return tensor
+    if not name.endswith("relative_position_bias_table"):
+        return resize_positions(tensor, old, new)
+    if ".blocks." in name:
+        old, new = (_window(len(tensor)), _window(len(wanted)))
+    return resize_relative_bias(tensor, old, new)
+
+
+def _window(num_offsets: int) -> tuple[int, int]:
+    side = (math.isqrt(num_offsets) + 1) // 2
+    return side, side
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    """Which parts of a model these weights make up: decoder_layers.0.mlp.fc1.bias -> decoder."""
+    parts = []
+    for name in names:
+        top = name.removeprefix("encoder.").split(".")[0]
+        part = name if top in ("embeddings", "layers") else re.sub(r"^decoder_.*", "decoder", top)
+        parts.append("mask token" if part.endswith("mask_token") else part)
+    return list(dict.fromkeys(parts))

@@ -1,0 +1,488 @@
+"""`--init_from`: training goes on from the features of another model, or says why it cannot."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from torch.testing import assert_close
+from transformers import (
+    AutoModel,
+    BeitConfig,
+    BeitForImageClassification,
+    BeitForMaskedImageModeling,
+    BeitModel,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
+    DeiTConfig,
+    DeiTForImageClassification,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    Dinov2Model,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetModel,
+    SwinConfig,
+    SwinForMaskedImageModeling,
+    SwinModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTModel,
+)
+
+import run_pretraining
+from hub.export import export
+from hub.init_from import open_starting_model
+from hub.init_weights import read_weights
+from modeling import CONFIGS, HEADS
+from modeling.dvae import DvaeConfig, DvaeModel
+from modeling.patches import sincos_positions
+
+PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+DECODER = {
+    "decoder_hidden_size": 16,
+    "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 32,
+}
+SWIN: dict[str, Any] = {
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 4],
+    "window_size": 4,
+    "image_size": 32,
+    "patch_size": 4,
+}
+DINO = {**{name: value for name, value in SIZES.items() if name != "intermediate_size"}, "mlp_ratio": 2}
+SHARED_BIAS = {"use_shared_relative_position_bias": True}
+OWN_BIAS = {"use_relative_position_bias": True}
+ABSOLUTE = {"use_absolute_position_embeddings": True}
+
+
+def vit_mae(**changes: Any) -> ViTMAEForPreTraining:
+    """As loaded from the Hub: with the tables that a fresh one lacks."""
+    model = ViTMAEForPreTraining(ViTMAEConfig(**{**SIZES, **DECODER, **changes}))
+    model.vit.embeddings.position_embeddings.data = sincos_positions((4, 4), 32)
+    model.decoder.decoder_pos_embed.data = sincos_positions((4, 4), 16)
+    return model
+
+
+METHODS = ("mae", "simmim-asymmetric", "simmim", "beit")
+VIT_LIKE = " ".join(METHODS)
+# Every kind of source with the methods that can go on from it.
+SOURCES: dict[str, tuple[Any, str]] = {
+    "ViT": (lambda: ViTModel(ViTConfig(**SIZES)), VIT_LIKE),
+    "ViT without biases": (lambda: ViTModel(ViTConfig(**SIZES, qkv_bias=False)), VIT_LIKE),
+    "ViT classifier": (lambda: ViTForImageClassification(ViTConfig(**SIZES)), VIT_LIKE),
+    "ViT with mask token": (lambda: ViTForMaskedImageModeling(ViTConfig(**SIZES, encoder_stride=8)), VIT_LIKE),
+    "ViTMAE": (vit_mae, VIT_LIKE),
+    "DeiT": (lambda: DeiTModel(DeiTConfig(**SIZES)), "simmim beit"),
+    "DeiT classifier": (lambda: DeiTForImageClassification(DeiTConfig(**SIZES)), "simmim beit"),
+    "BEiT": (lambda: BeitModel(BeitConfig(**SIZES, **SHARED_BIAS)), "simmim beit"),
+    "BEiT in pre-training": (lambda: BeitForMaskedImageModeling(BeitConfig(**SIZES, **SHARED_BIAS)), "simmim beit"),
+    "BEiT classifier": (lambda: BeitForImageClassification(BeitConfig(**SIZES, **OWN_BIAS)), "simmim beit"),
+    "BEiT like a ViT": (
+        lambda: BeitModel(BeitConfig(**SIZES, **ABSOLUTE, use_mean_pooling=False)),
+        VIT_LIKE,
+    ),
+    "DINOv2": (lambda: Dinov2Model(Dinov2Config(**DINO)), VIT_LIKE),
+    "DINOv2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**DINO)), VIT_LIKE),
+    "DINOv2 with SwiGLU": (lambda: Dinov2Model(Dinov2Config(**DINO, use_swiglu_ffn=True)), ""),
+    "Data2VecVision": (lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **SHARED_BIAS)), "simmim beit"),
+    "Data2VecVision, a table a block": (
+        lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **OWN_BIAS, use_mean_pooling=False)),
+        "simmim beit",
+    ),
+    "Swin": (lambda: SwinModel(SwinConfig(**SWIN)), "simmim"),
+    "Swin in pre-training": (lambda: SwinForMaskedImageModeling(SwinConfig(**SWIN, encoder_stride=8)), "simmim"),
+}
+PAIRS = [(kind, method) for kind, (_, methods) in SOURCES.items() for method in methods.split()]
+REFUSED = [
+    (kind, method) for kind, (_, methods) in SOURCES.items() for method in METHODS if method not in methods.split()
+]
+
+
+@torch.no_grad()
+def saved(folder: Path, kind: str) -> PreTrainedModel:
+    """A source with random weights everywhere, so that no part of it can be lost unseen."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = SOURCES[kind][0]()
+    for name, parameter in model.named_parameters():
+        if kind == "ViTMAE" and "pos" in name:
+            continue
+        around = 1.0 if name.endswith(("layernorm.weight", "norm.weight", "norm1.weight", "norm2.weight")) else 0.0
+        parameter.copy_(around + torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def pixels(size: int | tuple[int, int] = 32) -> torch.Tensor:
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.linspace(-2, 2, 2 * 3 * height * width).sin().reshape(2, 3, height, width)
+
+
+def features_of(model: PreTrainedModel, images: torch.Tensor, **options: Any) -> torch.Tensor:
+    """What the source itself hands to a head."""
+    with torch.no_grad():
+        if isinstance(model, ViTMAEForPreTraining):
+            vit = ViTModel(ViTConfig(**SIZES), add_pooling_layer=False)
+            vit.load_state_dict(model.vit.state_dict())
+            return vit.eval()(images, **options).last_hidden_state
+        base = model.base_model(images, **options).last_hidden_state
+        return model.layernorm(base) if isinstance(model, BeitForMaskedImageModeling) else base
+
+
+def continued(folder: Path | str, method: str, repair: bool = False, **changes: Any) -> tuple[Any, list[str]]:
+    """The head that a run would begin with, and what is said."""
+    start = open_starting_model(str(folder), method)
+    flags = {**start.fixed, **start.defaults, **changes}
+    own = {name: flags.pop(name) for name in ("image_size", "patch_size", "num_channels")}
+    flags.pop("image_stats", None)
+    head = HEADS[method](CONFIGS[method](encoder_config={**start.encoder, **own}, **flags, **start.image_stats))
+    weights = read_weights(start, head, repair)
+    head.load_state_dict(weights.state, strict=False)
+    return head.eval(), weights.notes
+
+
+@pytest.mark.parametrize(("kind", "method"), PAIRS)
+def test_pair__has_the_features_of_the_source(kind, method, tmp_path):
+    source = saved(tmp_path, kind)
+    head, _ = continued(tmp_path, method)
+    with torch.no_grad():
+        found = head.encoder(pixels()).last_hidden_state
+    assert_close(found, features_of(source, pixels()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "method"), REFUSED)
+def test_pair__that_cannot_be_exact_is_refused_with_the_reason_and_the_others(kind, method, tmp_path):
+    saved(tmp_path, kind)
+    with pytest.raises(ValueError, match="cannot continue from") as refusal:
+        open_starting_model(str(tmp_path), method)
+    possible = SOURCES[kind][1].split()
+    methods = str(refusal.value).split("Methods that can: ")[1].split(". ")[0]
+    assert set(methods.split(", ")) >= (set(possible) or {"none"})
+    assert f"{method} continues from: " in str(refusal.value)
+
+
+# ---- runs ----
+
+SHORT = ["--per_device_train_batch_size", "4", "--max_steps", "5", "--validation_fraction", "0", "--use_cpu"]
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    for photograph in PHOTOGRAPHS[:8]:
+        shutil.copy(photograph, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    sizes = {"hidden_size": 16, "num_groups": 4, "num_blocks_per_group": 1, "decoder_input_size": 16}
+    DvaeModel(DvaeConfig(image_size=32, vocab_size=16, **sizes)).save_pretrained(folder)
+    return folder
+
+
+def run(source: Path | str, out: Path, method: str, images: Path, *flags: str) -> int:
+    own = ["--mask_strategy", "random-unit", "--mask_unit", "8"] if method == "simmim" else []
+    if method == "mae":
+        own = [text for name, size in DECODER.items() for text in (f"--{name}", str(size))]
+    names = ["--init_from", str(source), "--method", method, "--output_dir", str(out), "--dataset", str(images)]
+    return run_pretraining.run([*names, *SHORT, *own, *flags])
+
+
+RUNS = {
+    "ViT": "mae",
+    "ViTMAE": "mae",
+    "DeiT classifier": "simmim",
+    "BEiT": "beit",
+    "BEiT classifier": "simmim",
+    "DINOv2": "simmim",
+    "Data2VecVision": "simmim",
+    "Swin": "simmim",
+}
+
+
+@pytest.mark.parametrize(("kind", "method"), RUNS.items())
+def test_run__of_five_steps_begins_with_the_features_of_the_source(kind, method, photographs, tokenizer, tmp_path):
+    source = saved(tmp_path / "source", kind)
+    flags = ["--tokenizer", str(tokenizer)] if method == "beit" else []
+    assert run(tmp_path / "source", tmp_path / "out", method, photographs, *flags) == 0
+    first = HEADS[method].from_pretrained(tmp_path / "out" / "checkpoint-0").eval()
+    last = AutoModel.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        begun, ended = first.encoder(pixels()).last_hidden_state, last(pixels()).last_hidden_state
+    assert_close(begun, features_of(source, pixels()), rtol=1e-5, atol=1e-5)
+    assert ended.shape == begun.shape
+    assert not torch.equal(ended, begun)
+    assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 5
+
+
+# ---- heads that are kept ----
+
+
+def own_run(folder: Path, method: str = "mae") -> Any:
+    """A head of ours with random weights, as a run leaves it: encoder at the root, the whole in pretraining/."""
+    torch.manual_seed(0)
+    kind = SIZES if method.startswith(("mae", "beit")) else SWIN | {"model_type": "swin"}
+    own = {**DECODER, "norm_pix_loss": False} if method == "mae" else {"vocab_size": 16} if method == "beit" else {}
+    stats = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
+    head = HEADS[method](CONFIGS[method](encoder_config=kind, **own, **stats))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    export(head, folder, method=method, recipe={})
+    return head.eval()
+
+
+@pytest.mark.parametrize("method", ["mae", "simmim", "beit"])
+@pytest.mark.parametrize("part", ["", "pretraining"])
+def test_own_output__of_the_same_method_is_taken_over_whole(method, part, tmp_path):
+    before = own_run(tmp_path, method)
+    vocabulary = {"vocab_size": 16} if method == "beit" else {}
+    after, notes = continued(tmp_path / part, method, **vocabulary)
+    assert all(torch.equal(after.state_dict()[name], tensor) for name, tensor in before.state_dict().items())
+    assert len(notes) == 1  # nothing new, nothing left out
+    assert list(after.config.image_mean) == [0.4, 0.5, 0.6]
+
+
+def test_own_output__of_another_method_gives_its_encoder(tmp_path):
+    before = own_run(tmp_path, "mae")
+    after, notes = continued(tmp_path, "simmim")
+    with torch.no_grad():
+        expected = before.encoder(pixels()).last_hidden_state
+        assert_close(after.encoder(pixels()).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert any(note.startswith("new") and "mask token" in note and "decoder" in note for note in notes)
+    assert any(note.startswith("not taken over") and "key biases" in note for note in notes)
+
+
+def test_own_beit__with_another_tokenizer_begins_with_a_new_last_layer(tmp_path):
+    before = own_run(tmp_path, "beit")
+    after, notes = continued(tmp_path, "beit", vocab_size=32)
+    assert torch.equal(after.encoder.layers[1].mlp.fc2.weight, before.encoder.layers[1].mlp.fc2.weight)
+    assert after.lm_head.out_features == 32
+    assert any("new" in note and "lm_head" in note for note in notes)
+
+
+@torch.no_grad()
+def test_stock_vit_mae__predicts_the_same_pixels_here_and_after_a_round_trip(tmp_path):
+    stock = saved(tmp_path / "stock", "ViTMAE")
+    head, notes = continued(tmp_path / "stock", "mae")
+    assert len(notes) == 1
+    noise = torch.rand(2, 16, generator=torch.Generator().manual_seed(1))
+    theirs = stock(pixels(), noise=noise)
+    hidden = theirs.mask.bool()
+    ours = head(pixels(), hidden)
+    assert_close(ours.logits.flatten(0, 1), theirs.logits[hidden], rtol=1e-5, atol=1e-5)
+    assert_close(ours.loss, theirs.loss, rtol=1e-5, atol=1e-6)  # norm_pix_loss is the source's, too
+    export(head, tmp_path / "ours", method="mae", recipe={})
+    again, _ = continued(tmp_path / "ours", "mae")
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in head.state_dict().items())
+
+
+def test_beit_in_pre_training__keeps_its_last_layer_for_the_same_number_of_tokens(tmp_path):
+    source = saved(tmp_path, "BEiT in pre-training")
+    head, notes = continued(tmp_path, "beit", vocab_size=8192)
+    assert torch.equal(head.lm_head.weight, source.lm_head.weight)
+    assert "lm_head" in notes[0]
+
+
+# ---- other image sizes ----
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("ViT", "mae"), ("ViT", "simmim"), ("DeiT", "simmim"), ("DINOv2", "beit")]
+)
+def test_resize__of_absolute_positions_gives_what_the_source_gives_at_that_size(kind, method, tmp_path):
+    source = saved(tmp_path, kind)
+    options = {} if kind == "DINOv2" else {"interpolate_pos_encoding": True}
+    head, notes = continued(tmp_path, method, image_size=48)
+    with torch.no_grad():
+        found = head.encoder(pixels(48)).last_hidden_state
+    assert_close(found, features_of(source, pixels(48), **options), rtol=1e-4, atol=1e-5)
+    assert "position tables resized from 4 x 4 to 6 x 6 patches" in notes
+
+
+def test_resize__to_a_rectangle_is_two_dimensional(tmp_path):
+    source = saved(tmp_path, "ViT")
+    head, _ = continued(tmp_path, "mae", image_size=[16, 64])
+    table = head.encoder.embeddings.position_embeddings
+    old = source.embeddings.position_embeddings[:, 1:].unflatten(1, (4, 4)).permute(0, 3, 1, 2)
+    new = torch.nn.functional.interpolate(old, size=(2, 8), mode="bicubic", align_corners=False)
+    assert_close(table[:, 1:], new.flatten(2).transpose(1, 2))
+    assert torch.equal(table[:, :1], source.embeddings.position_embeddings[:, :1])
+    with pytest.raises(ValueError, match="give --image_size one number"):
+        continued(tmp_path, "simmim", image_size=[16, 64])
+
+
+@pytest.mark.parametrize("kind", ["BEiT", "BEiT classifier", "Data2VecVision"])
+def test_resize__of_relative_positions_keeps_the_bias_of_equal_offsets(kind, tmp_path):
+    saved(tmp_path, kind)
+    small, _ = continued(tmp_path, "simmim")
+    large, _ = continued(tmp_path, "simmim", image_size=[32, 64])
+    for one, other in zip(position_biases(small), position_biases(large), strict=True):
+        before, after = one((4, 4))[0], other((4, 8))[0]  # (heads, 1+N, 1+N)
+        assert torch.equal(after[:, 0, 0], before[:, 0, 0])  # from the class token to itself
+        assert_close(after[:, 1, 1], before[:, 1, 1])  # from a patch to itself
+        assert_close(after[:, 1, 9], before[:, 1, 5])  # to the one below
+        assert after.shape[1:] == (33, 33)
+
+
+def position_biases(head: Any) -> list[Any]:
+    return [module for module in head.encoder.modules() if type(module).__name__ == "PositionBias"]
+
+
+@torch.no_grad()
+def test_resize__of_a_swin_keeps_its_windows_where_they_fit(tmp_path):
+    source = saved(tmp_path, "Swin")
+    head, notes = continued(tmp_path, "simmim", image_size=64)
+    expected = source(pixels(64)).last_hidden_state
+    assert_close(head.encoder(pixels(64)).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+    assert not any("resized" in note for note in notes)
+    smaller, notes = continued(tmp_path, "simmim", image_size=16)  # the last stage has 2 x 2 patches for 4 x 4 windows
+    name = "encoder.layers.1.blocks.0.attention.relative_position_bias.relative_position_bias_table"
+    middle = source.state_dict()[name].view(7, 7, 4)[2:5, 2:5]
+    assert torch.equal(smaller.encoder.state_dict()[name].view(3, 3, 4), middle)
+    assert any("resized" in note for note in notes)
+
+
+# ---- position tables of zeros ----
+
+
+def test_zero_tables__of_a_vit_mae_from_scratch_stop_the_run_and_are_repaired_when_asked(
+    photographs, tmp_path, capsys
+):
+    folder, out = tmp_path / "fresh", tmp_path / "out"
+    torch.manual_seed(0)
+    ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **DECODER)).save_pretrained(folder)
+    assert run(folder, out, "mae", photographs) == 2
+    assert "position tables are all zero" in (message := capsys.readouterr().err)
+    assert "--repair_positions" in message
+    assert not out.exists()
+    assert run(folder, out, "mae", photographs, "--repair_positions") == 0
+    assert "filled with sines and cosines" in capsys.readouterr().out
+    head = HEADS["mae"].from_pretrained(out / "pretraining")
+    assert_close(head.encoder.embeddings.position_embeddings.data, sincos_positions((4, 4), 32))
+    assert_close(head.decoder_positions, sincos_positions((4, 4), 16))
+
+
+# ---- settings of a run ----
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("vit")
+    saved(folder, "ViT")
+    stats = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.25]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(stats))
+    return folder
+
+
+def test_run__takes_sizes_and_statistics_from_the_source_and_says_so(vit, photographs, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(vit, out, "mae", photographs, "--layer_decay", "0.5") == 0
+    said = capsys.readouterr().out
+    assert f"mean 0.5 0.5 0.5 and deviation 0.5 0.5 0.25, as {vit} is" in said
+    assert f"note: begins from {vit} (ViT): encoder\n" in said
+    assert "note: new, since the source has none that fits: mask token, decoder\n" in said
+    assert "note: not taken over: pooler\n" in said
+    config = json.loads((out / "pretraining" / "config.json").read_text())
+    assert config["image_std"] == [0.5, 0.5, 0.25]
+    assert config["encoder_config"]["num_hidden_layers"] == 2
+    recipe = yaml.safe_load((out / "settings.yaml").read_text())
+    assert (recipe["init_from"], recipe["image_size"], recipe["patch_size"]) == (str(vit), 32, 8)
+    assert "model" not in recipe
+    card = (out / "README.md").read_text()
+    assert vit.name in card
+    assert str(vit) not in card
+    assert run(vit, tmp_path / "auto", "mae", photographs, "--image_stats", "preset") == 0
+    assert "ImageNet's mean and deviation" in capsys.readouterr().out
+
+
+def test_run__with_layer_decay_moves_lower_layers_less(vit, photographs, tmp_path):
+    flags = ["--layer_decay", "0.1", "--learning_rate", "1e-3", "--warmup_steps", "0"]
+    assert run(vit, tmp_path / "out", "mae", photographs, *flags) == 0
+    source, trained = ViTModel.from_pretrained(vit), ViTModel.from_pretrained(tmp_path / "out")
+    lower, upper = (
+        (after.mlp.fc1.weight - before.mlp.fc1.weight).norm()
+        for before, after in zip(source.layers, trained.layers, strict=True)
+    )
+    assert 0 < lower < 0.3 * upper
+
+
+def test_run__that_was_interrupted_continues_without_the_source(vit, photographs, tmp_path, capsys):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(vit, source)
+    flags = ["--save_steps", "2"]
+    assert run(source, out, "mae", photographs, *flags) == 0
+    whole = HEADS["mae"].from_pretrained(out / "pretraining").state_dict()
+    settings = (out / "settings.yaml").read_text()
+    for folder in (out / "pretraining", out / "checkpoint-5", source):
+        shutil.rmtree(folder)
+    capsys.readouterr()
+    assert run(source, out, "mae", photographs, *flags) == 0
+    said = capsys.readouterr().out
+    assert "continuing from" in said
+    assert "begins from" not in said
+    assert "other settings" not in said
+    assert (out / "settings.yaml").read_text() == settings
+    again = HEADS["mae"].from_pretrained(out / "pretraining").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
+
+
+def test_mistakes__each_get_one_clear_message(vit, photographs, tmp_path, capsys):
+    def refusal(source: Path | str, *flags: str, method: str = "mae") -> str:
+        assert run(source, tmp_path / "out", method, photographs, *flags) == 2
+        message = capsys.readouterr().err
+        assert message.count("run_pretraining.py:") == 1
+        assert "Traceback" not in message
+        return message
+
+    assert "--model contradicts" not in refusal(vit, "--patch_size", "16")
+    assert "--patch_size 16 contradicts" in refusal(vit, "--patch_size", "16")
+    assert "hidden_size is 192, and there 32" in refusal(vit, "--model", "vit-nano")
+    assert "--num_channels 1 contradicts" in refusal(vit, "--num_channels", "1")
+    assert "nearest that are: 32 x 32 and 40 x 40" in refusal(vit, "--image_size", "33")
+    assert "no such folder" in refusal(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in refusal(tmp_path / "empty")
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1])).save_pretrained(tmp_path / "resnet")
+    assert "is a model of type resnet" in refusal(tmp_path / "resnet")
+    cut = tmp_path / "cut"
+    shutil.copytree(vit, cut)
+    content = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert "its weights cannot be read" in refusal(cut)
+    own_run(tmp_path / "own")
+    assert "--decoder_hidden_size 32 contradicts" in refusal(tmp_path / "own", "--decoder_hidden_size", "32")
+    saved(tmp_path / "swin", "Swin")
+    message = refusal(tmp_path / "swin")
+    assert "merges patches" in message
+    assert "Methods that can: simmim" in message
+    (tmp_path / "vit").mkdir()
+    shutil.copy(vit / "config.json", tmp_path / "vit")
+    shutil.copy(vit / "model.safetensors", tmp_path / "vit")
+    assert "no preprocessor_config.json" in refusal(tmp_path / "vit", "--image_stats", "source")
+    assert not (tmp_path / "out").exists()
+    for flags in (["--repair_positions"], ["--image_stats", "source"]):
+        assert run_pretraining.run([*SHORT, *flags, "--output_dir", str(tmp_path / "out")]) == 2
+        assert "--init_from" in capsys.readouterr().err

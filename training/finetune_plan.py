@@ -1,0 +1,125 @@
+"""The numbers of a fine-tuning, said aloud before it; `training.arithmetic` has the rules behind them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.arithmetic import (
+    Machine,
+    batch_size_and_accumulation,
+    micro_batches,
+    number_of_steps,
+    number_of_warmup_steps,
+    number_of_workers,
+    peak_learning_rate,
+    precision_of,
+)
+from training.memory import BYTES_PER_PARAMETER
+from training.plan import Plan, data_name, in_millions
+from training.settings import Settings
+
+_MIN_STEPS = 1000  # of a run whose length the user did not choose
+_BATCH_ON_CPU = 32
+_BYTES_PER_FROZEN_PARAMETER = 4
+
+
+@dataclass(frozen=True)
+class FinetunePlan(Plan):
+    """`num_held_out` are the images that choose the best checkpoint; nothing is hidden."""
+
+    num_classes: int
+    num_trained_parameters: int
+
+    def task_rows(self) -> dict[str, str]:
+        settings, size = self.settings, self.settings["image_size"]
+        what = {"finetune": "all of it", "linear": "the head"}.get(
+            settings["mode"], f"the last {settings['num_trained_blocks']} blocks and the head"
+        )
+        grid = f"{self.grid[0]} x {self.grid[1]} patches"
+        decayed = f", each layer {settings['layer_decay']:g} of the one above" if settings["layer_decay"] < 1 else ""
+        return {
+            "model": f"{Path(settings['model']).name}{', random weights' if settings['from_scratch'] else ''}, "
+            f"{in_millions(self.num_parameters)}",
+            "what trains": f"{what}, {in_millions(self.num_trained_parameters)}{decayed}",
+            "input": f"{size} x {size} pixels, {grid}; the head reads the {settings['pooling']}",
+            "classes": f"{self.num_classes:,}",
+            "views": self._views(),
+        }
+
+    def training_arguments(self) -> dict[str, Any]:
+        arguments = super().training_arguments()
+        if not self.settings.is_given("save_steps"):
+            arguments["save_steps"] = arguments["eval_steps"]  # the best weights must have been saved
+        metric = self.settings["metric_for_best_model"]
+        is_chosen = "no" not in (arguments["eval_strategy"], arguments["save_strategy"])
+        return {
+            **arguments,
+            "load_best_model_at_end": is_chosen and self.settings["load_best_model_at_end"],
+            "metric_for_best_model": metric,
+            "greater_is_better": not metric.endswith(("loss", "error")),
+            "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
+        }
+
+    def _views(self) -> str:
+        settings, views = self.settings, []
+        for name in ("rand_augment", "mixup", "cutmix", "label_smoothing_factor", "erasing", "drop_path"):
+            if settings[name]:
+                views.append(f"{name.removesuffix('_factor').replace('_', ' ')} {settings[name]:g}")
+        low, high = settings["crop_scale"]
+        return ", ".join([f"crops of {low:g} to {high:g} of the picture", "flipped half the time", *views])
+
+
+def make_finetune_plan(
+    settings: Settings,
+    machine: Machine,
+    num_images: tuple[int, int],
+    num_classes: int,
+    num_parameters: tuple[int, int],
+    bytes_per_image: int,
+    grid: tuple[int, int],
+    data: str,
+    notes: Sequence[str] = (),
+) -> FinetunePlan:
+    """Every number of the run. `num_images`: to train on and to choose with; `num_parameters`: all and trained ones.
+
+    Raises:
+        ValueError: fewer images than processes, or a precision that the device has not.
+    """
+    notes = list(notes)
+    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_images[0], notes, _BATCH_ON_CPU)
+    steps_per_epoch = math.ceil(micro_batches(settings, num_images[0], batch_size, machine) / accumulation)
+    num_steps = number_of_steps(settings, steps_per_epoch, notes, _MIN_STEPS)
+    images_per_step = batch_size * accumulation * machine.world_size
+    num_frozen = num_parameters[0] - num_parameters[1]
+    return FinetunePlan(
+        settings=settings,
+        machine=machine,
+        data=data,
+        num_train_images=num_images[0],
+        num_held_out=num_images[1],
+        num_parameters=num_parameters[0],
+        num_trained_parameters=num_parameters[1],
+        num_classes=num_classes,
+        grid=grid,
+        num_hidden=(0, 0),
+        batch_size=batch_size,
+        accumulation=accumulation,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=num_steps,
+        learning_rate=peak_learning_rate(settings, images_per_step),
+        lr_drop_step=None,
+        warmup_steps=number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
+        precision=precision_of(settings, machine),
+        num_workers=number_of_workers(settings, machine),
+        bytes_for_weights=num_parameters[1] * BYTES_PER_PARAMETER + num_frozen * _BYTES_PER_FROZEN_PARAMETER,
+        bytes_for_activations=batch_size * bytes_per_image,
+        output_dir=Path(settings["output_dir"] or _output_dir(settings)),
+        notes=tuple(notes),
+    )
+
+
+def _output_dir(settings: Settings) -> str:
+    start = "-scratch" if settings["from_scratch"] else ""
+    return f"outputs/{Path(settings['model']).name}-{settings['mode']}{start}-{data_name(settings)}"

@@ -1,0 +1,114 @@
+"""Trains a classifier: what stays frozen, mixed images with soft targets, and checkpoints that load what they saved.
+
+Shapes: B images of a micro-batch, C channels, H W pixels, K classes.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from training.layer_decay import layer_id, layer_ids
+from training.mixing import Mixing
+from training.trainer import MimTrainer
+from training.weight_average import AveragesWeights
+
+# Not decayed beside 1-D tensors, as in the authors' code; of BEiT's bias tables it decays the weights.
+_NO_WEIGHT_DECAY = ("cls_token", "distillation_token", "position_embeddings")
+_NO_WEIGHT_DECAY_IN_SWIN = ("relative_position_bias_table",)
+
+
+def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
+    """Let only the head train ("linear"), or the last blocks and what follows them too ("partial").
+
+    Raises:
+        ValueError: more blocks than there are.
+    """
+    ids = layer_ids(model)
+    num_blocks = max(ids.values()) - 1
+    if mode == "partial" and num_trained_blocks > num_blocks:
+        raise ValueError(f"--num_trained_blocks {num_trained_blocks}: this encoder has {num_blocks}; give fewer")
+    last_frozen = {"finetune": -1, "partial": num_blocks - num_trained_blocks, "linear": num_blocks + 1}[mode]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(ids[name] > last_frozen or name.startswith("classifier."))
+    depths = getattr(model.base_model.config, "depths", [num_blocks])
+    for name, module in model.base_model.named_modules():
+        # A frozen block that is skipped now and then would only blur what the blocks above it see.
+        if hasattr(module, "drop_prob") and layer_id(f"{name}.", list(depths)) <= last_frozen:
+            module.drop_prob = 0.0
+
+
+class FinetuneTrainer(AveragesWeights, MimTrainer):  # type: ignore[misc]
+    """`MimTrainer` for a native classifier and batches of uint8 `pixel_values` and `labels`.
+
+    The loss is computed here and is a mean over the images, so that it does not grow with accumulation or processes,
+    as that of some native classes does.
+
+    Args:
+        mixing: what is done to training batches; evaluation sees plain images and labels.
+        image_mean, image_std: of each channel in [0, 1].
+        class_weights: (K,), by which the targets are multiplied in training.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        *args: Any,
+        mixing: Mixing,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        class_weights: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self.mixing = mixing
+        device = self.args.device
+        self.image_mean, self.image_std = (
+            torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (image_mean, image_std)
+        )
+        self.class_weights = None if class_weights is None else class_weights.to(device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        labels: torch.Tensor = inputs["labels"]  # (B,)
+        pixel_values = (inputs["pixel_values"] - self.image_mean) / self.image_std
+        targets, weights = labels, None
+        if model.training:
+            counters = (self.state.global_step, self._micro_step, self.args.process_index)
+            pixel_values, targets = self.mixing(pixel_values, labels, *counters)  # (B, K)
+            weights = self.class_weights
+        outputs = model(pixel_values=pixel_values)
+        loss = nn.functional.cross_entropy(outputs.logits.float(), targets, weight=weights)
+        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        return self.get_eval_dataloader(test_dataset)  # `Trainer` would leave out the last, smaller batch
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        is_swin = self.model.config.model_type == "swin"
+        exempt = (*_NO_WEIGHT_DECAY, *(_NO_WEIGHT_DECAY_IN_SWIN if is_swin else ()))
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+
+    def _has_finite_loss(self, item: dict[str, Any]) -> bool:
+        batch = self._prepare_inputs(self.data_collator([item]))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return bool(torch.isfinite(self.compute_loss(self.model, batch)))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # By default native models are saved under the names of transformers 4, which `Trainer` then reads back with
+        # strict=False: a resumed run, or the best weights, would silently lose every transformer block.
+        self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del self.model.save_pretrained
