@@ -13,7 +13,7 @@ from training.plan import Machine, make_plan
 from training.settings import RECIPES, load_settings
 
 CONFIGS = {method: head.config_class for method, head in HEADS.items()}
-ALL = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith("dvae"))  # run_tokenizer.py's
+ALL = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("dvae", "finetune")))
 HEADER = ("Paper:", "Run:", "Cost:", "Expected:", "Measured:")
 NUM_IMAGENET_IMAGES = 1_281_167
 

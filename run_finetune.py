@@ -1,0 +1,410 @@
+"""Fine-tune an encoder on labelled images: `accelerate launch run_finetune.py --model out --dataset ./labelled`.
+
+Settings (the encoder's own published recipe) -> labelled images -> classifier -> plan -> Trainer -> a folder that
+`pipeline("image-classification", model=folder)` opens, with metrics.json and a card. `--help` lists the flags.
+"""
+
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from data.classification import (
+    CROP_SHARE,
+    ClassificationImages,
+    EvalView,
+    StackedImages,
+    collate_classification,
+    eval_view,
+    train_view,
+)
+from data.images import count_bad_images
+from data.labelled import LabelledPart, write_subset
+from data.labelled_parts import LabelledParts, open_parts
+from data.randaugment import RandAugment
+from evaluation.confusion import draw_confusion_matrix
+from evaluation.metrics import classification_metrics, confusion_matrix
+from evaluation.pictures import training_curve
+from evaluation.results import classification_results
+from hub.encoder_config import encoder_config, image_stats
+from hub.export import export_native
+from hub.model_card import write_model_card
+from hub.redaction import shorten_paths
+from modeling.image_classification import (
+    POOLINGS,
+    add_batch_norm,
+    build_classifier,
+    native_classifier,
+    open_encoder,
+    random_encoder,
+)
+from modeling.patches import patch_grid
+from run_pretraining import (
+    find_machine,
+    first_on_main,
+    launcher,
+    open_repository,
+    printer,
+    run,
+    software_and_hardware,
+)
+from training.arithmetic import Machine
+from training.callbacks import BadImagesLimit, CpuEstimate, MimProgress
+from training.finetune_plan import FinetunePlan, make_finetune_plan
+from training.finetune_settings import load_finetune_settings, recipe_name
+from training.finetune_trainer import FinetuneTrainer, freeze
+from training.hub_push import HubPush
+from training.launch import check_world, has_accelerator, restore_threads
+from training.memory import kept_bytes
+from training.mixing import Mixing
+from training.output_folder import (
+    BAD_IMAGES_FILE,
+    CONFUSION_FILE,
+    CURVE_FILE,
+    METRICS_FILE,
+    SUBSET_FILE,
+    prepare_output_dir,
+)
+from training.settings import Settings
+
+_WRITTEN_LAST = "config.json"
+_SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode linear"
+_NO_MARGIN_FROM = 384  # pixels; smaller images are evaluated without the margin of a slightly larger one
+_MOST_KEPT_BYTES = 2**28  # of decoded images for evaluation; more are decoded anew each time
+_IN_WORDS = {
+    "finetune": "fine-tuned",
+    "linear": "linear classifier on frozen features",
+    "partial": "last blocks tuned",
+}
+
+
+def main(argv: list[str]) -> None:
+    settings = load_finetune_settings(argv, lambda name: recipe_of(encoder_config(name)))
+    use_cpu = settings["use_cpu"] or not has_accelerator()
+    state = PartialState(cpu=use_cpu)
+    check_world(state.num_processes)
+    say = printer(state)
+    if (note := restore_threads()) and use_cpu:
+        say(f"note: {note}")
+
+    repository = open_repository(settings)
+    config = encoder_config(settings["model"])
+    settings = with_encoders_values(settings, config)
+    stats, notes = image_stats(settings["model"])
+    parts = first_on_main(state, lambda: find_parts(settings))
+    notes += channel_notes(config, parts)
+    set_seed(settings["seed"])
+    classifier = make_classifier(settings, config, parts.images.class_names)
+    plan = plan_run(settings, classifier, parts, find_machine(state, use_cpu), notes)
+    output_dir = plan.output_dir
+    say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
+    for name, reason in parts.bad[:10]:
+        say(f"note: left out {name}: {reason}")
+    if settings["dry_run"]:
+        return
+
+    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, parts.bad, say, _WRITTEN_LAST))
+    trainer = build_trainer(settings, plan, classifier, parts, stats)
+    hub_push = None
+    if repository is not None:
+        hub_push = HubPush(repository, output_dir, lambda folder, name: None, say, at_saves=False)
+        trainer.add_callback(hub_push)
+    with logging_into(output_dir):
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    finish(trainer, settings, config, parts, stats, argv, say)
+    say(f'{output_dir}: pipeline("image-classification", model="{output_dir}") opens it; card in README.md')
+    if hasattr(trainer, "end"):  # absent in transformers 5.17
+        trainer.end()
+    if hub_push is not None and state.is_main_process:
+        hub_push.finish()
+
+
+# ---- the encoder and what follows from it ----
+
+
+def recipe_of(config: PreTrainedConfig) -> str:
+    return recipe_name(getattr(config, "mim_method", None), config.model_type, getattr(config, "hidden_size", 0))
+
+
+def with_encoders_values(settings: Settings, config: PreTrainedConfig) -> Settings:
+    """The settings with what was left open and follows from the encoder.
+
+    Raises:
+        ValueError: an image that is not square.
+    """
+    own = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    if settings["image_size"] is None and config.image_size not in (own, [own, own], (own, own)):
+        raise ValueError(
+            f"--model {settings['model']} is for images of {' x '.join(map(str, config.image_size))} pixels, and "
+            "classifiers of transformers are for square ones: give --image_size with one side"
+        )
+    size = settings["image_size"] or own
+    pooling, possible = settings["pooling"], POOLINGS.get(config.model_type, ())
+    drops_paths = config.model_type != "deit"
+    follows = {
+        "image_size": size,
+        "eval_crop_share": settings["eval_crop_share"] or (CROP_SHARE if size < _NO_MARGIN_FROM else 1.0),
+        # A recipe's wish gives way to what there is; a user's is refused where it cannot be.
+        "pooling": pooling if settings.is_users("pooling") or pooling in possible else next(iter(possible), pooling),
+        "drop_path": settings["drop_path"] if drops_paths or settings.is_users("drop_path") else 0.0,
+    }
+    return replace(settings, values={**settings.values, **follows})
+
+
+def make_classifier(settings: Settings, config: PreTrainedConfig, class_names: tuple[str, ...]) -> PreTrainedModel:
+    """With what is to stay as it is frozen."""
+    encoder = random_encoder(config) if settings["from_scratch"] else open_encoder(settings["model"], config)
+    classifier = build_classifier(
+        encoder,
+        class_names,
+        image_size=settings["image_size"],
+        pooling=settings["pooling"],
+        drop_path_rate=settings["drop_path"],
+    )
+    if settings["mode"] == "linear":
+        add_batch_norm(classifier)
+    freeze(classifier, settings["mode"], settings["num_trained_blocks"])
+    return classifier
+
+
+def channel_notes(config: PreTrainedConfig, parts: LabelledParts) -> list[str]:
+    if config.num_channels == 1:
+        return ["the encoder's one channel becomes three: it sees a colour image as its gray version, to begin with"]
+    if parts.num_gray:
+        return [f"{parts.num_gray:,} gray images are shown to the encoder in three equal channels"]
+    return []
+
+
+# ---- images ----
+
+
+def find_parts(settings: Settings) -> LabelledParts:
+    return open_parts(
+        settings["dataset"],
+        settings["label_column"],
+        num_per_class=settings["labels_per_class"],
+        label_fraction=settings["label_fraction"],
+        validation_fraction=settings["validation_fraction"],
+        max_bad_fraction=settings["max_bad_fraction"],
+        seed=settings["seed"],
+    )
+
+
+def plan_run(
+    settings: Settings, classifier: PreTrainedModel, parts: LabelledParts, machine: Machine, notes: list[str]
+) -> FinetunePlan:
+    size, by_name = settings["image_size"], parts.by_name
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in classifier.parameters()]
+    sizes = ", ".join(f"{len(part):,} {name}" for name, part in by_name.items())
+    return make_finetune_plan(
+        settings,
+        machine,
+        num_images=(len(by_name["train"]), len(by_name.get("validation", ()))),
+        num_classes=len(parts.images.class_names),
+        num_parameters=(sum(n for n, _ in numbers), sum(n for n, trains in numbers if trains)),
+        bytes_per_image=kept_bytes(classifier.eval(), torch.zeros(1, 3, size, size)),
+        grid=patch_grid(size, classifier.config.patch_size),
+        data=f"{by_name['train'].source.describe()}: {sizes}; {parts.summary.describe()}",
+        notes=notes,
+    )
+
+
+# ---- training ----
+
+
+def build_trainer(
+    settings: Settings,
+    plan: FinetunePlan,
+    classifier: PreTrainedModel,
+    parts: LabelledParts,
+    stats: dict[str, list[float]],
+) -> FinetuneTrainer:
+    """Everything of the run as objects: views, mixing, trainer and what a person sees."""
+    output_dir, images = plan.output_dir, parts.images
+    arguments = TrainingArguments(**plan.training_arguments())
+    size, magnitude = (settings["image_size"],) * 2, settings["rand_augment"]
+    augment = RandAugment(tuple(stats["image_mean"]), magnitude) if magnitude else None
+    view = train_view(size, augment, tuple(settings["crop_scale"]), _resampling(settings))
+    bad_images = output_dir / BAD_IMAGES_FILE
+    num_classes = len(images.class_names)
+    trainer = FinetuneTrainer(
+        model=classifier,
+        args=arguments,
+        train_dataset=ClassificationImages(images.train, view, 3, settings["seed"], True, bad_images),
+        eval_dataset=None if images.validation is None else evaluated(images.validation, settings, bad_images),
+        data_collator=collate_classification,
+        compute_metrics=lambda outputs: classification_metrics(outputs.predictions, outputs.label_ids),
+        mixing=Mixing(
+            num_classes,
+            mixup_alpha=settings["mixup"],
+            cutmix_alpha=settings["cutmix"],
+            label_smoothing=settings["label_smoothing_factor"],
+            erasing_prob=settings["erasing"],
+            seed=settings["seed"],
+        ),
+        class_weights=balanced_weights(images.train.labels) if settings["class_weights"] == "balanced" else None,
+        **stats,
+    )
+    trainer.layer_decay = settings["layer_decay"]
+    if settings["ema_decay"]:
+        trainer.keep_average(settings["ema_decay"])
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(MimProgress())
+    trainer.add_callback(BadImagesLimit(bad_images, len(images.train), settings["max_bad_fraction"]))
+    if settings["early_stopping_patience"]:
+        trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
+    if arguments.device.type == "cpu":
+        trainer.add_callback(CpuEstimate(_SHORTER))
+    if parts.has_subset and trainer.is_world_process_zero():
+        write_subset(output_dir / SUBSET_FILE, images.train, images.class_names)
+    return trainer
+
+
+@contextmanager
+def logging_into(output_dir: Path) -> Iterator[None]:
+    """For this run only: several may follow each other in one process."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = name in os.environ
+    os.environ.setdefault(name, str(output_dir / "runs"))
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]
+
+
+def evaluated(part: LabelledPart, settings: Settings, bad_images: Path) -> ClassificationImages | StackedImages:
+    """A part as the image processor of the result will show it; kept in memory where it is small."""
+    images = ClassificationImages(part, evaluation_view(settings), 3, settings["seed"], bad_images_file=bad_images)
+    if len(images) * 3 * settings["image_size"] ** 2 > _MOST_KEPT_BYTES:
+        return images
+    return StackedImages(images, num_threads=min(8, os.cpu_count() or 1))
+
+
+def evaluation_view(settings: Settings) -> EvalView:
+    return eval_view((settings["image_size"],) * 2, settings["eval_crop_share"], _resampling(settings))
+
+
+def balanced_weights(labels: np.ndarray) -> torch.Tensor:
+    """(K,): as if each class had equally many images; 1 on average over the images."""
+    counts = np.bincount(labels)
+    return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32)
+
+
+def _resampling(settings: Settings) -> Image.Resampling:
+    return Image.Resampling[settings["interpolation"].upper()]
+
+
+# ---- the end ----
+
+
+def finish(
+    trainer: FinetuneTrainer,
+    settings: Settings,
+    config: PreTrainedConfig,
+    parts: LabelledParts,
+    stats: dict[str, list[float]],
+    argv: list[str],
+    say: Callable[[str], None],
+) -> None:
+    """Measure the final weights, and write results, pictures, card and classifier."""
+    trainer.stop_if_not_finite()
+    trainer.save_state()
+    output_dir, (name, measured) = trainer.output_dir, parts.measured
+    with trainer.averaged():
+        if measured is not None:
+            outputs = trainer.predict(evaluated(measured, settings, output_dir / BAD_IMAGES_FILE))
+            logits, labels = np.asarray(outputs.predictions), np.asarray(outputs.label_ids)
+            how = _IN_WORDS[settings["mode"]] + (", from random weights" if settings["from_scratch"] else "")
+            results = classification_results(logits, labels, how, settings["seed"])
+            values = "  ".join(f"{entry['metric'].replace('_', ' ')} {entry['value']:.4f}" for entry in results)
+            say(f"{name} part, {len(measured):,} images: {values}")
+            if trainer.is_world_process_zero():
+                write_results(trainer, settings, parts, results, logits, labels)
+        if trainer.is_world_process_zero():
+            method, own_recipe = getattr(config, "mim_method", None), getattr(config, "mim_recipe", {})
+            if settings["from_scratch"]:
+                method, own_recipe = None, {}
+            write_card(trainer, settings, method or config.model_type, parts, argv)
+            export_native(
+                native_classifier(trainer.accelerator.unwrap_model(trainer.model)),
+                output_dir,
+                method=method,
+                recipe=own_recipe,
+                **stats,
+                resize_to=evaluation_view(settings).resize_to,
+                resample=_resampling(settings),
+            )
+    trainer.accelerator.wait_for_everyone()
+
+
+def write_results(
+    trainer: FinetuneTrainer,
+    settings: Settings,
+    parts: LabelledParts,
+    results: list[dict[str, Any]],
+    logits: np.ndarray,
+    labels: np.ndarray,
+) -> None:
+    """metrics.json and the picture of the confusion matrix."""
+    name, class_names = parts.measured[0], parts.images.class_names
+    chose = trainer.args.load_best_model_at_end
+    content = {
+        "dataset": shorten_paths(" + ".join(settings["dataset"])),
+        "part": name,
+        "num_labels": len(parts.images.train),
+        "seed": settings["seed"],
+        "weights": f"best {trainer.args.metric_for_best_model} on the validation part" if chose else "last step",
+        "results": results,
+    }
+    (trainer.output_dir / METRICS_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    matrix = confusion_matrix(labels, logits.argmax(axis=1), len(class_names))
+    title = f"{name} part, {len(labels):,} images"
+    draw_confusion_matrix(matrix, class_names, trainer.output_dir / CONFUSION_FILE, title)
+
+
+def write_card(
+    trainer: FinetuneTrainer, settings: Settings, method: str, parts: LabelledParts, argv: list[str]
+) -> None:
+    folder, history = trainer.output_dir, trainer.state.log_history
+    if any("loss" in entry or "eval_loss" in entry for entry in history):
+        training_curve(history, folder / CURVE_FILE)
+    write_model_card(
+        folder,
+        command=shlex.join([*launcher(), "run_finetune.py", *argv]),
+        method=method,
+        model_name=settings["hub_model_id"] or folder.name,
+        base_model=None if settings["from_scratch"] else settings["model"],
+        recipe=settings.as_recipe(),
+        data_summary={
+            "dataset": parts.images.train.source.describe(),
+            **{f"{name} images": len(part) for name, part in parts.by_name.items()},
+            "sizes": parts.summary.describe(),
+            "unreadable images left out": len(count_bad_images(folder / BAD_IMAGES_FILE)),
+        },
+        metrics={},
+        versions=software_and_hardware(trainer),
+        panel=CONFUSION_FILE if (folder / CONFUSION_FILE).is_file() else None,
+        curve=CURVE_FILE if (folder / CURVE_FILE).is_file() else None,
+        license=settings["license"],
+        datasets=settings["dataset"],
+        classes=parts.images.class_names,
+        from_scratch=settings["from_scratch"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], main, "run_finetune.py"))

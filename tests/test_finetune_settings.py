@@ -1,0 +1,225 @@
+"""The fine-tuning recipes hold the published constants, and each encoder gets the one of its method and size."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.arithmetic import Machine
+from training.finetune_plan import make_finetune_plan
+from training.finetune_settings import load_finetune_settings, recipe_name
+from training.settings import RECIPES, SettingsError
+
+NAMED = ["--model", "encoder", "--dataset", "labelled"]
+PUBLISHED = sorted(
+    path.stem for path in RECIPES.glob("finetune_*.yaml") if not path.stem.startswith("finetune_fashion")
+)
+NUM_IMAGENET_IMAGES = 1_281_167
+
+
+def load(*argv: str, recipe: str = "finetune_mae_vit-base"):
+    return load_finetune_settings([*NAMED, *argv], lambda name: recipe)
+
+
+def plan_of(settings, machine=Machine("cpu", 2), num_images=(200, 0), num_parameters=(10, 10)):  # noqa: B008
+    return make_finetune_plan(settings, machine, num_images, 10, num_parameters, 1000, (7, 7), "labelled")
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "width", "expected"),
+    [
+        ("mae", "vit", 768, "finetune_mae_vit-base"),
+        ("mae", "vit", 192, "finetune_mae_vit-base"),
+        ("mae", "vit", 1024, "finetune_mae_vit-large"),
+        ("mae", "vit", 1280, "finetune_mae_vit-huge"),
+        ("simmim-asymmetric", "vit", 768, "finetune_mae_vit-base"),
+        ("simmim", "beit", 768, "finetune_simmim_vit-base"),
+        ("simmim", "swin", 1024, "finetune_simmim_swin-base"),
+        ("beit", "beit", 1024, "finetune_beit_vit-large"),
+        (None, "vit_mae", 1024, "finetune_mae_vit-large"),
+        (None, "beit", 768, "finetune_beit_vit-base"),
+        (None, "data2vec-vision", 768, "finetune_beit_vit-base"),
+        (None, "swin", 768, "finetune_simmim_swin-base"),
+        (None, "dinov2", 384, "finetune_mae_vit-base"),
+    ],
+)
+def test_recipe_name__is_that_of_the_encoders_own_method_and_size(method, family, width, expected):
+    assert recipe_name(method, family, width) == expected
+    assert expected in PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("recipe", "published", "peak", "floor", "num_steps", "accuracy"),
+    [
+        (
+            "finetune_mae_vit-base",
+            {"layer_decay": 0.65, "drop_path": 0.1, "num_train_epochs": 100, "warmup_epochs": 5, "max_grad_norm": 0},
+            (1024, 2e-3),
+            1e-6,
+            "125,100",
+            "83.6",
+        ),
+        (
+            "finetune_mae_vit-large",
+            {"layer_decay": 0.75, "drop_path": 0.2, "num_train_epochs": 50, "warmup_epochs": 5, "max_grad_norm": 0},
+            (1024, 4e-3),
+            1e-6,
+            "62,550",
+            "85.9",
+        ),
+        (
+            "finetune_mae_vit-huge",
+            {"layer_decay": 0.75, "drop_path": 0.3, "num_train_epochs": 50, "warmup_epochs": 5, "max_grad_norm": 0},
+            (1024, 4e-3),
+            1e-6,
+            "62,550",
+            "86.9",
+        ),
+        (
+            "finetune_simmim_vit-base",
+            {"layer_decay": 0.65, "drop_path": 0.1, "num_train_epochs": 100, "warmup_epochs": 20, "max_grad_norm": 5},
+            (2048, 5e-3),
+            1e-6,
+            "62,600",
+            "83.8",
+        ),
+        (
+            "finetune_simmim_swin-base",
+            {"layer_decay": 0.9, "drop_path": 0.1, "num_train_epochs": 100, "warmup_epochs": 20, "max_grad_norm": 5},
+            (2048, 5e-3),
+            1e-6,
+            "62,600",
+            "82.8",
+        ),
+        (
+            "finetune_simmim_swin-base_800ep",
+            {"layer_decay": 0.8, "drop_path": 0.1, "num_train_epochs": 100, "warmup_epochs": 20, "max_grad_norm": 5},
+            (2048, 5e-3),
+            1e-6,
+            "62,600",
+            "84.0",
+        ),
+        (
+            "finetune_beit_vit-base",
+            {"layer_decay": 0.65, "drop_path": 0.1, "num_train_epochs": 100, "warmup_epochs": 20, "max_grad_norm": 0},
+            (1024, 4e-3),
+            1e-6,
+            "125,100",
+            "83.2",
+        ),
+        (
+            "finetune_beit_vit-large",
+            {"layer_decay": 0.75, "drop_path": 0.2, "num_train_epochs": 50, "warmup_epochs": 5, "max_grad_norm": 0},
+            (1024, 1e-3),
+            1e-6,
+            "62,550",
+            "85.2",
+        ),
+    ],
+)
+def test_recipe__has_the_published_constants(recipe, published, peak, floor, num_steps, accuracy):
+    path = RECIPES / f"{recipe}.yaml"
+    text = path.read_text(encoding="utf-8")
+    run = next(line for line in text.splitlines() if line.startswith("# Run:"))
+    argv = run.split("run_finetune.py")[1].split()
+    settings = load_finetune_settings(argv, lambda name: "finetune_beit_vit-large")
+    common = {
+        "pooling": "mean",
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "label_smoothing_factor": 0.1,
+        "rand_augment": 9,
+        "erasing": 0.25,
+        "crop_scale": [0.08, 1.0],
+        "interpolation": "bicubic",
+        "weight_decay": 0.05,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "adam_epsilon": 1e-8,
+        "lr_scheduler_type": "cosine_with_min_lr",
+    }
+    expected = {**common, **published}
+    assert {name: settings[name] for name in expected} == expected
+    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    plan = plan_of(settings, eight_gpus, (NUM_IMAGENET_IMAGES, 50_000))
+    assert (plan.images_per_step, plan.learning_rate) == (peak[0], pytest.approx(peak[1]))
+    ratio = json.loads(settings["lr_scheduler_kwargs"])["min_lr_rate"]
+    assert ratio * plan.learning_rate == pytest.approx(floor, rel=1e-6)
+    assert plan.num_steps == published["num_train_epochs"] * plan.steps_per_epoch
+    assert f"{plan.num_steps:,}" == num_steps
+    assert f"{num_steps} steps" in text
+    assert f"Expected: {accuracy} top-1" in text
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipe__header_says_where_it_comes_from_and_leaves_encoder_and_data_to_the_user(recipe):
+    path = RECIPES / f"{recipe}.yaml"
+    text = path.read_text(encoding="utf-8")
+    for field in ("Paper:", "Run:", "Cost:", "Expected:", "Measured:", "Differs:"):
+        assert len([line for line in text.splitlines() if line.startswith(f"# {field}")]) == 1, field
+    assert f"--config recipes/{path.name}" in text
+    assert not {"model", "dataset", "image_size", "per_device_train_batch_size"} & set(yaml.safe_load(text))
+
+
+def test_linear__has_a_recipe_of_its_own_without_mixing():
+    settings = load("--mode", "linear")
+    wanted = {"pooling": "class", "rand_augment": 0, "mixup": 0, "cutmix": 0, "drop_path": 0, "num_train_epochs": 90}
+    assert {name: settings[name] for name in wanted} == wanted
+
+
+def test_precedence__command_line_over_config_over_the_encoders_recipe(tmp_path: Path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("mixup: 0.2\nlayer_decay: 0.8\n")
+    settings = load("--config", str(mine), "--layer_decay", "0.9")
+    assert (settings["mixup"], settings["layer_decay"], settings["cutmix"]) == (0.2, 0.9, 1.0)
+    assert "recipes/finetune_mae_vit-base.yaml" in settings.describe()
+
+
+def test_plan__small_data_get_steps_enough_and_the_best_checkpoint_is_saved():
+    plan = plan_of(load("--eval_steps", "50"), num_images=(200, 40))
+    assert plan.num_steps >= 1000
+    assert any("epochs instead of 100" in note for note in plan.notes)
+    arguments = plan.training_arguments()
+    assert (arguments["eval_steps"], arguments["save_steps"]) == (50, 50)
+    assert (arguments["load_best_model_at_end"], arguments["greater_is_better"]) == (True, True)
+    nothing_to_choose_by = plan_of(load(), num_images=(200, 0)).training_arguments()
+    assert (nothing_to_choose_by["load_best_model_at_end"], nothing_to_choose_by["eval_strategy"]) == (False, "no")
+
+
+def test_plan__counts_only_what_trains_for_adam():
+    whole, head = (plan_of(load(), num_parameters=(1000, trained)).bytes_for_weights for trained in (1000, 10))
+    assert (whole, head) == (16_000, 160 + 4 * 990)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--dataset", "x"], "--model is missing"),
+        (["--model", "x"], "--dataset is missing"),
+        ([*NAMED, "--mode", "attentive"], "run_evaluation.py measures an encoder with an attentive probe"),
+        ([*NAMED, "--label_fraction", "0.1", "--labels_per_class", "5"], "give one"),
+        ([*NAMED, "--label_fraction", "1.5"], "--label_fraction is 1.5, expected a number above 0"),
+        ([*NAMED, "--layer_decay", "0"], "--layer_decay is 0.0, expected a number above 0 and at most 1"),
+        ([*NAMED, "--mixupp", "0"], "did you mean --mixup?"),
+        ([*NAMED, "--mode", "liner"], "did you mean linear?"),
+        ([*NAMED, "--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+    ],
+)
+def test_mistake__is_told_with_what_was_expected(argv, message):
+    with pytest.raises(SettingsError) as error:
+        load_finetune_settings(argv, lambda name: "finetune_mae_vit-base")
+    assert message in str(error.value)
+
+
+def test_help__names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        load("--help")
+    text = capsys.readouterr().out
+    assert "--labels_per_class" in text
+    assert "the method's" not in text
+
+
+def test_schedule__another_one_leaves_the_recipes_own_options_behind():
+    argv = ["--model", "x", "--dataset", "y", "--lr_scheduler_type", "cosine"]
+    assert not load_finetune_settings(argv, lambda name: "finetune_mae_vit-base")["lr_scheduler_kwargs"]
