@@ -21,6 +21,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from evaluation.looks import KNN, LINEAR, RANKME, draw_looks, trend
+
 MAX_ROWS = 8
 BLANK = 0.5  # gray of patches that are not there
 
@@ -167,18 +169,28 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], shape: Sequence[int
 
 
 def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of training and held-out loss and the learning rate, from the `log_history` of a Trainer's state."""
+    """Write a PNG of training and held-out loss and the learning rate, from the `log_history` of a Trainer's state.
+
+    Below, how the features did on labelled images, where that was looked at (`evaluation.watch`).
+    """
     train, held_out = _series(log_history, "loss"), _series(log_history, "eval_loss")
     if not len(train[0]) and not len(held_out[0]):
         raise ValueError(
             'The log history has no entry with "loss" or "eval_loss" and "step"; log at least once first.'
         )
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # no pyplot: it keeps figures and picks a display
-    axes = figure.subplots()
+    looks = {key: _series(log_history, key) for key in (LINEAR, KNN, RANKME)}
+    if len(looks[LINEAR][0]):
+        figure.set_size_inches(8, 7.5)
+        axes, feature_axes = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+        draw_looks(feature_axes, looks, trend(*looks[LINEAR]))
+    else:
+        axes = feature_axes = figure.subplots()
     rate_axes = _draw_learning_rate(axes, *_series(log_history, "learning_rate"))
     _draw_training_loss(axes, *train)
     _draw_held_out_loss(axes, *held_out)
-    axes.set(xlabel="step", ylabel="loss")
+    axes.set(ylabel="loss")
+    feature_axes.set(xlabel="step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)

@@ -1,0 +1,313 @@
+"""How good are an encoder's frozen features? `python run_evaluation.py --model out --dataset ./labelled`.
+
+Images -> features of the encoder, of the same one untrained, and raw pixels -> kNN and probes -> metrics.json and
+report.html. With `--embed FILE.parquet` the features themselves, of images without labels. `--help` has the flags.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from data.labelled import LabelledImages, LabelledPart, labelled_subset, open_labelled, split_stratified, write_subset
+from data.sources import open_source
+from evaluation.embedding import write_embeddings
+from evaluation.features import FrozenEncoder, collect, open_encoder, untrained
+from evaluation.frozen import LOGISTIC_UP_TO, PROBES, TRAINED, UNTRAINED, Part, measure, quality
+from evaluation.maps import feature_maps
+from evaluation.preprocessing import BATCH_SIZE, Batch, Preprocessor, batches
+from evaluation.report import write_report
+from hub.redaction import shorten_command, shorten_paths
+from run_pretraining import run  # with it come our heads, so that a whole model of ours can be opened
+from training.callbacks import duration
+from training.launch import has_accelerator
+from training.parsing import nearest
+
+METRICS_FILE, REPORT_FILE, MAPS_FILE, LABELS_FILE = "metrics.json", "report.html", "feature_maps.png", "labels.txt"
+_WRITTEN_BY = "run_evaluation.py"
+_TEST_FRACTION = 0.2  # of a data set without a part of its own to test on
+_MAX_BAD_FRACTION = 0.05
+_MAX_PATCH_BYTES = 2 * 1024**3  # of all training images' patches in half precision, for the attentive probe
+_NUM_PICTURES = 6
+
+
+def main(argv: list[str]) -> None:
+    arguments = parse(argv)
+    device = torch.accelerator.current_accelerator() if has_accelerator() and not arguments.use_cpu else None
+    encoder, preprocessor = open_encoder(arguments.model, device or "cpu")
+    if arguments.embed:
+        embed(arguments, encoder, preprocessor)
+    else:
+        evaluate(arguments, encoder, preprocessor, argv)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog=_WRITTEN_BY, description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="folder or Hub id of the encoder")
+    parser.add_argument("--dataset", required=True, nargs="+", help="folder of class folders, Hub id, idx files or "
+                        "'sample-fashion'; with --embed any images")  # fmt: skip
+    parser.add_argument("--label_column", help="of a table (default: found by type and name)")
+    parser.add_argument("--labels_per_class", type=int, help="train on so many images of each class (default: all)")
+    parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES), help="(default: all)")
+    parser.add_argument("--output_dir", help="(default: outputs/evaluation-<model>-<dataset>)")
+    parser.add_argument("--embed", type=Path, help="write the features of all images into this .parquet file instead")
+    parser.add_argument("--embed_patches", action="store_true", help="those of every patch too")
+    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help=f"images at once (default: {BATCH_SIZE})")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    parser.add_argument("--use_cpu", action="store_true", help="leave the GPU alone")
+    parser.add_argument("--debug", action="store_true", help="show Python tracebacks of errors")
+    arguments = parser.parse_args([_with_underscores(word) for word in argv])
+    if arguments.batch_size < 1:
+        raise ValueError(f"--batch_size is {arguments.batch_size}, expected 1 or more")
+    if arguments.embed and arguments.embed.suffix != ".parquet":
+        raise ValueError(f"--embed is {arguments.embed}, expected the name of a .parquet file")
+    for flag in ("labels_per_class", "output_dir", "label_column"):
+        if arguments.embed and getattr(arguments, flag):
+            raise ValueError(f"--{flag} has no effect with --embed, which writes features and measures nothing")
+    if arguments.embed_patches and not arguments.embed:
+        raise ValueError("--embed_patches has no effect without --embed")
+    return arguments
+
+
+# ---- features into a file ----
+
+
+def embed(arguments: argparse.Namespace, encoder: FrozenEncoder, preprocessor: Preprocessor) -> None:
+    source = open_source(arguments.dataset, split=None)
+    bad = BadImages(len(source))
+    images = batches(source, range(len(source)), preprocessor, bad, arguments.batch_size)
+    arguments.embed.parent.mkdir(parents=True, exist_ok=True)
+    num_rows = write_embeddings(
+        arguments.embed, encoder, shown(images, len(source), "features"), source, arguments.embed_patches
+    )
+    print(f"{arguments.embed}: features of {num_rows:,} images of {source.describe()}{bad.describe()}")
+
+
+# ---- the evaluation ----
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on and what is tested on."""
+
+    class_names: tuple[str, ...]
+    train: LabelledPart
+    test: LabelledPart
+    tested_on: str
+
+
+def find_task(arguments: argparse.Namespace) -> Task:
+    """The training part, cut to `--labels_per_class`, and the part to test on: test, else validation, else a share."""
+    images: LabelledImages = open_labelled(arguments.dataset, arguments.label_column)
+    train, test, tested_on = images.train, images.test, "its own test part"
+    if test is None:
+        test, tested_on = images.validation, "its own validation part"
+    if test is None:
+        kept, held_out = split_stratified(train.labels, _TEST_FRACTION, arguments.seed, images.class_names)
+        train, test = train.select(kept), train.select(held_out)
+        tested_on = f"{_TEST_FRACTION:.0%} of each class, held out for it: the data have no part of their own"
+        print(f"note: tested on {tested_on}")
+    if arguments.labels_per_class is not None:
+        chosen = labelled_subset(
+            train.labels,
+            num_per_class=arguments.labels_per_class,
+            seed=arguments.seed,
+            class_names=images.class_names,
+        )
+        train = train.select(chosen)
+    return Task(images.class_names, train, test, tested_on)
+
+
+def evaluate(
+    arguments: argparse.Namespace, encoder: FrozenEncoder, preprocessor: Preprocessor, argv: list[str]
+) -> None:
+    started = time.perf_counter()
+    task = find_task(arguments)
+    model, dataset = short_name(arguments.model), ", ".join(map(short_name, arguments.dataset))
+    output_dir = Path(arguments.output_dir or f"outputs/evaluation-{model}-{dataset}".replace(", ", "-"))
+    refuse_other_results(output_dir / METRICS_FILE)
+    probes = probes_that_fit(arguments, task, encoder, preprocessor)
+    keep_patches = "attentive" in probes
+    encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, arguments.seed)}
+    bad = BadImages(len(task.train) + len(task.test))
+
+    def part_of(images: LabelledPart, what: str) -> Part:
+        stream = batches(images.source, images.indices, preprocessor, bad, arguments.batch_size)
+        positions, features, pictures = collect(
+            encoders, shown(stream, len(images), what), preprocessor, TRAINED if keep_patches else None
+        )
+        return Part(features, pictures, torch.from_numpy(images.labels[positions]))
+
+    train, test = part_of(task.train, "training images"), part_of(task.test, "test images")
+    bad.check()
+    rows, headline = measure(train, test, len(task.class_names), probes, arguments.seed, print)
+    unlabelled = quality(test, arguments.seed)
+
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pictures = [preprocessor([task.test.source.entry(int(i))]) for i in spread(task.test)]
+    maps, maps_text = feature_maps(encoder, preprocessor, torch.cat(pictures))
+    maps.save(output_dir / MAPS_FILE, optimize=True)
+    if arguments.labels_per_class is not None:
+        write_subset(output_dir / LABELS_FILE, task.train, task.class_names)
+    command = shorten_command(shlex.join(["python", _WRITTEN_BY, *argv]))
+    per_class = f" ({arguments.labels_per_class} per class)" if arguments.labels_per_class else ""
+    data = (
+        f"{dataset}: {len(train.labels):,} labelled training images{per_class}, {len(test.labels):,} test images, "
+        f"{len(task.class_names)} classes"
+    )
+    facts = {
+        "encoder": f"{encoder.config.model_type}, {sum(p.numel() for p in encoder.model.parameters()) / 1e6:,.1f} "
+        "million parameters",
+        "tested on": task.tested_on,
+        "images": f"as the encoder's {type(preprocessor.processor).__name__.removesuffix('Pil')} makes them, "
+        f"{' x '.join(map(str, pictures[0].shape[2:]))} pixels, no augmentation",
+        "left out": bad.describe().removeprefix("; ") or "no image",
+        "seed": arguments.seed,
+        "software": ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
+        + f", Python {platform.python_version()}",
+        "date": date.today().isoformat(),
+        "time": duration(time.perf_counter() - started),
+    }
+    write_metrics(output_dir / METRICS_FILE, {
+        "results": [row.as_json() for row in rows] + unlabelled,
+        "headline": headline.name,
+        "model": model,
+        "dataset": dataset,
+        "num_train": len(train.labels),
+        "num_test": len(test.labels),
+        "labels_per_class": arguments.labels_per_class,
+        "class_names": list(task.class_names),
+        "facts": facts,
+        "command": command,
+        "written_by": _WRITTEN_BY,
+    })  # fmt: skip
+    write_report(
+        output_dir / REPORT_FILE,
+        model=model,
+        data=data,
+        rows=rows,
+        headline=headline,
+        quality=unlabelled,
+        labels=test.labels.numpy(),
+        class_names=task.class_names,
+        picture=maps,
+        picture_text=maps_text,
+        facts=facts,
+        command=command,
+    )
+    print(f"{output_dir}: {headline.name} {headline.accuracy:.1%}; {METRICS_FILE}, {REPORT_FILE}, {MAPS_FILE}")
+
+
+def probes_that_fit(
+    arguments: argparse.Namespace, task: Task, encoder: FrozenEncoder, preprocessor: Preprocessor
+) -> list[str]:
+    """Those asked for, less those that this many images rule out, which is said."""
+    probes = list(dict.fromkeys(arguments.probes))
+    if "logistic" in probes and len(task.train) > LOGISTIC_UP_TO:
+        print(f"note: no logistic regression: it is for up to {LOGISTIC_UP_TO:,} training images")
+        probes.remove("logistic")
+    if "attentive" in probes:
+        first = next(iter(batches(task.test.source, task.test.indices[:8], preprocessor, lambda *_: None)), None)
+        one = encoder(first.pixel_values[:1]).patches.numel() * 2 if first is not None else 0
+        if one * (len(task.train) + len(task.test)) > _MAX_PATCH_BYTES:
+            fitting = _MAX_PATCH_BYTES // one - len(task.test)
+            print(
+                f"note: no attentive probe: the patches of all images take more than {_MAX_PATCH_BYTES / 1e9:.1f} GB; "
+                f"--labels_per_class {max(1, fitting // len(task.class_names))} would fit"
+            )
+            probes.remove("attentive")
+    if not probes:
+        raise ValueError(f"none of --probes {' '.join(arguments.probes)} can be done; see the notes above")
+    return probes
+
+
+def spread(part: LabelledPart) -> list[int]:
+    """Numbers in the source of a few images, one of each class as far as they go."""
+    first = [int((part.labels == label).argmax()) for label in sorted(set(part.labels.tolist()))]
+    chosen = [first[i * len(first) // min(_NUM_PICTURES, len(first))] for i in range(min(_NUM_PICTURES, len(first)))]
+    return part.indices[chosen].tolist()
+
+
+def short_name(name: str) -> str:
+    """The last folder of a path; a Hub id or a bundled name stays."""
+    return Path(name).resolve().name if Path(name).exists() else shorten_paths(name).replace("/", "-")
+
+
+def refuse_other_results(file: Path) -> None:
+    """Figures that another program measured are not to be lost."""
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("written_by") != _WRITTEN_BY:
+        raise ValueError(f"{file} was not written by {_WRITTEN_BY}, and is not overwritten: give another --output_dir")
+
+
+def write_metrics(file: Path, content: dict[str, Any]) -> None:
+    scratch = file.with_name(file.name + ".part")
+    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(scratch, file)
+
+
+def shown(images: Iterator[Batch], num_images: int, what: str) -> Iterator[Batch]:
+    """The same, with a bar where somebody watches and a line at the end."""
+    started = time.perf_counter()
+    with tqdm(total=num_images, desc=what, unit="image", disable=not sys.stderr.isatty()) as bar:
+        for batch in images:
+            yield batch
+            bar.update(len(batch.positions))
+    seconds = time.perf_counter() - started
+    print(f"{num_images:,} {what} in {duration(seconds)}, {num_images / seconds:,.0f} images/s", file=sys.stderr)
+
+
+class BadImages:
+    """Notes which images cannot be read, as `data.decoding` found them."""
+
+    def __init__(self, num_images: int) -> None:
+        self.num_images, self.found = num_images, dict[str, str]()
+
+    def __call__(self, name: str, reason: str) -> None:
+        self.found[name] = reason
+
+    def check(self) -> None:
+        """Raises: ValueError if they are too many to go on."""
+        if len(self.found) > _MAX_BAD_FRACTION * self.num_images:
+            raise ValueError(f"{len(self.found)} of {self.num_images} images cannot be read{self.describe()}")
+
+    def describe(self) -> str:
+        examples = ", ".join(f"{shorten_paths(name)} ({reason})" for name, reason in list(self.found.items())[:5])
+        return f"; {len(self.found)} that cannot be read: {examples}" if self.found else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Mistakes as ValueError, told like those of the other commands."""
+
+    def error(self, message: str) -> Any:
+        raise ValueError(message)
+
+    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
+        arguments, rest = self.parse_known_args(argv)
+        if rest:
+            close = nearest(rest[0].lstrip("-").split("=")[0], (action.dest for action in self._actions))
+            raise ValueError(f"unknown flag {rest[0]}; " + (f"did you mean --{close}?" if close else "see --help"))
+        return arguments
+
+
+def _with_underscores(word: str) -> str:
+    """--batch-size is --batch_size."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:], main, _WRITTEN_BY))

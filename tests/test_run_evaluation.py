@@ -1,0 +1,251 @@
+"""`run_evaluation.py` as a user types it: what it writes, what it says, and what it refuses."""
+
+import json
+import re
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, tiny_head
+from fashion import fashion_pixels
+from PIL import Image
+
+import run_evaluation
+from evaluation.features import collect, open_encoder
+from evaluation.frozen import Row, difference
+from evaluation.knn import fit_knn
+from evaluation.preprocessing import batches
+from evaluation.report import by_class, comparisons
+from hub.export import export
+from run_pretraining import run
+
+FASHION = ROOT / "data" / "samples" / "fashion_mnist"
+NAMES = ("Trouser", "Bag", "Ankle boot")
+LABELS = (1, 8, 9)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("encoder") / "tiny-mae"
+    export(tiny_head("mae"), folder, method="mae", recipe={})
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """Three classes of the bundled clothes: 12 training and 8 test images each."""
+    folder = tmp_path_factory.mktemp("labelled") / "clothes"
+    for part, count in (("train", 12), ("test", 8)):
+        table = pq.read_table(FASHION / f"{part}.parquet").slice(0, 400)
+        of_class = {label: [] for label in LABELS}
+        for cell, label in zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True):
+            if label in of_class:
+                of_class[label].append(cell["bytes"])
+        for name, label in zip(NAMES, LABELS, strict=True):
+            (folder / part / name).mkdir(parents=True)
+            for number, data in enumerate(of_class[label][:count]):
+                Image.open(BytesIO(data)).save(folder / part / name / f"{number:02d}.png")
+    return folder
+
+
+def evaluate(*argv: object) -> int:
+    return run([str(word) for word in argv], run_evaluation.main, "run_evaluation.py")
+
+
+def refusal(capsys, *argv: object) -> str:
+    assert evaluate(*argv) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert message.count("run_evaluation.py:") == 1
+    return message
+
+
+@pytest.fixture(scope="module")
+def finished(encoder, labelled, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert evaluate("--model", encoder, "--dataset", labelled, "--output-dir", folder, "--labels_per_class", 6) == 0
+    return folder
+
+
+# ---- what it writes ----
+
+
+def test_evaluation__writes_the_layout(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        *("metrics.json", "report.html", "feature_maps.png", "labels.txt")
+    }
+    lines = (finished / "labels.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[1] for line in lines) == sorted(NAMES * 6)
+
+
+def test_evaluation__metrics_hold_every_row_with_its_interval(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    rows = [row for row in metrics["results"] if row["metric"] == "accuracy"]
+    own = [row["name"] for row in rows if not row["reference"]]
+    kinds = ("class token", "mean of patches", "class token and mean")
+    expected = {f"{probe}, {kind}" for probe in ("kNN", "linear probe", "logistic regression") for kind in kinds}
+    assert set(own) == expected | {"attentive probe, patches"}
+    references = [row["name"] for row in rows if row["reference"]]
+    assert {"kNN, raw pixels", "logistic regression, raw pixels"} <= set(references)
+    assert sum(name.endswith("untrained") for name in references) == 3
+    for row in rows:
+        low, high = row["interval"]
+        assert 0 <= low <= row["value"] <= high <= 1
+        assert row["n"] == 24
+    assert metrics["headline"] in own
+    assert metrics["num_train"] == 18
+    names = {row["name"] for row in metrics["results"]}
+    assert "RankMe, mean of patches" in names
+    assert "feature deviation, class token" in names
+
+
+def test_evaluation__the_report_stands_alone_and_shows_the_rows(finished):
+    page = (finished / "report.html").read_text()
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
+    assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)
+    assert 'name="viewport"' in page
+    for text in (
+        "kNN, raw pixels",
+        "untrained",
+        "Ankle boot",
+        "RankMe",
+        "tiny-mae",
+        "clothes",
+        "--labels_per_class 6",
+    ):
+        assert text in page
+    assert str(finished) not in page  # the user's folders are nobody's business
+    assert "{{" not in page
+
+
+def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labelled):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    row = next(row for row in metrics["results"] if row["name"] == "kNN, mean of patches")
+    opened, preprocess = open_encoder(encoder)
+    parts = {}
+    for part in ("train", "test"):
+        task = run_evaluation.find_task(
+            run_evaluation.parse(["--model", encoder, "--dataset", str(labelled), "--labels_per_class", "6"])
+        )
+        images = getattr(task, part)
+        _, features, _ = collect(
+            {"it": opened}, batches(images.source, images.indices, preprocess, pytest.fail, batch_size=5), preprocess
+        )
+        parts[part] = features["it"].by_kind["mean of patches"], torch.from_numpy(images.labels)
+    knn = fit_knn(*parts["train"], 3, seed=0)
+    assert row["chosen"] == {"k": knn.k, "temperature": knn.temperature}
+    assert row["value"] == pytest.approx((knn(parts["test"][0]).argmax(1) == parts["test"][1]).double().mean().item())
+
+
+def test_evaluation__the_test_labels_decide_nothing_but_the_score(encoder, labelled, finished, tmp_path):
+    """With the test labels turned round, all that was chosen is the same, and the scores are not."""
+    turned = tmp_path / "clothes"
+    (turned / "test").mkdir(parents=True)
+    (turned / "train").symlink_to(labelled / "train")
+    for name, other in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
+        (turned / "test" / name).symlink_to(labelled / "test" / other)
+    arguments = ("--labels_per_class", 6, "--probes", "knn", "linear")
+    assert evaluate("--model", encoder, "--dataset", turned, "--output_dir", tmp_path / "out", *arguments) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    before = {row["name"]: row for row in json.loads((finished / "metrics.json").read_text())["results"]}
+    scores = []
+    for row in metrics["results"]:
+        if row["metric"] == "accuracy" and row["name"] in before:
+            assert row["chosen"] == before[row["name"]]["chosen"]
+            assert row["accuracy_where_chosen"] == before[row["name"]]["accuracy_where_chosen"]
+            scores.append((row["value"], before[row["name"]]["value"]))
+    assert np.mean([turned for turned, _ in scores]) < np.mean([right for _, right in scores])
+
+
+def test_evaluation__without_a_test_part_a_share_is_held_out_and_said(encoder, labelled, tmp_path, capsys):
+    arguments = ("--probes", "knn", "--output_dir", tmp_path)
+    assert evaluate("--model", encoder, "--dataset", labelled / "train", *arguments) == 0
+    assert "note: tested on 20% of each class" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["num_train"], metrics["num_test"]) == (30, 6)
+
+
+def test_evaluation__a_swin_has_no_class_token(labelled, tmp_path):
+    export(tiny_head("simmim+swin"), tmp_path / "swin", method="simmim", recipe={})
+    arguments = ("--labels_per_class", 1, "--output_dir", tmp_path / "out")
+    assert evaluate("--model", tmp_path / "swin", "--dataset", labelled, *arguments) == 0
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert {row["features"] for row in metrics["results"]} == {"mean of patches", "patches", "pixels"}
+    assert all(row["accuracy_where_chosen"] is None for row in metrics["results"] if row["metric"] == "accuracy")
+
+
+def test_embed__features_of_images_without_labels(encoder, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    source = ROOT / "data" / "samples" / "photographs" / "train"
+    for path in sorted(source.glob("*.jpg"))[:5]:
+        (folder / path.name).symlink_to(path)
+    (folder / "zz.jpg").write_bytes(b"\xff\xd8 no picture")
+    file = tmp_path / "features.parquet"
+    assert evaluate("--model", encoder, "--dataset", folder, "--embed", file, "--embed_patches") == 0
+    assert "features of 5 images" in (said := capsys.readouterr().out)
+    assert "1 that cannot be read: zz.jpg (" in said
+    (folder / "zz.jpg").unlink()
+    table = pq.read_table(file)
+    assert [Path(name).name for name in table["name"].to_pylist()] == sorted(path.name for path in folder.iterdir())
+    assert {"class_token", "mean", "patches"} < set(table.column_names)
+
+
+# ---- what it refuses ----
+
+
+def test_evaluation__says_what_is_wrong(encoder, labelled, tmp_path, capsys):
+    assert "--model" in refusal(capsys, "--dataset", labelled)
+    assert "did you mean --labels_per_class" in refusal(
+        capsys, "--model", encoder, "--dataset", labelled, "--label_per_class", 3
+    )
+    assert "neither a folder" in refusal(capsys, "--model", tmp_path, "--dataset", labelled)
+    one = labelled / "train" / "Bag"
+    assert "directly in" in refusal(capsys, "--model", encoder, "--dataset", one)
+    asked = refusal(capsys, "--model", encoder, "--dataset", labelled, "--labels_per_class", 13)
+    assert "has 12 images" in asked
+    assert ".parquet" in refusal(capsys, "--model", encoder, "--dataset", labelled, "--embed", "out.csv")
+    assert "no effect" in refusal(capsys, "--model", encoder, "--dataset", labelled, "--embed_patches")
+    assert "batch_size" in refusal(capsys, "--model", encoder, "--dataset", labelled, "--batch_size", 0)
+
+
+def test_evaluation__other_programs_results_are_not_overwritten(encoder, labelled, tmp_path, capsys):
+    (tmp_path / "metrics.json").write_text('{"results": []}')
+    message = refusal(capsys, "--model", encoder, "--dataset", labelled, "--output_dir", tmp_path)
+    assert "is not overwritten" in message
+    assert (tmp_path / "metrics.json").read_text() == '{"results": []}'
+
+
+# ---- the report's own arithmetic ----
+
+
+def row_of(correct: np.ndarray, source: str = "trained", **changes) -> Row:
+    settings = {"probe": "knn", "features": "mean of patches", "source": source, "chosen": {"k": 5}, "chosen_at": 0.5}
+    predictions = changes.pop("predictions", np.zeros(len(correct), np.int64))
+    return Row(**settings, correct=correct, predictions=predictions, interval=(0.4, 0.6), balanced_accuracy=0.5)
+
+
+def test_difference__is_paired_and_so_sees_more_than_two_intervals():
+    better = np.arange(1000) < 700
+    slightly = np.arange(1000) < 680  # wrong on 20 more of the same images
+    gain, (low, high) = difference(row_of(better), row_of(slightly))
+    assert gain == pytest.approx(0.02)
+    assert 0.01 < low < 0.02 < high < 0.03
+    sentences = comparisons([row_of(better), row_of(slightly, "pixels")], row_of(better))
+    assert sentences[0].startswith("2.0 points better than raw pixels (kNN, raw pixels, 68.0%)")
+    mixed = np.random.default_rng(0).permutation(better)
+    same = comparisons([row_of(mixed, "untrained")], row_of(better))
+    assert same[0].startswith("Not told apart from the untrained encoder")
+
+
+def test_by_class__the_weakest_first_with_what_it_is_taken_for():
+    labels = fashion_pixels("test", 300)[1].numpy()
+    predictions = labels.copy()
+    shirts = np.flatnonzero(labels == 6)
+    predictions[shirts[::2]] = 0
+    shown, num_left_out = by_class(row_of(predictions == labels, predictions=predictions), labels, list("abcdefghij"))
+    assert (shown[0]["name"], shown[0]["taken_for"], num_left_out) == ("g", "a", 0)
+    assert shown[1]["taken_for"] is None

@@ -1,0 +1,161 @@
+"""Frozen features looked at while pre-training: the same weights with and without, logged, drawn, put in words."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, tiny_head
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import run_pretraining
+from evaluation.looks import KNN, LINEAR, RANKME, summary, trend
+from evaluation.pictures import training_curve
+from evaluation.watch import FeatureWatch, open_feature_watch
+
+SMALL = [
+    *("--model", "vit-nano", "--image_size", "32", "--use_cpu", "--per_device_train_batch_size", "8"),
+    *("--max_steps", "4", "--save_steps", "2", "--eval_steps", "2", "--dataset", "sample-fashion"),
+]
+
+
+@pytest.fixture(autouse=True)
+def fewer_images(monkeypatch):
+    monkeypatch.setattr("evaluation.watch._NUM_TRAIN", 100)
+    monkeypatch.setattr("evaluation.watch._NUM_TEST", 100)
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pretraining" / "model.safetensors")
+
+
+def history(folder) -> list[dict]:
+    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    assert run_pretraining.run([*SMALL, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")  # set by the run before
+    folder = tmp_path / "out"
+    assert run_pretraining.run([*SMALL, "--output_dir", str(folder), "--eval_dataset", "sample-fashion"]) == 0
+    said = capsys.readouterr()
+    assert "features watched: mean of patches, 100 labelled images and 100 to test on, 10 classes" in said.out
+    assert "step 4/4  linear probe" in said.err
+    ours, theirs = weights(folder), weights(plain)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    optimizers = [torch.load(f / "checkpoint-4" / "optimizer.pt", weights_only=True) for f in (folder, plain)]
+    moments = [[state["exp_avg"] for state in optimizer["state"].values()] for optimizer in optimizers]
+    assert all(torch.equal(one, other) for one, other in zip(*moments, strict=True))
+
+    looks = [entry for entry in history(folder) if LINEAR in entry]
+    assert [entry["step"] for entry in looks] == [0, 2, 4]
+    assert all(0 <= entry[key] <= 1 for entry in looks for key in (LINEAR, KNN))
+    losses = [[entry["loss"] for entry in history(each) if "loss" in entry] for each in (folder, plain)]
+    assert losses[0] == losses[1]
+    events = EventAccumulator(str(next(folder.glob("runs/**/events*"))))
+    events.Reload()
+    assert [event.step for event in events.Scalars("eval/linear_accuracy")] == [0, 2, 4]
+    with Image.open(folder / "training_curve.png") as with_panel, Image.open(plain / "training_curve.png") as without:
+        assert with_panel.height > 1.4 * without.height
+
+
+def test_pretraining__looks_where_nothing_is_held_out_and_after_a_resume(tmp_path):
+    folder, flags = tmp_path / "out", ["--validation_fraction", "0", "--eval_dataset", "sample-fashion"]
+    command = [*SMALL, *flags, "--output_dir", str(folder)]
+    assert run_pretraining.run(command) == 0
+    before = [(e["step"], e[LINEAR], e[KNN], e[RANKME]) for e in history(folder) if LINEAR in e]
+    assert [step for step, *_ in before] == [0, 2, 4]
+    for name in ("checkpoint-4", "pretraining"):
+        for path in sorted((folder / name).rglob("*"), reverse=True):
+            path.unlink()
+        (folder / name).rmdir()
+    assert run_pretraining.run(command) == 0
+    assert [(e["step"], e[LINEAR], e[KNN], e[RANKME]) for e in history(folder) if LINEAR in e] == before
+
+
+def test_pretraining__a_look_at_nothing_is_refused_before_training(tmp_path, capsys):
+    photographs = str(ROOT / "data" / "samples" / "photographs")
+    for dataset, words in ((photographs, "directly in"), (str(tmp_path / "nowhere"), "nowhere")):
+        assert run_pretraining.run([*SMALL, "--output_dir", str(tmp_path / "o"), "--eval_dataset", dataset]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("variant", ["mae", "simmim", "simmim+swin", "beit"])
+def test_watch__leaves_every_head_as_it_was(variant):
+    head = tiny_head(variant).train()
+    next(head.encoder.children()).eval()
+    before = {name: module.training for name, module in head.named_modules()}
+    watch, state = open_feature_watch(["sample-fashion"], (32, 32), 3, seed=0), torch.get_rng_state()
+    first, second = watch(head), watch(head)
+    assert first == second
+    assert set(first) == {LINEAR, KNN, RANKME}
+    assert {name: module.training for name, module in head.named_modules()} == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in head.parameters())
+
+
+def test_watch__a_diverged_head_is_not_measured():
+    head = tiny_head("mae")
+    with torch.no_grad():
+        head.encoder.layernorm.weight.fill_(float("nan"))
+    assert open_feature_watch(["sample-fashion"], (32, 32), 3, seed=0)(head) == {}
+
+
+def test_watch__keeps_the_same_images_of_every_class():
+    watch = open_feature_watch(["sample-fashion"], (32, 32), 1, seed=0)
+    assert isinstance(watch, FeatureWatch)
+    assert watch.train.pixel_values.shape == (100, 1, 32, 32)
+    assert torch.equal(torch.bincount(watch.train.labels), torch.full((10,), 10))
+    again = open_feature_watch(["sample-fashion"], (32, 32), 1, seed=0)
+    assert torch.equal(watch.train.pixel_values, again.train.pixel_values)
+
+
+# ---- in words ----
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "words"),
+    [
+        ([0.5, 0.6], "too early to say"),
+        ([0.30, 0.45, 0.55, 0.61, 0.66, 0.70], "still improving"),
+        ([0.3, 0.6, 0.70, 0.701, 0.699, 0.70, 0.702, 0.698, 0.70, 0.70], "no longer improving"),
+        ([0.7, 0.7, 0.7, 0.68, 0.65, 0.61], "getting worse"),
+        ([0.7] * 8, "no longer improving"),
+    ],
+)
+def test_trend__is_put_in_words(accuracies, words):
+    assert words in trend(list(range(0, 100 * len(accuracies), 100)), accuracies)
+
+
+def test_trend__scatter_alone_is_rarely_called_improvement():
+    generator = np.random.default_rng(0)
+    said = [trend(range(12), 0.7 + 0.01 * generator.standard_normal(12)) for _ in range(400)]
+    assert np.mean(["still improving" in text for text in said]) < 0.08
+
+
+def test_summary__is_one_line():
+    entries = [{"step": s, LINEAR: 0.5 + s / 1000, KNN: 0.4, RANKME: 12.34} for s in (0, 100, 200, 300)]
+    text = summary([{"loss": 1.0, "step": 5}, *entries])
+    assert text.startswith("linear probe 80.0%, kNN 40.0%, RankMe 12.3: still improving (+30.0 points over")
+    assert "\n" not in text
+    assert "not looked at" in summary([{"loss": 1.0, "step": 5}])
+
+
+def test_training_curve__has_a_second_panel(tmp_path):
+    entries = [{"loss": 1 / (1 + s / 50), "learning_rate": 1e-3, "step": s} for s in range(0, 300, 10)]
+    training_curve(entries, tmp_path / "one.png")
+    looks = [{"step": s, LINEAR: 0.5 + 0.2 * (1 - 0.99**s), KNN: 0.4, RANKME: 12.0} for s in range(0, 300, 30)]
+    training_curve(entries + looks, tmp_path / "two.png")
+    with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
+        assert two.width == one.width
+        assert two.height > one.height
