@@ -1,0 +1,180 @@
+"""Few labels: fine-tuning after pre-training, from random weights, and frozen features against raw pixels.
+
+    python -m benchmarks.few_label                                             # the bundled part of Fashion-MNIST
+    python -m benchmarks.few_label --dataset /usr/share/datasets/fashion-mnist # all of it
+
+For each of three seeds: pre-train without labels, fine-tune with 20 labels a class, and fine-tune the same
+architecture from random weights. Both get the same grid of learning rates and layer decays, searched with seed 0 on
+other labels of the training part (20 a class to train, 180 to choose by); the test part is looked at once for each
+final run. Every step is one of the commands of the README, as a user types them.
+Writes benchmarks/few_label_<hardware>_<date>.md.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+LABELS_PER_CLASS = 20
+LABELS_TO_TUNE, SHARE_TO_CHOOSE_BY = 200, 0.9  # of each class: 20 train, 180 choose
+ARMS = {"pre-trained": [], "from random weights": ["--from_scratch"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="sample-fashion", help="with labels and a test part")
+    parser.add_argument("--unlabelled", nargs="+", help="images to pre-train on (default: those of --dataset)")
+    parser.add_argument("--pretraining", nargs="+", default=["mae_vit-nano_fashion"], help="recipes to compare")
+    parser.add_argument("--finetuning", default="finetune_fashion_few", help="recipe")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3])
+    parser.add_argument("--layer_decays", type=float, nargs="+", default=[0.75, 1.0])
+    parser.add_argument("--labels_per_class", type=int, default=LABELS_PER_CLASS)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/few_label"))
+    parser.add_argument("--name", default="few_label", help="of the result file")
+    options = parser.parse_args()
+    options.grid = [(rate, decay) for rate in options.learning_rates for decay in options.layer_decays]
+    started = time.perf_counter()
+    parts = [compare(recipe, options) for recipe in options.pretraining]
+    write(options, parts, time.perf_counter() - started)
+
+
+def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
+    """All runs of one pre-training recipe."""
+    folder = options.output_dir / recipe
+    encoders, frozen, seconds = [], [], []
+    for seed in SEEDS:
+        encoder = folder / f"encoder-{seed}"
+        unlabelled = options.unlabelled or [options.dataset]
+        flags = ["--config", recipe, "--dataset", *unlabelled, "--output_dir", str(encoder), "--seed", str(seed)]
+        seconds.append(run("run_pretraining.py", *flags, "--eval_steps", "0.5", "--save_steps", "0.5"))
+        encoders.append(encoder)
+        frozen.append(evaluate(encoder, folder / f"frozen-{seed}", seed, options))
+    tuned = {arm: tune(arm, encoders[0], folder, options) for arm in ARMS}
+    accuracies: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for arm in ARMS:
+        best = max(options.grid, key=tuned[arm].__getitem__)
+        for seed, encoder in zip(SEEDS, encoders, strict=True):
+            out = folder / f"{arm.replace(' ', '-')}-{seed}"
+            finetune(arm, encoder, out, seed, best, ["--labels_per_class", str(options.labels_per_class)], options)
+            accuracies[arm].append(results_of(out)["accuracy"])
+    return {"recipe": recipe, "tuned": tuned, "accuracies": accuracies, "frozen": frozen, "seconds": seconds}
+
+
+def tune(arm: str, encoder: Path, folder: Path, options: argparse.Namespace) -> dict[tuple[float, float], float]:
+    """Accuracy on the labels to choose by, for each learning rate and layer decay."""
+    labels = ["--labels_per_class", str(LABELS_TO_TUNE), "--validation_fraction", str(SHARE_TO_CHOOSE_BY)]
+    found = {}
+    for rate, decay in options.grid:
+        out = folder / f"tune-{arm.replace(' ', '-')}-{rate}-{decay}"
+        finetune(arm, encoder, out, 0, (rate, decay), labels, options)
+        history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+        found[rate, decay] = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry][-1]
+    return found
+
+
+def finetune(
+    arm: str, encoder: Path, out: Path, seed: int, best: tuple[float, float], labels: list[str], options: Any
+) -> None:
+    rate, decay = best
+    run(
+        "run_finetune.py", "--config", options.finetuning, "--model", str(encoder), "--dataset", options.dataset,
+        "--output_dir", str(out), "--seed", str(seed), "--learning_rate", str(rate), "--layer_decay", str(decay),
+        "--eval_steps", "0.5", "--save_steps", "0.5", *ARMS[arm], *labels,
+    )  # fmt: skip
+
+
+def evaluate(encoder: Path, out: Path, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """Accuracy by name of simple classifiers on frozen features, those of an untrained encoder, and pixels."""
+    run(
+        "run_evaluation.py", "--model", str(encoder), "--dataset", options.dataset, "--output_dir", str(out),
+        "--labels_per_class", str(options.labels_per_class), "--probes", "knn", "logistic", "--seed", str(seed),
+    )  # fmt: skip
+    results = json.loads((out / "metrics.json").read_text())["results"]
+    return {entry["name"]: entry["value"] for entry in results if entry["metric"] == "accuracy"}
+
+
+def results_of(folder: Path) -> dict[str, float]:
+    return {entry["metric"]: entry["value"] for entry in json.loads((folder / "metrics.json").read_text())["results"]}
+
+
+def run(script: str, *flags: str) -> float:
+    """Seconds that the command took; what it prints goes into a file beside its results."""
+    out = Path(flags[flags.index("--output_dir") + 1])
+    if (out / "README.md").exists() or (out / "report.html").exists():  # finished before an interruption
+        return float((out.parent / f"{out.name}.seconds").read_text())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    log = out.parent / f"{out.name}.log"
+    started = time.perf_counter()
+    with log.open("w") as file:
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        result = subprocess.run(
+            [sys.executable, str(ROOT / script), *flags], stdout=file, stderr=subprocess.STDOUT, env=environment
+        )
+    seconds = time.perf_counter() - started
+    if result.returncode:
+        raise SystemExit(f"{script} {' '.join(flags)} failed:\n{log.read_text()[-3000:]}")
+    (out.parent / f"{out.name}.seconds").write_text(str(seconds))
+    print(f"{seconds:6.0f} s  {out.name}", flush=True)
+    return seconds
+
+
+# ---- the result file ----
+
+
+def write(options: argparse.Namespace, parts: list[dict[str, Any]], seconds: float) -> None:
+    hardware = f"{platform.machine()}-cpu{os.cpu_count()}"
+    date = datetime.date.today().isoformat()
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "scikit-learn"))
+    command = " ".join(["python -m benchmarks.few_label", *sys.argv[1:]])
+    lines = [
+        f"# {options.labels_per_class} labels a class, {date}",
+        "",
+        f"Command: `{command}`",
+        f"Hardware: {os.cpu_count()} cores, {platform.machine()}, no GPU. {versions}, Python "
+        f"{platform.python_version()}.",
+        f"Time: {seconds / 60:.0f} minutes. Data: {options.dataset}, its test part. Settings: recipes/"
+        f"{options.finetuning}.yaml and those named below.",
+        "Accuracy: mean over seeds 0, 1, 2 +- standard deviation. A seed draws the labels, the weights and the order, "
+        "of pre-training too.",
+        "",
+    ]
+    for part in parts:
+        lines += table(part, options)
+    file = ROOT / "benchmarks" / f"{options.name}_{hardware}_{date}.md"
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{file.name}\n\n" + "\n".join(lines))
+
+
+def table(part: dict[str, Any], options: argparse.Namespace) -> list[str]:
+    lines = [f"## recipes/{part['recipe']}.yaml", "", "| | accuracy | each seed |", "|---|---|---|"]
+    rows = {f"fine-tuned, {arm}": values for arm, values in part["accuracies"].items()}
+    rows |= {name: [seed[name] for seed in part["frozen"]] for name in part["frozen"][0]}
+    for name, values in rows.items():
+        each = ", ".join(f"{value:.4f}" for value in values)
+        lines.append(f"| {name} | {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f} | {each} |")
+    lines += [
+        "",
+        "Accuracy on the labels to choose by, seed 0:",
+        "",
+        "| learning rate, layer decay | " + " | ".join(ARMS) + " |",
+    ]
+    lines.append("|---" * (1 + len(ARMS)) + "|")
+    for rate, decay in options.grid:
+        values = " | ".join(f"{part['tuned'][arm][rate, decay]:.4f}" for arm in ARMS)
+        lines.append(f"| {rate:g}, {decay:g} | {values} |")
+    shown = ", ".join(f"{value:.0f}" for value in part["seconds"])
+    return [*lines, "", f"Pre-training took {shown} seconds.", ""]
+
+
+if __name__ == "__main__":
+    main()
