@@ -91,8 +91,8 @@ class PretrainingImages(Dataset[dict[str, Any]]):
         images = copy(self)
         images.train, images.labels, images._reported = False, None, set()
         center = CenterCrop(self.transform.size)
-        is_twofold = isinstance(self.transform, TwoViews)
-        images.transform = TwoViews(center, self.transform.second_size) if is_twofold else center
+        views = self.transform
+        images.transform = TwoViews(center, views.second_size) if isinstance(views, TwoViews) else center
         return images
 
     def view(self, image_index: int, epoch: int = 0) -> Any:

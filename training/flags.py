@@ -165,7 +165,7 @@ HELP_TEXTS = {
     "(default: the method's)",
     "warmup_epochs": "epochs in which the learning rate rises from 0; at most a tenth of the run unless given here "
     "(default: the method's)",
-    "license": "of the weights, for the card: one of the Hub's identifiers, such as apache-2.0 (default: none is named)",
+    "license": "of the weights, for the card: one of the Hub's identifiers, such as apache-2.0 (default: none)",
     "resume": "auto: go on from the last whole checkpoint in --output_dir",
     "overwrite": "delete what an earlier run left in --output_dir",
     "dry_run": "check everything, print the plan and stop before training",
