@@ -152,7 +152,7 @@ def evaluate(
 
     train, test = part_of(task.train, "training images"), part_of(task.test, "test images")
     bad.check()
-    rows, headline = measure(train, test, len(task.class_names), probes, arguments.seed, print)
+    rows, headline = measure(train, test, len(task.class_names), probes, arguments.seed, encoder.device)
     unlabelled = quality(test, arguments.seed)
 
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from evaluation.attentive_probe import fit_attentive
@@ -84,15 +85,24 @@ class Part:
 
 
 def measure(
-    train: Part, test: Part, num_classes: int, probes: Sequence[str], seed: int, say: Callable[[str], None]
+    train: Part,
+    test: Part,
+    num_classes: int,
+    probes: Sequence[str],
+    seed: int,
+    device: torch.device | str = "cpu",
+    say: Callable[[str], None] = print,
 ) -> tuple[list[Row], Row]:
-    """Every row, those of the trained encoder first, and the headline: the best one by the training images."""
+    """Every row, those of the trained encoder first, and the headline: the best one by the training images.
+
+    `say` hears of each row as it is done, on `device`.
+    """
     probes = [probe for probe in probes if probe != "logistic" or len(train.labels) <= LOGISTIC_UP_TO]
     rows: list[Row] = []
 
     def add(probe: str, kind: str, source: str, fitted_on: Tensor, judged_on: Tensor) -> None:
-        model = _FITS[probe](fitted_on, train.labels, num_classes, seed)
-        rows.append(_row(probe, kind, source, model, judged_on, test.labels, seed))
+        model = _FITS[probe](fitted_on.to(device), train.labels.to(device), num_classes, seed)
+        rows.append(_row(probe, kind, source, model, judged_on.to(device), test.labels, seed))
         say(f"{rows[-1].name}: {rows[-1].accuracy:.1%}")
 
     of_train, of_test = train.features[TRAINED], test.features[TRAINED]

@@ -18,7 +18,8 @@ def summary(log_history: Sequence[Mapping[str, Any]]) -> str:
     if not looks:
         return "the features were not looked at yet"
     last = looks[-1]
-    numbers = f"linear probe {last[LINEAR]:.1%}, kNN {last[KNN]:.1%}, RankMe {last[RANKME]:.1f}"
+    untrained = f" (untrained {looks[0][LINEAR]:.1%})" if looks[0]["step"] == 0 < last["step"] else ""
+    numbers = f"linear probe {last[LINEAR]:.1%}{untrained}, kNN {last[KNN]:.1%}, RankMe {last[RANKME]:.1f}"
     return f"{numbers}: {trend([entry['step'] for entry in looks], [entry[LINEAR] for entry in looks])}"
 
 
@@ -37,7 +38,7 @@ def trend(steps: Sequence[int] | np.ndarray, accuracies: Sequence[float] | np.nd
     error = np.sqrt(scatter @ scatter / (num_points - 2) / (x @ x))
     gain, span = 100 * slope * (x[-1] - x[0]), f"over the last {num_points} looks"
     if abs(slope) <= _SURE * error or abs(gain) < 0.05:
-        return f"no longer improving ({gain:+.1f} points {span}, within the scatter)"
+        return f"no clear improvement ({gain:+.1f} points {span}, within the scatter)"
     return f"{'still improving' if slope > 0 else 'getting worse'} ({gain:+.1f} points {span})"
 
 
@@ -48,7 +49,7 @@ def draw_looks(axes: Axes, looks: Mapping[str, tuple[np.ndarray, np.ndarray]], t
         axes.plot(steps, values, color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
     axes.set_ylabel("accuracy, frozen features")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.set_title(title, fontsize="medium", loc="left")
+    axes.set_title(title, fontsize="medium", loc="left", pad=24)  # above the legend
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     rank_axes = axes.twinx()
@@ -58,4 +59,12 @@ def draw_looks(axes: Axes, looks: Mapping[str, tuple[np.ndarray, np.ndarray]], t
     rank_axes.tick_params(axis="y", colors=_GRAY)
     rank_axes.spines[["top", "left", "right"]].set_visible(False)
     handles = axes.get_legend_handles_labels()[0] + rank_axes.get_legend_handles_labels()[0]
-    axes.legend(handles, [str(handle.get_label()) for handle in handles], frameon=False, ncols=3, loc="lower right")
+    axes.legend(
+        handles,
+        [str(handle.get_label()) for handle in handles],
+        frameon=False,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+    )

@@ -128,9 +128,9 @@ def test_watch__keeps_the_same_images_of_every_class():
     [
         ([0.5, 0.6], "too early to say"),
         ([0.30, 0.45, 0.55, 0.61, 0.66, 0.70], "still improving"),
-        ([0.3, 0.6, 0.70, 0.701, 0.699, 0.70, 0.702, 0.698, 0.70, 0.70], "no longer improving"),
+        ([0.3, 0.6, 0.70, 0.701, 0.699, 0.70, 0.702, 0.698, 0.70, 0.70], "no clear improvement"),
         ([0.7, 0.7, 0.7, 0.68, 0.65, 0.61], "getting worse"),
-        ([0.7] * 8, "no longer improving"),
+        ([0.7] * 8, "no clear improvement"),
     ],
 )
 def test_trend__is_put_in_words(accuracies, words):
@@ -146,7 +146,9 @@ def test_trend__scatter_alone_is_rarely_called_improvement():
 def test_summary__is_one_line():
     entries = [{"step": s, LINEAR: 0.5 + s / 1000, KNN: 0.4, RANKME: 12.34} for s in (0, 100, 200, 300)]
     text = summary([{"loss": 1.0, "step": 5}, *entries])
-    assert text.startswith("linear probe 80.0%, kNN 40.0%, RankMe 12.3: still improving (+30.0 points over")
+    assert text.startswith(
+        "linear probe 80.0% (untrained 50.0%), kNN 40.0%, RankMe 12.3: still improving (+30.0 points over"
+    )
     assert "\n" not in text
     assert "not looked at" in summary([{"loss": 1.0, "step": 5}])
 
