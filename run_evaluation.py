@@ -56,8 +56,8 @@ def main(argv: list[str]) -> None:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog=_WRITTEN_BY, description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder or Hub id of the encoder")
-    parser.add_argument("--dataset", required=True, nargs="+", help="folder of class folders, Hub id, idx files or "
-                        "'sample-fashion'; with --embed any images")  # fmt: skip
+    dataset_help = "folder of class folders, Hub id, idx files or 'sample-fashion'; with --embed any images"
+    parser.add_argument("--dataset", required=True, nargs="+", help=dataset_help)
     parser.add_argument("--label_column", help="of a table (default: found by type and name)")
     parser.add_argument("--labels_per_class", type=int, help="train on so many images of each class (default: all)")
     parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES), help="(default: all)")
@@ -135,19 +135,18 @@ def evaluate(
 ) -> None:
     started = time.perf_counter()
     task = find_task(arguments)
-    model, dataset = short_name(arguments.model), ", ".join(map(short_name, arguments.dataset))
-    output_dir = Path(arguments.output_dir or f"outputs/evaluation-{model}-{dataset}".replace(", ", "-"))
+    model, dataset = short_name(arguments.model), "-".join(map(short_name, arguments.dataset))
+    output_dir = Path(arguments.output_dir or f"outputs/evaluation-{model}-{dataset}")
     refuse_other_results(output_dir / METRICS_FILE)
     probes = probes_that_fit(arguments, task, encoder, preprocessor)
-    keep_patches = "attentive" in probes
     encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, arguments.seed)}
     bad = BadImages(len(task.train) + len(task.test))
 
     def part_of(images: LabelledPart, what: str) -> Part:
         stream = batches(images.source, images.indices, preprocessor, bad, arguments.batch_size)
-        positions, features, pictures = collect(
-            encoders, shown(stream, len(images), what), preprocessor, TRAINED if keep_patches else None
-        )
+        patches_of = TRAINED if "attentive" in probes else None
+        found = collect(encoders, shown(stream, len(images), what), preprocessor, patches_of)
+        positions, features, pictures = found
         return Part(features, pictures, torch.from_numpy(images.labels[positions]))
 
     train, test = part_of(task.train, "training images"), part_of(task.test, "test images")
@@ -156,35 +155,27 @@ def evaluate(
     unlabelled = quality(test, arguments.seed)
 
     output_dir.mkdir(parents=True, exist_ok=True)
-    pictures = [preprocessor([task.test.source.entry(int(i))]) for i in spread(task.test)]
-    maps, maps_text = feature_maps(encoder, preprocessor, torch.cat(pictures))
+    pixel_values = torch.cat(
+        [batch.pixel_values for batch in batches(task.test.source, spread(task.test), preprocessor, bad)]
+    )
+    maps, maps_text = feature_maps(encoder, preprocessor, pixel_values)
     maps.save(output_dir / MAPS_FILE, optimize=True)
-    if arguments.labels_per_class is not None:
+    few = f"{arguments.labels_per_class} labels per class" if arguments.labels_per_class else ""
+    if few:
         write_subset(output_dir / LABELS_FILE, task.train, task.class_names)
     command = shorten_command(shlex.join(["python", _WRITTEN_BY, *argv]))
-    per_class = f" ({arguments.labels_per_class} per class)" if arguments.labels_per_class else ""
-    data = (
-        f"{dataset}: {len(train.labels):,} labelled training images{per_class}, {len(test.labels):,} test images, "
-        f"{len(task.class_names)} classes"
-    )
     facts = {
-        "encoder": f"{encoder.config.model_type}, {sum(p.numel() for p in encoder.model.parameters()) / 1e6:,.1f} "
-        "million parameters",
+        **facts_of(encoder, preprocessor, pixel_values),
         "tested on": task.tested_on,
-        "images": f"as the encoder's {type(preprocessor.processor).__name__.removesuffix('Pil')} makes them, "
-        f"{' x '.join(map(str, pictures[0].shape[2:]))} pixels, no augmentation",
         "left out": bad.describe().removeprefix("; ") or "no image",
         "seed": arguments.seed,
-        "software": ", ".join(f"{name} {version(name)}" for name in ("transformers", "torch"))
-        + f", Python {platform.python_version()}",
-        "date": date.today().isoformat(),
         "time": duration(time.perf_counter() - started),
     }
-    write_metrics(output_dir / METRICS_FILE, {
+    content = {
         "results": [row.as_json() for row in rows] + unlabelled,
         "headline": headline.name,
         "model": model,
-        "dataset": dataset,
+        "dataset": f"{dataset}, {few}" if few else dataset,
         "num_train": len(train.labels),
         "num_test": len(test.labels),
         "labels_per_class": arguments.labels_per_class,
@@ -192,11 +183,13 @@ def evaluate(
         "facts": facts,
         "command": command,
         "written_by": _WRITTEN_BY,
-    })  # fmt: skip
+    }
+    write_metrics(output_dir / METRICS_FILE, content)
     write_report(
         output_dir / REPORT_FILE,
         model=model,
-        data=data,
+        data=f"{dataset}: {len(train.labels):,} labelled training images{few and f' ({few})'}, "
+        f"{len(test.labels):,} test images, {len(task.class_names)} classes",
         rows=rows,
         headline=headline,
         quality=unlabelled,
@@ -208,6 +201,20 @@ def evaluate(
         command=command,
     )
     print(f"{output_dir}: {headline.name} {headline.accuracy:.1%}; {METRICS_FILE}, {REPORT_FILE}, {MAPS_FILE}")
+
+
+def facts_of(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: torch.Tensor) -> dict[str, Any]:
+    """What was measured with what, for readers."""
+    num_parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
+    processor = type(preprocessor.processor).__name__.removesuffix("Pil")
+    size = " x ".join(map(str, pixel_values.shape[2:]))
+    software = [f"{name} {version(name)}" for name in ("transformers", "torch")]
+    return {
+        "encoder": f"{encoder.config.model_type}, {num_parameters / 1e6:,.1f} million parameters",
+        "images": f"as the encoder's {processor} makes them, {size} pixels, no augmentation",
+        "software": ", ".join([*software, f"Python {platform.python_version()}"]),
+        "date": date.today().isoformat(),
+    }
 
 
 def probes_that_fit(

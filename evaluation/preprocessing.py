@@ -92,17 +92,16 @@ def batches(
     """
 
     def prepare(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:
-        data = {position: source.entry(int(indices[position])) for position in positions}
         try:
-            return Batch(positions, preprocess(list(data.values()))), []
+            return Batch(positions, preprocess([source.entry(int(indices[each])) for each in positions])), []
         except BadImage:
-            return prepare_one_by_one(data)
+            return prepare_one_by_one(positions)
 
-    def prepare_one_by_one(data: dict[int, bytes | Path]) -> tuple[Batch | None, list[tuple[str, str]]]:
+    def prepare_one_by_one(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:
         good, bad = {}, []
-        for position, each in data.items():
+        for position in positions:
             try:
-                good[position] = preprocess([each])
+                good[position] = preprocess([source.entry(int(indices[position]))])
             except BadImage as error:
                 bad.append((source.name(int(indices[position])), str(error)))
         return Batch(list(good), torch.cat(list(good.values()))) if good else None, bad
