@@ -18,6 +18,11 @@ def encoder_config(name: str) -> PreTrainedConfig:
     folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"--model {name} is no encoder: {_what_else(folder)}")
+    if not folder.is_dir() and (folder.is_absolute() or name.startswith(".") or name.count("/") > 1):
+        raise ValueError(
+            f"--model {name}: there is no folder of this name; give the output folder of run_pretraining.py, or a Hub "
+            "id (org/name)"
+        )
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
