@@ -5,9 +5,15 @@
 
 For each of three seeds: pre-train without labels, fine-tune with 20 labels a class, and fine-tune the same
 architecture from random weights. Both get the same grid of learning rates and layer decays, searched with seed 0 on
-other labels of the training part (20 a class to train, 180 to choose by); the test part is looked at once for each
-final run. Every step is one of the commands of the README, as a user types them.
-Writes benchmarks/few_label_<hardware>_<date>.md.
+200 labels a class of the training part (20 to train and 180 to choose by, among them the 20 of seed 0's final run), or
+on --tuning_dataset; the test part is looked at once for each final run. Every step is one of the commands of the
+README, as a user types them. Writes benchmarks/<name>_<hardware>_<date>.md. After an interruption it goes on.
+
+    python -m benchmarks.tuxstamps && python -m benchmarks.efficientnet_lite0 outputs/efficientnet-lite0
+    python -m benchmarks.few_label --dataset outputs/tuxstamps/stamps --tuning_dataset outputs/tuxstamps/tuning \\
+        --unlabelled outputs/tuxstamps/photographs outputs/tuxstamps/stamps/train --labels_per_class all \\
+        --pretraining mae_vit-nano_tuxstamps simmim_vit-nano_tuxstamps --finetuning finetune_tuxstamps_few \\
+        --reference outputs/efficientnet-lite0 --name tuxstamps
 """
 
 import argparse
@@ -33,19 +39,25 @@ ARMS = {"pre-trained": [], "from random weights": ["--from_scratch"]}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="sample-fashion", help="with labels and a test part")
+    parser.add_argument("--tuning_dataset", help="with labels and a val part, none of it from the test part")
     parser.add_argument("--unlabelled", nargs="+", help="images to pre-train on (default: those of --dataset)")
     parser.add_argument("--pretraining", nargs="+", default=["mae_vit-nano_fashion"], help="recipes to compare")
     parser.add_argument("--finetuning", default="finetune_fashion_few", help="recipe")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3])
     parser.add_argument("--layer_decays", type=float, nargs="+", default=[0.75, 1.0])
-    parser.add_argument("--labels_per_class", type=int, default=LABELS_PER_CLASS)
+    parser.add_argument(
+        "--labels_per_class", type=lambda text: None if text == "all" else int(text), default=LABELS_PER_CLASS
+    )
+    parser.add_argument("--reference", type=Path, help="folder of an encoder to compare frozen features with")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/few_label"))
     parser.add_argument("--name", default="few_label", help="of the result file")
     options = parser.parse_args()
     options.grid = [(rate, decay) for rate in options.learning_rates for decay in options.layer_decays]
-    started = time.perf_counter()
+    if options.labels_per_class is None and options.tuning_dataset is None:
+        parser.error("--labels_per_class all leaves no labels to choose settings by: name a --tuning_dataset")
     parts = [compare(recipe, options) for recipe in options.pretraining]
-    write(options, parts, time.perf_counter() - started)
+    reference = measure_reference(options) if options.reference else {}
+    write(options, parts, reference)
 
 
 def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -65,31 +77,36 @@ def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
         best = max(options.grid, key=tuned[arm].__getitem__)
         for seed, encoder in zip(SEEDS, encoders, strict=True):
             out = folder / f"{arm.replace(' ', '-')}-{seed}"
-            finetune(arm, encoder, out, seed, best, ["--labels_per_class", str(options.labels_per_class)], options)
+            data = [options.dataset, *labels(options, "--validation_fraction=0")]
+            finetune(arm, encoder, out, seed, best, data, options)
             accuracies[arm].append(results_of(out)["accuracy"])
     return {"recipe": recipe, "tuned": tuned, "accuracies": accuracies, "frozen": frozen, "seconds": seconds}
 
 
 def tune(arm: str, encoder: Path, folder: Path, options: argparse.Namespace) -> dict[tuple[float, float], float]:
     """Accuracy on the labels to choose by, for each learning rate and layer decay."""
-    labels = ["--labels_per_class", str(LABELS_TO_TUNE), "--validation_fraction", str(SHARE_TO_CHOOSE_BY)]
+    if options.tuning_dataset:
+        data = [options.tuning_dataset]
+    else:
+        number = ["--labels_per_class", str(LABELS_TO_TUNE)]
+        data = [options.dataset, *number, "--validation_fraction", str(SHARE_TO_CHOOSE_BY)]
     found = {}
     for rate, decay in options.grid:
         out = folder / f"tune-{arm.replace(' ', '-')}-{rate}-{decay}"
-        finetune(arm, encoder, out, 0, (rate, decay), labels, options)
+        finetune(arm, encoder, out, 0, (rate, decay), data, options)
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         found[rate, decay] = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry][-1]
     return found
 
 
 def finetune(
-    arm: str, encoder: Path, out: Path, seed: int, best: tuple[float, float], labels: list[str], options: Any
+    arm: str, encoder: Path, out: Path, seed: int, best: tuple[float, float], data: list[str], options: Any
 ) -> None:
     rate, decay = best
     run(
-        "run_finetune.py", "--config", options.finetuning, "--model", str(encoder), "--dataset", options.dataset,
+        "run_finetune.py", "--config", options.finetuning, "--model", str(encoder), "--dataset", *data,
         "--output_dir", str(out), "--seed", str(seed), "--learning_rate", str(rate), "--layer_decay", str(decay),
-        "--eval_steps", "0.5", "--save_steps", "0.5", *ARMS[arm], *labels,
+        "--eval_steps", "0.5", "--save_steps", "0.5", *ARMS[arm],
     )  # fmt: skip
 
 
@@ -97,10 +114,29 @@ def evaluate(encoder: Path, out: Path, seed: int, options: argparse.Namespace) -
     """Accuracy by name of simple classifiers on frozen features, those of an untrained encoder, and pixels."""
     run(
         "run_evaluation.py", "--model", str(encoder), "--dataset", options.dataset, "--output_dir", str(out),
-        "--labels_per_class", str(options.labels_per_class), "--probes", "knn", "logistic", "--seed", str(seed),
+        "--probes", "knn", "logistic", "--seed", str(seed), *labels(options),
     )  # fmt: skip
     results = json.loads((out / "metrics.json").read_text())["results"]
-    return {entry["name"]: entry["value"] for entry in results if entry["metric"] == "accuracy"}
+    return {_row(entry["name"]): entry["value"] for entry in results if entry["metric"] == "accuracy"}
+
+
+def _row(name: str) -> str:
+    """Of an untrained encoder there is the kind of features that is best trained, which differs from seed to seed."""
+    return f"{name.split(', ')[0]}, untrained encoder" if name.endswith(", untrained") else name
+
+
+def measure_reference(options: argparse.Namespace) -> dict[str, list[float]]:
+    """Accuracies by name for each seed, or for one where a seed draws nothing."""
+    seeds = SEEDS if options.labels_per_class else SEEDS[:1]
+    name = options.reference.name
+    found = [evaluate(options.reference, options.output_dir / f"{name}-{seed}", seed, options) for seed in seeds]
+    mine = [row for row in found[0] if not row.endswith(("raw pixels", "untrained encoder"))]
+    return {f"{name}: {row}": [seed[row] for seed in found] for row in mine}
+
+
+def labels(options: argparse.Namespace, *otherwise: str) -> list[str]:
+    """The flag for so many labels a class, or what stands for all."""
+    return ["--labels_per_class", str(options.labels_per_class)] if options.labels_per_class else [*otherwise]
 
 
 def results_of(folder: Path) -> dict[str, float]:
@@ -108,60 +144,74 @@ def results_of(folder: Path) -> dict[str, float]:
 
 
 def run(script: str, *flags: str) -> float:
-    """Seconds that the command took; what it prints goes into a file beside its results."""
+    """Seconds that the command took; what it prints goes into a file beside its results.
+
+    Not run again where it was finished; an interrupted one goes on.
+    """
     out = Path(flags[flags.index("--output_dir") + 1])
-    if (out / "README.md").exists() or (out / "report.html").exists():  # finished before an interruption
-        return float((out.parent / f"{out.name}.seconds").read_text())
+    command, note = [script, *flags], out.parent / f"{out.name}.json"
+    done: dict[str, Any] = {"command": command, "seconds": 0.0, "finished": False}
+    if note.exists():
+        done = json.loads(note.read_text())
+    if done["command"] != command:
+        raise SystemExit(f"{out} is of another command, {' '.join(done['command'])}: name another --output_dir")
+    if done["finished"]:
+        return done["seconds"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    log = out.parent / f"{out.name}.log"
-    started = time.perf_counter()
-    with log.open("w") as file:
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-        result = subprocess.run(
-            [sys.executable, str(ROOT / script), *flags], stdout=file, stderr=subprocess.STDOUT, env=environment
-        )
-    seconds = time.perf_counter() - started
-    if result.returncode:
-        raise SystemExit(f"{script} {' '.join(flags)} failed:\n{log.read_text()[-3000:]}")
-    (out.parent / f"{out.name}.seconds").write_text(str(seconds))
-    print(f"{seconds:6.0f} s  {out.name}", flush=True)
-    return seconds
+    log, started = out.parent / f"{out.name}.log", time.perf_counter()
+    try:
+        with log.open("w") as file:
+            environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+            result = subprocess.run(
+                [sys.executable, str(ROOT / script), *flags], stdout=file, stderr=subprocess.STDOUT, env=environment
+            )
+        done["finished"] = result.returncode == 0
+    finally:
+        done["seconds"] += time.perf_counter() - started
+        note.write_text(json.dumps(done) + "\n")
+    if not done["finished"]:
+        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+    print(f"{done['seconds']:6.0f} s  {out.name}", flush=True)
+    return done["seconds"]
 
 
 # ---- the result file ----
 
 
-def write(options: argparse.Namespace, parts: list[dict[str, Any]], seconds: float) -> None:
+def write(options: argparse.Namespace, parts: list[dict[str, Any]], reference: dict[str, list[float]]) -> None:
+    notes = [note for recipe in options.pretraining for note in (options.output_dir / recipe).glob("*.json")]
+    minutes = round(sum(json.loads(note.read_text())["seconds"] for note in notes) / 60)
     hardware = f"{platform.machine()}-cpu{os.cpu_count()}"
     date = datetime.date.today().isoformat()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "scikit-learn"))
     command = " ".join(["python -m benchmarks.few_label", *sys.argv[1:]])
     lines = [
-        f"# {options.labels_per_class} labels a class, {date}",
+        f"# {f'{options.labels_per_class} labels a class' if options.labels_per_class else 'Few labels'}, {date}",
         "",
         f"Command: `{command}`",
         f"Hardware: {os.cpu_count()} cores, {platform.machine()}, no GPU. {versions}, Python "
         f"{platform.python_version()}.",
-        f"Time: {seconds / 60:.0f} minutes. Data: {options.dataset}, its test part. Settings: recipes/"
+        f"Time: {minutes} minutes, all commands together. Data: {options.dataset}, its test part. Settings: recipes/"
         f"{options.finetuning}.yaml and those named below.",
-        "Accuracy: mean over seeds 0, 1, 2 +- standard deviation. A seed draws the labels, the weights and the order, "
-        "of pre-training too.",
+        "Accuracy: mean over seeds 0, 1, 2 +- standard deviation. A seed draws "
+        f"{'the labels, ' if options.labels_per_class else ''}the weights and the order, of pre-training too.",
         "",
     ]
     for part in parts:
-        lines += table(part, options)
+        lines += table(part, reference, options)
     file = ROOT / "benchmarks" / f"{options.name}_{hardware}_{date}.md"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{file.name}\n\n" + "\n".join(lines))
 
 
-def table(part: dict[str, Any], options: argparse.Namespace) -> list[str]:
+def table(part: dict[str, Any], reference: dict[str, list[float]], options: argparse.Namespace) -> list[str]:
     lines = [f"## recipes/{part['recipe']}.yaml", "", "| | accuracy | each seed |", "|---|---|---|"]
     rows = {f"fine-tuned, {arm}": values for arm, values in part["accuracies"].items()}
-    rows |= {name: [seed[name] for seed in part["frozen"]] for name in part["frozen"][0]}
+    rows |= {name: [seed[name] for seed in part["frozen"]] for name in part["frozen"][0]} | reference
     for name, values in rows.items():
         each = ", ".join(f"{value:.4f}" for value in values)
-        lines.append(f"| {name} | {statistics.mean(values):.4f} +- {statistics.stdev(values):.4f} | {each} |")
+        spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+        lines.append(f"| {name} | {statistics.mean(values):.4f}{spread} | {each} |")
     lines += [
         "",
         "Accuracy on the labels to choose by, seed 0:",

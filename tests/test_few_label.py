@@ -1,0 +1,62 @@
+"""The few-label benchmark: what it may reuse, and rows that all seeds have."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks import few_label
+
+
+def test_run__a_finished_command_is_not_run_again_and_another_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(few_label, "ROOT", tmp_path)
+    (tmp_path / "count.py").write_text("open('ran', 'a').write('x')")
+    monkeypatch.chdir(tmp_path)
+    flags = ("--output_dir", str(tmp_path / "results" / "out"), "--seed", "0")
+    seconds = few_label.run("count.py", *flags)
+    assert few_label.run("count.py", *flags) == seconds
+    assert (tmp_path / "ran").read_text() == "x"
+    with pytest.raises(SystemExit, match="is of another command"):
+        few_label.run("count.py", *flags[:-1], "1")
+
+
+def test_run__one_that_failed_is_told_and_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(few_label, "ROOT", tmp_path)
+    (tmp_path / "fail.py").write_text("raise SystemExit('no such data')")
+    flags = ("--output_dir", str(tmp_path / "out"))
+    with pytest.raises(SystemExit, match="no such data"):
+        few_label.run("fail.py", *flags)
+    (tmp_path / "fail.py").write_text("print('now it is there')")
+    assert few_label.run("fail.py", *flags) > 0
+
+
+def test_result_file__has_a_row_for_whatever_features_of_the_untrained_encoder_a_seed_took(tmp_path, monkeypatch):
+    options = SimpleNamespace(dataset="images", labels_per_class=20, grid=[(0.001, 0.75)])
+    frozen = []
+    for kind in ("class token", "mean of patches"):
+        names = {f"kNN, {kind}, untrained": 0.5, "kNN, class token": 0.7, "kNN, mean of patches": 0.6}
+        folder = tmp_path / kind
+        folder.mkdir()
+        results = [{"name": name, "metric": "accuracy", "value": value} for name, value in names.items()]
+        (folder / "metrics.json").write_text(json.dumps({"results": results}))
+        monkeypatch.setattr(few_label, "run", lambda *flags: 1.0)
+        frozen.append(few_label.evaluate(tmp_path, folder, 0, options))
+    part = {
+        "recipe": "mae",
+        "tuned": {arm: {(0.001, 0.75): 0.8} for arm in few_label.ARMS},
+        "accuracies": {"pre-trained": [0.8, 0.7]},
+        "frozen": frozen,
+        "seconds": [1.0, 2.0],
+    }
+    table = few_label.table(part, {"reference: kNN": [0.9]}, options)
+    assert "| kNN, untrained encoder | 0.5000 +- 0.0000 | 0.5000, 0.5000 |" in table
+    assert "| fine-tuned, pre-trained | 0.7500 +- 0.0707 | 0.8000, 0.7000 |" in table
+    assert "| reference: kNN | 0.9000 | 0.9000 |" in table
+
+
+def test_all_labels__need_a_tuning_dataset(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["few_label", "--labels_per_class", "all"])
+    with pytest.raises(SystemExit):
+        few_label.main()
+    assert "name a --tuning_dataset" in capsys.readouterr().err
