@@ -6,6 +6,7 @@ Shapes: N images, H W pixels.
 
 import gzip
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def read_idx_array(file: Path, num_axes: int) -> np.ndarray:
     """
     try:
         content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
     start = 4 + 4 * num_axes
     if content[:4] != bytes([0, 0, _UINT8, num_axes]) or len(content) < start:

@@ -324,9 +324,11 @@ def test_mistake__idx_files_that_do_not_fit(clothes, tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + b"\0\0\0\x02" * 3 + b"1"))
     with pytest.raises(ValueError, match="has 17 bytes, its header says 24; copy it again"):
         open_labelled(str(tmp_path))
-    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b broken")
-    with pytest.raises(ValueError, match=r"cannot be read .* copy it again"):
-        open_labelled(str(tmp_path))
+    whole = gzip.compress(np.random.default_rng(0).bytes(1000))
+    for damaged in (b"\x1f\x8b broken", whole[:500] + bytes(255 - byte for byte in whole[500:520]) + whole[520:]):
+        (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot be read .* copy it again"):
+            open_labelled(str(tmp_path))
 
 
 def test_split__is_stratified_seeded_and_complete():
