@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+import modeling  # noqa: F401 - with it whole models of ours can be opened
 from data.labelled import LabelledImages, LabelledPart, labelled_subset, open_labelled, split_stratified, write_subset
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
@@ -30,9 +31,8 @@ from evaluation.maps import feature_maps
 from evaluation.preprocessing import BATCH_SIZE, Batch, Preprocessor, batches
 from evaluation.report import write_report
 from hub.redaction import shorten_command, shorten_paths
-from run_pretraining import run  # with it come our heads, so that a whole model of ours can be opened
 from training.callbacks import duration
-from training.launch import has_accelerator
+from training.launch import has_accelerator, run
 from training.parsing import nearest
 
 METRICS_FILE, REPORT_FILE, MAPS_FILE, LABELS_FILE = "metrics.json", "report.html", "feature_maps.png", "labels.txt"

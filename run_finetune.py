@@ -5,22 +5,21 @@ Settings (the encoder's own published recipe) -> labelled images -> classifier -
 """
 
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from commands.hub_settings import open_repository
 from data.classification import (
     CROP_SHARE,
     ClassificationImages,
@@ -46,27 +45,19 @@ from modeling.image_classification import (
     POOLINGS,
     add_batch_norm,
     build_classifier,
+    check_family,
     native_classifier,
     open_encoder,
     random_encoder,
 )
 from modeling.patches import patch_grid
-from run_pretraining import (
-    find_machine,
-    first_on_main,
-    launcher,
-    open_repository,
-    printer,
-    run,
-    software_and_hardware,
-)
 from training.arithmetic import Machine
-from training.callbacks import BadImagesLimit, CpuEstimate, MimProgress
+from training.callbacks import show_progress
 from training.finetune_plan import FinetunePlan, make_finetune_plan
 from training.finetune_settings import load_finetune_settings, recipe_name
 from training.finetune_trainer import FinetuneTrainer, freeze
 from training.hub_push import HubPush
-from training.launch import check_world, has_accelerator, restore_threads
+from training.launch import find_machine, first_on_main, join, launcher, run, software_and_hardware
 from training.memory import kept_bytes
 from training.mixing import Mixing
 from training.output_folder import (
@@ -75,13 +66,14 @@ from training.output_folder import (
     CURVE_FILE,
     METRICS_FILE,
     SUBSET_FILE,
+    logging_into,
     prepare_output_dir,
 )
 from training.settings import Settings
 
 _WRITTEN_LAST = "config.json"
 _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode linear"
-_NO_MARGIN_FROM = 384  # pixels; smaller images are evaluated without the margin of a slightly larger one
+_LARGEST_WITH_MARGIN = {"mae": 224, "beit": 383, "simmim": math.inf}  # pixels; beyond, the whole short side is seen
 _MOST_KEPT_BYTES = 2**28  # of decoded images for evaluation; more are decoded anew each time
 _IN_WORDS = {
     "finetune": "fine-tuned",
@@ -92,22 +84,17 @@ _IN_WORDS = {
 
 def main(argv: list[str]) -> None:
     settings = load_finetune_settings(argv, lambda name: recipe_of(encoder_config(name)))
-    use_cpu = settings["use_cpu"] or not has_accelerator()
-    state = PartialState(cpu=use_cpu)
-    check_world(state.num_processes)
-    say = printer(state)
-    if (note := restore_threads()) and use_cpu:
-        say(f"note: {note}")
-
+    state, say = join(settings["use_cpu"])
     repository = open_repository(settings)
     config = encoder_config(settings["model"])
+    check_family(settings["model"], config)
     settings = with_encoders_values(settings, config)
     stats, notes = image_stats(settings["model"])
     parts = first_on_main(state, lambda: find_parts(settings))
     notes += channel_notes(config, parts)
     set_seed(settings["seed"])
     classifier = make_classifier(settings, config, parts.images.class_names)
-    plan = plan_run(settings, classifier, parts, find_machine(state, use_cpu), notes)
+    plan = plan_run(settings, classifier, parts, find_machine(state), notes)
     output_dir = plan.output_dir
     say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     for name, reason in parts.bad[:10]:
@@ -115,14 +102,20 @@ def main(argv: list[str]) -> None:
     if settings["dry_run"]:
         return
 
-    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, parts.bad, say, _WRITTEN_LAST))
-    trainer = build_trainer(settings, plan, classifier, parts, stats)
+    def prepare() -> Path | None:
+        checkpoint = prepare_output_dir(output_dir, settings, parts.bad, say, _WRITTEN_LAST)
+        if checkpoint is not None:
+            check_classes(checkpoint, parts.images.class_names)
+        return checkpoint
+
+    checkpoint = first_on_main(state, prepare)
+    with logging_into(output_dir):
+        trainer = build_trainer(settings, plan, classifier, parts, stats)
     hub_push = None
     if repository is not None:
         hub_push = HubPush(repository, output_dir, lambda folder, name: None, say, at_saves=False)
         trainer.add_callback(hub_push)
-    with logging_into(output_dir):
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, config, parts, stats, argv, say)
     say(f'{output_dir}: pipeline("image-classification", model="{output_dir}") opens it; card in README.md')
     if hasattr(trainer, "end"):  # absent in transformers 5.17
@@ -153,9 +146,10 @@ def with_encoders_values(settings: Settings, config: PreTrainedConfig) -> Settin
     size = settings["image_size"] or own
     pooling, possible = settings["pooling"], POOLINGS.get(config.model_type, ())
     drops_paths = config.model_type != "deit"
+    largest = _LARGEST_WITH_MARGIN[recipe_of(config).split("_")[1]]
     follows = {
         "image_size": size,
-        "eval_crop_share": settings["eval_crop_share"] or (CROP_SHARE if size < _NO_MARGIN_FROM else 1.0),
+        "eval_crop_share": settings["eval_crop_share"] or (CROP_SHARE if size <= largest else 1.0),
         # A recipe's wish gives way to what there is; a user's is refused where it cannot be.
         "pooling": pooling if settings.is_users("pooling") or pooling in possible else next(iter(possible), pooling),
         "drop_path": settings["drop_path"] if drops_paths or settings.is_users("drop_path") else 0.0,
@@ -177,6 +171,18 @@ def make_classifier(settings: Settings, config: PreTrainedConfig, class_names: t
         add_batch_norm(classifier)
     freeze(classifier, settings["mode"], settings["num_trained_blocks"])
     return classifier
+
+
+def check_classes(checkpoint: Path, class_names: tuple[str, ...]) -> None:
+    """Raises: ValueError if the run that wrote `checkpoint` had other classes."""
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["id2label"]
+    before = tuple(saved[str(number)] for number in range(len(saved)))
+    if before != class_names:
+        changed = sorted(set(before) ^ set(class_names))
+        raise ValueError(
+            f"{checkpoint.parent} holds an unfinished run with other classes (not in both: {', '.join(changed[:5])}): "
+            "give it its own data again, add --overwrite, or give another --output_dir"
+        )
 
 
 def channel_notes(config: PreTrainedConfig, parts: LabelledParts) -> list[str]:
@@ -260,30 +266,12 @@ def build_trainer(
     trainer.layer_decay = settings["layer_decay"]
     if settings["ema_decay"]:
         trainer.keep_average(settings["ema_decay"])
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MimProgress())
-    trainer.add_callback(BadImagesLimit(bad_images, len(images.train), settings["max_bad_fraction"]))
+    show_progress(trainer, bad_images, parts.bad, settings["max_bad_fraction"], _SHORTER)
     if settings["early_stopping_patience"]:
         trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
-    if arguments.device.type == "cpu":
-        trainer.add_callback(CpuEstimate(_SHORTER))
     if parts.has_subset and trainer.is_world_process_zero():
         write_subset(output_dir / SUBSET_FILE, images.train, images.class_names)
     return trainer
-
-
-@contextmanager
-def logging_into(output_dir: Path) -> Iterator[None]:
-    """For this run only: several may follow each other in one process."""
-    name = "TENSORBOARD_LOGGING_DIR"
-    given = name in os.environ
-    os.environ.setdefault(name, str(output_dir / "runs"))
-    try:
-        yield
-    finally:
-        if not given:
-            del os.environ[name]
 
 
 def evaluated(part: LabelledPart, settings: Settings, bad_images: Path) -> ClassificationImages | StackedImages:

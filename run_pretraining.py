@@ -4,55 +4,39 @@ Settings -> images -> plan -> Trainer -> two artefacts: the root of the output f
 `AutoModel.from_pretrained` opens, its `pretraining/` the whole model. `--help` lists the flags.
 """
 
-import os
-import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import torch
-import transformers
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 from transformers import AutoModelForPreTraining, PreTrainedModel, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import HubStrategy
 
-from data.augmentations import CenterCrop, RandomResizedCrop, Transform, TwoViews
+from commands.artefacts import Artefacts
+from commands.hub_settings import bring_back, build_hub_push, open_repository
+from data.augmentations import CenterCrop, Transform, TwoViews, random_crop
 from data.collators import MaskingCollator
-from data.image_checks import Checked, check_images
-from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_held_out
-from data.sources import ImageSource, open_source
+from data.images import PretrainingImages, measure_image_stats
+from data.pretraining_parts import PretrainingParts, open_pretraining_parts
+from data.sources import ImageSource
 from evaluation.looks import summary as features_in_words
 from evaluation.panels import pixel_panel_drawer, token_panel_drawer
-from evaluation.pictures import MAX_ROWS, training_curve
+from evaluation.pictures import panel_indices
 from evaluation.watch import FeatureWatch, open_feature_watch
-from hub.card_rules import license_problem
-from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint, stage_checkpoint
-from hub.export import PRETRAINING, export, native_root_problem
+from hub.export import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
 from hub.init_weights import read_weights
-from hub.model_card import write_model_card
-from hub.push import HubError, Repository
-from hub.redaction import shorten_values
 from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
-from training.callbacks import BadImagesLimit, CpuEstimate, MimProgress, ReconstructionPanels, duration
-from training.checkpoints import last_whole_checkpoint
-from training.guard import NonFiniteError
-from training.hub_push import HubPush
-from training.launch import check_world, has_accelerator, restore_threads
-from training.output_folder import BAD_IMAGES_FILE, SETTINGS_FILE, interrupted_run, prepare_output_dir
-from training.plan import Machine, Plan, default_output_dir, make_plan
+from training.callbacks import show_panels, show_progress
+from training.launch import find_machine, first_on_main, join, printer, run
+from training.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
+from training.plan import Plan, default_output_dir, make_plan
 from training.settings import Settings, load_settings
 from training.targets import CHOICES as TOKENIZER_CHOICES
 from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
@@ -64,39 +48,21 @@ WRITTEN_LAST = f"{PRETRAINING}/config.json"  # of a finished run
 QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.yaml"
 
 
-@dataclass
-class Images:
-    """The readable images of one run; `held_out` indexes `held_out_source`."""
-
-    source: ImageSource
-    train: np.ndarray
-    held_out_source: ImageSource
-    held_out: np.ndarray
-    bad: list[tuple[str, str]]
-    summary: str
-
-
 def main(argv: list[str]) -> None:
     settings = load_settings(argv, CONFIGS, starting_point)
-    use_cpu = settings["use_cpu"] or not has_accelerator()
-    state = PartialState(cpu=use_cpu)
-    check_world(state.num_processes)
-    say = printer(state)
-    if (note := restore_threads()) and use_cpu:
-        say(f"note: {note}")
-
+    state, say = join(settings["use_cpu"])
     repository = open_repository(settings)
     tokenizer = open_tokenizer(settings)
-    images = first_on_main(state, lambda: find_images(settings))
-    config = head_config(settings, images, tokenizer)
+    flags = {name: settings[name] for name in ("validation_fraction", "max_bad_fraction", "seed")}
+    parts = first_on_main(state, lambda: open_pretraining_parts(settings["dataset"], **flags))
+    config = head_config(settings, parts, tokenizer)
     collator = build_collator(settings, config)
-    machine = find_machine(state, use_cpu)
-    found = f"{images.source.describe()}: {images.summary}"
     blank = without_weights(config)
-    plan = make_plan(settings, machine, len(images.train), len(images.held_out), blank.num_parameters(), found)
+    numbers = (len(parts.train), len(parts.held_out), blank.num_parameters())
+    plan = make_plan(settings, find_machine(state), *numbers, f"{parts.source.describe()}: {parts.summary}")
     output_dir = plan.output_dir
     say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
-    for name, reason in images.bad[:10]:
+    for name, reason in parts.bad[:10]:
         say(f"note: left out {name}: {reason}")
     if problem := native_root_problem(blank):
         say(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
@@ -107,38 +73,31 @@ def main(argv: list[str]) -> None:
 
     def prepare() -> Path | None:
         if repository is not None:
-            bring_back(repository, settings, output_dir, say)
-        return prepare_output_dir(output_dir, settings, images.bad, say, WRITTEN_LAST)
+            bring_back(repository, settings, output_dir, WRITTEN_LAST, say)
+        return prepare_output_dir(output_dir, settings, parts.bad, say, WRITTEN_LAST)
 
     checkpoint = first_on_main(state, prepare)
-    trainer = build_trainer(settings, plan, config, collator, images, tokenizer)
+    with logging_into(output_dir):
+        trainer = build_trainer(settings, plan, config, collator, parts, tokenizer)
     trainer.model.load_state_dict(weights, strict=False)
-    hub_push = None
+    artefacts, hub_push = Artefacts(trainer, settings, parts, argv), None
     if repository is not None:
-        hub_push = build_hub_push(trainer, settings, images, output_dir, argv, repository, say)
+        hub_push = build_hub_push(repository, artefacts, settings, say)
         trainer.add_callback(hub_push)
     if watch is not None:
         say(f"features watched: {watch.describe()}")
         every = int(plan.training_arguments()["eval_steps"])
         trainer.add_callback(EveryFewSteps(trainer, every, watch, features_in_words))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    finish(trainer, settings, images, output_dir, argv)
+    artefacts.finish()
     say(
         f"{output_dir}: {'' if problem else 'encoder for AutoModel.from_pretrained, '}whole model in {PRETRAINING}/, "
-        "pictures in panels/, card in README.md"
+        f"pictures in {PANELS}/, card in README.md"
     )
     if hasattr(trainer, "end"):  # absent in transformers 5.17
         trainer.end()
     if hub_push is not None and state.is_main_process:
         hub_push.finish()
-
-
-def find_machine(state: PartialState, use_cpu: bool) -> Machine:
-    has_bf16 = not use_cpu and state.device.type == "cuda" and torch.cuda.is_bf16_supported()
-    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    num_cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    device_type = "cpu" if use_cpu else state.device.type
-    return Machine(device_type, num_cpus, state.num_processes, num_local_processes, has_bf16)
 
 
 # ---- what it begins from ----
@@ -171,25 +130,11 @@ def initial_weights(
 # ---- images ----
 
 
-def find_images(settings: Settings) -> Images:
-    """Open what `--dataset` names, look at every header, and set a part aside."""
-    source = open_source(settings["dataset"])
-    checked = _check(source, settings)
-    own_part = source.held_out()
-    if own_part is not None and settings["validation_fraction"]:
-        held_out_checked = _check(own_part, settings)
-        bad = checked.bad + held_out_checked.bad
-        return Images(source, checked.good, own_part, held_out_checked.good, bad, checked.summary.describe())
-    train, held_out = split_held_out(len(checked.good), settings["validation_fraction"], settings["seed"])
-    good = checked.good
-    return Images(source, good[train], source, good[held_out], checked.bad, checked.summary.describe())
-
-
 def open_watch(settings: Settings, state: PartialState) -> FeatureWatch | None:
     """What `--eval_dataset` names, in the first process, which does the looking; a mistake is told to all."""
     opened: list[FeatureWatch] = []
     if (dataset := settings["eval_dataset"]) is not None:
-        wanted = (settings.image_size, settings["num_channels"], settings["seed"])
+        wanted = (settings.image_size, settings["num_channels"], settings["seed"], settings["eval_label_column"])
         first_on_main(state, lambda: opened.append(open_feature_watch(dataset, *wanted)))
     return opened[0] if opened else None
 
@@ -222,7 +167,7 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     return Tokenizer(model, view_size, vocab_size)
 
 
-def head_config(settings: Settings, images: Images, tokenizer: Tokenizer | None = None) -> MimConfig:
+def head_config(settings: Settings, parts: PretrainingParts, tokenizer: Tokenizer | None = None) -> MimConfig:
     """The method's own config: the encoder's sizes, the head's settings, and how pixels are standardised."""
     stats: dict[str, Any] = {}
     if settings["image_stats"] == "source" and settings.start is not None:
@@ -230,7 +175,7 @@ def head_config(settings: Settings, images: Images, tokenizer: Tokenizer | None 
     if settings["image_stats"] == "auto":
         crop = CenterCrop(settings.image_size)
         measured = PretrainingImages(
-            images.source, images.train, crop, settings["num_channels"], settings["seed"], 1, None, train=False
+            parts.source, parts.train, crop, settings["num_channels"], settings["seed"], 1, None, train=False
         )
         stats = dict(zip(("image_mean", "image_std"), measure_image_stats(measured), strict=True))
     if tokenizer is not None:
@@ -248,10 +193,6 @@ def without_weights(config: MimConfig) -> MimPreTrainedModel:
     """The head, without memory for its weights."""
     with torch.device("meta"):
         return AutoModelForPreTraining.from_config(config)
-
-
-def _check(source: ImageSource, settings: Settings) -> Checked:
-    return check_images(source, settings["max_bad_fraction"], num_threads=min(8, os.cpu_count() or 1))
 
 
 # ---- training ----
@@ -285,20 +226,16 @@ def build_trainer(
     plan: Plan,
     config: MimConfig,
     collator: MaskingCollator,
-    images: Images,
+    parts: PretrainingParts,
     tokenizer: Tokenizer | None = None,
 ) -> MimTrainer:
     """Everything of the run as objects: data, masks, head, trainer and what a person sees."""
     output_dir = plan.output_dir
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs"))
     arguments = TrainingArguments(**plan.training_arguments())
     set_seed(settings["seed"])
     head = AutoModelForPreTraining.from_config(config)
-    height, width = settings.image_size
-    ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # a wide crop for a wide input, not a squashed one
-    jitter = settings["color_jitter"]
     resampling = Image.Resampling[settings["interpolation"].upper()]
-    crop = RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio, resampling, jitter)
+    crop = random_crop(settings.image_size, tuple(settings["crop_scale"]), resampling, settings["color_jitter"])
 
     def dataset(source: ImageSource, indices: np.ndarray, train: bool) -> PretrainingImages:
         is_fixed = settings["cache_tokens"] or not train
@@ -318,22 +255,16 @@ def build_trainer(
             train=train,
         )
 
-    train = dataset(images.source, images.train, train=True)
-    held_out = dataset(images.held_out_source, images.held_out, train=False) if len(images.held_out) else None
+    train = dataset(parts.source, parts.train, train=True)
+    held_out = dataset(parts.held_out_source, parts.held_out, train=False) if len(parts.held_out) else None
     trainer = MimTrainer(
         model=head, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=collator
     )
     trainer.lr_drop_step = plan.lr_drop_step
     trainer.layer_decay = settings["layer_decay"]
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MimProgress())
-    trainer.add_callback(BadImagesLimit(output_dir / BAD_IMAGES_FILE, len(images.train), settings["max_bad_fraction"]))
-    if arguments.device.type == "cpu":
-        trainer.add_callback(CpuEstimate(QUICKSTART))
+    show_progress(trainer, output_dir / BAD_IMAGES_FILE, parts.bad, settings["max_bad_fraction"], QUICKSTART)
     shown = held_out if held_out is not None else train.at_center()
     batch = collator([shown[index] for index in panel_indices(len(shown))])
-    board = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
     draw = pixel_panel_drawer(settings["method"])
     if tokenizer is not None:
         trainer.make_labels = TokenizerLabels(tokenizer.model, arguments.device)
@@ -343,7 +274,7 @@ def build_trainer(
     if tokenizer is not None and not hasattr(tokenizer.model, "decode"):
         print("note: this tokenizer has no decoder, so there are no reconstruction panels", file=sys.stderr)
         return trainer
-    trainer.add_callback(ReconstructionPanels(output_dir / "panels", batch, draw, board[0] if board else None))
+    show_panels(trainer, output_dir / PANELS, batch, draw)
     return trainer
 
 
@@ -357,222 +288,5 @@ def keep_tokens(trainer: MimTrainer) -> None:
     images.transform = images.transform.crop
 
 
-def panel_indices(num_images: int) -> list[int]:
-    """Up to eight images, spread evenly, so that neighbours of one scene are not all that is seen."""
-    return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
-
-
-# ---- the end ----
-
-
-def finish(trainer: MimTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:
-    """Check the weights, evaluate once more if the last evaluation is older, and write both artefacts and the card."""
-    trainer.stop_if_not_finite()
-    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_artefacts(trainer, settings, images, output_dir, argv, output_dir)
-    trainer.accelerator.wait_for_everyone()
-
-
-def write_artefacts(
-    trainer: MimTrainer,
-    settings: Settings,
-    images: Images,
-    output_dir: Path,
-    argv: list[str],
-    folder: Path,
-    unfinished: str | None = None,
-) -> None:
-    """Encoder, whole model and card of the run in `output_dir` as it is now, into `folder`."""
-    head = trainer.accelerator.unwrap_model(trainer.model)
-    # Folders of the user's machine do not belong into a config that goes to the Hub.
-    export(head, folder, method=settings["method"], recipe=shorten_values(settings.as_recipe()))
-    write_card(trainer, settings, images, output_dir, argv, folder, unfinished)
-
-
-def write_card(
-    trainer: MimTrainer,
-    settings: Settings,
-    images: Images,
-    output_dir: Path,
-    argv: list[str],
-    folder: Path,
-    unfinished: str | None,
-) -> None:
-    head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
-    curve = panel = None
-    if any("loss" in entry or "eval_loss" in entry for entry in history):
-        training_curve(history, folder / (curve := "training_curve.png"))
-    if panels := sorted((output_dir / "panels").glob("*.png")):
-        shutil.copy(panels[-1], folder / (panel := "reconstructions.png"))
-    metrics = {
-        name: [entry[key] for entry in history if key in entry][-1]
-        for name, key in (("train_loss", "loss"), ("eval_loss", "eval_loss"))
-        if any(key in entry for entry in history)
-    }
-    bad = count_bad_images(output_dir / BAD_IMAGES_FILE)
-    write_model_card(
-        folder,
-        command=shlex.join([*launcher(), "run_pretraining.py", *argv]),
-        method=settings["method"],
-        model_name=settings["hub_model_id"] or output_dir.name,
-        base_model=settings["init_from"],
-        recipe=settings.as_recipe(),
-        data_summary={
-            "dataset": images.source.describe(),
-            "training images": len(images.train),
-            "held-out images": len(images.held_out),
-            "sizes": images.summary,
-            "unreadable images left out": len(bad),
-        },
-        metrics=metrics,
-        versions=software_and_hardware(trainer),
-        panel=panel,
-        curve=curve,
-        license=settings["license"],
-        datasets=settings["dataset"],
-        unfinished=unfinished,
-        num_extra_tokens=sum(hasattr(head.encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")),
-        pools_mean=getattr(head.encoder.config, "use_mean_pooling", False),
-        native_root_problem=native_root_problem(head),
-    )
-
-
-def software_and_hardware(trainer: MimTrainer) -> dict[str, str]:
-    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
-    return {
-        **{name: version(name) for name in ("transformers", "torch", "accelerate", "datasets")},
-        "python": platform.python_version(),
-        "hardware": f"{trainer.args.world_size} x {_device_name(trainer.args.device)}",
-        **({"training time": duration(sum(runtime))} if runtime else {}),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-
-
-def launcher() -> list[str]:
-    if "ACCELERATE_MIXED_PRECISION" in os.environ:
-        return ["accelerate", "launch"]
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
-    return ["python"]
-
-
-# ---- the Hub ----
-
-
-def open_repository(settings: Settings) -> Repository | None:
-    """Where `--push_to_hub` goes; nothing is asked of the Hub yet.
-
-    Raises:
-        ValueError: it cannot be the id of a repository, or the Hub would refuse the licence.
-    """
-    if settings["license"] and (problem := license_problem(settings["license"])):
-        raise ValueError(f"--{problem}")
-    if not settings["push_to_hub"]:
-        return None
-    names = ("hub_model_id", "hub_private_repo", "hub_token", "hub_revision")
-    return Repository(*(settings[name] for name in names))
-
-
-def bring_back(repository: Repository, settings: Settings, output_dir: Path, say: Callable[[str], None]) -> None:
-    """A checkpoint that another machine pushed, into an output folder that has none."""
-    keeps_states = HubStrategy(settings["hub_strategy"]) in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-    starts_anew = settings["overwrite"] or settings["resume"] == "never"
-    if not keeps_states or starts_anew or settings["resume_from_checkpoint"]:
-        return
-    if (output_dir / WRITTEN_LAST).exists() or last_whole_checkpoint(output_dir)[0] is not None:
-        return
-    try:
-        found = fetch_checkpoint(repository, output_dir, SETTINGS_FILE)
-    except HubError as error:
-        say(
-            f"note: the run begins anew, for no checkpoint of it could be fetched from the Hub ({error}); "
-            "if there is one, stop now and try again"
-        )
-        return
-    if found is not None:
-        say(f"found a checkpoint of this run in {repository.url}: {found}")
-
-
-def build_hub_push(
-    trainer: MimTrainer,
-    settings: Settings,
-    images: Images,
-    output_dir: Path,
-    argv: list[str],
-    repository: Repository,
-    say: Callable[[str], None],
-) -> HubPush:
-    """Uploads at every save what `finish` writes at the end, and training states if `--hub_strategy` asks for them."""
-    strategy = HubStrategy(settings["hub_strategy"])
-    names: dict[HubStrategy, Callable[[int], str]] = {
-        HubStrategy.CHECKPOINT: lambda step: LAST_CHECKPOINT,
-        HubStrategy.ALL_CHECKPOINTS: lambda step: f"checkpoint-{step}",
-    }
-
-    def stage(folder: Path, checkpoint_name: str | None) -> None:
-        step, last = trainer.state.global_step, trainer.state.max_steps
-        unfinished = f"Training goes on: this is step {step:,} of {last:,}." if step < last else None
-        write_artefacts(trainer, settings, images, output_dir, argv, folder, unfinished)
-        if checkpoint_name is not None:
-            checkpoint = output_dir / f"checkpoint-{step}"
-            stage_checkpoint(checkpoint, output_dir / SETTINGS_FILE, folder / checkpoint_name)
-
-    at_saves = strategy is not HubStrategy.END
-    return HubPush(repository, output_dir, stage, say, names.get(strategy), at_saves)
-
-
-# ---- several processes, one voice ----
-
-
-def printer(state: PartialState) -> Callable[[str], None]:
-    """Prints on the first process only."""
-    return lambda text: print(text, flush=True) if state.is_main_process else None
-
-
-def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
-    """Run on one process and hand the result, or the user's mistake, to all: no rank is left waiting."""
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = work()
-        except ValueError as error:
-            outcome[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
-
-
-def run(argv: list[str], main: Callable[[list[str]], None] = main, name: str = "run_pretraining.py") -> int:
-    """`main` with a user's mistakes told in one message instead of a traceback; returns the exit code."""
-    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
-    wants_traceback = "--debug" in argv
-    if not wants_traceback:
-        transformers.utils.logging.set_verbosity_error()
-        huggingface_hub.utils.logging.set_verbosity_error()
-    try:
-        main(argv)
-    except (ValueError, NonFiniteError) as error:
-        if wants_traceback:
-            raise
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 3
-    finally:
-        if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads sometimes abort it
-            torch.distributed.destroy_process_group()
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(sys.argv[1:], main, "run_pretraining.py"))

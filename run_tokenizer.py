@@ -6,7 +6,6 @@ Settings -> images -> plan -> Trainer -> a folder that `AutoModel.from_pretraine
 
 import json
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -17,35 +16,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from transformers import TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from data.augmentations import CenterCrop, RandomResizedCrop, Transform
+from data.augmentations import CenterCrop, RandomResizedCrop, Transform, random_crop
 from data.images import PretrainingImages
+from data.pretraining_parts import PretrainingParts, open_pretraining_parts
 from data.seeds import seeded_generator
 from data.sources import ImageSource
-from evaluation.pictures import labelled_grid, training_curve
-from hub.model_card import shorten_command
+from evaluation.pictures import labelled_grid, panel_indices, training_curve
+from hub.redaction import shorten_command
 from modeling.dvae import DvaeConfig, DvaeModel, map_pixels
-from run_pretraining import (
-    BAD_IMAGES_FILE,
-    BadImagesLimit,
-    Images,
-    find_images,
-    find_machine,
-    first_on_main,
-    panel_indices,
-    prepare_output_dir,
-    printer,
-    run,
-)
-from training.callbacks import CpuEstimate, MimProgress, ReconstructionPanels
+from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
-from training.launch import check_world, has_accelerator, restore_threads
+from training.launch import find_machine, first_on_main, join, run
 from training.memory import kept_bytes
+from training.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
 from training.settings import Settings
 from training.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
 from training.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
@@ -60,18 +46,13 @@ _WRITTEN_LAST = "config.json"
 
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
-    use_cpu = settings["use_cpu"] or not has_accelerator()
-    state = PartialState(cpu=use_cpu)
-    check_world(state.num_processes)
-    say = printer(state)
-    if (note := restore_threads()) and use_cpu:
-        say(f"note: {note}")
-
+    state, say = join(settings["use_cpu"])
     config = DvaeConfig(**tokenizer_sizes(settings))
-    images = first_on_main(state, lambda: find_images(settings))
+    flags = {name: settings[name] for name in ("validation_fraction", "max_bad_fraction", "seed")}
+    images = first_on_main(state, lambda: open_pretraining_parts(settings["dataset"], **flags))
     plan = make_tokenizer_plan(
         settings,
-        find_machine(state, use_cpu),
+        find_machine(state),
         len(images.train),
         len(images.held_out),
         *measure_model(config),
@@ -85,7 +66,8 @@ def main(argv: list[str]) -> None:
         return
 
     checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, say, _WRITTEN_LAST))
-    trainer = build_trainer(settings, plan, config, images, is_new=checkpoint is None)
+    with logging_into(output_dir):
+        trainer = build_trainer(settings, plan, config, images, is_new=checkpoint is None)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
     say(f"{output_dir}: image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}")
@@ -106,15 +88,14 @@ def measure_model(config: DvaeConfig) -> tuple[int, int, tuple[int, int]]:
 
 
 def build_trainer(
-    settings: Settings, plan: TokenizerPlan, config: DvaeConfig, images: Images, is_new: bool
+    settings: Settings, plan: TokenizerPlan, config: DvaeConfig, images: PretrainingParts, is_new: bool
 ) -> TokenizerTrainer:
     """Everything of the run as objects: data, tokenizer, trainer and what a person sees."""
     output_dir = plan.output_dir
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output_dir / "runs"))
     arguments = TrainingArguments(**plan.training_arguments())
     set_seed(settings["seed"])
     tokenizer = DvaeModel(config)
-    train = image_crops(settings, images.source, images.train, random_crop(settings), plan)
+    train = image_crops(settings, images.source, images.train, crop_of(settings), plan)
     if is_new and settings["start_from_images"]:
         some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
         generator = seeded_generator(settings["seed"], "codebook_start")
@@ -132,23 +113,15 @@ def build_trainer(
         schedules=plan.schedules,
         ema_decay=settings["ema_decay"],
     )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MimProgress())
-    trainer.add_callback(BadImagesLimit(output_dir / BAD_IMAGES_FILE, len(images.train), settings["max_bad_fraction"]))
-    if arguments.device.type == "cpu":
-        trainer.add_callback(CpuEstimate(QUICKSTART))
+    show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings["max_bad_fraction"], QUICKSTART)
     shown = held_out if held_out is not None else train.at_center()
     batch = stack_items([shown[index] for index in panel_indices(len(shown))])
-    board = [c for c in trainer.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
-    trainer.add_callback(ReconstructionPanels(output_dir / "panels", batch, draw_panel, board[0] if board else None))
+    show_panels(trainer, output_dir / PANELS, batch, draw_panel)
     return trainer
 
 
-def random_crop(settings: Settings) -> RandomResizedCrop:
-    height, width = settings.image_size
-    ratio = (3 / 4 * width / height, 4 / 3 * width / height)  # a wide crop for a wide input, not a squashed one
-    return RandomResizedCrop(settings.image_size, tuple(settings["crop_scale"]), ratio)
+def crop_of(settings: Settings) -> RandomResizedCrop:
+    return random_crop(settings.image_size, tuple(settings["crop_scale"]))
 
 
 def image_crops(
@@ -185,12 +158,12 @@ def draw_panel(tokenizer: DvaeModel, batch: dict[str, Any], step: int, eval_loss
 # ---- the end ----
 
 
-def finish(trainer: TokenizerTrainer, settings: Settings, images: Images, output_dir: Path, argv: list[str]) -> None:
+def finish(
+    trainer: TokenizerTrainer, settings: Settings, images: PretrainingParts, output_dir: Path, argv: list[str]
+) -> None:
     """Check the weights, count the codes in use, and write the averaged tokenizer with its card."""
     trainer.stop_if_not_finite()
-    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    if trainer.eval_dataset is not None and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
+    trainer.evaluate_at_the_end()
     if trainer.is_world_process_zero():
         with trainer.average.in_place_of_weights():
             facts = codebook_facts(trainer, settings, images)
@@ -199,7 +172,7 @@ def finish(trainer: TokenizerTrainer, settings: Settings, images: Images, output
 
 
 @torch.no_grad()
-def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: Images) -> dict[str, Any]:
+def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: PretrainingParts) -> dict[str, Any]:
     """The use of the codebook on random crops of the held-out images, as many as `MIN_TOKENS` takes; logged."""
     if not len(images.held_out):
         return {}
@@ -207,7 +180,7 @@ def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: Images
     crops = PretrainingImages(
         images.held_out_source,
         images.held_out,
-        random_crop(settings),
+        crop_of(settings),
         settings["num_channels"],
         settings["seed"],
         use_plan.images_per_step,
@@ -236,9 +209,9 @@ def write_tokenizer(trainer: TokenizerTrainer, facts: dict[str, Any], output_dir
     history = trainer.state.log_history
     trainer.save_state()
     if any("loss" in entry or "eval_loss" in entry for entry in history):
-        training_curve(history, output_dir / "training_curve.png")
-    if panels := sorted((output_dir / "panels").glob("*.png")):
-        shutil.copy(panels[-1], output_dir / "reconstructions.png")
+        training_curve(history, output_dir / CURVE_FILE)
+    if panels := sorted((output_dir / PANELS).glob("*.png")):
+        shutil.copy(panels[-1], output_dir / PANEL_FILE)
     if facts:
         (output_dir / CODEBOOK_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
@@ -280,8 +253,8 @@ def tokenizer_card(output_dir: Path, facts: dict[str, Any], eval_loss: float | N
         ]
     if eval_loss is not None:
         lines += ["", f"Held-out reconstruction loss, from picked codes: {eval_loss:.4g} nats a number."]
-    if (output_dir / "reconstructions.png").exists():
-        lines += ["", "![Images and their reconstructions](reconstructions.png)"]
+    if (output_dir / PANEL_FILE).exists():
+        lines += ["", f"![Images and their reconstructions]({PANEL_FILE})"]
     return "\n".join(lines) + "\n"
 
 

@@ -94,6 +94,18 @@ class RandomResizedCrop:
         return left, top, left + crop_width, top + crop_height
 
 
+def random_crop(
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    interpolation: Image.Resampling = Image.Resampling.BICUBIC,
+    color_jitter: float = 0.0,
+) -> RandomResizedCrop:
+    """With sides about those of `size`: a wide crop for a wide input, not a squashed one."""
+    height, width = size
+    ratio = (3 / 4 * width / height, 4 / 3 * width / height)
+    return RandomResizedCrop(size, scale, ratio, interpolation, color_jitter)
+
+
 @dataclass(frozen=True)
 class CenterCrop:
     """The largest central part with the shape of `size` (height, width), resized to it: the same at every call."""

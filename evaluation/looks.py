@@ -23,6 +23,23 @@ def summary(log_history: Sequence[Mapping[str, Any]]) -> str:
     return f"{numbers}: {trend([entry['step'] for entry in looks], [entry[LINEAR] for entry in looks])}"
 
 
+def last_results(log_history: Sequence[Mapping[str, Any]], dataset: str) -> list[dict[str, Any]]:
+    """The last look as entries of a `metrics.json`; none if there was none."""
+    look = next((entry for entry in reversed(log_history) if LINEAR in entry), None)
+    if look is None:
+        return []
+    names = {LINEAR: ("linear probe", "accuracy"), KNN: ("kNN", "accuracy"), RANKME: ("RankMe", "effective rank")}
+    return [
+        {
+            "name": f"{name}, mean of patches, seen in training",
+            "metric": metric,
+            "value": look[key],
+            "dataset": dataset,
+        }
+        for key, (name, metric) in names.items()
+    ]
+
+
 def trend(steps: Sequence[int] | np.ndarray, accuracies: Sequence[float] | np.ndarray) -> str:
     """Whether the later half of a curve still rises: a line through it, against how far its points scatter.
 

@@ -33,6 +33,11 @@ _BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: to
 _MEDIAN_FROM_POINTS = 60  # shorter curves are readable as they are
 
 
+def panel_indices(num_images: int) -> list[int]:
+    """Up to eight images, spread evenly, so that neighbours of one scene are not all that is seen."""
+    return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
+
+
 def reconstruction_panel(
     pixel_values: Tensor,
     bool_masked_pos: Tensor,

@@ -63,14 +63,19 @@ class FeatureWatch:
         return torch.cat([encoder(batch).mean for batch in batches])  # (N, D)
 
 
-def open_feature_watch(dataset: Sequence[str], size: tuple[int, int], num_channels: int, seed: int) -> FeatureWatch:
+def open_feature_watch(
+    dataset: Sequence[str], size: tuple[int, int], num_channels: int, seed: int, label_column: str | None = None
+) -> FeatureWatch:
     """Reads a seeded share of each class of a labelled data set and keeps it, cut to `size` (height, width).
+
+    Judged on the validation part, or a share of the training part: people stop a run, or choose one, by what they see
+    here, and the test part is for the end.
 
     Raises:
         ValueError: there is no such data set, or it has no labels to learn from.
     """
-    images = open_labelled(dataset)
-    train, test = images.train, images.test or images.validation
+    images = open_labelled(dataset, label_column)
+    train, test = images.train, images.validation
     if test is None:
         kept, held_out = split_stratified(train.labels, _TEST_FRACTION, seed, images.class_names)
         train, test = train.select(kept), train.select(held_out)

@@ -50,9 +50,14 @@ def read_results(folder: Path) -> list[Result]:
         return []
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        return [_result(entry, content) for entry in content.get("results", [])]
+        return as_results(content.get("results", []), content.get("dataset"))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise ValueError(f"{file} is no list of results as run_evaluation.py writes it: {error!r}") from None
+
+
+def as_results(entries: Sequence[Mapping[str, Any]], dataset: str | None = None) -> list[Result]:
+    """Entries as `metrics.json` has them; `dataset` is that of those without one of their own."""
+    return [_result(entry, dataset) for entry in entries]
 
 
 def with_results(card: str, results: Sequence[Result]) -> str:
@@ -84,12 +89,12 @@ def eval_results(results: Sequence[Result]) -> list[EvalResult]:
     ]
 
 
-def _result(entry: Mapping[str, Any], content: Mapping[str, Any]) -> Result:
+def _result(entry: Mapping[str, Any], dataset: str | None) -> Result:
     value = float(entry["value"])
     if not math.isfinite(value):
         raise ValueError(f"{entry['name']} is {value}")
     interval, number = entry.get("interval"), entry.get("n")
-    dataset = entry.get("dataset") or content.get("dataset")
+    dataset = entry.get("dataset") or dataset
     return Result(
         name=shorten_paths(str(entry["name"])),
         metric=str(entry.get("metric", "accuracy")),

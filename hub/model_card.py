@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from hub.card_results import eval_results, read_results, results_section, with_results
+from hub.card_results import as_results, eval_results, read_results, results_section, with_results
 from hub.card_rules import HUB_ID, check_card
 from hub.citations import PAPERS
 from hub.redaction import shorten_command, shorten_paths
@@ -43,11 +43,12 @@ def write_model_card(
     classes: Sequence[str] = (),
     from_scratch: bool = False,
     unfinished: str | None = None,
+    seen_in_training: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write `folder/README.md`. Absolute paths keep their last component only, and Hub tokens are blotted out.
 
-    What `folder/metrics.json` holds goes into a table and into the metadata; without it the card says that the quality
-    of the features was not measured.
+    What `folder/metrics.json` holds goes into a table and into the metadata, else what was seen in training; without
+    both the card says that the quality of the features was not measured.
 
     Args:
         command: the command line as typed, quoted for a shell.
@@ -60,12 +61,13 @@ def write_model_card(
         classes: names of the classes, for a classifier.
         from_scratch: a classifier's weights were random before its training.
         unfinished: a sentence in front of all others, while training goes on.
+        seen_in_training: entries as `metrics.json` has them.
         panel, curve: pictures in `folder`, relative to it.
 
     Raises:
         ValueError: a picture is not in `folder`, or the Hub would refuse the card (`hub.card_rules`).
     """
-    results = read_results(folder)
+    results = read_results(folder) or as_results(seen_in_training)
     on_hub = model_name if HUB_ID.fullmatch(model_name) else None
     title = shorten_paths(model_name).split("/")[-1]
     card_data = ModelCardData(

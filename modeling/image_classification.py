@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -86,11 +87,14 @@ def open_encoder(name: str, config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: not of one of the families above, or not whole.
     """
-    _check_family(name, config)
+    check_family(name, config)
     # A ViTMAEModel would hide patches at random, even in evaluation.
     opener: Any = ViTModel if config.model_type == "vit_mae" else AutoModel
     plain = {"add_pooling_layer": False} if config.model_type in ("vit", "vit_mae", "deit") else {}
-    encoder, info = opener.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **plain)
+    try:
+        encoder, info = opener.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **plain)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"--model {name} cannot be opened: {str(error).partition(chr(10))[0]}") from None
     missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     if missing:
         raise ValueError(f"--model {name} lacks weights of a {config.model_type} encoder: {', '.join(missing[:5])}")
@@ -105,7 +109,7 @@ def open_encoder(name: str, config: PreTrainedConfig) -> PreTrainedModel:
 
 def random_encoder(config: PreTrainedConfig) -> PreTrainedModel:
     """The same architecture as pre-training would start it: sine-cosine positions for a ViT, and so on."""
-    _check_family("--model", config)
+    check_family("--model", config)
     own: Any = copy.deepcopy(config)
     if own.model_type in ("vit", "vit_mae"):
         return MaeEncoder(ViTConfig(**_shared(own)), add_pooling_layer=False)
@@ -189,7 +193,7 @@ def _compare(classifier: PreTrainedModel, native: PreTrainedModel) -> None:
     assert difference <= 1e-4 * max(size, 1.0), f"the native classifier's logits differ by {difference:.3g}"
 
 
-def _check_family(name: str, config: PreTrainedConfig) -> None:
+def check_family(name: str, config: PreTrainedConfig) -> None:
     if config.model_type not in POOLINGS:
         raise ValueError(
             f"--model {name} is a {config.model_type}, expected an encoder of these: {', '.join(sorted(POOLINGS))}"

@@ -1,5 +1,6 @@
 """What a person reads while it trains."""
 
+import json
 import os
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from training import launch
-from training.callbacks import CpuEstimate, ReconstructionPanels, describe_log, duration
+from training.callbacks import BadImagesLimit, CpuEstimate, ReconstructionPanels, describe_log, duration
 
 
 @pytest.mark.parametrize(
@@ -85,3 +86,12 @@ def test_world__larger_than_the_trainers_is_refused(monkeypatch):
     launch.check_world(2)
     with pytest.raises(ValueError, match="--use_cpu"):
         launch.check_world(1)
+
+
+def test_bad_images_limit__counts_what_was_not_left_out_before(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text("".join(json.dumps({"name": f"{n}.jpg", "reason": "cut off"}) + "\n" for n in range(11)))
+    before = frozenset(f"{n}.jpg" for n in range(10))
+    BadImagesLimit(file, num_images=90, max_bad_fraction=0.1, known=before).on_log(None, None, None)
+    with pytest.raises(ValueError, match=r"1 of 9 images cannot be read \(10.jpg: cut off\)"):
+        BadImagesLimit(file, num_images=9, max_bad_fraction=0.1, known=before).on_log(None, None, None)

@@ -12,9 +12,7 @@ from training.finetune_settings import load_finetune_settings, recipe_name
 from training.settings import RECIPES, SettingsError
 
 NAMED = ["--model", "encoder", "--dataset", "labelled"]
-PUBLISHED = sorted(
-    path.stem for path in RECIPES.glob("finetune_*.yaml") if not path.stem.startswith("finetune_fashion")
-)
+PUBLISHED = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml") if not path.stem.endswith("_few"))
 NUM_IMAGENET_IMAGES = 1_281_167
 
 
@@ -41,6 +39,7 @@ def plan_of(settings, machine=Machine("cpu", 2), num_images=(200, 0), num_parame
         (None, "beit", 768, "finetune_beit_vit-base"),
         (None, "data2vec-vision", 768, "finetune_beit_vit-base"),
         (None, "swin", 768, "finetune_simmim_swin-base"),
+        (None, "swin", 1536, "finetune_simmim_swin-large"),
         (None, "dinov2", 384, "finetune_mae_vit-base"),
     ],
 )
@@ -99,6 +98,14 @@ def test_recipe_name__is_that_of_the_encoders_own_method_and_size(method, family
             1e-6,
             "62,600",
             "84.0",
+        ),
+        (
+            "finetune_simmim_swin-large",
+            {"layer_decay": 0.7, "drop_path": 0.2, "num_train_epochs": 100, "warmup_epochs": 20, "max_grad_norm": 5},
+            (2048, 5e-3),
+            1e-6,
+            "62,600",
+            "85.4",
         ),
         (
             "finetune_beit_vit-base",

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"modeling", "data", "training", "evaluation", "hub"}
+FOLDERS = {"modeling", "data", "training", "evaluation", "hub", "commands"}
 ALLOWED = {
     "modeling": set(),
     "data": set(),
     "training": {"data"},  # the counters that make a run resumable are the data's
     "evaluation": {"data"},
     "hub": {"modeling"},
+    "commands": {"data", "training", "evaluation", "hub"},
 }
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 LIBRARY_NAMES = {"datasets", "tokenizers", "accelerate", "evaluate", "transformers"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from pretraining_command import pretrain
 from torch.testing import assert_close
 from transformers import (
     AutoModel,
@@ -38,7 +39,6 @@ from transformers import (
     ViTModel,
 )
 
-import run_pretraining
 from hub.export import export
 from hub.init_from import open_starting_model
 from hub.init_weights import read_weights
@@ -207,7 +207,7 @@ def run(source: Path | str, out: Path, method: str, images: Path, *flags: str) -
     if method == "mae":
         own = [text for name, size in DECODER.items() for text in (f"--{name}", str(size))]
     names = ["--init_from", str(source), "--method", method, "--output_dir", str(out), "--dataset", str(images)]
-    return run_pretraining.run([*names, *SHORT, *own, *flags])
+    return pretrain([*names, *SHORT, *own, *flags])
 
 
 RUNS = {
@@ -484,5 +484,5 @@ def test_mistakes__each_get_one_clear_message(vit, photographs, tmp_path, capsys
     assert "no preprocessor_config.json" in refusal(tmp_path / "vit", "--image_stats", "source")
     assert not (tmp_path / "out").exists()
     for flags in (["--repair_positions"], ["--image_stats", "source"]):
-        assert run_pretraining.run([*SHORT, *flags, "--output_dir", str(tmp_path / "out")]) == 2
+        assert pretrain([*SHORT, *flags, "--output_dir", str(tmp_path / "out")]) == 2
         assert "--init_from" in capsys.readouterr().err

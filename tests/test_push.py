@@ -14,14 +14,18 @@ import pytest
 import torch
 from conftest import ROOT, TINY_HEADS, tiny_arguments, tiny_batch, tiny_collator, tiny_head, tiny_images
 from hubstub import STEPS, TOKEN, HubStub, connect, wait_until
+from pretraining_command import pretrain
 from safetensors.torch import load_file, save_file
 
-import run_pretraining
+from commands.hub_settings import bring_back, open_repository
 from hub import push as hub_push
 from hub.export import export
 from hub.model_card import write_model_card
 from hub.push import HubError, Repository, public_files
+from modeling import CONFIGS
+from run_pretraining import WRITTEN_LAST
 from training.hub_push import STAGING, HubPush
+from training.settings import load_settings
 from training.trainer import MimTrainer
 
 PUBLIC = {
@@ -336,7 +340,7 @@ PUSH = ["--push_to_hub", "--hub_model_id", "lab/enc", "--hub_strategy", "checkpo
 @pytest.fixture(scope="module")
 def undisturbed_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed") / "out"
-    assert run_pretraining.run([*RUN, "--output_dir", str(folder)]) == 0
+    assert pretrain([*RUN, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -356,7 +360,7 @@ def test_run__killed_on_one_machine_is_continued_from_the_hub_on_another(hub, tm
     assert "Training goes on: this is step 4 of 12." in repo.files["README.md"].decode()
     assert json.loads(repo.files["last-checkpoint/trainer_state.json"])["global_step"] == 4
 
-    assert run_pretraining.run([*command, "--output_dir", str(tmp_path / "there")]) == 0
+    assert pretrain([*command, "--output_dir", str(tmp_path / "there")]) == 0
     said = capsys.readouterr().out
     assert f"found a checkpoint of this run in {hub.url}/lab/enc: {tmp_path / 'there' / 'checkpoint-4'}" in said
     assert f"continuing from {tmp_path / 'there' / 'checkpoint-4'}" in said
@@ -376,7 +380,7 @@ def test_run__killed_on_one_machine_is_continued_from_the_hub_on_another(hub, tm
 def test_run__ends_well_without_the_hub_and_says_what_to_type(hub, tmp_path, undisturbed_run, capsys):
     hub.fail("create", 503)
     folder = tmp_path / "out"
-    assert run_pretraining.run([*RUN, *PUSH, "--hub_private_repo", "--output_dir", str(folder)]) == 0
+    assert pretrain([*RUN, *PUSH, "--hub_private_repo", "--output_dir", str(folder)]) == 0
     last = capsys.readouterr().out.splitlines()[-2:]
     assert last[0].startswith("note: the finished run is not on the Hub: lab/enc: ")
     assert last[1] == f"  this finishes it: python -m hub.push {folder} --to lab/enc --private"
@@ -385,9 +389,11 @@ def test_run__ends_well_without_the_hub_and_says_what_to_type(hub, tmp_path, und
 
 def test_run__a_hub_that_does_not_answer_begins_anew_and_says_so(hub, tmp_path):
     hub.fail("tree", 503)
-    settings = run_pretraining.load_settings([*RUN, *PUSH], run_pretraining.CONFIGS)
+    settings = load_settings([*RUN, *PUSH], CONFIGS)
     said: list[str] = []
-    run_pretraining.bring_back(run_pretraining.open_repository(settings), settings, tmp_path / "out", said.append)
+    repository = open_repository(settings)
+    assert repository is not None
+    bring_back(repository, settings, tmp_path / "out", WRITTEN_LAST, said.append)
     assert len(said) == 1
     assert "the run begins anew" in said[0]
 
@@ -403,7 +409,7 @@ def test_run__a_hub_that_does_not_answer_begins_anew_and_says_so(hub, tmp_path):
     ],
 )
 def test_run__mistakes_are_told_before_anything_begins(hub, tmp_path, capsys, flags, part):
-    assert run_pretraining.run([*RUN, *flags, "--output_dir", str(tmp_path / "out")]) == 2
+    assert pretrain([*RUN, *flags, "--output_dir", str(tmp_path / "out")]) == 2
     assert part in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert hub.steps == []

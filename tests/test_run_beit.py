@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pretraining_command import pretrain
 from transformers import AutoModel, ViTConfig, ViTModel
 
-import run_pretraining
 from modeling.dvae import DvaeConfig, DvaeModel
 
 SMALL = [
@@ -37,7 +37,7 @@ def tokenizer(tmp_path_factory) -> str:
 
 
 def refusal(capsys, *argv: str) -> str:
-    assert run_pretraining.run([*SMALL, *argv]) == 2
+    assert pretrain([*SMALL, *argv]) == 2
     return capsys.readouterr().err
 
 
@@ -46,7 +46,7 @@ def test_run__writes_an_encoder_a_panel_and_the_accuracy(tokenizer, tmp_path, fl
     folder = tmp_path / "out"
     more = ["--dataset", "sample-fashion"] if "--validation_fraction" in flags else []
     argv = [*SMALL, "--tokenizer", tokenizer, "--output_dir", str(folder), "--mask_ratio", "0.3", *flags, *more]
-    assert run_pretraining.run(argv) == 0
+    assert pretrain(argv) == 0
     assert type(AutoModel.from_pretrained(folder)).__name__ == "BeitModel"
     assert json.loads((folder / "pretraining" / "config.json").read_text())["vocab_size"] == 32
     assert list(folder.glob("panels/step-*.png"))

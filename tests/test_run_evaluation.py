@@ -20,7 +20,7 @@ from evaluation.knn import fit_knn
 from evaluation.preprocessing import batches
 from evaluation.report import by_class, comparisons
 from hub.export import export
-from run_pretraining import run
+from training.launch import run
 
 FASHION = ROOT / "data" / "samples" / "fashion_mnist"
 NAMES = ("Trouser", "Bag", "Ankle boot")

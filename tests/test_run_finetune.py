@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from hubstub import HubStub
 from PIL import Image
 from safetensors.torch import load_file
 from test_push import connect
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ResNetConfig
 
 import run_finetune
 from data.sources import BUNDLED
@@ -294,3 +295,61 @@ def test_finished__folder_is_not_touched_and_a_label_count_too_large_names_the_c
     assert "--overwrite" in refusal(capsys, *argv, "--output_dir", str(out))
     message = refusal(capsys, *argv, "--output_dir", str(tmp_path / "more"), "--labels_per_class", "9")
     assert "labels_per_class is 9, but class 'small' has 8 images" in message
+
+
+def test_encoder__of_a_kind_that_cannot_be_tuned_or_with_lost_weights_is_refused(encoders, labelled, tmp_path, capsys):
+    data = ("--dataset", str(labelled), "--output_dir", str(tmp_path / "out"))
+    ResNetConfig().save_pretrained(tmp_path / "resnet")
+    message = refusal(capsys, "--model", str(tmp_path / "resnet"), *data)
+    assert "is a resnet, expected an encoder of these: beit" in message
+    shutil.copytree(encoders["mae"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert f"--model {tmp_path / 'cut'} cannot be opened" in refusal(capsys, "--model", str(tmp_path / "cut"), *data)
+    weights.unlink()
+    assert f"--model {tmp_path / 'cut'} cannot be opened" in refusal(capsys, "--model", str(tmp_path / "cut"), *data)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--early_stopping_patience", "3", "--validation_fraction", "0"), "needs images to evaluate on"),
+        (("--metric_for_best_model", "top5_accuracy"), "top5_accuracy, expected one of: accuracy, balanced_accuracy"),
+        (("--metric_for_best_model", "acuracy"), "is acuracy, expected one of"),
+    ],
+)
+def test_choice__that_nothing_is_measured_for_is_refused(flags, message, encoders, tmp_path, capsys):
+    folder = write_images(tmp_path / "images", {"cat": 4, "dog": 4})
+    argv = ("--model", str(encoders["mae"]), "--dataset", str(folder), "--output_dir", str(tmp_path / "out"))
+    assert message in refusal(capsys, *argv, *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_continuing__with_other_classes_or_another_head_is_refused(encoders, tmp_path, capsys):
+    folder = write_images(tmp_path / "images", {"cat": 4, "dog": 4})
+    out = finetune(encoders["mae"], folder, tmp_path / "out", "--save_steps", "2", "--eval_steps", "2")
+    (out / "config.json").unlink()  # as if it had been interrupted
+    argv = ["--model", str(encoders["mae"]), "--dataset", str(folder), "--output_dir", str(out)]
+    argv += ["--max_steps", "6", "--save_steps", "2", "--eval_steps", "2"]
+    assert "pooling mean -> class" in refusal(capsys, *argv, "--pooling", "class")
+    write_images(folder, {"owl": 4})
+    assert "other classes (not in both: owl)" in refusal(capsys, *argv)
+
+
+def test_tensorboard__has_one_folder_of_the_run_itself(encoders, labelled, tmp_path):
+    out = finetune(encoders["mae"], labelled, tmp_path / "out", "--max_steps", "1", "--report_to", "tensorboard")
+    assert list((out / "runs").glob("events*"))
+    assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
+
+
+@pytest.mark.parametrize(
+    ("variant", "size", "share"),
+    [("mae", 224, 0.875), ("mae", 256, 1.0), ("simmim", 384, 0.875), ("beit", 352, 0.875), ("beit", 384, 1.0)],
+)
+def test_evaluation__sees_the_share_of_the_picture_that_the_method_published(variant, size, share, tmp_path):
+    export(tiny_head(variant), tmp_path / "encoder", method=variant, recipe={})
+    argv = ["--model", str(tmp_path / "encoder"), "--dataset", "images", "--image_size", str(size)]
+    settings = load_finetune_settings(argv, lambda name: "finetune_mae_vit-base")
+    config = run_finetune.encoder_config(str(tmp_path / "encoder"))
+    assert run_finetune.with_encoders_values(settings, config)["eval_crop_share"] == share

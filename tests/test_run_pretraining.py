@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import IMAGE_PROCESSOR, ROOT
 from PIL import Image
+from pretraining_command import pretrain
 from transformers import AutoModel
 
-import run_pretraining
 from training.launch import has_accelerator
 
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
@@ -36,7 +36,7 @@ def layout_of(folder: Path) -> set[str]:
 
 def refusal(capsys, *argv: str) -> str:
     """The message of a command that must fail, without a traceback."""
-    assert run_pretraining.run(list(argv)) not in (0, None)
+    assert pretrain(list(argv)) not in (0, None)
     message = capsys.readouterr().err
     assert "Traceback" not in message
     assert message.count("run_pretraining.py:") == 1
@@ -46,7 +46,7 @@ def refusal(capsys, *argv: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "out"
-    assert run_pretraining.run([*SMALL, "--output_dir", str(folder)]) == 0
+    assert pretrain([*SMALL, "--output_dir", str(folder)]) == 0
     return folder
 
 
@@ -75,7 +75,7 @@ def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
     (folder / "notes.txt").write_text("mine")
-    assert run_pretraining.run([*SMALL, "--output_dir", str(folder), "--overwrite", "--max_steps", "1"]) == 0
+    assert pretrain([*SMALL, "--output_dir", str(folder), "--overwrite", "--max_steps", "1"]) == 0
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "checkpoint-2").exists()
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 1
@@ -84,13 +84,13 @@ def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path):
 def test_run__an_interrupted_one_continues_by_itself_and_ends_like_an_undisturbed_one(finished, tmp_path, capsys):
     folder = tmp_path / "out"
     command = [*SMALL, "--output_dir", str(folder), "--save_steps", "1", "--max_steps", "3"]
-    assert run_pretraining.run(command) == 0
+    assert pretrain(command) == 0
     whole = torch.cat([p.flatten() for p in AutoModel.from_pretrained(folder).parameters()])
     for path in [folder / "checkpoint-3", folder / "pretraining"]:
         shutil.rmtree(path)
     (folder / "checkpoint-2" / "trainer_state.json").unlink()  # as if killed inside the save
     capsys.readouterr()
-    assert run_pretraining.run(command) == 0
+    assert pretrain(command) == 0
     said = capsys.readouterr().out
     assert "checkpoint-2 is passed over" in said
     assert f"continuing from {folder / 'checkpoint-1'}" in said
@@ -109,7 +109,7 @@ def test_run__an_interrupted_one_of_another_shape_is_refused(finished, tmp_path,
 def test_run__gray_and_rectangular_with_measured_statistics(tmp_path):
     folder = tmp_path / "out"
     flags = ["--num_channels", "1", "--image_size", "32", "64", "--mask_ratio", "0.6", "0.8", "--seed", "3"]
-    assert run_pretraining.run([*SMALL, *flags, "--output_dir", str(folder)]) == 0
+    assert pretrain([*SMALL, *flags, "--output_dir", str(folder)]) == 0
     processor, encoder = IMAGE_PROCESSOR.from_pretrained(folder), AutoModel.from_pretrained(folder)
     assert encoder.config.image_size == [32, 64]
     assert len(processor.image_mean) == 1
@@ -122,7 +122,7 @@ def test_run__gray_and_rectangular_with_measured_statistics(tmp_path):
 @pytest.mark.parametrize("model", ["vit-nano", "swin-nano"])
 def test_run__simmim_with_both_encoders(model, tmp_path):
     flags = ["--method", "simmim", "--model", model, *SMALL[2:], "--output_dir", str(tmp_path / "out")]
-    assert run_pretraining.run([*flags, "--mask_strategy", "random-unit"]) == 0
+    assert pretrain([*flags, "--mask_strategy", "random-unit"]) == 0
     encoder = AutoModel.from_pretrained(tmp_path / "out").eval()
     assert type(encoder).__name__ == ("SwinModel" if model == "swin-nano" else "BeitModel")
     assert list((tmp_path / "out" / "panels").glob("*.png"))
@@ -132,7 +132,7 @@ def test_run__simmim_with_both_encoders(model, tmp_path):
 
 def test_run__swin_with_a_window_larger_than_its_last_map_says_so_and_writes_the_whole_model(tmp_path, capsys):
     flags = ["--method", "simmim", "--model", "swin-nano", "--image_size", "64", *SMALL[2:]]  # 2 x 2 in the last stage
-    assert run_pretraining.run([*flags, "--output_dir", str(tmp_path / "out")]) == 0
+    assert pretrain([*flags, "--output_dir", str(tmp_path / "out")]) == 0
     assert "note: only pretraining/ will be written" in capsys.readouterr().out
     assert not (tmp_path / "out" / "config.json").exists()
     assert (tmp_path / "out" / "pretraining" / "config.json").exists()
@@ -148,7 +148,7 @@ def test_masks__that_would_cut_a_token_of_swin_are_refused_before_anything_is_wr
 
 def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
     folder = tmp_path / "out"
-    assert run_pretraining.run([*SMALL, "--output_dir", str(folder), "--dry_run"]) == 0
+    assert pretrain([*SMALL, "--output_dir", str(folder), "--dry_run"]) == 0
     assert "8 x 1 process x 1 accumulation = 8" in capsys.readouterr().out
     assert not folder.exists()
 
@@ -216,7 +216,7 @@ def test_bad_images__stop_the_run_before_its_first_step_and_are_named(odd_folder
 def test_bad_images__are_left_out_and_listed_when_allowed(odd_folder, tmp_path):
     out = tmp_path / "out"
     flags = ["--dataset", str(odd_folder), "--max_bad_fraction", "0.2", "--output_dir", str(out)]
-    assert run_pretraining.run([*SMALL, *flags]) == 0
+    assert pretrain([*SMALL, *flags]) == 0
     listed = [json.loads(line) for line in (out / "bad_images.jsonl").read_text().splitlines()]
     assert {Path(entry["name"]).name for entry in listed} == set(BAD)
     assert all(entry["reason"] for entry in listed)
@@ -259,4 +259,4 @@ def test_mistakes__each_get_one_clear_message(tmp_path, capsys):
 
 def test_mistakes__show_their_traceback_with_debug(tmp_path):
     with pytest.raises(ValueError, match="no image"):
-        run_pretraining.run(["--dataset", str(tmp_path), "--debug"])
+        pretrain(["--dataset", str(tmp_path), "--debug"])

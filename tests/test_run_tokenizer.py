@@ -12,10 +12,9 @@ import yaml
 from conftest import ROOT
 from transformers import AutoModel
 
-import run_pretraining
 import run_tokenizer
 from modeling.dvae import DvaeConfig
-from training.launch import has_accelerator
+from training.launch import has_accelerator, run
 from training.settings import RECIPES
 from training.targets import load_tokenizer, tokenizer_view
 from training.tokenizer_plan import Machine, make_tokenizer_plan
@@ -37,7 +36,7 @@ def few_tokens(monkeypatch):
 
 
 def train(*argv: str) -> int:
-    return run_pretraining.run([*SMALL, *argv], run_tokenizer.main, "run_tokenizer.py")
+    return run([*SMALL, *argv], run_tokenizer.main, "run_tokenizer.py")
 
 
 def refusal(capsys, *argv: str) -> str:

@@ -2,18 +2,21 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_head
 from PIL import Image
+from pretraining_command import pretrain
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import run_pretraining
+from data.labelled import open_labelled
 from evaluation.looks import KNN, LINEAR, RANKME, summary, trend
 from evaluation.pictures import training_curve
 from evaluation.watch import FeatureWatch, open_feature_watch
+from hub.card_results import NOT_MEASURED
 
 SMALL = [
     *("--model", "vit-nano", "--image_size", "32", "--use_cpu", "--per_device_train_batch_size", "8"),
@@ -38,14 +41,13 @@ def history(folder) -> list[dict]:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "out"
-    assert run_pretraining.run([*SMALL, "--output_dir", str(folder)]) == 0
+    assert pretrain([*SMALL, "--output_dir", str(folder)]) == 0
     return folder
 
 
-def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")  # set by the run before
+def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_path, capsys):
     folder = tmp_path / "out"
-    assert run_pretraining.run([*SMALL, "--output_dir", str(folder), "--eval_dataset", "sample-fashion"]) == 0
+    assert pretrain([*SMALL, "--output_dir", str(folder), "--eval_dataset", "sample-fashion"]) == 0
     said = capsys.readouterr()
     assert "features watched: mean of patches, 100 labelled images and 100 to test on, 10 classes" in said.out
     assert "step 4/4  linear probe" in said.err
@@ -61,7 +63,10 @@ def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_pa
     assert all(0 <= entry[key] <= 1 for entry in looks for key in (LINEAR, KNN))
     losses = [[entry["loss"] for entry in history(each) if "loss" in entry] for each in (folder, plain)]
     assert losses[0] == losses[1]
-    events = EventAccumulator(str(next(folder.glob("runs/**/events*"))))
+    cards = [(each / "README.md").read_text() for each in (folder, plain)]
+    assert f"| linear probe, mean of patches, seen in training | accuracy | {looks[-1][LINEAR]:.4g} |" in cards[0]
+    assert [NOT_MEASURED in card for card in cards] == [False, True]
+    events = EventAccumulator(str(next(folder.glob("runs/events*"))))
     events.Reload()
     assert [event.step for event in events.Scalars("eval/linear_accuracy")] == [0, 2, 4]
     with Image.open(folder / "training_curve.png") as with_panel, Image.open(plain / "training_curve.png") as without:
@@ -71,23 +76,48 @@ def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_pa
 def test_pretraining__looks_where_nothing_is_held_out_and_after_a_resume(tmp_path):
     folder, flags = tmp_path / "out", ["--validation_fraction", "0", "--eval_dataset", "sample-fashion"]
     command = [*SMALL, *flags, "--output_dir", str(folder)]
-    assert run_pretraining.run(command) == 0
+    assert pretrain(command) == 0
     before = [(e["step"], e[LINEAR], e[KNN], e[RANKME]) for e in history(folder) if LINEAR in e]
     assert [step for step, *_ in before] == [0, 2, 4]
     for name in ("checkpoint-4", "pretraining"):
         for path in sorted((folder / name).rglob("*"), reverse=True):
             path.unlink()
         (folder / name).rmdir()
-    assert run_pretraining.run(command) == 0
+    assert pretrain(command) == 0
     assert [(e["step"], e[LINEAR], e[KNN], e[RANKME]) for e in history(folder) if LINEAR in e] == before
 
 
 def test_pretraining__a_look_at_nothing_is_refused_before_training(tmp_path, capsys):
     photographs = str(ROOT / "data" / "samples" / "photographs")
     for dataset, words in ((photographs, "directly in"), (str(tmp_path / "nowhere"), "nowhere")):
-        assert run_pretraining.run([*SMALL, "--output_dir", str(tmp_path / "o"), "--eval_dataset", dataset]) == 2
+        assert pretrain([*SMALL, "--output_dir", str(tmp_path / "o"), "--eval_dataset", dataset]) == 2
         assert words in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_watch__judges_by_held_out_training_images_and_never_by_the_test_part(monkeypatch):
+    opened = open_labelled("sample-fashion")
+    assert opened.validation is None
+    shown = []
+    monkeypatch.setattr("evaluation.watch.StackedImages", lambda images, num_threads: shown.append(images) or images)
+    open_feature_watch(["sample-fashion"], (28, 28), 1, seed=0)
+    files = [{images.part.name(index) for index in range(len(images.part))} for images in shown]
+    assert not files[0] & files[1]
+    assert not (files[0] | files[1]) & {opened.test.name(index) for index in range(len(opened.test))}
+
+
+def test_watch__a_label_column_can_be_named(tmp_path, capsys):
+    features = {name: datasets.ClassLabel(names=["a", "b"]) for name in ("fine_label", "coarse_label")}
+    pictures = [Image.new("RGB", (32, 32), (10 * number, 0, 0)) for number in range(20)]
+    rows = {"image": pictures, "fine_label": [0, 1] * 10, "coarse_label": [0] * 10 + [1] * 10}
+    table = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image(), **features}))
+    table.to_parquet(tmp_path / "train.parquet")
+    flags = ["--output_dir", str(tmp_path / "o"), "--eval_dataset", str(tmp_path / "train.parquet"), "--dry_run"]
+    assert pretrain([*SMALL, *flags]) == 2
+    assert "--eval_label_column" in capsys.readouterr().err
+    assert pretrain([*SMALL, *flags, "--eval_label_column", "coarse_label"]) == 0
+    assert pretrain([*SMALL, "--eval_label_column", "coarse_label"]) == 2
+    assert "no effect without --eval_dataset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", ["mae", "simmim", "simmim+swin", "beit"])

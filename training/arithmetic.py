@@ -5,6 +5,7 @@ Small data never stop a run. What a rule changes for their sake it says in `note
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from data.masks import MASK_STRATEGIES
 from data.seeds import seeded_generator
@@ -32,8 +33,36 @@ class Machine:
         return self.device_type == "cpu"
 
 
+def numbers_of_a_run(
+    settings: Settings,
+    machine: Machine,
+    num_images: int,
+    notes: list[str],
+    batch_on_cpu: int = _BATCH_ON_CPU,
+    min_steps: int = _MIN_STEPS,
+) -> dict[str, Any]:
+    """Those that follow in the same way for whatever is trained, by their names in a `Plan`.
+
+    Raises:
+        ValueError: fewer images than processes, or a precision that the device has not.
+    """
+    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_images, notes, batch_on_cpu)
+    steps_per_epoch = math.ceil(micro_batches(settings, num_images, batch_size, machine) / accumulation)
+    num_steps = number_of_steps(settings, steps_per_epoch, notes, min_steps)
+    return {
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "steps_per_epoch": steps_per_epoch,
+        "num_steps": num_steps,
+        "learning_rate": peak_learning_rate(settings, batch_size * accumulation * machine.world_size),
+        "warmup_steps": number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
+        "precision": precision_of(settings, machine),
+        "num_workers": number_of_workers(settings, machine),
+    }
+
+
 def batch_size_and_accumulation(
-    settings: Settings, machine: Machine, num_images: int, notes: list[str], batch_on_cpu: int = _BATCH_ON_CPU
+    settings: Settings, machine: Machine, num_images: int, notes: list[str], batch_on_cpu: int
 ) -> tuple[int, int]:
     """Images of a micro-batch, and micro-batches of a step."""
     if num_images < machine.world_size:
@@ -61,7 +90,7 @@ def micro_batches(settings: Settings, num_images: int, batch_size: int, machine:
     return math.ceil(math.ceil(num_images / batch_size) / machine.world_size)
 
 
-def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str], min_steps: int = _MIN_STEPS) -> int:
+def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str], min_steps: int) -> int:
     if settings.counts("max_steps"):
         return settings["max_steps"]
     num_epochs = settings["num_train_epochs"]

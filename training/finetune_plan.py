@@ -1,21 +1,11 @@
 """The numbers of a fine-tuning, said aloud before it; `training.arithmetic` has the rules behind them."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.arithmetic import (
-    Machine,
-    batch_size_and_accumulation,
-    micro_batches,
-    number_of_steps,
-    number_of_warmup_steps,
-    number_of_workers,
-    peak_learning_rate,
-    precision_of,
-)
+from training.arithmetic import Machine, numbers_of_a_run
 from training.memory import BYTES_PER_PARAMETER
 from training.plan import Plan, data_name, in_millions
 from training.settings import Settings
@@ -23,6 +13,8 @@ from training.settings import Settings
 _MIN_STEPS = 1000  # of a run whose length the user did not choose
 _BATCH_ON_CPU = 32
 _BYTES_PER_FROZEN_PARAMETER = 4
+_METRICS = ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "calibration_error", "loss")
+_TOP = 5
 
 
 @dataclass(frozen=True)
@@ -85,13 +77,11 @@ def make_finetune_plan(
     """Every number of the run. `num_images`: to train on and to choose with; `num_parameters`: all and trained ones.
 
     Raises:
-        ValueError: fewer images than processes, or a precision that the device has not.
+        ValueError: fewer images than processes, a precision that the device has not, or nothing to choose by.
     """
+    _check_choice(settings, num_images[1], num_classes)
     notes = list(notes)
-    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_images[0], notes, _BATCH_ON_CPU)
-    steps_per_epoch = math.ceil(micro_batches(settings, num_images[0], batch_size, machine) / accumulation)
-    num_steps = number_of_steps(settings, steps_per_epoch, notes, _MIN_STEPS)
-    images_per_step = batch_size * accumulation * machine.world_size
+    numbers = numbers_of_a_run(settings, machine, num_images[0], notes, _BATCH_ON_CPU, _MIN_STEPS)
     num_frozen = num_parameters[0] - num_parameters[1]
     return FinetunePlan(
         settings=settings,
@@ -104,20 +94,27 @@ def make_finetune_plan(
         num_classes=num_classes,
         grid=grid,
         num_hidden=(0, 0),
-        batch_size=batch_size,
-        accumulation=accumulation,
-        steps_per_epoch=steps_per_epoch,
-        num_steps=num_steps,
-        learning_rate=peak_learning_rate(settings, images_per_step),
         lr_drop_step=None,
-        warmup_steps=number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
-        precision=precision_of(settings, machine),
-        num_workers=number_of_workers(settings, machine),
         bytes_for_weights=num_parameters[1] * BYTES_PER_PARAMETER + num_frozen * _BYTES_PER_FROZEN_PARAMETER,
-        bytes_for_activations=batch_size * bytes_per_image,
+        bytes_for_activations=numbers["batch_size"] * bytes_per_image,
         output_dir=Path(settings["output_dir"] or _output_dir(settings)),
         notes=tuple(notes),
+        **numbers,
     )
+
+
+def _check_choice(settings: Settings, num_held_out: int, num_classes: int) -> None:
+    """What early stopping and the best checkpoint go by is there."""
+    if settings["early_stopping_patience"] and (not num_held_out or settings["eval_strategy"] == "no"):
+        raise ValueError(
+            "--early_stopping_patience needs images to evaluate on: hold some out with --validation_fraction 0.1, or "
+            "leave it out"
+        )
+    metric, possible = settings["metric_for_best_model"].removeprefix("eval_"), list(_METRICS)
+    if num_classes <= _TOP:
+        possible.remove("top5_accuracy")
+    if metric not in possible:
+        raise ValueError(f"--metric_for_best_model is {metric}, expected one of: {', '.join(possible)}")
 
 
 def _output_dir(settings: Settings) -> str:

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from training.flags import HELP_TEXTS, RANGES, RunFlags
-from training.parsing import SettingsError, make_parser, parse
+from training.parsing import SettingsError, make_parser
 from training.settings import (
     RECIPES,
     Origin,
     Settings,
+    UsersLayers,
     check_ranges,
-    find_recipe,
     label_of,
     merged,
     read_recipe,
@@ -27,7 +27,7 @@ from training.settings import (
 _METHOD_OF_FAMILY = {"beit": "beit", "data2vec-vision": "beit", "swin": "simmim"}
 _METHOD_OF_THE_REST = "mae"
 _VARIANTS = {"simmim-asymmetric": "mae"}
-_LARGE, _HUGE = 1024, 1280  # widths
+_LARGE, _HUGE, _LARGE_SWIN = 1024, 1280, 1536  # widths; of a Swin that of its last stage
 _RECIPES = "(default: the recipe's)"
 _EPILOG = """\
 The result opens without this project: pipeline("image-classification", model=FOLDER).
@@ -162,7 +162,7 @@ def recipe_name(method: str | None, family: str, width: int) -> str:
     """The published fine-tuning that fits an encoder best, by its method, its model type and its width."""
     method = _VARIANTS.get(method or "", method) or _METHOD_OF_FAMILY.get(family, _METHOD_OF_THE_REST)
     if family == "swin":
-        return "finetune_simmim_swin-base"
+        return f"finetune_simmim_swin-{'large' if width >= _LARGE_SWIN else 'base'}"
     if method == "simmim":
         return "finetune_simmim_vit-base"
     if method == "mae" and width >= _HUGE:
@@ -185,31 +185,21 @@ def load_finetune_settings(argv: Sequence[str], choose_recipe: Callable[[str], s
         description="Fine-tune a pre-trained encoder on labelled images.",
         epilog=_EPILOG,
     )
-    given = parse(parser, argv)
-    config_file = find_recipe(given["config"]) if "config" in given else None
-    config = read_recipe(parser, config_file) if config_file else {}
+    users = UsersLayers.read(parser, argv)
     defaults = {name: value for group in _GROUPS for name, value in vars(group()).items()}
-    chosen = {**defaults, **config, **given}
+    chosen = {**defaults, **users.values}
     _refuse_incomplete(chosen)
     recipe = RECIPES / f"{'finetune_linear' if chosen['mode'] == 'linear' else choose_recipe(chosen['model'])}.yaml"
-    layers = {
+    lower = {
         Origin.DEFAULT: {**defaults, **training_defaults(), **_DEFAULTS},
         Origin.METHOD: read_recipe(parser, recipe),
-        Origin.CONFIG: config,
-        Origin.COMMAND_LINE: given,
     }
-    labels = {
-        Origin.DEFAULT: "default",
-        Origin.METHOD: label_of(recipe),
-        Origin.CONFIG: label_of(config_file) if config_file else "",
-        Origin.COMMAND_LINE: "command line",
-    }
-    values, origins = merged(layers)
+    values, origins = merged(users.over(lower))
     check_ranges(values, _RANGES)
     refuse_hub_flags(values, origins)
     if origins["hub_strategy"] >= Origin.CONFIG and values["hub_strategy"] != "end":
         raise SettingsError(f"--hub_strategy {values['hub_strategy']}: a fine-tuning is uploaded when it is finished")
-    return Settings(values, origins, labels, ())
+    return Settings(values, origins, users.labels({Origin.METHOD: label_of(recipe)}), ())
 
 
 def _own_help_texts() -> dict[str, str]:

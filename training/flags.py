@@ -30,6 +30,7 @@ class DataFlags:
     dataset: list[str] = field(default_factory=lambda: ["sample"])
     validation_fraction: float = 0.05
     eval_dataset: list[str] | None = None
+    eval_label_column: str | None = None
     max_bad_fraction: float = 0.05
     image_stats: Literal["preset", "auto", "source"] | None = None
     crop_scale: list[float] | None = None
@@ -148,6 +149,7 @@ HELP_TEXTS = {
     "held-out part of their own",
     "eval_dataset": "labelled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe "
     "and RankMe of the frozen encoder are measured every eval_steps",
+    "eval_label_column": "of --eval_dataset, a table: where its classes are (default: found by type and name)",
     "max_bad_fraction": "stop before training if more than this share of the images cannot be read",
     "image_stats": "standardise with ImageNet's mean and deviation (preset), these images' own (auto), or those of "
     "--init_from (source) (default: source if it has any, else preset for colour, auto for gray)",

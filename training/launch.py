@@ -1,8 +1,109 @@
-"""What a launcher leaves behind that a training run should not inherit."""
+"""From the launcher to a command's `main` and back: processes, threads, one voice, and mistakes told."""
 
 import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
 
+import huggingface_hub
 import torch
+import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+
+from training.arithmetic import Machine
+from training.callbacks import duration
+from training.guard import NonFiniteError
+
+
+def run(argv: list[str], main: Callable[[list[str]], None], name: str) -> int:
+    """`main` with a user's mistakes told in one message instead of a traceback; returns the exit code.
+
+    `name` is that of the command.
+    """
+    transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
+    wants_traceback = "--debug" in argv
+    if not wants_traceback:
+        transformers.utils.logging.set_verbosity_error()
+        huggingface_hub.utils.logging.set_verbosity_error()
+    try:
+        main(argv)
+    except (ValueError, NonFiniteError) as error:
+        if wants_traceback:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{name}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 3
+    finally:
+        if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads sometimes abort it
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def join(use_cpu: bool) -> tuple[PartialState, Callable[[str], None]]:
+    """The processes of this run, on the device that it will use, and what prints for them."""
+    use_cpu = use_cpu or not has_accelerator()
+    state = PartialState(cpu=use_cpu)
+    check_world(state.num_processes)
+    say = printer(state)
+    if (note := restore_threads()) and use_cpu:
+        say(f"note: {note}")
+    return state, say
+
+
+def printer(state: PartialState) -> Callable[[str], None]:
+    """Prints on the first process only."""
+    return lambda text: print(text, flush=True) if state.is_main_process else None
+
+
+def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
+    """Run on one process and hand the result, or the user's mistake, to all: no rank is left waiting."""
+    outcome: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = work()
+        except ValueError as error:
+            outcome[1] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def find_machine(state: PartialState) -> Machine:
+    has_bf16 = state.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return Machine(state.device.type, _num_cores(), state.num_processes, num_local_processes, has_bf16)
+
+
+def launcher() -> list[str]:
+    """How this process was started, as a user types it."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:
+        return ["accelerate", "launch"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--nproc_per_node", os.environ.get("LOCAL_WORLD_SIZE", "1")]
+    return ["python"]
+
+
+def software_and_hardware(trainer: Trainer) -> dict[str, str]:
+    """For a card: versions by name, the devices, and how long the training took."""
+    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    return {
+        **{name: version(name) for name in ("transformers", "torch", "accelerate", "datasets")},
+        "python": platform.python_version(),
+        "hardware": f"{trainer.args.world_size} x {_device_name(trainer.args.device)}",
+        **({"training time": duration(sum(runtime))} if runtime else {}),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def restore_threads() -> str | None:
@@ -11,7 +112,7 @@ def restore_threads() -> str | None:
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 where the user set nothing, which halves the speed on two
     cores already.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    cores = _num_cores()
     wanted = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if not launched or os.environ.get("OMP_NUM_THREADS") != "1" or torch.get_num_threads() >= wanted:
@@ -37,3 +138,7 @@ def check_world(world_size: int) -> None:
             f"the launcher started {started} processes, but the trainer sees {world_size}: each would train on its "
             "own and write into the same folder; add --use_cpu on machines without a GPU, or start one process"
         )
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,8 +1,10 @@
 """What a run finds in its output folder: nothing, a finished run, or one to continue."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from training.settings import Settings
 
 SETTINGS_FILE = "settings.yaml"
 BAD_IMAGES_FILE = "bad_images.jsonl"
-CURVE_FILE = "training_curve.png"
+CURVE_FILE, PANEL_FILE, PANELS = "training_curve.png", "reconstructions.png", "panels"
 # Of a fine-tuning.
 SUBSET_FILE, METRICS_FILE, CONFUSION_FILE = "labelled_images.txt", "metrics.json", "confusion_matrix.png"
 # Settings that may change between a run and its continuation without changing what is computed.
@@ -30,9 +32,12 @@ FREE_TO_CHANGE = (
     "max_bad",
 )
 # Settings that a checkpoint cannot be read without.
-SHAPES = ("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size")
+SHAPES = (
+    *("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size"),
+    *("pooling", "mode", "num_trained_blocks"),  # of a fine-tuning
+)
 # What runs write, beside folders; the code of the model lies there under the names that it has in `modeling`.
-WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "panels", "runs", ".hub")
+WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", PANELS, "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *(
@@ -43,8 +48,10 @@ WRITTEN_FILES = (
         SUBSET_FILE,
         METRICS_FILE,
         CONFUSION_FILE,
-        "reconstructions.png",
+        PANEL_FILE,
         BAD_IMAGES_FILE,
+        # Of run_evaluation.py, about the model that is replaced.
+        *("report.html", "feature_maps.png", "labels.txt"),
     ),
 )
 
@@ -142,3 +149,16 @@ def _delete_old_run(output_dir: Path) -> None:
     for pattern in (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def logging_into(output_dir: Path) -> Iterator[None]:
+    """Where a `Trainer` made meanwhile writes for TensorBoard: several may follow each other in one process."""
+    name = "TENSORBOARD_LOGGING_DIR"
+    given = name in os.environ
+    os.environ.setdefault(name, str(output_dir / "runs"))
+    try:
+        yield
+    finally:
+        if not given:
+            del os.environ[name]

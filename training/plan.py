@@ -7,19 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.arithmetic import (
-    REFERENCE_BATCH,
-    Machine,
-    batch_size_and_accumulation,
-    hidden_patches,
-    lr_drop_step,
-    micro_batches,
-    number_of_steps,
-    number_of_warmup_steps,
-    number_of_workers,
-    peak_learning_rate,
-    precision_of,
-)
+from training.arithmetic import REFERENCE_BATCH, Machine, hidden_patches, lr_drop_step, numbers_of_a_run
 from training.memory import BYTES_PER_PARAMETER, activation_bytes
 from training.settings import Settings
 
@@ -187,15 +175,13 @@ def make_plan(
         ValueError: fewer images than processes, a mask that cannot be, or a precision that the device has not.
     """
     notes: list[str] = []
-    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_train_images, notes)
-    steps_per_epoch = math.ceil(micro_batches(settings, num_train_images, batch_size, machine) / accumulation)
-    num_steps = number_of_steps(settings, steps_per_epoch, notes)
-    drop_step = lr_drop_step(settings, steps_per_epoch, num_steps, notes)
+    numbers = numbers_of_a_run(settings, machine, num_train_images, notes)
+    drop_step = lr_drop_step(settings, numbers["steps_per_epoch"], numbers["num_steps"], notes)
     if not num_held_out and settings["eval_strategy"] != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
-    grid, num_hidden, precision = settings.grid, hidden_patches(settings), precision_of(settings, machine)
+    grid, num_hidden, is_half = settings.grid, hidden_patches(settings), numbers["precision"] != "float32"
     sizes = (settings.encoder_settings(), settings.head_settings())
-    bytes_per_image = activation_bytes(*sizes, math.prod(grid), num_hidden[0], precision != "float32")
+    bytes_per_image = activation_bytes(*sizes, math.prod(grid), num_hidden[0], is_half)
     return Plan(
         settings=settings,
         machine=machine,
@@ -205,19 +191,12 @@ def make_plan(
         num_parameters=num_parameters,
         grid=grid,
         num_hidden=num_hidden,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        steps_per_epoch=steps_per_epoch,
-        num_steps=num_steps,
-        learning_rate=peak_learning_rate(settings, batch_size * accumulation * machine.world_size),
-        warmup_steps=number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
-        lr_drop_step=drop_step,
-        precision=precision,
-        num_workers=number_of_workers(settings, machine),
         bytes_for_weights=num_parameters * BYTES_PER_PARAMETER,
-        bytes_for_activations=batch_size * bytes_per_image,
+        bytes_for_activations=numbers["batch_size"] * bytes_per_image,
         output_dir=Path(settings["output_dir"] or default_output_dir(settings)),
         notes=tuple(notes),
+        lr_drop_step=drop_step,
+        **numbers,
     )
 
 

@@ -141,6 +141,35 @@ class Settings:
         return "\n".join(f"  {name:<{widths[0]}}  {value:<{widths[1]}}  {origin}" for name, value, origin in rows)
 
 
+@dataclass(frozen=True)
+class UsersLayers:
+    """What the user says: the recipe of --config and the command line, which wins."""
+
+    config: Mapping[str, Any]
+    given: Mapping[str, Any]
+    config_label: str
+
+    @classmethod
+    def read(cls, parser: Any, argv: Sequence[str]) -> "UsersLayers":
+        given = parse(parser, argv)
+        if "config" not in given:
+            return cls({}, given, "")
+        file = find_recipe(given["config"])
+        return cls(read_recipe(parser, file), given, label_of(file))
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return {**self.config, **self.given}
+
+    def over(self, layers: Mapping[Origin, Mapping[str, Any]]) -> dict[Origin, Mapping[str, Any]]:
+        return {**layers, Origin.CONFIG: self.config, Origin.COMMAND_LINE: self.given}
+
+    def labels(self, labels: Mapping[Origin, str]) -> dict[Origin, str]:
+        """With those of the user's layers and of the defaults."""
+        own = {Origin.CONFIG: self.config_label, Origin.COMMAND_LINE: "command line"}
+        return {Origin.DEFAULT: "default", **labels, **own}
+
+
 def load_settings(argv: Sequence[str], heads: Mapping[str, type], open_start: OpenStart | None = None) -> Settings:
     """Resolve the settings of a run. `heads`: method -> class of its head's config; `open_start` for --init_from.
 
@@ -148,10 +177,8 @@ def load_settings(argv: Sequence[str], heads: Mapping[str, type], open_start: Op
         SettingsError: an unknown flag or method, a value that cannot be, or no such recipe.
     """
     parser = build_parser(heads)
-    given = parse(parser, argv)
-    config_file = find_recipe(given["config"]) if "config" in given else None
-    config = read_recipe(parser, config_file) if config_file else {}
-    chosen = {**_our_defaults(), **config, **given}
+    users = UsersLayers.read(parser, argv)
+    chosen = {**_our_defaults(), **users.values}
     method, head_defaults = chosen["method"], head_flags(heads[chosen["method"]])
     method_file = RECIPES / f"{method}.yaml"
     if not method_file.is_file():
@@ -162,24 +189,23 @@ def load_settings(argv: Sequence[str], heads: Mapping[str, type], open_start: Op
         preset = _preset_sizes(chosen["model"], head_defaults)
     else:
         assert open_start is not None, "this command has no --init_from"
-        chosen["model"] = {"model": short_name(chosen["init_from"]), **config, **given}["model"]
+        chosen["model"] = users.values.get("model", short_name(chosen["init_from"]))
         start, preset = open_start(chosen), {}
-    layers = {
-        Origin.DEFAULT: {**_our_defaults(), **head_defaults, **training_defaults()},
-        Origin.PRESET: preset,
-        Origin.METHOD: read_recipe(parser, method_file),
-        Origin.SOURCE: {"model": chosen["model"], **start.fixed, **start.defaults} if start else {},
-        Origin.CONFIG: config,
-        Origin.COMMAND_LINE: given,
-    }
-    labels = {
-        Origin.DEFAULT: "default",
-        Origin.PRESET: f"size of {chosen['model']}",
-        Origin.METHOD: label_of(method_file),
-        Origin.SOURCE: f"of {chosen['init_from']}",
-        Origin.CONFIG: label_of(config_file) if config_file else "",
-        Origin.COMMAND_LINE: "command line",
-    }
+    layers = users.over(
+        {
+            Origin.DEFAULT: {**_our_defaults(), **head_defaults, **training_defaults()},
+            Origin.PRESET: preset,
+            Origin.METHOD: read_recipe(parser, method_file),
+            Origin.SOURCE: {"model": chosen["model"], **start.fixed, **start.defaults} if start else {},
+        }
+    )
+    labels = users.labels(
+        {
+            Origin.PRESET: f"size of {chosen['model']}",
+            Origin.METHOD: label_of(method_file),
+            Origin.SOURCE: f"of {chosen['init_from']}",
+        }
+    )
     for origin, layer in layers.items():
         _refuse_other_methods_settings(layer, method, heads, labels[origin])
     values, origins = merged(layers)
@@ -298,6 +324,8 @@ def _refuse_without_effect(values: Mapping[str, Any], origins: Mapping[str, Orig
         raise SettingsError(
             f"--mask_unit has no effect with --mask_strategy {values['mask_strategy']}: use random-unit, or leave it"
         )
+    if values["eval_label_column"] and not values["eval_dataset"]:
+        raise SettingsError("--eval_label_column has no effect without --eval_dataset")
     if values["cache_tokens"]:
         changing = [name for name in ("crop_scale", "color_jitter") if origins[name] >= Origin.CONFIG and values[name]]
         if changing:

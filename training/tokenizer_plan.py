@@ -4,16 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.arithmetic import (
-    Machine,
-    batch_size_and_accumulation,
-    micro_batches,
-    number_of_steps,
-    number_of_warmup_steps,
-    number_of_workers,
-    peak_learning_rate,
-    precision_of,
-)
+from training.arithmetic import Machine, numbers_of_a_run
 from training.memory import BYTES_PER_PARAMETER
 from training.plan import Plan, data_name, in_millions
 from training.settings import Settings
@@ -58,13 +49,10 @@ def make_tokenizer_plan(
         ValueError: fewer images than processes, or a precision that the device has not.
     """
     notes: list[str] = []
-    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_train_images, notes)
-    steps_per_epoch = math.ceil(micro_batches(settings, num_train_images, batch_size, machine) / accumulation)
-    num_steps = number_of_steps(settings, steps_per_epoch, notes)
+    numbers = numbers_of_a_run(settings, machine, num_train_images, notes)
     if not num_held_out and settings["eval_strategy"] != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
-    schedules = _schedules(settings, num_steps, notes)
-    warmup_steps = number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes)
+    schedules = _schedules(settings, numbers["num_steps"], notes)
     return TokenizerPlan(
         settings=settings,
         machine=machine,
@@ -74,20 +62,13 @@ def make_tokenizer_plan(
         num_parameters=num_parameters,
         grid=grid,
         num_hidden=(0, 0),
-        batch_size=batch_size,
-        accumulation=accumulation,
-        steps_per_epoch=steps_per_epoch,
-        num_steps=num_steps,
-        learning_rate=peak_learning_rate(settings, batch_size * accumulation * machine.world_size),
         lr_drop_step=None,
-        warmup_steps=warmup_steps,
-        precision=precision_of(settings, machine),
-        num_workers=number_of_workers(settings, machine),
         bytes_for_weights=num_parameters * (BYTES_PER_PARAMETER + _EXTRA_BYTES_PER_PARAMETER),
-        bytes_for_activations=batch_size * bytes_per_image,
+        bytes_for_activations=numbers["batch_size"] * bytes_per_image,
         output_dir=Path(settings["output_dir"] or f"outputs/{settings['model']}-{data_name(settings)}"),
         notes=tuple(notes),
         schedules=schedules,
+        **numbers,
     )
 
 

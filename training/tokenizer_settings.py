@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from training.flags import HELP_TEXTS, RANGES, RunFlags
-from training.parsing import make_parser, parse
+from training.parsing import make_parser
 from training.settings import (
     RECIPES,
     Origin,
     Settings,
+    UsersLayers,
     check_ranges,
-    find_recipe,
     label_of,
     merged,
     read_recipe,
@@ -130,27 +130,17 @@ def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
         description="Train an image tokenizer (a discrete VAE) on unlabelled images.",
         epilog=_EPILOG,
     )
-    given = parse(parser, argv)
-    config_file = find_recipe(given["config"]) if "config" in given else None
-    config = read_recipe(parser, config_file) if config_file else {}
+    users = UsersLayers.read(parser, argv)
     defaults = {name: value for group in _GROUPS for name, value in vars(group()).items()}
-    model = {**defaults, **config, **given}["model"]
+    model = {**defaults, **users.values}["model"]
     method_file = RECIPES / f"{_METHOD}.yaml"
-    layers = {
+    lower = {
         Origin.DEFAULT: {**defaults, **training_defaults()},
         Origin.PRESET: {"image_size": TOKENIZER_SIZES[model]["image_size"]},
         Origin.METHOD: read_recipe(parser, method_file),
-        Origin.CONFIG: config,
-        Origin.COMMAND_LINE: given,
     }
-    labels = {
-        Origin.DEFAULT: "default",
-        Origin.PRESET: f"size of {model}",
-        Origin.METHOD: label_of(method_file),
-        Origin.CONFIG: label_of(config_file) if config_file else "",
-        Origin.COMMAND_LINE: "command line",
-    }
-    values, origins = merged(layers)
+    labels = users.labels({Origin.PRESET: f"size of {model}", Origin.METHOD: label_of(method_file)})
+    values, origins = merged(users.over(lower))
     return Settings(_checked(values), origins, labels, ("vocab_size",))
 
 

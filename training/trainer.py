@@ -66,6 +66,12 @@ class MimTrainer(Trainer):
         self._epoch_sampler = EpochSampler(len(dataset))
         return self._epoch_sampler
 
+    def evaluate_at_the_end(self) -> None:
+        """Once more, if there is something to evaluate on and the last time was at an earlier step."""
+        evaluated = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
+        if self.eval_dataset is not None and self.state.global_step not in evaluated:
+            self.evaluate()
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """With the last, smaller batch: dropping it is for training, `Trainer` does it here too."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False

@@ -1,0 +1,95 @@
+"""What a pre-training leaves behind: a native encoder at the root, the whole model in `pretraining/`, and a card."""
+
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.images import count_bad_images
+from data.pretraining_parts import PretrainingParts
+from evaluation.looks import last_results
+from evaluation.pictures import training_curve
+from hub.checkpoints import stage_checkpoint
+from hub.export import export, native_root_problem
+from hub.model_card import write_model_card
+from hub.redaction import shorten_values
+from training.launch import launcher, software_and_hardware
+from training.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
+from training.settings import Settings
+from training.trainer import MimTrainer
+
+
+@dataclass(frozen=True)
+class Artefacts:
+    """Of the run of `trainer`, as it is when they are written. `argv` is what followed the command's name."""
+
+    trainer: MimTrainer
+    settings: Settings
+    parts: PretrainingParts
+    argv: list[str]
+
+    def finish(self) -> None:
+        """Check the weights, evaluate once more if the last evaluation is older, and write everything."""
+        trainer = self.trainer
+        trainer.stop_if_not_finite()
+        trainer.evaluate_at_the_end()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            self.write(trainer.output_dir)
+        trainer.accelerator.wait_for_everyone()
+
+    def stage(self, folder: Path, checkpoint_name: str | None) -> None:
+        """For the Hub, during training: what `finish` writes, and the training state if that has a name there."""
+        step, last = self.trainer.state.global_step, self.trainer.state.max_steps
+        self.write(folder, f"Training goes on: this is step {step:,} of {last:,}." if step < last else None)
+        if checkpoint_name is not None:
+            output_dir = self.trainer.output_dir
+            stage_checkpoint(output_dir / f"checkpoint-{step}", output_dir / SETTINGS_FILE, folder / checkpoint_name)
+
+    def write(self, folder: Path, unfinished: str | None = None) -> None:
+        head = self.trainer.accelerator.unwrap_model(self.trainer.model)
+        # Folders of the user's machine do not belong into a config that goes to the Hub.
+        export(head, folder, method=self.settings["method"], recipe=shorten_values(self.settings.as_recipe()))
+        self._write_card(folder, unfinished)
+
+    def _write_card(self, folder: Path, unfinished: str | None) -> None:
+        trainer, settings, parts, output_dir = self.trainer, self.settings, self.parts, self.trainer.output_dir
+        head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+        curve = panel = None
+        if any("loss" in entry or "eval_loss" in entry for entry in history):
+            training_curve(history, folder / (curve := CURVE_FILE))
+        if panels := sorted((output_dir / PANELS).glob("*.png")):
+            shutil.copy(panels[-1], folder / (panel := PANEL_FILE))
+        metrics = {
+            name: [entry[key] for entry in history if key in entry][-1]
+            for name, key in (("train_loss", "loss"), ("eval_loss", "eval_loss"))
+            if any(key in entry for entry in history)
+        }
+        write_model_card(
+            folder,
+            command=shlex.join([*launcher(), "run_pretraining.py", *self.argv]),
+            method=settings["method"],
+            model_name=settings["hub_model_id"] or output_dir.name,
+            base_model=settings["init_from"],
+            recipe=settings.as_recipe(),
+            data_summary={
+                "dataset": parts.source.describe(),
+                "training images": len(parts.train),
+                "held-out images": len(parts.held_out),
+                "sizes": parts.summary,
+                "unreadable images left out": len(count_bad_images(output_dir / BAD_IMAGES_FILE)),
+            },
+            metrics=metrics,
+            versions=software_and_hardware(trainer),
+            panel=panel,
+            curve=curve,
+            license=settings["license"],
+            datasets=settings["dataset"],
+            unfinished=unfinished,
+            seen_in_training=last_results(history, " + ".join(settings["eval_dataset"] or [])),
+            num_extra_tokens=sum(
+                hasattr(head.encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")
+            ),
+            pools_mean=getattr(head.encoder.config, "use_mean_pooling", False),
+            native_root_problem=native_root_problem(head),
+        )

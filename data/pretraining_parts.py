@@ -1,0 +1,46 @@
+"""The images that a run without labels learns from, and those held out: readable ones, from what a user named."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.image_checks import Checked, check_images
+from data.images import split_held_out
+from data.sources import ImageSource, open_source
+
+
+@dataclass(frozen=True)
+class PretrainingParts:
+    """The readable images of one run: `train` indexes `source`, and `held_out` indexes `held_out_source`."""
+
+    source: ImageSource
+    train: np.ndarray
+    held_out_source: ImageSource
+    held_out: np.ndarray
+    bad: list[tuple[str, str]]
+    summary: str
+
+
+def open_pretraining_parts(
+    dataset: list[str], *, validation_fraction: float, max_bad_fraction: float, seed: int
+) -> PretrainingParts:
+    """Open what `dataset` names, look at every header, and set a part aside: its own, or a seeded share.
+
+    Raises:
+        ValueError: the data cannot be learned from.
+    """
+    source = open_source(dataset)
+    checked = _check(source, max_bad_fraction)
+    summary = checked.summary.describe()
+    own_part = source.held_out()
+    if own_part is not None and validation_fraction:
+        held_out = _check(own_part, max_bad_fraction)
+        return PretrainingParts(source, checked.good, own_part, held_out.good, checked.bad + held_out.bad, summary)
+    kept, held_out_of_it = split_held_out(len(checked.good), validation_fraction, seed)
+    good = checked.good
+    return PretrainingParts(source, good[kept], source, good[held_out_of_it], checked.bad, summary)
+
+
+def _check(source: ImageSource, max_bad_fraction: float) -> Checked:
+    return check_images(source, max_bad_fraction, num_threads=min(8, os.cpu_count() or 1))
