@@ -272,7 +272,7 @@ def build_trainer(
             keep_tokens(trainer)
         draw = token_panel_drawer(settings["method"], trainer.make_labels, collator.grid)
     if tokenizer is not None and not hasattr(tokenizer.model, "decode"):
-        print("note: this tokenizer has no decoder, so there are no reconstruction panels", file=sys.stderr)
+        printer(PartialState())("note: this tokenizer has no decoder, so there are no reconstruction panels")
         return trainer
     show_panels(trainer, output_dir / PANELS, batch, draw)
     return trainer

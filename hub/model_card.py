@@ -119,7 +119,10 @@ def card_for(folder: Path, repo_id: str) -> str:
     """
     file = folder / "README.md"
     if not file.is_file():
-        raise ValueError(f"{folder} has no README.md, which every model needs: run_pretraining.py writes one")
+        raise ValueError(
+            f"{folder} has no README.md, which every model needs: run_pretraining.py writes one; beside converted "
+            "weights write one yourself, with whose they are and their licence"
+        )
     text = file.read_text(encoding="utf-8")
     check_card(text)
     text = _CHECKPOINT_LINE.sub(lambda _: f"checkpoint = {json.dumps(repo_id)}", text)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from training.layer_decay import layer_id, layer_ids
+from training.layer_decay import depths_of, layer_id, layer_ids
 from training.mixing import Mixing
 from training.trainer import MimTrainer
 from training.weight_average import AveragesWeights
@@ -34,10 +34,11 @@ def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
     last_frozen = {"finetune": -1, "partial": num_blocks - num_trained_blocks, "linear": num_blocks + 1}[mode]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(ids[name] > last_frozen or name.startswith("classifier."))
-    depths = getattr(model.base_model.config, "depths", [num_blocks])
-    for name, module in model.base_model.named_modules():
+    encoder: Any = model.base_model
+    depths = depths_of(encoder.config)
+    for name, module in encoder.named_modules():
         # A frozen block that is skipped now and then would only blur what the blocks above it see.
-        if hasattr(module, "drop_prob") and layer_id(f"{name}.", list(depths)) <= last_frozen:
+        if hasattr(module, "drop_prob") and layer_id(f"{name}.", depths) <= last_frozen:
             module.drop_prob = 0.0
 
 

@@ -43,7 +43,7 @@ def layer_scales(model: PreTrainedModel, layer_decay: float) -> list[float]:
 def layer_ids(model: PreTrainedModel) -> dict[str, int]:
     """Every parameter's layer: 0 what embeds, 1 to N the blocks, N + 1 what follows, or lies outside the encoder."""
     encoder: Any = model.base_model
-    depths = _depths(encoder.config)
+    depths = depths_of(encoder.config)
     within = {id(parameter): layer_id(name, depths) for name, parameter in encoder.named_parameters()}
     return {name: within.get(id(parameter), sum(depths) + 1) for name, parameter in model.named_parameters()}
 
@@ -72,5 +72,6 @@ def layer_id(name: str, depths: list[int]) -> int:
 _AFTER_THE_BLOCKS = ("layernorm.", "pooler.", "shared_position_bias.", "encoder.relative_position_bias.")
 
 
-def _depths(config: PreTrainedConfig) -> list[int]:
+def depths_of(config: PreTrainedConfig) -> list[int]:
+    """Blocks of each stage, one number for a plain ViT."""
     return list(config.depths) if hasattr(config, "depths") else [config.num_hidden_layers]
