@@ -13,7 +13,7 @@ README, as a user types them. Writes benchmarks/<name>_<hardware>_<date>.md. Aft
     python -m benchmarks.few_label --dataset outputs/tuxstamps/stamps --tuning_dataset outputs/tuxstamps/tuning \\
         --unlabelled outputs/tuxstamps/photographs outputs/tuxstamps/stamps/train --labels_per_class all \\
         --pretraining mae_vit-nano_tuxstamps simmim_vit-nano_tuxstamps --finetuning finetune_tuxstamps_few \\
-        --reference outputs/efficientnet-lite0 --name tuxstamps
+        --learning_rates 2e-3 4e-3 --layer_decays 0.75 --reference outputs/efficientnet-lite0 --name tuxstamps
 """
 
 import argparse
