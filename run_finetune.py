@@ -4,6 +4,7 @@ Settings (the encoder's own published recipe) -> labelled images -> classifier -
 `pipeline("image-classification", model=folder)` opens, with metrics.json and a card. `--help` lists the flags.
 """
 
+import itertools
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,7 @@ _WRITTEN_LAST = "config.json"
 _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode linear"
 _LARGEST_WITH_MARGIN = {"mae": 224, "beit": 383, "simmim": math.inf}  # pixels; beyond, the whole short side is seen
 _MOST_KEPT_BYTES = 2**28  # of decoded images for evaluation; more are decoded anew each time
+_UNWRITTEN_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out of config.json
 _IN_WORDS = {
     "finetune": "fine-tuned",
     "linear": "linear classifier on frozen features",
@@ -103,10 +106,8 @@ def main(argv: list[str]) -> None:
         return
 
     def prepare() -> Path | None:
-        checkpoint = prepare_output_dir(output_dir, settings, parts.bad, say, _WRITTEN_LAST)
-        if checkpoint is not None:
-            check_classes(checkpoint, parts.images.class_names)
-        return checkpoint
+        check = partial(check_classes, class_names=parts.images.class_names)
+        return prepare_output_dir(output_dir, settings, parts.bad, say, _WRITTEN_LAST, check)
 
     checkpoint = first_on_main(state, prepare)
     with logging_into(output_dir):
@@ -175,13 +176,15 @@ def make_classifier(settings: Settings, config: PreTrainedConfig, class_names: t
 
 def check_classes(checkpoint: Path, class_names: tuple[str, ...]) -> None:
     """Raises: ValueError if the run that wrote `checkpoint` had other classes."""
-    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["id2label"]
-    before = tuple(saved[str(number)] for number in range(len(saved)))
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    names = saved.get("id2label", _UNWRITTEN_LABELS)
+    before = tuple(names[str(number)] for number in range(len(names)))
     if before != class_names:
-        changed = sorted(set(before) ^ set(class_names))
+        pairs = itertools.zip_longest(before, class_names, fillvalue="none")
+        number, (old, new) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
         raise ValueError(
-            f"{checkpoint.parent} holds an unfinished run with other classes (not in both: {', '.join(changed[:5])}): "
-            "give it its own data again, add --overwrite, or give another --output_dir"
+            f"{checkpoint.parent} holds an unfinished run with other classes (number {number} was {old!r} and is now "
+            f"{new!r}): give it its own data again, add --overwrite, or give another --output_dir"
         )
 
 

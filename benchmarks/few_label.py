@@ -33,6 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 LABELS_PER_CLASS = 20
 LABELS_TO_TUNE, SHARE_TO_CHOOSE_BY = 200, 0.9  # of each class: 20 train, 180 choose
+_WRITTEN_AT_THE_END = ("README.md", "report.html")  # by a training, by an evaluation
+_seconds: list[float] = []  # of each command, of an earlier start too
 ARMS = {"pre-trained": [], "from random weights": ["--from_scratch"]}
 
 
@@ -126,12 +128,13 @@ def _row(name: str) -> str:
 
 
 def measure_reference(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Accuracies by name for each seed, or for one where a seed draws nothing."""
+    """Accuracies by name for each seed, or for one where no labels are drawn: little else depends on it."""
     seeds = SEEDS if options.labels_per_class else SEEDS[:1]
     name = options.reference.name
     found = [evaluate(options.reference, options.output_dir / f"{name}-{seed}", seed, options) for seed in seeds]
     mine = [row for row in found[0] if not row.endswith(("raw pixels", "untrained encoder"))]
-    return {f"{name}: {row}": [seed[row] for seed in found] for row in mine}
+    told = "" if options.labels_per_class else ", seed 0"
+    return {f"{name}: {row}{told}": [seed[row] for seed in found] for row in mine}
 
 
 def labels(options: argparse.Namespace, *otherwise: str) -> list[str]:
@@ -155,7 +158,8 @@ def run(script: str, *flags: str) -> float:
         done = json.loads(note.read_text())
     if done["command"] != command:
         raise SystemExit(f"{out} is of another command, {' '.join(done['command'])}: name another --output_dir")
-    if done["finished"]:
+    if done["finished"] and any((out / name).exists() for name in _WRITTEN_AT_THE_END):
+        _seconds.append(done["seconds"])
         return done["seconds"]
     out.parent.mkdir(parents=True, exist_ok=True)
     log, started = out.parent / f"{out.name}.log", time.perf_counter()
@@ -172,6 +176,7 @@ def run(script: str, *flags: str) -> float:
     if not done["finished"]:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
     print(f"{done['seconds']:6.0f} s  {out.name}", flush=True)
+    _seconds.append(done["seconds"])
     return done["seconds"]
 
 
@@ -179,8 +184,6 @@ def run(script: str, *flags: str) -> float:
 
 
 def write(options: argparse.Namespace, parts: list[dict[str, Any]], reference: dict[str, list[float]]) -> None:
-    notes = [note for recipe in options.pretraining for note in (options.output_dir / recipe).glob("*.json")]
-    minutes = round(sum(json.loads(note.read_text())["seconds"] for note in notes) / 60)
     hardware = f"{platform.machine()}-cpu{os.cpu_count()}"
     date = datetime.date.today().isoformat()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "scikit-learn"))
@@ -191,8 +194,8 @@ def write(options: argparse.Namespace, parts: list[dict[str, Any]], reference: d
         f"Command: `{command}`",
         f"Hardware: {os.cpu_count()} cores, {platform.machine()}, no GPU. {versions}, Python "
         f"{platform.python_version()}.",
-        f"Time: {minutes} minutes, all commands together. Data: {options.dataset}, its test part. Settings: recipes/"
-        f"{options.finetuning}.yaml and those named below.",
+        f"Time: {sum(_seconds) / 60:.0f} minutes, all commands together. Data: {options.dataset}, its test part. "
+        f"Settings: recipes/{options.finetuning}.yaml and those named below.",
         "Accuracy: mean over seeds 0, 1, 2 +- standard deviation. A seed draws "
         f"{'the labels, ' if options.labels_per_class else ''}the weights and the order, of pre-training too.",
         "",

@@ -5,7 +5,9 @@
     python -m benchmarks.tuxstamps                                  # or --root DIR, where the packages are unpacked
 
 The images are composed: a real cut-out object on a crop of a real photograph of somewhere else. A stamp, and every
-series of alike stamps, is on one side of a split only, and so is the photograph behind it. Writes
+series of alike stamps of a class, is on one side of a split only. The photographs behind the test images are others
+too; the two parts for tuning share theirs. Stamps of a class whose names begin with a number are one series: of the
+planets, the test part has the moons. Writes
 
     outputs/tuxstamps/photographs/            crops without labels, none from a photograph behind a test image
     outputs/tuxstamps/stamps/{train,test}/    12 views of each of 179 stamps, 4 views of each of 115 others

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.images import count_bad_images
 from data.pretraining_parts import PretrainingParts
-from evaluation.looks import last_results
+from evaluation.looks import results_at
 from evaluation.pictures import training_curve
 from hub.checkpoints import stage_checkpoint
 from hub.export import export, native_root_problem
@@ -55,6 +55,7 @@ class Artefacts:
     def _write_card(self, folder: Path, unfinished: str | None) -> None:
         trainer, settings, parts, output_dir = self.trainer, self.settings, self.parts, self.trainer.output_dir
         head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+        dataset = " + ".join(settings["eval_dataset"] or [])
         curve = panel = None
         if any("loss" in entry or "eval_loss" in entry for entry in history):
             training_curve(history, folder / (curve := CURVE_FILE))
@@ -86,7 +87,7 @@ class Artefacts:
             license=settings["license"],
             datasets=settings["dataset"],
             unfinished=unfinished,
-            seen_in_training=last_results(history, " + ".join(settings["eval_dataset"] or [])),
+            seen_in_training=results_at(history, trainer.state.global_step, dataset),
             num_extra_tokens=sum(
                 hasattr(head.encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")
             ),

@@ -23,9 +23,9 @@ def summary(log_history: Sequence[Mapping[str, Any]]) -> str:
     return f"{numbers}: {trend([entry['step'] for entry in looks], [entry[LINEAR] for entry in looks])}"
 
 
-def last_results(log_history: Sequence[Mapping[str, Any]], dataset: str) -> list[dict[str, Any]]:
-    """The last look as entries of a `metrics.json`; none if there was none."""
-    look = next((entry for entry in reversed(log_history) if LINEAR in entry), None)
+def results_at(log_history: Sequence[Mapping[str, Any]], step: int, dataset: str) -> list[dict[str, Any]]:
+    """The look at this very step as entries of a `metrics.json`; none if there was none: older ones are of others."""
+    look = next((entry for entry in reversed(log_history) if LINEAR in entry and entry["step"] == step), None)
     if look is None:
         return []
     names = {LINEAR: ("linear probe", "accuracy"), KNN: ("kNN", "accuracy"), RANKME: ("RankMe", "effective rank")}

@@ -1,6 +1,7 @@
 """The few-label benchmark: what it may reuse, and rows that all seeds have."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from benchmarks import few_label
 
 def test_run__a_finished_command_is_not_run_again_and_another_one_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(few_label, "ROOT", tmp_path)
-    (tmp_path / "count.py").write_text("open('ran', 'a').write('x')")
+    script = "open('ran', 'a').write('x'); import os; os.makedirs('results/out'); open('results/out/README.md', 'w')"
+    (tmp_path / "count.py").write_text(script)
     monkeypatch.chdir(tmp_path)
     flags = ("--output_dir", str(tmp_path / "results" / "out"), "--seed", "0")
     seconds = few_label.run("count.py", *flags)
@@ -19,6 +21,9 @@ def test_run__a_finished_command_is_not_run_again_and_another_one_is_refused(tmp
     assert (tmp_path / "ran").read_text() == "x"
     with pytest.raises(SystemExit, match="is of another command"):
         few_label.run("count.py", *flags[:-1], "1")
+    shutil.rmtree(tmp_path / "results" / "out")
+    few_label.run("count.py", *flags)
+    assert (tmp_path / "ran").read_text() == "xx"
 
 
 def test_run__one_that_failed_is_told_and_run_again(tmp_path, monkeypatch):

@@ -334,7 +334,9 @@ def test_continuing__with_other_classes_or_another_head_is_refused(encoders, tmp
     argv += ["--max_steps", "6", "--save_steps", "2", "--eval_steps", "2"]
     assert "pooling mean -> class" in refusal(capsys, *argv, "--pooling", "class")
     write_images(folder, {"owl": 4})
-    assert "other classes (not in both: owl)" in refusal(capsys, *argv)
+    settings = (out / "settings.yaml").read_text()
+    assert "other classes (number 2 was 'none' and is now 'owl')" in refusal(capsys, *argv, "--seed", "1")
+    assert (out / "settings.yaml").read_text() == settings
 
 
 def test_tensorboard__has_one_folder_of_the_run_itself(encoders, labelled, tmp_path):

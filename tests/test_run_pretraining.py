@@ -71,12 +71,17 @@ def test_run__a_finished_folder_is_not_touched_without_overwrite(finished, capsy
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path):
+@pytest.mark.parametrize("was_evaluated", [True, False])
+def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path, was_evaluated):
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
-    (folder / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "labels.txt"):
+        (folder / name).write_text("mine")
+    if was_evaluated:
+        (folder / "metrics.json").write_text(json.dumps({"written_by": "run_evaluation.py", "results": []}, indent=2))
     assert pretrain([*SMALL, "--output_dir", str(folder), "--overwrite", "--max_steps", "1"]) == 0
     assert (folder / "notes.txt").read_text() == "mine"
+    assert (folder / "labels.txt").exists() != was_evaluated  # then it was the evaluation's
     assert not (folder / "checkpoint-2").exists()
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 1
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.labelled import open_labelled
-from evaluation.looks import KNN, LINEAR, RANKME, summary, trend
+from evaluation.looks import KNN, LINEAR, RANKME, results_at, summary, trend
 from evaluation.pictures import training_curve
 from evaluation.watch import FeatureWatch, open_feature_watch
 from hub.card_results import NOT_MEASURED
@@ -181,6 +181,12 @@ def test_summary__is_one_line():
     )
     assert "\n" not in text
     assert "not looked at" in summary([{"loss": 1.0, "step": 5}])
+
+
+def test_results__are_those_of_the_step_itself_and_not_of_an_older_model():
+    looks = [{"step": step, LINEAR: 0.5 + step / 1000, KNN: 0.4, RANKME: 12.34} for step in (0, 100)]
+    assert [entry["value"] for entry in results_at(looks, 100, "photos")] == [0.6, 0.4, 12.34]
+    assert results_at(looks, 150, "photos") == []
 
 
 def test_training_curve__has_a_second_panel(tmp_path):

@@ -88,8 +88,8 @@ class FinetuneViewFlags:
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     eval_crop_share: float | None = _flag(
         None,
-        "side of the central crop at evaluation, as a share of the resized short side (default: 0.875, as published, "
-        "below 384 pixels, else 1)",
+        "side of the central crop at evaluation, as a share of the resized short side (default: as published, 0.875 "
+        "up to 224 pixels for MAE, below 384 for BEiT and always for SimMIM, else 1)",
     )
     rand_augment: float = _flag(0.0, f"strength of RandAugment, up to 10; 0: off {_RECIPES}")
     mixup: float = _flag(0.0, f"of the Beta distribution that blends two images; 0: off {_RECIPES}")

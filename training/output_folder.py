@@ -50,10 +50,10 @@ WRITTEN_FILES = (
         CONFUSION_FILE,
         PANEL_FILE,
         BAD_IMAGES_FILE,
-        # Of run_evaluation.py, about the model that is replaced.
-        *("report.html", "feature_maps.png", "labels.txt"),
     ),
 )
+
+OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
 
 
 def prepare_output_dir(
@@ -62,10 +62,12 @@ def prepare_output_dir(
     bad: Sequence[tuple[str, str]],
     say: Callable[[str], None],
     written_last: str,
+    check: Callable[[Path], None] | None = None,
 ) -> Path | None:
     """Decide between a new run, a continued one and a refusal; returns the checkpoint to continue from.
 
     A folder with the file `written_last` holds a finished run. `bad`: name and reason of every image left out.
+    `check` may refuse the checkpoint with a ValueError, before anything is written.
 
     Raises:
         ValueError: the folder holds a finished run, or one that cannot or must not be continued.
@@ -91,6 +93,8 @@ def prepare_output_dir(
         )
     if checkpoint is not None:
         _compare_settings(output_dir / SETTINGS_FILE, settings, say)
+        if check is not None:
+            check(checkpoint)
         say(f"continuing from {checkpoint}")
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
@@ -146,9 +150,16 @@ def _delete_old_run(output_dir: Path) -> None:
     if not (output_dir / SETTINGS_FILE).exists():
         return
     code = {path.name for path in output_dir.glob("pretraining/*.py")} | {"dvae.py"}
-    for pattern in (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code):
+    report = OF_AN_EVALUATION if _was_evaluated(output_dir) else ()
+    for pattern in (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code, *report):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _was_evaluated(output_dir: Path) -> bool:
+    """Whether run_evaluation.py wrote its results into this folder."""
+    file = output_dir / METRICS_FILE
+    return file.is_file() and '"written_by": "run_evaluation.py"' in file.read_text(encoding="utf-8")
 
 
 @contextmanager
