@@ -57,7 +57,7 @@ from training.arithmetic import Machine
 from training.callbacks import show_progress
 from training.finetune_plan import FinetunePlan, make_finetune_plan
 from training.finetune_settings import load_finetune_settings, recipe_name
-from training.finetune_trainer import FinetuneTrainer, freeze
+from training.finetune_trainer import FinetuneTrainer, balanced_weights, freeze
 from training.hub_push import HubPush
 from training.launch import find_machine, first_on_main, join, launcher, run, software_and_hardware
 from training.memory import kept_bytes
@@ -287,12 +287,6 @@ def evaluated(part: LabelledPart, settings: Settings, bad_images: Path) -> Class
 
 def evaluation_view(settings: Settings) -> EvalView:
     return eval_view((settings["image_size"],) * 2, settings["eval_crop_share"], _resampling(settings))
-
-
-def balanced_weights(labels: np.ndarray) -> torch.Tensor:
-    """(K,): as if each class had equally many images; 1 on average over the images."""
-    counts = np.bincount(labels)
-    return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32)
 
 
 def _resampling(settings: Settings) -> Image.Resampling:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,6 +41,12 @@ def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
         # A frozen block that is skipped now and then would only blur what the blocks above it see.
         if hasattr(module, "drop_prob") and layer_id(f"{name}.", depths) <= last_frozen:
             module.drop_prob = 0.0
+
+
+def balanced_weights(labels: np.ndarray) -> torch.Tensor:
+    """(K,): as if each class had equally many images; 1 on average over the images."""
+    counts = np.bincount(labels)
+    return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32)
 
 
 class FinetuneTrainer(AveragesWeights, MimTrainer):  # type: ignore[misc]
