@@ -52,8 +52,8 @@ WRITTEN_FILES = (
         BAD_IMAGES_FILE,
     ),
 )
-
-OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
+# What run_evaluation.py writes beside METRICS_FILE; a folder may hold such files of the user's own.
+_OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
 
 
 def prepare_output_dir(
@@ -150,7 +150,7 @@ def _delete_old_run(output_dir: Path) -> None:
     if not (output_dir / SETTINGS_FILE).exists():
         return
     code = {path.name for path in output_dir.glob("pretraining/*.py")} | {"dvae.py"}
-    report = OF_AN_EVALUATION if _was_evaluated(output_dir) else ()
+    report = _OF_AN_EVALUATION if _was_evaluated(output_dir) else ()
     for pattern in (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code, *report):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
