@@ -22,6 +22,8 @@ import torch
 from tqdm.auto import tqdm
 
 import modeling  # noqa: F401 - with it whole models of ours can be opened
+from commands.launch import has_accelerator, run
+from commands.parsing import nearest
 from data.labelled import LabelledImages, LabelledPart, labelled_subset, open_labelled, split_stratified, write_subset
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
@@ -32,8 +34,6 @@ from evaluation.preprocessing import BATCH_SIZE, Batch, Preprocessor, batches
 from evaluation.report import write_report
 from hub.redaction import shorten_command, shorten_paths
 from training.callbacks import duration
-from training.launch import has_accelerator, run
-from training.parsing import nearest
 
 METRICS_FILE, REPORT_FILE, MAPS_FILE, LABELS_FILE = "metrics.json", "report.html", "feature_maps.png", "labels.txt"
 _WRITTEN_BY = "run_evaluation.py"

@@ -21,7 +21,22 @@ import torch
 from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
+from commands.arithmetic import Machine
+from commands.finetune_plan import FinetunePlan, make_finetune_plan
+from commands.finetune_settings import load_finetune_settings, recipe_name
 from commands.hub_settings import open_repository
+from commands.launch import find_machine, first_on_main, join, launcher, run, software_and_hardware
+from commands.memory import kept_bytes
+from commands.output_folder import (
+    BAD_IMAGES_FILE,
+    CONFUSION_FILE,
+    CURVE_FILE,
+    METRICS_FILE,
+    SUBSET_FILE,
+    logging_into,
+    prepare_output_dir,
+)
+from commands.settings import Settings
 from data.classification import (
     CROP_SHARE,
     ClassificationImages,
@@ -33,14 +48,14 @@ from data.classification import (
 )
 from data.images import count_bad_images
 from data.labelled import LabelledPart, write_subset
-from data.labelled_parts import LabelledParts, open_parts
+from data.labelled_splits import LabelledParts, open_parts
 from data.randaugment import RandAugment
 from evaluation.confusion import draw_confusion_matrix
 from evaluation.metrics import classification_metrics, confusion_matrix
 from evaluation.pictures import training_curve
 from evaluation.results import classification_results
 from hub.encoder_config import encoder_config, image_stats
-from hub.export import export_native
+from hub.export.native import export_native
 from hub.model_card import write_model_card
 from hub.redaction import shorten_paths
 from modeling.image_classification import (
@@ -53,25 +68,10 @@ from modeling.image_classification import (
     random_encoder,
 )
 from modeling.patches import patch_grid
-from training.arithmetic import Machine
 from training.callbacks import show_progress
-from training.finetune_plan import FinetunePlan, make_finetune_plan
-from training.finetune_settings import load_finetune_settings, recipe_name
 from training.finetune_trainer import FinetuneTrainer, balanced_weights, freeze
 from training.hub_push import HubPush
-from training.launch import find_machine, first_on_main, join, launcher, run, software_and_hardware
-from training.memory import kept_bytes
 from training.mixing import Mixing
-from training.output_folder import (
-    BAD_IMAGES_FILE,
-    CONFUSION_FILE,
-    CURVE_FILE,
-    METRICS_FILE,
-    SUBSET_FILE,
-    logging_into,
-    prepare_output_dir,
-)
-from training.settings import Settings
 
 _WRITTEN_LAST = "config.json"
 _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode linear"

@@ -17,32 +17,32 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForPreTraining, PreTrainedModel, TrainingArguments, set_seed
 
-from commands.artefacts import Artefacts
+from commands.artifacts import Artefacts
 from commands.hub_settings import bring_back, build_hub_push, open_repository
+from commands.launch import find_machine, first_on_main, join, printer, run
+from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
+from commands.plan import Plan, default_output_dir, make_plan
+from commands.settings import Settings, load_settings
 from data.augmentations import CenterCrop, Transform, TwoViews, random_crop
 from data.collators import MaskingCollator
 from data.images import PretrainingImages, measure_image_stats
-from data.pretraining_parts import PretrainingParts, open_pretraining_parts
+from data.pretraining_splits import PretrainingParts, open_pretraining_parts
 from data.sources import ImageSource
-from evaluation.looks import summary as features_in_words
+from evaluation.online import FeatureWatch, open_feature_watch
+from evaluation.online_history import summary as features_in_words
 from evaluation.panels import pixel_panel_drawer, token_panel_drawer
 from evaluation.pictures import panel_indices
-from evaluation.watch import FeatureWatch, open_feature_watch
-from hub.export import PRETRAINING, native_root_problem
+from hub.export.native import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
 from hub.init_weights import read_weights
 from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import show_panels, show_progress
-from training.launch import find_machine, first_on_main, join, printer, run
-from training.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
-from training.plan import Plan, default_output_dir, make_plan
-from training.settings import Settings, load_settings
+from training.online_evaluation import EveryFewSteps
 from training.targets import CHOICES as TOKENIZER_CHOICES
 from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
 from training.token_cache import cached_tokens
 from training.trainer import MimTrainer
-from training.watch import EveryFewSteps
 
 WRITTEN_LAST = f"{PRETRAINING}/config.json"  # of a finished run
 QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.yaml"

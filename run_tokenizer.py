@@ -19,9 +19,15 @@ import torch
 from PIL import Image
 from transformers import TrainingArguments, set_seed
 
+from commands.launch import find_machine, first_on_main, join, run
+from commands.memory import kept_bytes
+from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
+from commands.settings import Settings
+from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
+from commands.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
 from data.augmentations import CenterCrop, RandomResizedCrop, Transform, random_crop
 from data.images import PretrainingImages
-from data.pretraining_parts import PretrainingParts, open_pretraining_parts
+from data.pretraining_splits import PretrainingParts, open_pretraining_parts
 from data.seeds import seeded_generator
 from data.sources import ImageSource
 from evaluation.pictures import labelled_grid, panel_indices, training_curve
@@ -29,12 +35,6 @@ from hub.redaction import shorten_command
 from modeling.dvae import DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
-from training.launch import find_machine, first_on_main, join, run
-from training.memory import kept_bytes
-from training.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
-from training.settings import Settings
-from training.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
-from training.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
 from training.tokenizer_trainer import CodebookUse, TokenizerTrainer, stack_items
 
 QUICKSTART = "accelerate launch run_tokenizer.py --config recipes/dvae_nano_sample.yaml"

@@ -17,9 +17,9 @@ import torch
 import transformers
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from commands.presets import ENCODER_SIZES
 from data.collators import MaskingCollator
 from modeling.mae import MaeConfig, MaeForPreTraining
-from training.presets import ENCODER_SIZES
 
 SHARED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size", "image_size")
 

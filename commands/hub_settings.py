@@ -5,14 +5,14 @@ from pathlib import Path
 
 from transformers.trainer_utils import HubStrategy
 
-from commands.artefacts import Artefacts
+from commands.artifacts import Artefacts
+from commands.output_folder import SETTINGS_FILE
+from commands.settings import Settings
 from hub.card_rules import license_problem
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
 from training.checkpoints import last_whole_checkpoint
 from training.hub_push import HubPush
-from training.output_folder import SETTINGS_FILE
-from training.settings import Settings
 
 _NAMES_OF_STATES: dict[HubStrategy, Callable[[int], str]] = {
     HubStrategy.CHECKPOINT: lambda step: LAST_CHECKPOINT,

@@ -21,7 +21,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from evaluation.looks import KNN, LINEAR, RANKME, draw_looks, trend
+from evaluation.online_history import KNN, LINEAR, RANKME, draw_looks, trend
 
 MAX_ROWS = 8
 BLANK = 0.5  # gray of patches that are not there
@@ -176,7 +176,7 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], shape: Sequence[int
 def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     """Write a PNG of training and held-out loss and the learning rate, from the `log_history` of a Trainer's state.
 
-    Below, how the features did on labelled images, where that was looked at (`evaluation.watch`).
+    Below, how the features did on labelled images, where that was looked at (`evaluation.online`).
     """
     train, held_out = _series(log_history, "loss"), _series(log_history, "eval_loss")
     if not len(train[0]) and not len(held_out[0]):

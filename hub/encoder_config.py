@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.image_processing_base import ImageProcessingMixin
 
-from hub.export import PRETRAINING
+from hub.export.native import PRETRAINING
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 
 

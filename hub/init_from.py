@@ -14,7 +14,7 @@ from transformers.utils import has_file
 from hub.card_rules import HUB_ID
 from hub.encoder_config import processor_stats
 from hub.encoder_states import FAMILIES, FAMILIES_OF, encoder_settings, obstacle
-from hub.export import PRETRAINING
+from hub.export.native import PRETRAINING
 from modeling import CONFIGS, MimConfig
 
 # A setting of BEiT's head that says nothing about what is kept: the tokens are the tokenizer's.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import run_pretraining
-from training.launch import run
+from commands.launch import run
 
 
 def pretrain(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from hub import convert
+from hub.convert import __main__ as convert
 from modeling.beit import BeitForPreTraining, BeitMimConfig
 
 GOLDEN = Path(__file__).parent / "golden"

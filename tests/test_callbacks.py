@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from training import launch
+from commands import launch
 from training.callbacks import BadImagesLimit, CpuEstimate, ReconstructionPanels, describe_log, duration
 
 

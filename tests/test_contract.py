@@ -23,7 +23,7 @@ from conftest import (
 from torch.testing import assert_close
 from transformers import AutoModel, Trainer, TrainerCallback
 
-from hub.export import export
+from hub.export.native import export
 from modeling import HEADS
 from training.checkpoints import last_whole_checkpoint
 from training.trainer import MimTrainer

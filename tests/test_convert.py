@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModel, AutoModelForImageClassification
 
-from hub import convert
-from hub.weight_file import open_weights
+from hub.convert import __main__ as convert
+from hub.convert.weight_file import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 HEADS = ["--num_attention_heads", "2"]

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import BeitConfig, BeitModel, SwinConfig, SwinModel
 from transformers.models.beit.modeling_beit import BeitRelativePositionBias
 
-from hub.export import export
+from hub.export.native import export
 from modeling.encoders import BEIT_DEFAULTS, BeitEncoder, SwinEncoder, relative_position_index
 from modeling.simmim import SimMimConfig, SimMimForPreTraining
 

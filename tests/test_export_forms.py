@@ -24,11 +24,12 @@ from transformers import (
     ViTModel,
 )
 
-from hub import convert
-from hub.export import export, main
-from hub.export_onnx import has_free_image_size
-from hub.export_timm import timm_state
-from hub.timm_shapes import timm_shapes
+from hub.convert import __main__ as convert
+from hub.export.__main__ import main
+from hub.export.native import export
+from hub.export.onnx import has_free_image_size
+from hub.export.timm import timm_state
+from hub.export.timm_shapes import timm_shapes
 
 SIZES = {
     "hidden_size": 32,
@@ -98,7 +99,7 @@ def test_native__and_back_is_bitwise(variant, tmp_path):
 
 @pytest.mark.parametrize("name", native_models())
 def test_timm__names_and_shapes_are_those_of_its_own_models(name):
-    """The list was written by timm 1.0.31 from the arguments that `hub.export_timm` gives."""
+    """The list was written by timm 1.0.31 from the arguments that `hub.export.timm` gives."""
     listed = json.loads((Path(__file__).parent / "golden" / "timm_shapes.json").read_text())[name]
     expected = {key: tuple(shape) for key, shape in listed.items()}
     model = native_models()[name]

@@ -13,7 +13,7 @@ from evaluation.embedding import write_embeddings
 from evaluation.features import BOTH, CLASS_TOKEN, MEAN, collect, open_encoder, small_pictures, untrained
 from evaluation.maps import class_attention, feature_maps, principal_colours
 from evaluation.preprocessing import batches
-from hub.export import export
+from hub.export.native import export
 
 PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))[:6]
 VIT = {

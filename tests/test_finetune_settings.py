@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.arithmetic import Machine
-from training.finetune_plan import make_finetune_plan
-from training.finetune_settings import load_finetune_settings, recipe_name
-from training.settings import RECIPES, SettingsError
+from commands.arithmetic import Machine
+from commands.finetune_plan import make_finetune_plan
+from commands.finetune_settings import load_finetune_settings, recipe_name
+from commands.settings import RECIPES, SettingsError
 
 NAMED = ["--model", "encoder", "--dataset", "labelled"]
 PUBLISHED = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml") if not path.stem.endswith("_few"))

@@ -39,7 +39,7 @@ from transformers import (
     ViTModel,
 )
 
-from hub.export import export
+from hub.export.native import export
 from hub.init_from import open_starting_model
 from hub.init_weights import read_weights
 from modeling import CONFIGS, HEADS

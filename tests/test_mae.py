@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from hub import convert
+from hub.convert import __main__ as convert
 from modeling.mae import MaeConfig, MaeForPreTraining
 from modeling.patches import patchify, sincos_positions, take_tokens, unpatchify, visible_then_hidden
 

@@ -5,9 +5,9 @@ import torch
 import yaml
 from transformers import Trainer, TrainingArguments
 
+from commands.plan import Machine, Plan, make_plan
+from commands.settings import load_settings
 from modeling import HEADS
-from training.plan import Machine, Plan, make_plan
-from training.settings import load_settings
 
 CONFIGS = {method: head.config_class for method, head in HEADS.items()}
 LAPTOP = Machine("cpu", num_cpus=2)

@@ -18,14 +18,14 @@ from pretraining_command import pretrain
 from safetensors.torch import load_file, save_file
 
 from commands.hub_settings import bring_back, open_repository
+from commands.settings import load_settings
 from hub import push as hub_push
-from hub.export import export
+from hub.export.native import export
 from hub.model_card import write_model_card
 from hub.push import HubError, Repository, public_files
 from modeling import CONFIGS
 from run_pretraining import WRITTEN_LAST
 from training.hub_push import STAGING, HubPush
-from training.settings import load_settings
 from training.trainer import MimTrainer
 
 PUBLIC = {

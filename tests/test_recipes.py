@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from commands.plan import Machine, make_plan
+from commands.settings import RECIPES, load_settings
 from modeling import HEADS
 from modeling.mae import MaeConfig
-from training.plan import Machine, make_plan
-from training.settings import RECIPES, load_settings
 
 CONFIGS = {method: head.config_class for method, head in HEADS.items()}
 ALL = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("dvae", "finetune")))

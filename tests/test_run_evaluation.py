@@ -14,13 +14,13 @@ from fashion import fashion_pixels
 from PIL import Image
 
 import run_evaluation
+from commands.launch import run
 from evaluation.features import collect, open_encoder
 from evaluation.frozen import Row, difference
 from evaluation.knn import fit_knn
 from evaluation.preprocessing import batches
 from evaluation.report import by_class, comparisons
-from hub.export import export
-from training.launch import run
+from hub.export.native import export
 
 FASHION = ROOT / "data" / "samples" / "fashion_mnist"
 NAMES = ("Trouser", "Bag", "Ankle boot")

@@ -19,9 +19,9 @@ from test_push import connect
 from transformers import AutoModelForImageClassification, ResNetConfig
 
 import run_finetune
+from commands.finetune_settings import load_finetune_settings
 from data.sources import BUNDLED
-from hub.export import export
-from training.finetune_settings import load_finetune_settings
+from hub.export.native import export
 
 PHOTOGRAPHS = sorted((BUNDLED["sample"] / "train").glob("*.jpg"))
 NAMES = ("small", "wide", "tall")

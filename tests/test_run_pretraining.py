@@ -17,7 +17,7 @@ from PIL import Image
 from pretraining_command import pretrain
 from transformers import AutoModel
 
-from training.launch import has_accelerator
+from commands.launch import has_accelerator
 
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
 LAYOUT = {

@@ -13,12 +13,12 @@ from conftest import ROOT
 from transformers import AutoModel
 
 import run_tokenizer
+from commands.launch import has_accelerator, run
+from commands.settings import RECIPES
+from commands.tokenizer_plan import Machine, make_tokenizer_plan
+from commands.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
 from modeling.dvae import DvaeConfig
-from training.launch import has_accelerator, run
-from training.settings import RECIPES
 from training.targets import load_tokenizer, tokenizer_view
-from training.tokenizer_plan import Machine, make_tokenizer_plan
-from training.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
 
 PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
 SIZES = ["--model", "dvae-nano", "--image_size", "32", "--vocab_size", "32"]

@@ -6,9 +6,9 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
+from commands.settings import Origin, Settings, SettingsError, load_settings
 from modeling import HEADS, MimConfig
 from modeling.mae import MaeConfig
-from training.settings import Origin, Settings, SettingsError, load_settings
 
 CONFIGS = {method: head.config_class for method, head in HEADS.items()}
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from data.masks import random_unit_mask
-from hub import convert
-from hub.weight_file import open_weights
+from hub.convert import __main__ as convert
+from hub.convert.weight_file import open_weights
 from modeling.mae import MaeForPreTraining, SimMimAsymmetricConfig, SimMimAsymmetricForPreTraining
 from modeling.patches import unpatchify
 from modeling.simmim import SimMimConfig, SimMimForPreTraining

@@ -5,17 +5,17 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from commands.launch import launcher, software_and_hardware
+from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
+from commands.settings import Settings
 from data.images import count_bad_images
-from data.pretraining_parts import PretrainingParts
-from evaluation.looks import results_at
+from data.pretraining_splits import PretrainingParts
+from evaluation.online_history import results_at
 from evaluation.pictures import training_curve
 from hub.checkpoints import stage_checkpoint
-from hub.export import export, native_root_problem
+from hub.export.native import export, native_root_problem
 from hub.model_card import write_model_card
 from hub.redaction import shorten_values
-from training.launch import launcher, software_and_hardware
-from training.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
-from training.settings import Settings
 from training.trainer import MimTrainer
 
 

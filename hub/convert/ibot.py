@@ -2,9 +2,9 @@
 
 import argparse
 
-from hub.convert_simmim import is_swin
-from hub.native_models import Converted, State, swin_from, vit_from
-from hub.weight_file import suggested_num_heads
+from hub.convert.native_models import Converted, State, swin_from, vit_from
+from hub.convert.simmim import is_swin
+from hub.convert.weight_file import suggested_num_heads
 
 # Where the file has them. The authors evaluate the teacher.
 WEIGHTS = {"teacher": ("teacher", "state_dict", "model", ""), "student": ("student", "state_dict", "model", "")}

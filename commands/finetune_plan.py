@@ -1,14 +1,14 @@
-"""The numbers of a fine-tuning, said aloud before it; `training.arithmetic` has the rules behind them."""
+"""The numbers of a fine-tuning, said aloud before it; `commands.arithmetic` has the rules behind them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.arithmetic import Machine, numbers_of_a_run
-from training.memory import BYTES_PER_PARAMETER
-from training.plan import Plan, data_name, in_millions
-from training.settings import Settings
+from commands.arithmetic import Machine, numbers_of_a_run
+from commands.memory import BYTES_PER_PARAMETER
+from commands.plan import Plan, data_name, in_millions
+from commands.settings import Settings
 
 _MIN_STEPS = 1000  # of a run whose length the user did not choose
 _BATCH_ON_CPU = 32

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from transformers import PreTrainedConfig, TrainingArguments
 
+from commands.presets import ENCODER_SIZES
 from data.masks import MASK_STRATEGIES
-from training.presets import ENCODER_SIZES
 
 
 @dataclass

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.labelled import open_labelled
-from evaluation.looks import KNN, LINEAR, RANKME, results_at, summary, trend
+from evaluation.online import FeatureWatch, open_feature_watch
+from evaluation.online_history import KNN, LINEAR, RANKME, results_at, summary, trend
 from evaluation.pictures import training_curve
-from evaluation.watch import FeatureWatch, open_feature_watch
 from hub.card_results import NOT_MEASURED
 
 SMALL = [
@@ -26,8 +26,8 @@ SMALL = [
 
 @pytest.fixture(autouse=True)
 def fewer_images(monkeypatch):
-    monkeypatch.setattr("evaluation.watch._NUM_TRAIN", 100)
-    monkeypatch.setattr("evaluation.watch._NUM_TEST", 100)
+    monkeypatch.setattr("evaluation.online._NUM_TRAIN", 100)
+    monkeypatch.setattr("evaluation.online._NUM_TEST", 100)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_watch__judges_by_held_out_training_images_and_never_by_the_test_part(mo
     opened = open_labelled("sample-fashion")
     assert opened.validation is None
     shown = []
-    monkeypatch.setattr("evaluation.watch.StackedImages", lambda images, num_threads: shown.append(images) or images)
+    monkeypatch.setattr("evaluation.online.StackedImages", lambda images, num_threads: shown.append(images) or images)
     open_feature_watch(["sample-fashion"], (28, 28), 1, seed=0)
     files = [{images.part.name(index) for index in range(len(images.part))} for images in shown]
     assert not files[0] & files[1]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.labelled_parts import open_parts
+from data.labelled_splits import open_parts
 
 ALL = {"num_per_class": None, "label_fraction": None, "validation_fraction": None, "max_bad_fraction": 0.5, "seed": 0}
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from hub.native_models import open_native
+from hub.convert.native_models import open_native
 
 # A file of ONNX itself cannot be larger than 2 GB; weights beyond go into a second one beside it.
 _MOST_BYTES = 1_800_000_000

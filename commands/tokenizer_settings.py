@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from training.flags import HELP_TEXTS, RANGES, RunFlags
-from training.parsing import make_parser
-from training.settings import (
+from commands.flags import HELP_TEXTS, RANGES, RunFlags
+from commands.parsing import make_parser
+from commands.settings import (
     RECIPES,
     Origin,
     Settings,

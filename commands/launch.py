@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from training.arithmetic import Machine
+from commands.arithmetic import Machine
 from training.callbacks import duration
 from training.guard import NonFiniteError
 

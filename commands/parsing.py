@@ -10,7 +10,7 @@ from typing import Any
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from training.flags import (
+from commands.flags import (
     CHOICES,
     EPILOG,
     HELP_TEXTS,

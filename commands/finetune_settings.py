@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from training.flags import HELP_TEXTS, RANGES, RunFlags
-from training.parsing import SettingsError, make_parser
-from training.settings import (
+from commands.flags import HELP_TEXTS, RANGES, RunFlags
+from commands.parsing import SettingsError, make_parser
+from commands.settings import (
     RECIPES,
     Origin,
     Settings,

@@ -5,10 +5,10 @@ Shapes: D encoder width.
 
 import argparse
 
-from hub.key_names import MAE
-from hub.native_models import Converted, State, fill, renamed, vit_from
-from hub.sizes import count, vit_settings
-from hub.weight_file import suggested_num_heads
+from hub.convert.key_names import MAE
+from hub.convert.native_models import Converted, State, fill, renamed, vit_from
+from hub.convert.sizes import count, vit_settings
+from hub.convert.weight_file import suggested_num_heads
 from modeling.mae import MaeConfig, MaeForPreTraining
 
 _REASONS = {

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-from hub.sizes import BLOCK_TABLE, SHARED_TABLE, State, image_size_from_positions
-from hub.weight_file import WeightFile
+from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, State, image_size_from_positions
+from hub.convert.weight_file import WeightFile
 
 
 class Kind(NamedTuple):

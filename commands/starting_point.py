@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from training.parsing import SettingsError
-from training.presets import ENCODER_SIZES
+from commands.parsing import SettingsError
+from commands.presets import ENCODER_SIZES
 
 
 class StartingPoint(Protocol):

@@ -16,22 +16,22 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from hub import convert_beit, convert_data2vec, convert_ibot, convert_mae, convert_simmim, convert_timm
-from hub.export import PRETRAINING, export, export_native
-from hub.native_models import Converted, State, open_native
-from hub.recognise import recognise
-from hub.reference import reference_output
-from hub.weight_file import WeightFile, open_weights
+from hub.convert import beit, data2vec, ibot, mae, simmim, timm
+from hub.convert.native_models import Converted, State, open_native
+from hub.convert.recognize import recognise
+from hub.convert.reference import reference_output
+from hub.convert.weight_file import WeightFile, open_weights
+from hub.export.native import PRETRAINING, export, export_native
 from modeling import MimPreTrainedModel
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 
 FORMATS: dict[str, Any] = {
-    "mae": convert_mae,
-    "simmim": convert_simmim,
-    "beit": convert_beit,
-    "data2vec": convert_data2vec,
-    "ibot": convert_ibot,
-    "timm": convert_timm,
+    "mae": mae,
+    "simmim": simmim,
+    "beit": beit,
+    "data2vec": data2vec,
+    "ibot": ibot,
+    "timm": timm,
 }
 IMAGE_STATS = ("imagenet", "half")
 

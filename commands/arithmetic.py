@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from commands.settings import Settings
 from data.masks import MASK_STRATEGIES
 from data.seeds import seeded_generator
-from training.settings import Settings
 
 _MIN_STEPS = 2000  # of a run whose length the user did not choose
 _MAX_WARMUP_SHARE = 0.1  # of a run whose warm-up was not given on the command line

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from training.flags import OUR_GROUPS, RANGES, TRAINING_DEFAULTS, head_flags
-from training.parsing import SettingsError, as_argv, build_parser, nearest, parse
-from training.presets import ENCODER_SIZES, HEAD_SIZES
-from training.starting_point import OpenStart, StartingPoint, check_against_start, short_name
+from commands.flags import OUR_GROUPS, RANGES, TRAINING_DEFAULTS, head_flags
+from commands.parsing import SettingsError, as_argv, build_parser, nearest, parse
+from commands.presets import ENCODER_SIZES, HEAD_SIZES
+from commands.starting_point import OpenStart, StartingPoint, check_against_start, short_name
 
 __all__ = ["RECIPES", "Origin", "Settings", "SettingsError", "load_settings"]
 

@@ -20,8 +20,8 @@ from transformers import (
     ViTModel,
 )
 
-from hub.key_names import BEIT, TABLES, Table, native_to_theirs, to_native
-from hub.sizes import beit_settings, swin_settings, vit_settings
+from hub.convert.key_names import BEIT, TABLES, Table, native_to_theirs, to_native
+from hub.convert.sizes import beit_settings, swin_settings, vit_settings
 from modeling.encoders import SwinEncoder
 
 State = Mapping[str, torch.Tensor]

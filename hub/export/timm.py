@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from hub.key_names import TABLES, from_native
-from hub.native_models import open_native
-from hub.timm_shapes import timm_shapes
+from hub.convert.key_names import TABLES, from_native
+from hub.convert.native_models import open_native
+from hub.export.timm_shapes import timm_shapes
 
 _STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 

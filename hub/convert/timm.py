@@ -6,10 +6,10 @@ import re
 
 import torch
 
-from hub.convert_simmim import is_swin
-from hub.native_models import Converted, State, beit_from, swin_from, vit_from
-from hub.sizes import BLOCK_TABLE, SHARED_TABLE, image_size_from_positions
-from hub.weight_file import suggested_num_heads
+from hub.convert.native_models import Converted, State, beit_from, swin_from, vit_from
+from hub.convert.simmim import is_swin
+from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, image_size_from_positions
+from hub.convert.weight_file import suggested_num_heads
 
 _STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _UNSUPPORTED = {

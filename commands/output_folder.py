@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from commands.settings import Settings
 from data.images import count_bad_images
 from training.checkpoints import last_whole_checkpoint, problem_with
-from training.settings import Settings
 
 SETTINGS_FILE = "settings.yaml"
 BAD_IMAGES_FILE = "bad_images.jsonl"

@@ -3,16 +3,11 @@
 The root opens with plain `AutoModel.from_pretrained`, without this project and without a missing or unexpected key.
 Loading code remotely from a subfolder looks the files up at the root, so they lie in both places; only the config in
 `pretraining/` points to them.
-
-`python -m hub.export DIR --onnx FILE | --timm FILE | --decoder FOLDER` writes what lies in such a folder in other
-forms.
 """
 
-import argparse
 import copy
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,37 +17,10 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.image_utils import PILImageResampling
-from transformers.utils.logging import disable_progress_bar
 
-from hub.export_decoder import export_decoder
-from hub.export_onnx import export_onnx
-from hub.export_timm import export_timm
 from modeling import MimPreTrainedModel
 
 PRETRAINING = "pretraining"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hub.export", description="Write a model in another form.")
-    parser.add_argument("folder", help="what run_pretraining.py, run_finetune.py or hub.convert wrote")
-    parser.add_argument("--onnx", metavar="FILE", help="the encoder or classifier for onnxruntime")
-    parser.add_argument("--timm", metavar="FILE", help="the same under timm's names, as safetensors")
-    parser.add_argument("--decoder", metavar="FOLDER", help="all but the encoder, as safetensors with a README")
-    options = parser.parse_args(arguments)
-    folder = Path(options.folder)
-    if not (options.onnx or options.timm or options.decoder):
-        parser.error("nothing to write: give --onnx, --timm or --decoder")
-    try:
-        if (options.onnx or options.timm) and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no model for AutoModel: it has no config.json")
-        if options.onnx:
-            print("\n".join(export_onnx(folder, options.onnx)))
-        if options.timm:
-            print("\n".join(export_timm(folder, options.timm)))
-        if options.decoder:
-            print("\n".join(export_decoder(folder / PRETRAINING, options.decoder)))
-    except ValueError as error:
-        sys.exit(f"hub.export: {error}")
 
 
 def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[str, Any]) -> PreTrainedModel:
@@ -209,8 +177,3 @@ def _verify(folder: Path, ours: PreTrainedModel) -> None:
             f"the exported model is not the one in memory: outputs differ by {difference:.3g} "
             f"(at most {tolerance:.3g} expected), left-over keys {leftovers}; nothing was written"
         )
-
-
-if __name__ == "__main__":
-    disable_progress_bar()
-    main()

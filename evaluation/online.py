@@ -18,7 +18,7 @@ from data.labelled import LabelledPart, labelled_subset, open_labelled, split_st
 from evaluation.features import FrozenEncoder
 from evaluation.knn import Knn
 from evaluation.linear_probe import fit_logistic_at
-from evaluation.looks import KNN, LINEAR, RANKME
+from evaluation.online_history import KNN, LINEAR, RANKME
 from evaluation.quality import rankme
 
 _NUM_NEIGHBORS, _TEMPERATURE, _C = 20, 0.07, 1e-2

@@ -1,13 +1,13 @@
-"""The numbers of a tokenizer's run, said aloud before training; `training.arithmetic` has the rules behind them."""
+"""The numbers of a tokenizer's run, said aloud before training; `commands.arithmetic` has the rules behind them."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from training.arithmetic import Machine, numbers_of_a_run
-from training.memory import BYTES_PER_PARAMETER
-from training.plan import Plan, data_name, in_millions
-from training.settings import Settings
+from commands.arithmetic import Machine, numbers_of_a_run
+from commands.memory import BYTES_PER_PARAMETER
+from commands.plan import Plan, data_name, in_millions
+from commands.settings import Settings
 from training.tokenizer_schedules import TokenizerSchedules
 
 _EXTRA_BYTES_PER_PARAMETER = 4  # the average of the weights

@@ -5,7 +5,7 @@ The encoder is a BEiT's in all but its keys' names, so it opens as a BeitModel.
 
 import argparse
 
-from hub.native_models import Converted, State, beit_from
+from hub.convert.native_models import Converted, State, beit_from
 
 # Where the file has them; fine-tuning starts from the student.
 WEIGHTS = {"student": ("model", "module", ""), "teacher": ("model_ema",)}

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
-from hub.sizes import BLOCK_TABLE, SHARED_TABLE, count
+from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, count
 from modeling.encoders import relative_position_index
 
 State = Mapping[str, torch.Tensor]

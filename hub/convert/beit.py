@@ -4,10 +4,10 @@ BEiT v2 -> native.
 
 import argparse
 
-from hub.key_names import BEIT
-from hub.native_models import DERIVED, Converted, State, beit_from, drop, fill, renamed
-from hub.sizes import BLOCK_TABLE, SHARED_TABLE, beit_settings
-from hub.weight_file import suggested_num_heads
+from hub.convert.key_names import BEIT
+from hub.convert.native_models import DERIVED, Converted, State, beit_from, drop, fill, renamed
+from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, beit_settings
+from hub.convert.weight_file import suggested_num_heads
 from modeling.beit import BeitForPreTraining, BeitMimConfig
 
 _SECOND_BRANCH = "BEiT v2's second branch, or the head that it shares: for pre-training with its own tokenizer"

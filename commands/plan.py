@@ -1,4 +1,4 @@
-"""The numbers of a run, said aloud before training; `training.arithmetic` has the rules behind them."""
+"""The numbers of a run, said aloud before training; `commands.arithmetic` has the rules behind them."""
 
 import math
 import re
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.arithmetic import REFERENCE_BATCH, Machine, hidden_patches, lr_drop_step, numbers_of_a_run
-from training.memory import BYTES_PER_PARAMETER, activation_bytes
-from training.settings import Settings
+from commands.arithmetic import REFERENCE_BATCH, Machine, hidden_patches, lr_drop_step, numbers_of_a_run
+from commands.memory import BYTES_PER_PARAMETER, activation_bytes
+from commands.settings import Settings
 
 __all__ = ["Machine", "Plan", "make_plan"]
 

@@ -8,9 +8,9 @@ import argparse
 
 import torch
 
-from hub.key_names import BEIT, SWIN
-from hub.native_models import DERIVED, Converted, State, beit_from, drop, fill, renamed, swin_from
-from hub.sizes import beit_settings, swin_image_size, swin_settings
+from hub.convert.key_names import BEIT, SWIN
+from hub.convert.native_models import DERIVED, Converted, State, beit_from, drop, fill, renamed, swin_from
+from hub.convert.sizes import beit_settings, swin_image_size, swin_settings
 from modeling.simmim import PIXEL_LOSSES, SimMimConfig, SimMimForPreTraining
 
 
