@@ -1,4 +1,4 @@
-"""How good are an encoder's frozen features? `python run_evaluation.py --model out --dataset ./labelled`.
+"""How good are an encoder's frozen features? `python run_evaluation.py --model out --dataset ./labeled`.
 
 Images -> features of the encoder, of the same one untrained, and raw pixels -> kNN and probes -> metrics.json and
 report.html. With `--embed FILE.parquet` the features themselves, of images without labels. `--help` has the flags.
@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 import modeling  # noqa: F401 - with it whole models of ours can be opened
 from commands.launch import has_accelerator, run
 from commands.parsing import nearest
-from data.labelled import LabelledImages, LabelledPart, labelled_subset, open_labelled, split_stratified, write_subset
+from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
 from evaluation.features import FrozenEncoder, collect, open_encoder, untrained
@@ -103,24 +103,24 @@ class Task:
     """What is trained on and what is tested on."""
 
     class_names: tuple[str, ...]
-    train: LabelledPart
-    test: LabelledPart
+    train: LabeledSplit
+    test: LabeledSplit
     tested_on: str
 
 
 def find_task(arguments: argparse.Namespace) -> Task:
     """The training part, cut to `--labels_per_class`, and the part to test on: test, else validation, else a share."""
-    images: LabelledImages = open_labelled(arguments.dataset, arguments.label_column)
+    images: LabeledImages = open_labeled(arguments.dataset, arguments.label_column)
     train, test, tested_on = images.train, images.test, "its own test part"
     if test is None:
         test, tested_on = images.validation, "its own validation part"
     if test is None:
-        kept, held_out = split_stratified(train.labels, _TEST_FRACTION, arguments.seed, images.class_names)
-        train, test = train.select(kept), train.select(held_out)
+        kept, validation = split_stratified(train.labels, _TEST_FRACTION, arguments.seed, images.class_names)
+        train, test = train.select(kept), train.select(validation)
         tested_on = f"{_TEST_FRACTION:.0%} of each class, held out for it: the data have no part of their own"
         print(f"note: tested on {tested_on}")
     if arguments.labels_per_class is not None:
-        chosen = labelled_subset(
+        chosen = labeled_subset(
             train.labels,
             num_per_class=arguments.labels_per_class,
             seed=arguments.seed,
@@ -142,7 +142,7 @@ def evaluate(
     encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, arguments.seed)}
     bad = BadImages(len(task.train) + len(task.test))
 
-    def part_of(images: LabelledPart, what: str) -> Part:
+    def part_of(images: LabeledSplit, what: str) -> Part:
         stream = batches(images.source, images.indices, preprocessor, bad, arguments.batch_size)
         patches_of = TRAINED if "attentive" in probes else None
         found = collect(encoders, shown(stream, len(images), what), preprocessor, patches_of)
@@ -152,7 +152,7 @@ def evaluate(
     train, test = part_of(task.train, "training images"), part_of(task.test, "test images")
     bad.check()
     rows, headline = measure(train, test, len(task.class_names), probes, arguments.seed, encoder.device)
-    unlabelled = quality(test, arguments.seed)
+    unlabeled = quality(test, arguments.seed)
 
     output_dir.mkdir(parents=True, exist_ok=True)
     pixel_values = torch.cat(
@@ -172,7 +172,7 @@ def evaluate(
         "time": duration(time.perf_counter() - started),
     }
     content = {
-        "results": [row.as_json() for row in rows] + unlabelled,
+        "results": [row.as_json() for row in rows] + unlabeled,
         "headline": headline.name,
         "model": model,
         "dataset": f"{dataset}, {few}" if few else dataset,
@@ -188,11 +188,11 @@ def evaluate(
     write_report(
         output_dir / REPORT_FILE,
         model=model,
-        data=f"{dataset}: {len(train.labels):,} labelled training images{few and f' ({few})'}, "
+        data=f"{dataset}: {len(train.labels):,} labeled training images{few and f' ({few})'}, "
         f"{len(test.labels):,} test images, {len(task.class_names)} classes",
         rows=rows,
         headline=headline,
-        quality=unlabelled,
+        quality=unlabeled,
         labels=test.labels.numpy(),
         class_names=task.class_names,
         picture=maps,
@@ -240,7 +240,7 @@ def probes_that_fit(
     return probes
 
 
-def spread(part: LabelledPart) -> list[int]:
+def spread(part: LabeledSplit) -> list[int]:
     """Numbers in the source of a few images, one of each class as far as they go."""
     first = [int((part.labels == label).argmax()) for label in sorted(set(part.labels.tolist()))]
     chosen = [first[i * len(first) // min(_NUM_PICTURES, len(first))] for i in range(min(_NUM_PICTURES, len(first)))]

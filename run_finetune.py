@@ -1,6 +1,6 @@
-"""Fine-tune an encoder on labelled images: `accelerate launch run_finetune.py --model out --dataset ./labelled`.
+"""Fine-tune an encoder on labeled images: `accelerate launch run_finetune.py --model out --dataset ./labeled`.
 
-Settings (the encoder's own published recipe) -> labelled images -> classifier -> plan -> Trainer -> a folder that
+Settings (the encoder's own published recipe) -> labeled images -> classifier -> plan -> Trainer -> a folder that
 `pipeline("image-classification", model=folder)` opens, with metrics.json and a card. `--help` lists the flags.
 """
 
@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
-from commands.arithmetic import Machine
+from commands.arithmetic import Hardware
 from commands.finetune_plan import FinetunePlan, make_finetune_plan
 from commands.finetune_settings import load_finetune_settings, recipe_name
 from commands.hub_settings import open_repository
-from commands.launch import find_machine, first_on_main, join, launcher, run, software_and_hardware
+from commands.launch import find_hardware, first_on_main, join, launcher, run, software_and_hardware
 from commands.memory import kept_bytes
 from commands.output_folder import (
     BAD_IMAGES_FILE,
@@ -47,8 +47,8 @@ from data.classification import (
     train_view,
 )
 from data.images import count_bad_images
-from data.labelled import LabelledPart, write_subset
-from data.labelled_splits import LabelledParts, open_parts
+from data.labeled import LabeledSplit, write_subset
+from data.labeled_splits import LabeledSplits, open_labeled_splits
 from data.randaugment import RandAugment
 from evaluation.confusion import draw_confusion_matrix
 from evaluation.metrics import classification_metrics, confusion_matrix
@@ -87,7 +87,7 @@ _IN_WORDS = {
 
 def main(argv: list[str]) -> None:
     settings = load_finetune_settings(argv, lambda name: recipe_of(encoder_config(name)))
-    state, say = join(settings["use_cpu"])
+    state, log = join(settings["use_cpu"])
     repository = open_repository(settings)
     config = encoder_config(settings["model"])
     check_family(settings["model"], config)
@@ -97,28 +97,28 @@ def main(argv: list[str]) -> None:
     notes += channel_notes(config, parts)
     set_seed(settings["seed"])
     classifier = make_classifier(settings, config, parts.images.class_names)
-    plan = plan_run(settings, classifier, parts, find_machine(state), notes)
+    plan = plan_run(settings, classifier, parts, find_hardware(state), notes)
     output_dir = plan.output_dir
-    say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
+    log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     for name, reason in parts.bad[:10]:
-        say(f"note: left out {name}: {reason}")
+        log(f"note: left out {name}: {reason}")
     if settings["dry_run"]:
         return
 
     def prepare() -> Path | None:
         check = partial(check_classes, class_names=parts.images.class_names)
-        return prepare_output_dir(output_dir, settings, parts.bad, say, _WRITTEN_LAST, check)
+        return prepare_output_dir(output_dir, settings, parts.bad, log, _WRITTEN_LAST, check)
 
     checkpoint = first_on_main(state, prepare)
     with logging_into(output_dir):
         trainer = build_trainer(settings, plan, classifier, parts, stats)
     hub_push = None
     if repository is not None:
-        hub_push = HubPush(repository, output_dir, lambda folder, name: None, say, at_saves=False)
+        hub_push = HubPush(repository, output_dir, lambda folder, name: None, log, at_saves=False)
         trainer.add_callback(hub_push)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    finish(trainer, settings, config, parts, stats, argv, say)
-    say(f'{output_dir}: pipeline("image-classification", model="{output_dir}") opens it; card in README.md')
+    finish(trainer, settings, config, parts, stats, argv, log)
+    log(f'{output_dir}: pipeline("image-classification", model="{output_dir}") opens it; card in README.md')
     if hasattr(trainer, "end"):  # absent in transformers 5.17
         trainer.end()
     if hub_push is not None and state.is_main_process:
@@ -188,9 +188,9 @@ def check_classes(checkpoint: Path, class_names: tuple[str, ...]) -> None:
         )
 
 
-def channel_notes(config: PreTrainedConfig, parts: LabelledParts) -> list[str]:
+def channel_notes(config: PreTrainedConfig, parts: LabeledSplits) -> list[str]:
     if config.num_channels == 1:
-        return ["the encoder's one channel becomes three: it sees a colour image as its gray version, to begin with"]
+        return ["the encoder's one channel becomes three: it sees a color image as its gray version, to begin with"]
     if parts.num_gray:
         return [f"{parts.num_gray:,} gray images are shown to the encoder in three equal channels"]
     return []
@@ -199,8 +199,8 @@ def channel_notes(config: PreTrainedConfig, parts: LabelledParts) -> list[str]:
 # ---- images ----
 
 
-def find_parts(settings: Settings) -> LabelledParts:
-    return open_parts(
+def find_parts(settings: Settings) -> LabeledSplits:
+    return open_labeled_splits(
         settings["dataset"],
         settings["label_column"],
         num_per_class=settings["labels_per_class"],
@@ -212,14 +212,14 @@ def find_parts(settings: Settings) -> LabelledParts:
 
 
 def plan_run(
-    settings: Settings, classifier: PreTrainedModel, parts: LabelledParts, machine: Machine, notes: list[str]
+    settings: Settings, classifier: PreTrainedModel, parts: LabeledSplits, hardware: Hardware, notes: list[str]
 ) -> FinetunePlan:
     size, by_name = settings["image_size"], parts.by_name
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in classifier.parameters()]
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in by_name.items())
     return make_finetune_plan(
         settings,
-        machine,
+        hardware,
         num_images=(len(by_name["train"]), len(by_name.get("validation", ()))),
         num_classes=len(parts.images.class_names),
         num_parameters=(sum(n for n, _ in numbers), sum(n for n, trains in numbers if trains)),
@@ -237,7 +237,7 @@ def build_trainer(
     settings: Settings,
     plan: FinetunePlan,
     classifier: PreTrainedModel,
-    parts: LabelledParts,
+    parts: LabeledSplits,
     stats: dict[str, list[float]],
 ) -> FinetuneTrainer:
     """Everything of the run as objects: views, mixing, trainer and what a person sees."""
@@ -277,7 +277,7 @@ def build_trainer(
     return trainer
 
 
-def evaluated(part: LabelledPart, settings: Settings, bad_images: Path) -> ClassificationImages | StackedImages:
+def evaluated(part: LabeledSplit, settings: Settings, bad_images: Path) -> ClassificationImages | StackedImages:
     """A part as the image processor of the result will show it; kept in memory where it is small."""
     images = ClassificationImages(part, evaluation_view(settings), 3, settings["seed"], bad_images_file=bad_images)
     if len(images) * 3 * settings["image_size"] ** 2 > _MOST_KEPT_BYTES:
@@ -300,10 +300,10 @@ def finish(
     trainer: FinetuneTrainer,
     settings: Settings,
     config: PreTrainedConfig,
-    parts: LabelledParts,
+    parts: LabeledSplits,
     stats: dict[str, list[float]],
     argv: list[str],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
     """Measure the final weights, and write results, pictures, card and classifier."""
     trainer.stop_if_not_finite()
@@ -316,7 +316,7 @@ def finish(
             how = _IN_WORDS[settings["mode"]] + (", from random weights" if settings["from_scratch"] else "")
             results = classification_results(logits, labels, how, settings["seed"])
             values = "  ".join(f"{entry['metric'].replace('_', ' ')} {entry['value']:.4f}" for entry in results)
-            say(f"{name} part, {len(measured):,} images: {values}")
+            log(f"{name} part, {len(measured):,} images: {values}")
             if trainer.is_world_process_zero():
                 write_results(trainer, settings, parts, results, logits, labels)
         if trainer.is_world_process_zero():
@@ -339,7 +339,7 @@ def finish(
 def write_results(
     trainer: FinetuneTrainer,
     settings: Settings,
-    parts: LabelledParts,
+    parts: LabeledSplits,
     results: list[dict[str, Any]],
     logits: np.ndarray,
     labels: np.ndarray,
@@ -362,7 +362,7 @@ def write_results(
 
 
 def write_card(
-    trainer: FinetuneTrainer, settings: Settings, method: str, parts: LabelledParts, argv: list[str]
+    trainer: FinetuneTrainer, settings: Settings, method: str, parts: LabeledSplits, argv: list[str]
 ) -> None:
     folder, history = trainer.output_dir, trainer.state.log_history
     if any("loss" in entry or "eval_loss" in entry for entry in history):

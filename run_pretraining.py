@@ -1,6 +1,6 @@
 """Pre-train an image encoder without labels: `accelerate launch run_pretraining.py --dataset ./photos`.
 
-Settings -> images -> plan -> Trainer -> two artefacts: the root of the output folder is a native encoder that
+Settings -> images -> plan -> Trainer -> two artifacts: the root of the output folder is a native encoder that
 `AutoModel.from_pretrained` opens, its `pretraining/` the whole model. `--help` lists the flags.
 """
 
@@ -17,28 +17,28 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForPreTraining, PreTrainedModel, TrainingArguments, set_seed
 
-from commands.artifacts import Artefacts
+from commands.artifacts import Artifacts
 from commands.hub_settings import bring_back, build_hub_push, open_repository
-from commands.launch import find_machine, first_on_main, join, printer, run
+from commands.launch import find_hardware, first_on_main, join, printer, run
 from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
 from commands.plan import Plan, default_output_dir, make_plan
 from commands.settings import Settings, load_settings
 from data.augmentations import CenterCrop, Transform, TwoViews, random_crop
 from data.collators import MaskingCollator
 from data.images import PretrainingImages, measure_image_stats
-from data.pretraining_splits import PretrainingParts, open_pretraining_parts
+from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
 from data.sources import ImageSource
-from evaluation.online import FeatureWatch, open_feature_watch
+from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import summary as features_in_words
 from evaluation.panels import pixel_panel_drawer, token_panel_drawer
 from evaluation.pictures import panel_indices
 from hub.export.native import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
 from hub.init_weights import read_weights
-from modeling import CONFIGS, HEADS, MimConfig, MimPreTrainedModel
+from modeling import CONFIGS, MODELS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import show_panels, show_progress
-from training.online_evaluation import EveryFewSteps
+from training.online_evaluation import EvaluateOnline
 from training.targets import CHOICES as TOKENIZER_CHOICES
 from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
 from training.token_cache import cached_tokens
@@ -50,47 +50,47 @@ QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.y
 
 def main(argv: list[str]) -> None:
     settings = load_settings(argv, CONFIGS, starting_point)
-    state, say = join(settings["use_cpu"])
+    state, log = join(settings["use_cpu"])
     repository = open_repository(settings)
     tokenizer = open_tokenizer(settings)
     flags = {name: settings[name] for name in ("validation_fraction", "max_bad_fraction", "seed")}
-    parts = first_on_main(state, lambda: open_pretraining_parts(settings["dataset"], **flags))
-    config = head_config(settings, parts, tokenizer)
+    parts = first_on_main(state, lambda: open_pretraining_splits(settings["dataset"], **flags))
+    config = model_config(settings, parts, tokenizer)
     collator = build_collator(settings, config)
     blank = without_weights(config)
-    numbers = (len(parts.train), len(parts.held_out), blank.num_parameters())
-    plan = make_plan(settings, find_machine(state), *numbers, f"{parts.source.describe()}: {parts.summary}")
+    numbers = (len(parts.train), len(parts.validation), blank.num_parameters())
+    plan = make_plan(settings, find_hardware(state), *numbers, f"{parts.source.describe()}: {parts.summary}")
     output_dir = plan.output_dir
-    say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
+    log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     for name, reason in parts.bad[:10]:
-        say(f"note: left out {name}: {reason}")
+        log(f"note: left out {name}: {reason}")
     if problem := native_root_problem(blank):
-        say(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
-    weights = initial_weights(settings, blank, say)
-    watch = open_watch(settings, state)
+        log(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
+    weights = initial_weights(settings, blank, log)
+    online_evaluation = open_evaluation(settings, state)
     if settings["dry_run"]:
         return
 
     def prepare() -> Path | None:
         if repository is not None:
-            bring_back(repository, settings, output_dir, WRITTEN_LAST, say)
-        return prepare_output_dir(output_dir, settings, parts.bad, say, WRITTEN_LAST)
+            bring_back(repository, settings, output_dir, WRITTEN_LAST, log)
+        return prepare_output_dir(output_dir, settings, parts.bad, log, WRITTEN_LAST)
 
     checkpoint = first_on_main(state, prepare)
     with logging_into(output_dir):
         trainer = build_trainer(settings, plan, config, collator, parts, tokenizer)
     trainer.model.load_state_dict(weights, strict=False)
-    artefacts, hub_push = Artefacts(trainer, settings, parts, argv), None
+    artifacts, hub_push = Artifacts(trainer, settings, parts, argv), None
     if repository is not None:
-        hub_push = build_hub_push(repository, artefacts, settings, say)
+        hub_push = build_hub_push(repository, artifacts, settings, log)
         trainer.add_callback(hub_push)
-    if watch is not None:
-        say(f"features watched: {watch.describe()}")
+    if online_evaluation is not None:
+        log(f"features watched: {online_evaluation.describe()}")
         every = int(plan.training_arguments()["eval_steps"])
-        trainer.add_callback(EveryFewSteps(trainer, every, watch, features_in_words))
+        trainer.add_callback(EvaluateOnline(trainer, every, online_evaluation, features_in_words))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    artefacts.finish()
-    say(
+    artifacts.finish()
+    log(
         f"{output_dir}: {'' if problem else 'encoder for AutoModel.from_pretrained, '}whole model in {PRETRAINING}/, "
         f"pictures in {PANELS}/, card in README.md"
     )
@@ -111,7 +111,7 @@ def starting_point(chosen: Mapping[str, Any]) -> StartingModel:
 
 
 def initial_weights(
-    settings: Settings, head: MimPreTrainedModel, say: Callable[[str], None]
+    settings: Settings, head: MimPreTrainedModel, log: Callable[[str], None]
 ) -> Mapping[str, torch.Tensor]:
     """Of the model that the run begins from, by the names of `head`; nothing from scratch or for a continued run.
 
@@ -123,19 +123,19 @@ def initial_weights(
         return {}
     weights = read_weights(start, head, settings["repair_positions"])
     for note in weights.notes:
-        say(f"note: {note}")
+        log(f"note: {note}")
     return weights.state
 
 
 # ---- images ----
 
 
-def open_watch(settings: Settings, state: PartialState) -> FeatureWatch | None:
+def open_evaluation(settings: Settings, state: PartialState) -> OnlineEvaluation | None:
     """What `--eval_dataset` names, in the first process, which does the looking; a mistake is told to all."""
-    opened: list[FeatureWatch] = []
+    opened: list[OnlineEvaluation] = []
     if (dataset := settings["eval_dataset"]) is not None:
         wanted = (settings.image_size, settings["num_channels"], settings["seed"], settings["eval_label_column"])
-        first_on_main(state, lambda: opened.append(open_feature_watch(dataset, *wanted)))
+        first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted)))
     return opened[0] if opened else None
 
 
@@ -154,7 +154,7 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     Raises:
         ValueError: the method needs one and none is given, or the other way round, or it does not fit.
     """
-    name, needed = settings["tokenizer"], HEADS[settings["method"]].needs_tokenizer
+    name, needed = settings["tokenizer"], MODELS[settings["method"]].needs_tokenizer
     if not needed:
         for flag in ("tokenizer", "cache_tokens"):
             if settings[flag]:
@@ -167,8 +167,8 @@ def open_tokenizer(settings: Settings) -> Tokenizer | None:
     return Tokenizer(model, view_size, vocab_size)
 
 
-def head_config(settings: Settings, parts: PretrainingParts, tokenizer: Tokenizer | None = None) -> MimConfig:
-    """The method's own config: the encoder's sizes, the head's settings, and how pixels are standardised."""
+def model_config(settings: Settings, parts: PretrainingSplits, tokenizer: Tokenizer | None = None) -> MimConfig:
+    """The method's own config: the encoder's sizes, the head's settings, and how pixels are standardized."""
     stats: dict[str, Any] = {}
     if settings["image_stats"] == "source" and settings.start is not None:
         stats = dict(settings.start.image_stats)
@@ -185,7 +185,7 @@ def head_config(settings: Settings, parts: PretrainingParts, tokenizer: Tokenize
             )
         stats["vocab_size"] = tokenizer.vocab_size
     return CONFIGS[settings["method"]](
-        encoder_config=settings.encoder_settings(), **{**settings.head_settings(), **stats}
+        encoder_config=settings.encoder_settings(), **{**settings.method_settings(), **stats}
     )
 
 
@@ -216,7 +216,7 @@ def build_collator(settings: Settings, config: MimConfig) -> MaskingCollator:
         strategy=settings["mask_strategy"],
         seed=settings["seed"],
         mask_unit=settings.mask_unit,
-        equal_num_masked=HEADS[settings["method"]].needs_equal_num_masked,
+        equal_num_masked=MODELS[settings["method"]].needs_equal_num_masked,
         with_image_index=True,
     )
 
@@ -226,7 +226,7 @@ def build_trainer(
     plan: Plan,
     config: MimConfig,
     collator: MaskingCollator,
-    parts: PretrainingParts,
+    parts: PretrainingSplits,
     tokenizer: Tokenizer | None = None,
 ) -> MimTrainer:
     """Everything of the run as objects: data, masks, head, trainer and what a person sees."""
@@ -256,14 +256,14 @@ def build_trainer(
         )
 
     train = dataset(parts.source, parts.train, train=True)
-    held_out = dataset(parts.held_out_source, parts.held_out, train=False) if len(parts.held_out) else None
+    validation = dataset(parts.validation_source, parts.validation, train=False) if len(parts.validation) else None
     trainer = MimTrainer(
-        model=head, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=collator
+        model=head, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collator
     )
     trainer.lr_drop_step = plan.lr_drop_step
     trainer.layer_decay = settings["layer_decay"]
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, parts.bad, settings["max_bad_fraction"], QUICKSTART)
-    shown = held_out if held_out is not None else train.at_center()
+    shown = validation if validation is not None else train.at_center()
     batch = collator([shown[index] for index in panel_indices(len(shown))])
     draw = pixel_panel_drawer(settings["method"])
     if tokenizer is not None:

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import TrainingArguments, set_seed
 
-from commands.launch import find_machine, first_on_main, join, run
+from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import kept_bytes
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
 from commands.settings import Settings
@@ -27,10 +27,10 @@ from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
 from commands.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
 from data.augmentations import CenterCrop, RandomResizedCrop, Transform, random_crop
 from data.images import PretrainingImages
-from data.pretraining_splits import PretrainingParts, open_pretraining_parts
+from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
 from data.seeds import seeded_generator
 from data.sources import ImageSource
-from evaluation.pictures import labelled_grid, panel_indices, training_curve
+from evaluation.pictures import labeled_grid, panel_indices, training_curve
 from hub.redaction import shorten_command
 from modeling.dvae import DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
@@ -46,31 +46,31 @@ _WRITTEN_LAST = "config.json"
 
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
-    state, say = join(settings["use_cpu"])
+    state, log = join(settings["use_cpu"])
     config = DvaeConfig(**tokenizer_sizes(settings))
     flags = {name: settings[name] for name in ("validation_fraction", "max_bad_fraction", "seed")}
-    images = first_on_main(state, lambda: open_pretraining_parts(settings["dataset"], **flags))
+    images = first_on_main(state, lambda: open_pretraining_splits(settings["dataset"], **flags))
     plan = make_tokenizer_plan(
         settings,
-        find_machine(state),
+        find_hardware(state),
         len(images.train),
-        len(images.held_out),
+        len(images.validation),
         *measure_model(config),
         data=f"{images.source.describe()}: {images.summary}",
     )
     output_dir = plan.output_dir
-    say(f"settings\n{settings.describe()}\n\n{plan.describe()}")
+    log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     for name, reason in images.bad[:10]:
-        say(f"note: left out {name}: {reason}")
+        log(f"note: left out {name}: {reason}")
     if settings["dry_run"]:
         return
 
-    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, say, _WRITTEN_LAST))
+    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, log, _WRITTEN_LAST))
     with logging_into(output_dir):
         trainer = build_trainer(settings, plan, config, images, is_new=checkpoint is None)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
-    say(f"{output_dir}: image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}")
+    log(f"{output_dir}: image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}")
     if hasattr(trainer, "end"):  # absent in transformers 5.17
         trainer.end()
 
@@ -88,7 +88,7 @@ def measure_model(config: DvaeConfig) -> tuple[int, int, tuple[int, int]]:
 
 
 def build_trainer(
-    settings: Settings, plan: TokenizerPlan, config: DvaeConfig, images: PretrainingParts, is_new: bool
+    settings: Settings, plan: TokenizerPlan, config: DvaeConfig, images: PretrainingSplits, is_new: bool
 ) -> TokenizerTrainer:
     """Everything of the run as objects: data, tokenizer, trainer and what a person sees."""
     output_dir = plan.output_dir
@@ -101,20 +101,20 @@ def build_trainer(
         generator = seeded_generator(settings["seed"], "codebook_start")
         start_from_images(tokenizer, map_pixels(torch.stack(list(some))), generator)
     center = CenterCrop(settings.image_size)
-    held_out = None
-    if len(images.held_out):
-        held_out = image_crops(settings, images.held_out_source, images.held_out, center, plan)
+    validation = None
+    if len(images.validation):
+        validation = image_crops(settings, images.validation_source, images.validation, center, plan)
     trainer = TokenizerTrainer(
         model=tokenizer,
         args=arguments,
         train_dataset=train,
-        eval_dataset=held_out,
+        eval_dataset=validation,
         data_collator=stack_items,
         schedules=plan.schedules,
         ema_decay=settings["ema_decay"],
     )
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings["max_bad_fraction"], QUICKSTART)
-    shown = held_out if held_out is not None else train.at_center()
+    shown = validation if validation is not None else train.at_center()
     batch = stack_items([shown[index] for index in panel_indices(len(shown))])
     show_panels(trainer, output_dir / PANELS, batch, draw_panel)
     return trainer
@@ -152,14 +152,14 @@ def draw_panel(tokenizer: DvaeModel, batch: dict[str, Any], step: int, eval_loss
     facts = [f"discrete VAE, {tokenizer.vocab_size:,} codes", f"step {step:,}"]
     if eval_loss is not None:
         facts.append(f"held-out loss {eval_loss:.4g}")
-    return labelled_grid({label: view.float().cpu() for label, view in views.items()}, footer="  ·  ".join(facts))
+    return labeled_grid({label: view.float().cpu() for label, view in views.items()}, footer="  ·  ".join(facts))
 
 
 # ---- the end ----
 
 
 def finish(
-    trainer: TokenizerTrainer, settings: Settings, images: PretrainingParts, output_dir: Path, argv: list[str]
+    trainer: TokenizerTrainer, settings: Settings, images: PretrainingSplits, output_dir: Path, argv: list[str]
 ) -> None:
     """Check the weights, count the codes in use, and write the averaged tokenizer with its card."""
     trainer.stop_if_not_finite()
@@ -172,14 +172,14 @@ def finish(
 
 
 @torch.no_grad()
-def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: PretrainingParts) -> dict[str, Any]:
+def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: PretrainingSplits) -> dict[str, Any]:
     """The use of the codebook on random crops of the held-out images, as many as `MIN_TOKENS` takes; logged."""
-    if not len(images.held_out):
+    if not len(images.validation):
         return {}
     tokenizer, use_plan = trainer.model.eval(), trainer.train_dataset
     crops = PretrainingImages(
-        images.held_out_source,
-        images.held_out,
+        images.validation_source,
+        images.validation,
         crop_of(settings),
         settings["num_channels"],
         settings["seed"],

@@ -5,7 +5,7 @@
 
 Paper: Tan & Le 2019, "EfficientNet", arXiv:1905.11946; Lite0 is without squeeze-and-excitation, and with ReLU6. The
 package holds the weights in the order of timm's tf_efficientnet_lite0, but under other names. The model has seen 1.3
-million labelled photographs: an upper reference, and no self-supervised one.
+million labeled photographs: an upper reference, and no self-supervised one.
 """
 
 import argparse

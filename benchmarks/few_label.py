@@ -11,7 +11,7 @@ README, as a user types them. Writes benchmarks/<name>_<hardware>_<date>.md. Aft
 
     python -m benchmarks.tuxstamps && python -m benchmarks.efficientnet_lite0 outputs/efficientnet-lite0
     python -m benchmarks.few_label --dataset outputs/tuxstamps/stamps --tuning_dataset outputs/tuxstamps/tuning \\
-        --unlabelled outputs/tuxstamps/photographs outputs/tuxstamps/stamps/train --labels_per_class all \\
+        --unlabeled outputs/tuxstamps/photographs outputs/tuxstamps/stamps/train --labels_per_class all \\
         --pretraining mae_vit-nano_tuxstamps simmim_vit-nano_tuxstamps --finetuning finetune_tuxstamps_few \\
         --learning_rates 2e-3 4e-3 --layer_decays 0.75 --reference outputs/efficientnet-lite0 --name tuxstamps
 """
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="sample-fashion", help="with labels and a test part")
     parser.add_argument("--tuning_dataset", help="with labels and a val part, none of it from the test part")
-    parser.add_argument("--unlabelled", nargs="+", help="images to pre-train on (default: those of --dataset)")
+    parser.add_argument("--unlabeled", nargs="+", help="images to pre-train on (default: those of --dataset)")
     parser.add_argument("--pretraining", nargs="+", default=["mae_vit-nano_fashion"], help="recipes to compare")
     parser.add_argument("--finetuning", default="finetune_fashion_few", help="recipe")
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3])
@@ -68,8 +68,8 @@ def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
     encoders, frozen, seconds = [], [], []
     for seed in SEEDS:
         encoder = folder / f"encoder-{seed}"
-        unlabelled = options.unlabelled or [options.dataset]
-        flags = ["--config", recipe, "--dataset", *unlabelled, "--output_dir", str(encoder), "--seed", str(seed)]
+        unlabeled = options.unlabeled or [options.dataset]
+        flags = ["--config", recipe, "--dataset", *unlabeled, "--output_dir", str(encoder), "--seed", str(seed)]
         seconds.append(run("run_pretraining.py", *flags, "--eval_steps", "0.5", "--save_steps", "0.5"))
         encoders.append(encoder)
         frozen.append(evaluate(encoder, folder / f"frozen-{seed}", seed, options))

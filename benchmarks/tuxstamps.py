@@ -1,4 +1,4 @@
-"""Objects to recognise with few labels: Tux Paint's photographed stamps on photographs, 64 pixels, 16 classes.
+"""Objects to recognize with few labels: Tux Paint's photographed stamps on photographs, 64 pixels, 16 classes.
 
     sudo apt-get install tuxpaint-stamps-default lomiri-wallpapers-16.04 mate-backgrounds plasma-workspace-wallpapers
     pip install --no-deps mvtb-data==1.6.1 pixit scikit-image
@@ -109,17 +109,17 @@ def main() -> None:
             "--help, or name the folder that they are unpacked in with --root"
         )
     crops = {name: list(tiles(file)) for name, file in files.items()}
-    held_out = {name for name in crops if _number(_place(name)) % 6 == 0}
+    validation = {name for name in crops if _number(_place(name)) % 6 == 0}
     sides = {
-        "train": in_turn({name: crops[name] for name in crops if name not in held_out}, _NUM_CROPS),
-        "test": in_turn({name: crops[name] for name in held_out}, _NUM_CROPS // 4),
+        "train": in_turn({name: crops[name] for name in crops if name not in validation}, _NUM_CROPS),
+        "test": in_turn({name: crops[name] for name in validation}, _NUM_CROPS // 4),
     }
     folder = options.output_dir / "photographs"
     folder.mkdir(parents=True)
     for crop in sides["train"]:
         crop.image.save(folder / f"{crop.name}.jpg", quality=92)
-    num_train = len(crops) - len(held_out)
-    print(f"{len(sides['train'])} crops of {num_train} photographs; {len(held_out)} others behind the test images")
+    num_train = len(crops) - len(validation)
+    print(f"{len(sides['train'])} crops of {num_train} photographs; {len(validation)} others behind the test images")
     for side in ("train", "test"):
         backgrounds = [crop.image for crop in sides[side]]
         mine = [stamp for stamp in stamps if stamp.is_held_out == (side == "test")]
@@ -222,13 +222,13 @@ def find_stamps(root: Path) -> list[Stamp]:
         if name and not _DRAWN.search("/" + key):
             stem = re.split(r"[-_0-9]", file.stem)[0].lower()
             found.append(Stamp(name, file, file.stem.lower() if stem in _NO_SERIES else stem, is_held_out=False))
-    held_out = hold_out(found, _HELD_OUT_SHARE, "")
-    return [Stamp(each.class_name, each.file, each.series, each in held_out) for each in found]
+    validation = hold_out(found, _HELD_OUT_SHARE, "")
+    return [Stamp(each.class_name, each.file, each.series, each in validation) for each in found]
 
 
 def hold_out(stamps: Sequence[Stamp], share: float, salt: str) -> set[Stamp]:
     """About this share of each class, and whole series."""
-    held_out: set[Stamp] = set()
+    validation: set[Stamp] = set()
     for name in _CLASSES:
         mine = [stamp for stamp in stamps if stamp.class_name == name]
         room = round(share * len(mine))
@@ -236,8 +236,8 @@ def hold_out(stamps: Sequence[Stamp], share: float, salt: str) -> set[Stamp]:
             members = {stamp for stamp in mine if stamp.series == series}
             if len(members) <= room:
                 room -= len(members)
-                held_out |= members
-    return held_out
+                validation |= members
+    return validation
 
 
 def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image]) -> Image.Image:
@@ -260,15 +260,15 @@ def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image]) -> Image.I
 
 def write_tuning(folder: Path, stamps: Sequence[Stamp]) -> None:
     """The training views once more, split by stamp, to choose settings by."""
-    held_out = hold_out(stamps, _TUNING_SHARE, "tuning ")
+    validation = hold_out(stamps, _TUNING_SHARE, "tuning ")
     for stamp in stamps:
-        into = folder / "tuning" / ("val" if stamp in held_out else "train") / stamp.class_name
+        into = folder / "tuning" / ("val" if stamp in validation else "train") / stamp.class_name
         into.mkdir(parents=True, exist_ok=True)
         for view in range(_NUM_VIEWS["train"]):
             name = f"{stamp.file.stem}_{view:02d}.png"
             shutil.copyfile(folder / "stamps" / "train" / stamp.class_name / name, into / name)
-    num_train = len(stamps) - len(held_out)
-    print(f"tuning: {num_train} stamps to train, {len(held_out)} to choose by, {_by_class(held_out)}")
+    num_train = len(stamps) - len(validation)
+    print(f"tuning: {num_train} stamps to train, {len(validation)} to choose by, {_by_class(validation)}")
 
 
 def _perhaps_mirrored(picture: Image.Image, rng: Any) -> Image.Image:

@@ -19,7 +19,7 @@ _MAX_WORKERS_ON_GPU, _MAX_WORKERS_ON_CPU = 16, 4
 
 
 @dataclass(frozen=True)
-class Machine:
+class Hardware:
     """Where the run happens. `num_cpus` and `num_local_processes` are of one node."""
 
     device_type: str
@@ -33,9 +33,9 @@ class Machine:
         return self.device_type == "cpu"
 
 
-def numbers_of_a_run(
+def training_schedule(
     settings: Settings,
-    machine: Machine,
+    hardware: Hardware,
     num_images: int,
     notes: list[str],
     batch_on_cpu: int = _BATCH_ON_CPU,
@@ -46,48 +46,48 @@ def numbers_of_a_run(
     Raises:
         ValueError: fewer images than processes, or a precision that the device has not.
     """
-    batch_size, accumulation = batch_size_and_accumulation(settings, machine, num_images, notes, batch_on_cpu)
-    steps_per_epoch = math.ceil(micro_batches(settings, num_images, batch_size, machine) / accumulation)
+    batch_size, accumulation = batch_size_and_accumulation(settings, hardware, num_images, notes, batch_on_cpu)
+    steps_per_epoch = math.ceil(micro_batches(settings, num_images, batch_size, hardware) / accumulation)
     num_steps = number_of_steps(settings, steps_per_epoch, notes, min_steps)
     return {
         "batch_size": batch_size,
         "accumulation": accumulation,
         "steps_per_epoch": steps_per_epoch,
         "num_steps": num_steps,
-        "learning_rate": peak_learning_rate(settings, batch_size * accumulation * machine.world_size),
+        "learning_rate": peak_learning_rate(settings, batch_size * accumulation * hardware.world_size),
         "warmup_steps": number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
-        "precision": precision_of(settings, machine),
-        "num_workers": number_of_workers(settings, machine),
+        "precision": precision_of(settings, hardware),
+        "num_workers": number_of_workers(settings, hardware),
     }
 
 
 def batch_size_and_accumulation(
-    settings: Settings, machine: Machine, num_images: int, notes: list[str], batch_on_cpu: int
+    settings: Settings, hardware: Hardware, num_images: int, notes: list[str], batch_on_cpu: int
 ) -> tuple[int, int]:
     """Images of a micro-batch, and micro-batches of a step."""
-    if num_images < machine.world_size:
+    if num_images < hardware.world_size:
         raise ValueError(
-            f"{machine.world_size} processes cannot share {num_images} training image(s): "
+            f"{hardware.world_size} processes cannot share {num_images} training image(s): "
             f"start at most {num_images}, or give more images"
         )
-    wanted = batch_on_cpu if machine.is_cpu else _BATCH_ON_GPU
+    wanted = batch_on_cpu if hardware.is_cpu else _BATCH_ON_GPU
     if settings.is_given("per_device_train_batch_size"):
         wanted = settings["per_device_train_batch_size"]
-    batch_size = min(wanted, num_images // machine.world_size)
+    batch_size = min(wanted, num_images // hardware.world_size)
     if batch_size < wanted:
         notes.append(f"{batch_size} images a device instead of {wanted}: there are only {num_images:,}")
     wanted = settings["gradient_accumulation_steps"]
-    accumulation = min(wanted, micro_batches(settings, num_images, batch_size, machine))
+    accumulation = min(wanted, micro_batches(settings, num_images, batch_size, hardware))
     if accumulation < wanted:
         notes.append(f"accumulation over {accumulation} instead of {wanted} batches: an epoch has no more")
     return batch_size, accumulation
 
 
-def micro_batches(settings: Settings, num_images: int, batch_size: int, machine: Machine) -> int:
+def micro_batches(settings: Settings, num_images: int, batch_size: int, hardware: Hardware) -> int:
     """Of one process in one epoch, as accelerate deals them out."""
     if settings["dataloader_drop_last"]:
-        return num_images // batch_size // machine.world_size
-    return math.ceil(math.ceil(num_images / batch_size) / machine.world_size)
+        return num_images // batch_size // hardware.world_size
+    return math.ceil(math.ceil(num_images / batch_size) / hardware.world_size)
 
 
 def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str], min_steps: int) -> int:
@@ -135,20 +135,20 @@ def lr_drop_step(settings: Settings, steps_per_epoch: int, num_steps: int, notes
     return step
 
 
-def precision_of(settings: Settings, machine: Machine) -> str:
+def precision_of(settings: Settings, hardware: Hardware) -> str:
     if settings["fp16"]:
         return "float16"
-    wanted = settings["bf16"] if settings.is_given("bf16") else machine.has_bf16 and not machine.is_cpu
-    if wanted and not machine.is_cpu and not machine.has_bf16:
+    wanted = settings["bf16"] if settings.is_given("bf16") else hardware.has_bf16 and not hardware.is_cpu
+    if wanted and not hardware.is_cpu and not hardware.has_bf16:
         raise ValueError("--bf16 is asked for, but this device has no bfloat16; use --fp16, or --bf16 false")
     return "bfloat16" if wanted else "float32"
 
 
-def number_of_workers(settings: Settings, machine: Machine) -> int:
+def number_of_workers(settings: Settings, hardware: Hardware) -> int:
     if settings.is_given("dataloader_num_workers"):
         return settings["dataloader_num_workers"]
-    cores = machine.num_cpus // machine.num_local_processes
-    if not machine.is_cpu:
+    cores = hardware.num_cpus // hardware.num_local_processes
+    if not hardware.is_cpu:
         return min(_MAX_WORKERS_ON_GPU, cores)
     return min(_MAX_WORKERS_ON_CPU, cores - 1) if cores > 2 else 0  # on a CPU they take cores from the model
 

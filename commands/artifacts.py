@@ -9,7 +9,7 @@ from commands.launch import launcher, software_and_hardware
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
 from commands.settings import Settings
 from data.images import count_bad_images
-from data.pretraining_splits import PretrainingParts
+from data.pretraining_splits import PretrainingSplits
 from evaluation.online_history import results_at
 from evaluation.pictures import training_curve
 from hub.checkpoints import stage_checkpoint
@@ -20,12 +20,12 @@ from training.trainer import MimTrainer
 
 
 @dataclass(frozen=True)
-class Artefacts:
+class Artifacts:
     """Of the run of `trainer`, as it is when they are written. `argv` is what followed the command's name."""
 
     trainer: MimTrainer
     settings: Settings
-    parts: PretrainingParts
+    parts: PretrainingSplits
     argv: list[str]
 
     def finish(self) -> None:
@@ -76,7 +76,7 @@ class Artefacts:
             data_summary={
                 "dataset": parts.source.describe(),
                 "training images": len(parts.train),
-                "held-out images": len(parts.held_out),
+                "held-out images": len(parts.validation),
                 "sizes": parts.summary,
                 "unreadable images left out": len(count_bad_images(output_dir / BAD_IMAGES_FILE)),
             },

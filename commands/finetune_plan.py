@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands.arithmetic import Machine, numbers_of_a_run
+from commands.arithmetic import Hardware, training_schedule
 from commands.memory import BYTES_PER_PARAMETER
 from commands.plan import Plan, data_name, in_millions
 from commands.settings import Settings
@@ -65,7 +65,7 @@ class FinetunePlan(Plan):
 
 def make_finetune_plan(
     settings: Settings,
-    machine: Machine,
+    hardware: Hardware,
     num_images: tuple[int, int],
     num_classes: int,
     num_parameters: tuple[int, int],
@@ -81,14 +81,14 @@ def make_finetune_plan(
     """
     _check_choice(settings, num_images[1], num_classes)
     notes = list(notes)
-    numbers = numbers_of_a_run(settings, machine, num_images[0], notes, _BATCH_ON_CPU, _MIN_STEPS)
+    numbers = training_schedule(settings, hardware, num_images[0], notes, _BATCH_ON_CPU, _MIN_STEPS)
     num_frozen = num_parameters[0] - num_parameters[1]
     return FinetunePlan(
         settings=settings,
-        machine=machine,
+        hardware=hardware,
         data=data,
         num_train_images=num_images[0],
-        num_held_out=num_images[1],
+        num_validation_images=num_images[1],
         num_parameters=num_parameters[0],
         num_trained_parameters=num_parameters[1],
         num_classes=num_classes,
@@ -103,9 +103,9 @@ def make_finetune_plan(
     )
 
 
-def _check_choice(settings: Settings, num_held_out: int, num_classes: int) -> None:
+def _check_choice(settings: Settings, num_validation_images: int, num_classes: int) -> None:
     """What early stopping and the best checkpoint go by is there."""
-    if settings["early_stopping_patience"] and (not num_held_out or settings["eval_strategy"] == "no"):
+    if settings["early_stopping_patience"] and (not num_validation_images or settings["eval_strategy"] == "no"):
         raise ValueError(
             "--early_stopping_patience needs images to evaluate on: hold some out with --validation_fraction 0.1, or "
             "leave it out"

@@ -181,8 +181,8 @@ def load_finetune_settings(argv: Sequence[str], choose_recipe: Callable[[str], s
         {},
         {**HELP_TEXTS, **_own_help_texts(), **_HELP_TEXTS},
         prog="run_finetune.py",
-        usage="accelerate launch run_finetune.py --model ENCODER --dataset LABELLED [--flag value ...]",
-        description="Fine-tune a pre-trained encoder on labelled images.",
+        usage="accelerate launch run_finetune.py --model ENCODER --dataset LABELED [--flag value ...]",
+        description="Fine-tune a pre-trained encoder on labeled images.",
         epilog=_EPILOG,
     )
     users = UsersLayers.read(parser, argv)
@@ -209,7 +209,7 @@ def _own_help_texts() -> dict[str, str]:
 
 
 def _refuse_incomplete(chosen: dict[str, Any]) -> None:
-    for name, what in (("model", "the pre-trained encoder"), ("dataset", "the labelled images")):
+    for name, what in (("model", "the pre-trained encoder"), ("dataset", "the labeled images")):
         if not chosen[name]:
             raise SettingsError(f"--{name} is missing: {what}, a folder or a Hub id")
     if chosen["mode"] == "attentive":

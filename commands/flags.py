@@ -139,7 +139,7 @@ HELP_TEXTS = {
     "method": "how it learns; its published settings are in recipes/<method>.yaml",
     "image_size": "one side, or height and width, in pixels (default: the model's)",
     "patch_size": "side of a patch in pixels (default: the model's)",
-    "num_channels": "3: colour, 1: gray",
+    "num_channels": "3: color, 1: gray",
     "init_from": "folder or Hub id of a trained encoder, or of a whole model of ours, to begin from; its sizes then "
     "stand in place of --model's",
     "repair_positions": "fill the position tables of a ViTMAE with sines and cosines, where they are all zero",
@@ -147,12 +147,12 @@ HELP_TEXTS = {
     "and 'sample-fashion' are bundled",
     "validation_fraction": "share of the images held out to measure the loss; not used where the data come with a "
     "held-out part of their own",
-    "eval_dataset": "labelled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe "
+    "eval_dataset": "labeled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe "
     "and RankMe of the frozen encoder are measured every eval_steps",
     "eval_label_column": "of --eval_dataset, a table: where its classes are (default: found by type and name)",
     "max_bad_fraction": "stop before training if more than this share of the images cannot be read",
-    "image_stats": "standardise with ImageNet's mean and deviation (preset), these images' own (auto), or those of "
-    "--init_from (source) (default: source if it has any, else preset for colour, auto for gray)",
+    "image_stats": "standardize with ImageNet's mean and deviation (preset), these images' own (auto), or those of "
+    "--init_from (source) (default: source if it has any, else preset for color, auto for gray)",
     "crop_scale": "smallest and largest share of a picture that a training crop shows (default: the method's)",
     "interpolation": "filter that resizes crops (default: the method's)",
     "color_jitter": "change brightness, contrast and saturation by up to this share (default: the method's)",
@@ -193,7 +193,7 @@ HELP_TEXTS = {
     "save_total_limit": "checkpoints kept",
     "report_to": "tensorboard, wandb, trackio, ... or none",
     "push_to_hub": "upload to --hub_model_id at every save, beside the training, and at the end",
-    "hub_model_id": "organisation/name or user/name; made if it is not there",
+    "hub_model_id": "organization/name or user/name; made if it is not there",
     "hub_strategy": "every_save; checkpoint: with the last training state, which an empty --output_dir on any machine "
     "continues from; all_checkpoints: with every one; end: only the finished run",
     "hub_private_repo": "make the repository private if it is made, and never write to a public one",
@@ -231,7 +231,7 @@ SUCCESSORS = {
 }
 
 
-def head_flags(config_class: type) -> dict[str, Any]:
+def method_flags(config_class: type) -> dict[str, Any]:
     """The scalar settings that a head's config adds to the library's, with their defaults."""
     inherited = {setting.name for setting in fields(PreTrainedConfig)}  # type: ignore[arg-type]
     return {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import HubStrategy
 
-from commands.artifacts import Artefacts
+from commands.artifacts import Artifacts
 from commands.output_folder import SETTINGS_FILE
 from commands.settings import Settings
 from hub.card_rules import license_problem
@@ -24,7 +24,7 @@ def open_repository(settings: Settings) -> Repository | None:
     """Where `--push_to_hub` goes; nothing is asked of the Hub yet.
 
     Raises:
-        ValueError: it cannot be the id of a repository, or the Hub would refuse the licence.
+        ValueError: it cannot be the id of a repository, or the Hub would refuse the license.
     """
     if settings["license"] and (problem := license_problem(settings["license"])):
         raise ValueError(f"--{problem}")
@@ -35,7 +35,7 @@ def open_repository(settings: Settings) -> Repository | None:
 
 
 def bring_back(
-    repository: Repository, settings: Settings, output_dir: Path, written_last: str, say: Callable[[str], None]
+    repository: Repository, settings: Settings, output_dir: Path, written_last: str, log: Callable[[str], None]
 ) -> None:
     """A checkpoint that another machine pushed, into an output folder that has none."""
     starts_anew = settings["overwrite"] or settings["resume"] == "never"
@@ -46,22 +46,22 @@ def bring_back(
     try:
         found = fetch_checkpoint(repository, output_dir, SETTINGS_FILE)
     except HubError as error:
-        say(
+        log(
             f"note: the run begins anew, for no checkpoint of it could be fetched from the Hub ({error}); "
             "if there is one, stop now and try again"
         )
         return
     if found is not None:
-        say(f"found a checkpoint of this run in {repository.url}: {found}")
+        log(f"found a checkpoint of this run in {repository.url}: {found}")
 
 
 def build_hub_push(
-    repository: Repository, artefacts: Artefacts, settings: Settings, say: Callable[[str], None]
+    repository: Repository, artifacts: Artifacts, settings: Settings, log: Callable[[str], None]
 ) -> HubPush:
     """Uploads at every save what there is at the end, and training states if `--hub_strategy` asks for them."""
-    strategy, output_dir = _strategy(settings), artefacts.trainer.output_dir
+    strategy, output_dir = _strategy(settings), artifacts.trainer.output_dir
     name = _NAMES_OF_STATES.get(strategy)
-    return HubPush(repository, output_dir, artefacts.stage, say, name, at_saves=strategy is not HubStrategy.END)
+    return HubPush(repository, output_dir, artifacts.stage, log, name, at_saves=strategy is not HubStrategy.END)
 
 
 def _strategy(settings: Settings) -> HubStrategy:

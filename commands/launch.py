@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
-from commands.arithmetic import Machine
+from commands.arithmetic import Hardware
 from training.callbacks import duration
 from training.guard import NonFiniteError
 
@@ -48,10 +48,10 @@ def join(use_cpu: bool) -> tuple[PartialState, Callable[[str], None]]:
     use_cpu = use_cpu or not has_accelerator()
     state = PartialState(cpu=use_cpu)
     check_world(state.num_processes)
-    say = printer(state)
+    log = printer(state)
     if (note := restore_threads()) and use_cpu:
-        say(f"note: {note}")
-    return state, say
+        log(f"note: {note}")
+    return state, log
 
 
 def printer(state: PartialState) -> Callable[[str], None]:
@@ -74,10 +74,10 @@ def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def find_machine(state: PartialState) -> Machine:
+def find_hardware(state: PartialState) -> Hardware:
     has_bf16 = state.device.type == "cuda" and torch.cuda.is_bf16_supported()
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Machine(state.device.type, _num_cores(), state.num_processes, num_local_processes, has_bf16)
+    return Hardware(state.device.type, _num_cores(), state.num_processes, num_local_processes, has_bf16)
 
 
 def launcher() -> list[str]:

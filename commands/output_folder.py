@@ -60,7 +60,7 @@ def prepare_output_dir(
     output_dir: Path,
     settings: Settings,
     bad: Sequence[tuple[str, str]],
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     written_last: str,
     check: Callable[[Path], None] | None = None,
 ) -> Path | None:
@@ -81,7 +81,7 @@ def prepare_output_dir(
         )
     checkpoint, passed_over = last_whole_checkpoint(output_dir)
     for name, problem in passed_over.items():
-        say(f"note: {output_dir / name} is passed over: {problem}")
+        log(f"note: {output_dir / name} is passed over: {problem}")
     if given := settings["resume_from_checkpoint"]:
         checkpoint = Path(given) if given not in (True, "true", "True") else checkpoint
         reason = "no whole checkpoint there" if checkpoint is None else problem_with(checkpoint)
@@ -92,10 +92,10 @@ def prepare_output_dir(
             f"{output_dir} holds an unfinished run: leave --resume at auto to continue it, or add --overwrite"
         )
     if checkpoint is not None:
-        _compare_settings(output_dir / SETTINGS_FILE, settings, say)
+        _compare_settings(output_dir / SETTINGS_FILE, settings, log)
         if check is not None:
             check(checkpoint)
-        say(f"continuing from {checkpoint}")
+        log(f"continuing from {checkpoint}")
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
     _write_bad_images(output_dir / BAD_IMAGES_FILE, bad, keep=checkpoint is not None)
@@ -128,7 +128,7 @@ def _as_yaml(settings: Settings) -> str:
     return yaml.safe_dump(settings.as_recipe(), sort_keys=False, allow_unicode=True)
 
 
-def _compare_settings(saved_file: Path, settings: Settings, say: Callable[[str], None]) -> None:
+def _compare_settings(saved_file: Path, settings: Settings, log: Callable[[str], None]) -> None:
     """A continued run with other settings is not the run that was interrupted: say so, or refuse."""
     if not saved_file.exists():
         return
@@ -142,7 +142,7 @@ def _compare_settings(saved_file: Path, settings: Settings, say: Callable[[str],
             "add --overwrite, or give another --output_dir"
         )
     if changed:
-        say(f"note: continuing with other settings than the run began with: {shown}")
+        log(f"note: continuing with other settings than the run began with: {shown}")
 
 
 def _delete_old_run(output_dir: Path) -> None:

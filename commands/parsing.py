@@ -18,7 +18,7 @@ from commands.flags import (
     SUCCESSORS,
     TRAINING_DEFAULTS,
     TransformersFlags,
-    head_flags,
+    method_flags,
 )
 
 
@@ -51,11 +51,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], source: str = ""
 def build_parser(heads: Mapping[str, type]) -> argparse.ArgumentParser:
     """The parser of `run_pretraining.py`; `heads`: method -> class of its config."""
     return make_parser(
-        (*OUR_GROUPS, _head_flags(heads)),
+        (*OUR_GROUPS, _method_flags(heads)),
         {**CHOICES, "method": tuple(heads)},
         prog="run_pretraining.py",
         usage="accelerate launch run_pretraining.py [--flag value ...]",
-        description="Pre-train an image encoder on unlabelled images by masked image modeling.",
+        description="Pre-train an image encoder on unlabeled images by masked image modeling.",
         epilog=EPILOG,
     )
 
@@ -128,11 +128,11 @@ def _unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> str:
     return f"unknown flag --{name}; " + (f"did you mean --{known}?" if known else "see --help_all for all there are")
 
 
-def _head_flags(heads: Mapping[str, type]) -> type:
+def _method_flags(heads: Mapping[str, type]) -> type:
     """A dataclass of the heads' settings; methods may share a setting, each with a default of its own."""
     defaults: dict[str, dict[str, Any]] = {}
     for method, config_class in heads.items():
-        for name, default in head_flags(config_class).items():
+        for name, default in method_flags(config_class).items():
             defaults.setdefault(name, {})[method] = default
     flags = []
     for name, per_method in defaults.items():

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands.arithmetic import REFERENCE_BATCH, Machine, hidden_patches, lr_drop_step, numbers_of_a_run
+from commands.arithmetic import REFERENCE_BATCH, Hardware, hidden_patches, lr_drop_step, training_schedule
 from commands.memory import BYTES_PER_PARAMETER, activation_bytes
 from commands.settings import Settings
 
-__all__ = ["Machine", "Plan", "make_plan"]
+__all__ = ["Hardware", "Plan", "make_plan"]
 
 _MIN_INTERVAL = 20  # steps between evaluations and between checkpoints, where the user gave no interval
 
@@ -21,10 +21,10 @@ class Plan:
     """The numbers of a run. `images_per_step` counts all processes and all micro-batches of an optimizer step."""
 
     settings: Settings
-    machine: Machine
+    hardware: Hardware
     data: str
     num_train_images: int
-    num_held_out: int
+    num_validation_images: int
     num_parameters: int
     grid: tuple[int, int]
     num_hidden: tuple[int, int]
@@ -44,7 +44,7 @@ class Plan:
 
     @property
     def images_per_step(self) -> int:
-        return self.batch_size * self.accumulation * self.machine.world_size
+        return self.batch_size * self.accumulation * self.hardware.world_size
 
     @property
     def num_epochs(self) -> float:
@@ -59,7 +59,7 @@ class Plan:
         workers = {
             "dataloader_num_workers": self.num_workers,
             "dataloader_persistent_workers": self.num_workers > 0,
-            "dataloader_pin_memory": self.machine.device_type == "cuda",
+            "dataloader_pin_memory": self.hardware.device_type == "cuda",
             "per_device_eval_batch_size": self.batch_size,
         }
         return {
@@ -67,8 +67,8 @@ class Plan:
             **given,
             **every,
             "output_dir": str(self.output_dir),
-            "use_cpu": self.machine.is_cpu,
-            "eval_strategy": given["eval_strategy"] if self.num_held_out else "no",
+            "use_cpu": self.hardware.is_cpu,
+            "eval_strategy": given["eval_strategy"] if self.num_validation_images else "no",
             "per_device_train_batch_size": self.batch_size,
             "gradient_accumulation_steps": self.accumulation,
             "max_steps": self.num_steps,
@@ -100,15 +100,15 @@ class Plan:
         """What `describe` says, by name."""
         return {
             "data": self.data,
-            "images": f"{self.num_train_images:,} to train on, {self.num_held_out:,} held out",
+            "images": f"{self.num_train_images:,} to train on, {self.num_validation_images:,} held out",
             **self.task_rows(),
             "images a step": self._batch(),
             "steps": f"{self.num_steps:,} = {_plain(self.num_epochs)} x {self.steps_per_epoch:,} an epoch",
             "learning rate": self._rate()
             + (f", a tenth of it from step {self.lr_drop_step:,}" if self.lr_drop_step else ""),
             "warm-up": f"{self.warmup_steps:,} steps, {self.warmup_steps / self.num_steps:.1%} of the run",
-            "device": f"{self.machine.device_type}, {self.precision}",
-            "data workers": f"{self.num_workers} on {self.machine.num_cpus} CPU cores"
+            "device": f"{self.hardware.device_type}, {self.precision}",
+            "data workers": f"{self.num_workers} on {self.hardware.num_cpus} CPU cores"
             + (" (the images are decoded between the steps)" if not self.num_workers else ""),
             "memory": f"about {_size(self.bytes_for_weights + self.bytes_for_activations)} a device: "
             f"{_size(self.bytes_for_weights)} weights, gradients and Adam, "
@@ -122,10 +122,10 @@ class Plan:
             "model": f"{self.settings['model']} with {self.settings['method']}, {in_millions(self.num_parameters)}",
             "input": self._input(),
             "mask": self._mask(),
-            "standardised by": self._standardised_by(),
+            "standardized by": self._standardized_by(),
         }
 
-    def _standardised_by(self) -> str:
+    def _standardized_by(self) -> str:
         kind, start = self.settings["image_stats"], self.settings.start
         if kind == "source" and start is not None:
             mean, std = (" ".join(f"{number:.3g}" for number in numbers) for numbers in start.image_stats.values())
@@ -151,7 +151,7 @@ class Plan:
         return f"{self.settings['mask_strategy']}, {count} of {math.prod(self.grid)} patches hidden"
 
     def _batch(self) -> str:
-        processes = f"{self.machine.world_size} process{'es' if self.machine.world_size > 1 else ''}"
+        processes = f"{self.hardware.world_size} process{'es' if self.hardware.world_size > 1 else ''}"
         return f"{self.batch_size} x {processes} x {self.accumulation} accumulation = {self.images_per_step:,}"
 
     def _rate(self) -> str:
@@ -163,9 +163,9 @@ class Plan:
 
 def make_plan(
     settings: Settings,
-    machine: Machine,
+    hardware: Hardware,
     num_train_images: int,
-    num_held_out: int,
+    num_validation_images: int,
     num_parameters: int,
     data: str,
 ) -> Plan:
@@ -175,19 +175,19 @@ def make_plan(
         ValueError: fewer images than processes, a mask that cannot be, or a precision that the device has not.
     """
     notes: list[str] = []
-    numbers = numbers_of_a_run(settings, machine, num_train_images, notes)
+    numbers = training_schedule(settings, hardware, num_train_images, notes)
     drop_step = lr_drop_step(settings, numbers["steps_per_epoch"], numbers["num_steps"], notes)
-    if not num_held_out and settings["eval_strategy"] != "no":
+    if not num_validation_images and settings["eval_strategy"] != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
     grid, num_hidden, is_half = settings.grid, hidden_patches(settings), numbers["precision"] != "float32"
-    sizes = (settings.encoder_settings(), settings.head_settings())
+    sizes = (settings.encoder_settings(), settings.method_settings())
     bytes_per_image = activation_bytes(*sizes, math.prod(grid), num_hidden[0], is_half)
     return Plan(
         settings=settings,
-        machine=machine,
+        hardware=hardware,
         data=data,
         num_train_images=num_train_images,
-        num_held_out=num_held_out,
+        num_validation_images=num_validation_images,
         num_parameters=num_parameters,
         grid=grid,
         num_hidden=num_hidden,

@@ -51,7 +51,7 @@ ENCODER_SIZES: dict[str, dict[str, Any]] = {
 
 # Sizes of a head that go with an encoder, for heads that have these settings; what is not here is the head's default
 # (MAE: 512 wide, 8 blocks, 16 heads beside every published encoder).
-HEAD_SIZES: dict[str, dict[str, int]] = {
+METHOD_SIZES: dict[str, dict[str, int]] = {
     "vit-nano": {
         "decoder_hidden_size": 128,
         "decoder_num_hidden_layers": 2,

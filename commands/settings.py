@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 from transformers import TrainingArguments
 
-from commands.flags import OUR_GROUPS, RANGES, TRAINING_DEFAULTS, head_flags
+from commands.flags import OUR_GROUPS, RANGES, TRAINING_DEFAULTS, method_flags
 from commands.parsing import SettingsError, as_argv, build_parser, nearest, parse
-from commands.presets import ENCODER_SIZES, HEAD_SIZES
+from commands.presets import ENCODER_SIZES, METHOD_SIZES
 from commands.starting_point import OpenStart, StartingPoint, check_against_start, short_name
 
 __all__ = ["RECIPES", "Origin", "Settings", "SettingsError", "load_settings"]
@@ -55,7 +55,7 @@ class Settings:
     values: Mapping[str, Any]
     origins: Mapping[str, Origin]
     labels: Mapping[Origin, str]
-    head_names: tuple[str, ...]
+    method_names: tuple[str, ...]
     start: StartingPoint | None = None
 
     def __getitem__(self, name: str) -> Any:
@@ -118,9 +118,9 @@ class Settings:
         own = {name: self[name] for name in ("image_size", "patch_size", "num_channels")}
         return {**(ENCODER_SIZES[self["model"]] if self.start is None else self.start.encoder), **own}
 
-    def head_settings(self) -> dict[str, Any]:
+    def method_settings(self) -> dict[str, Any]:
         """Keyword arguments of the head's config, next to `encoder_config`."""
-        return {name: self[name] for name in self.head_names}
+        return {name: self[name] for name in self.method_names}
 
     def training_arguments(self) -> dict[str, Any]:
         """Keyword arguments of TrainingArguments, as far as they differ from transformers' defaults."""
@@ -179,7 +179,7 @@ def load_settings(argv: Sequence[str], heads: Mapping[str, type], open_start: Op
     parser = build_parser(heads)
     users = UsersLayers.read(parser, argv)
     chosen = {**_our_defaults(), **users.values}
-    method, head_defaults = chosen["method"], head_flags(heads[chosen["method"]])
+    method, head_defaults = chosen["method"], method_flags(heads[chosen["method"]])
     method_file = RECIPES / f"{method}.yaml"
     if not method_file.is_file():
         raise SettingsError(f"method {method} has no {label_of(method_file)} with its published settings; write one")
@@ -224,7 +224,7 @@ def _our_defaults() -> dict[str, Any]:
 
 def _preset_sizes(model: str, head_defaults: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {name: ENCODER_SIZES[model][name] for name in ("image_size", "patch_size")}
-    return sizes | {name: size for name, size in HEAD_SIZES.get(model, {}).items() if name in head_defaults}
+    return sizes | {name: size for name, size in METHOD_SIZES.get(model, {}).items() if name in head_defaults}
 
 
 def merged(layers: Mapping[Origin, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Origin]]:
@@ -308,9 +308,9 @@ def label_of(path: Path) -> str:
 def _refuse_other_methods_settings(
     layer: Mapping[str, Any], method: str, heads: Mapping[str, type], label: str
 ) -> None:
-    own = head_flags(heads[method])
+    own = method_flags(heads[method])
     for name in layer:
-        owners = [other for other, config_class in heads.items() if name in head_flags(config_class)]
+        owners = [other for other, config_class in heads.items() if name in method_flags(config_class)]
         if owners and method not in owners:
             raise SettingsError(
                 f"{label}: {name} is a setting of {', '.join(owners)}, not of {method}, which has: "
@@ -342,7 +342,7 @@ def _refuse_without_effect(values: Mapping[str, Any], origins: Mapping[str, Orig
 
 def refuse_hub_flags(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> None:
     if values["push_to_hub"] and not values["hub_model_id"]:
-        raise SettingsError("--push_to_hub needs --hub_model_id organisation/name (or user/name)")
+        raise SettingsError("--push_to_hub needs --hub_model_id organization/name (or user/name)")
     if values["hub_always_push"]:
         raise SettingsError("--hub_always_push: leave it out; every save is uploaded unless a newer one is there")
     flags = [name for name in values if name.startswith("hub_") and name != "hub_token"]
@@ -364,10 +364,10 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     for name in ("image_size", "mask_ratio"):
         if isinstance(values[name], list) and len(values[name]) == 1:
             values[name] = values[name][0]
-    if values["image_stats"] is None:  # ImageNet's are those of three colours
+    if values["image_stats"] is None:  # ImageNet's are those of three colors
         values["image_stats"] = "preset" if values["num_channels"] == 3 else "auto"
     if values["image_stats"] == "preset" and values["num_channels"] != 3:
-        raise SettingsError("--image_stats is preset, expected auto for gray images: ImageNet's has three colours")
+        raise SettingsError("--image_stats is preset, expected auto for gray images: ImageNet's has three colors")
     return values
 
 

@@ -25,7 +25,7 @@ class StartingPoint(Protocol):
 
     @property
     def image_stats(self) -> Mapping[str, list[float]]:
-        """Mean and deviation by which it standardises, or nothing."""
+        """Mean and deviation by which it standardizes, or nothing."""
 
 
 # Opens what `--init_from` names; given what the user chose.

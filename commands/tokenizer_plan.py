@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from commands.arithmetic import Machine, numbers_of_a_run
+from commands.arithmetic import Hardware, training_schedule
 from commands.memory import BYTES_PER_PARAMETER
 from commands.plan import Plan, data_name, in_millions
 from commands.settings import Settings
@@ -35,9 +35,9 @@ class TokenizerPlan(Plan):
 
 def make_tokenizer_plan(
     settings: Settings,
-    machine: Machine,
+    hardware: Hardware,
     num_train_images: int,
-    num_held_out: int,
+    num_validation_images: int,
     num_parameters: int,
     bytes_per_image: int,
     grid: tuple[int, int],
@@ -49,16 +49,16 @@ def make_tokenizer_plan(
         ValueError: fewer images than processes, or a precision that the device has not.
     """
     notes: list[str] = []
-    numbers = numbers_of_a_run(settings, machine, num_train_images, notes)
-    if not num_held_out and settings["eval_strategy"] != "no":
+    numbers = training_schedule(settings, hardware, num_train_images, notes)
+    if not num_validation_images and settings["eval_strategy"] != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
     schedules = _schedules(settings, numbers["num_steps"], notes)
     return TokenizerPlan(
         settings=settings,
-        machine=machine,
+        hardware=hardware,
         data=data,
         num_train_images=num_train_images,
-        num_held_out=num_held_out,
+        num_validation_images=num_validation_images,
         num_parameters=num_parameters,
         grid=grid,
         num_hidden=(0, 0),

@@ -127,7 +127,7 @@ def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
         {**HELP_TEXTS, **_HELP_TEXTS},
         prog="run_tokenizer.py",
         usage="accelerate launch run_tokenizer.py [--flag value ...]",
-        description="Train an image tokenizer (a discrete VAE) on unlabelled images.",
+        description="Train an image tokenizer (a discrete VAE) on unlabeled images.",
         epilog=_EPILOG,
     )
     users = UsersLayers.read(parser, argv)

@@ -59,7 +59,7 @@ class RandomResizedCrop:
     def views(
         self, data: bytes | Path, num_channels: int, generator: torch.Generator, views: Sequence[View]
     ) -> list[Image.Image]:
-        """The same crop, flip and colours at several sizes."""
+        """The same crop, flip and colors at several sizes."""
         # One call for all the numbers that any picture could need: the draws do not depend on the picture's size.
         *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
         images = load_views(data, partial(self.choose_box, numbers=numbers), views, num_channels)
@@ -130,8 +130,8 @@ class CenterCrop:
 class TwoViews:
     """The same crop twice: for the encoder, and for the image tokenizer whose tokens it learns to predict.
 
-    Paper: Bao et al. 2021 (BEiT), arXiv:2106.08254, App. C; same box, flip and colours, the second by Lanczos.
-    Differs: the colours are jittered after the crop and not before it, so contrast turns about the crop's own mean.
+    Paper: Bao et al. 2021 (BEiT), arXiv:2106.08254, App. C; same box, flip and colors, the second by Lanczos.
+    Differs: the colors are jittered after the crop and not before it, so contrast turns about the crop's own mean.
     """
 
     crop: "RandomResizedCrop | CenterCrop"

@@ -1,4 +1,4 @@
-"""Labelled images for fine-tuning and evaluation: the published train and evaluation views, items and batches.
+"""Labeled images for fine-tuning and evaluation: the published train and evaluation views, items and batches.
 
 Recipe: He et al. 2021 (MAE), arXiv:2111.06377, App. A.1, as SimMIM and BEiT do: random resized crop (0.08, 1), flip,
 RandAugment; at evaluation the short side resized to 256/224 of the crop, then its central part.
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from data.augmentations import RandomResizedCrop, Transform, to_tensor
 from data.decoding import decode
 from data.images import PretrainingImages
-from data.labelled import LabelledPart
+from data.labeled import LabeledSplit
 from data.randaugment import RandAugment
 
 FINETUNE_SCALE = (0.08, 1.0)
@@ -47,7 +47,7 @@ class TrainView:
 class EvalView:
     """The short side resized to `resize_to`, then the central `size` (height, width) pixels.
 
-    Pixel for pixel what transformers' image processors do for {"shortest_edge": resize_to} and a centre crop (Pillow's
+    Pixel for pixel what transformers' image processors do for {"shortest_edge": resize_to} and a center crop (Pillow's
     filters, long side and offsets rounded down), so that a saved classifier sees what was measured. For that a JPEG is
     decoded in full.
     """
@@ -82,7 +82,7 @@ class ClassificationImages(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        part: LabelledPart,
+        part: LabeledSplit,
         transform: Transform,
         num_channels: int,
         seed: int = 0,
@@ -98,13 +98,13 @@ class ClassificationImages(Dataset[dict[str, Any]]):
         return len(self.part)
 
     def __getitem__(self, counter: int) -> dict[str, Any]:
-        return self._labelled(self.images[counter])
+        return self._labeled(self.images[counter])
 
     def item(self, image_index: int, epoch: int) -> dict[str, Any]:
         """What a batch of that epoch holds for this image."""
-        return self._labelled(self.images.item(image_index, epoch))
+        return self._labeled(self.images.item(image_index, epoch))
 
-    def _labelled(self, item: dict[str, Any]) -> dict[str, Any]:
+    def _labeled(self, item: dict[str, Any]) -> dict[str, Any]:
         index = item["image_index"]
         return {"pixel_values": item["pixel_values"], "labels": int(self.part.labels[index]), "image_index": index}
 

@@ -229,7 +229,7 @@ def _resized_crops(
     box = _orient_box(box, header.width, header.height, _INVERSE_ORIENTATION.get(orientation, orientation))
     num_times_smaller = _draft(image, box, (width, height) if orientation < 5 else (height, width), num_channels)
     left, top, right, bottom = (edge / num_times_smaller for edge in box)
-    # Whole pixels around the box, so that the colour conversion and the turn touch no more than the crop.
+    # Whole pixels around the box, so that the color conversion and the turn touch no more than the crop.
     origin_x, origin_y = math.floor(left), math.floor(top)
     crop = image.crop((origin_x, origin_y, min(math.ceil(right), image.width), min(math.ceil(bottom), image.height)))
     box = (left - origin_x, top - origin_y, min(right - origin_x, crop.width), min(bottom - origin_y, crop.height))

@@ -21,9 +21,9 @@ from data.tables import image_column
 class ImageSource(ABC):
     """A numbered collection of encoded images; knows nothing of pixels."""
 
-    def __init__(self, description: str, open_held_out: "Callable[[], ImageSource] | None" = None) -> None:
+    def __init__(self, description: str, open_validation: "Callable[[], ImageSource] | None" = None) -> None:
         self._description = description
-        self._open_held_out = open_held_out
+        self._open_validation = open_validation
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -40,9 +40,9 @@ class ImageSource(ABC):
         entry = self.entry(index)
         return entry if isinstance(entry, bytes) else read_bytes(entry)
 
-    def held_out(self) -> "ImageSource | None":
+    def validation(self) -> "ImageSource | None":
         """The part that the dataset itself keeps apart for validation, if it has one."""
-        return self._open_held_out() if self._open_held_out else None
+        return self._open_validation() if self._open_validation else None
 
     def describe(self) -> str:
         return self._description
@@ -58,10 +58,10 @@ class FileSource(ImageSource):
         self,
         paths: Sequence[bytes],
         description: str,
-        open_held_out: Callable[[], ImageSource] | None = None,
+        open_validation: Callable[[], ImageSource] | None = None,
         folder: Path | None = None,
     ) -> None:
-        super().__init__(description, open_held_out)
+        super().__init__(description, open_validation)
         self.folder = folder
         self._paths = pa.array(paths, pa.large_binary())  # binary: a file name need not be valid unicode
 
@@ -79,10 +79,10 @@ class TableSource(ImageSource):
     """The image column of a `datasets.Dataset`; `table` keeps the other columns too."""
 
     def __init__(
-        self, table: datasets.Dataset, title: str, open_held_out: Callable[[], ImageSource] | None = None
+        self, table: datasets.Dataset, title: str, open_validation: Callable[[], ImageSource] | None = None
     ) -> None:
         column = image_column(table.features, title)
-        super().__init__(f"{title}: {len(table):,} rows, image column {column!r}", open_held_out)
+        super().__init__(f"{title}: {len(table):,} rows, image column {column!r}", open_validation)
         self.table = table
         self._images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self._column = column
@@ -109,10 +109,10 @@ class ArraySource(ImageSource):
         pictures: np.ndarray,
         labels: np.ndarray | None,
         title: str,
-        open_held_out: Callable[[], ImageSource] | None = None,
+        open_validation: Callable[[], ImageSource] | None = None,
     ) -> None:
         count, height, width = pictures.shape
-        super().__init__(f"{title}: {count:,} gray pictures of {width}x{height} px", open_held_out)
+        super().__init__(f"{title}: {count:,} gray pictures of {width}x{height} px", open_validation)
         self.labels = labels
         self._pictures = pictures
         self._title = title
@@ -147,9 +147,9 @@ class JoinedSource(ImageSource):
         part, index = self._locate(index)
         return part.name(index)
 
-    def held_out(self) -> ImageSource | None:
-        held_out = [part for part in (part.held_out() for part in self._parts) if part is not None]
-        return joined(held_out) if held_out else None
+    def validation(self) -> ImageSource | None:
+        validation = [part for part in (part.validation() for part in self._parts) if part is not None]
+        return joined(validation) if validation else None
 
     def _locate(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._starts, index) - 1

@@ -156,13 +156,13 @@ class PretrainingImages(Dataset[dict[str, Any]]):
             os.close(descriptor)
 
 
-def split_held_out(num_images: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def split_validation(num_images: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted training and held-out indices; at least one image is held out, and one kept, where there are two."""
     if not 0 <= fraction < 1:
         raise ValueError(f"the held-out fraction is {fraction}, expected at least 0 and less than 1")
-    num_held_out = 0 if fraction == 0 else min(max(1, round(fraction * num_images)), num_images - 1)
+    num_validation_images = 0 if fraction == 0 else min(max(1, round(fraction * num_images)), num_images - 1)
     order = torch.randperm(num_images, generator=seeded_generator(seed, "held_out")).numpy()
-    return np.sort(order[num_held_out:]), np.sort(order[:num_held_out])
+    return np.sort(order[num_validation_images:]), np.sort(order[:num_validation_images])
 
 
 def measure_image_stats(images: PretrainingImages, num_samples: int = 1024) -> tuple[list[float], list[float]]:

@@ -1,6 +1,6 @@
 """The label of each image of a source: the class folder that it lies in, a column of its table, or its idx file.
 
-Shapes: N labelled images of a source.
+Shapes: N labeled images of a source.
 """
 
 import logging
@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 
 from data.image_source import ArraySource, FileSource, ImageSource, TableSource
-from data.tables import HELD_OUT_NAMES
+from data.tables import VALIDATION_NAMES
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def _folder_labels(source: FileSource) -> RawLabels:
             f"the images lie directly in {root}, which says nothing of their classes; expected a folder for each "
             f"class: {root / 'some class' / 'image.jpg'}"
         )
-    if {classes[index] for index in inside} <= set(HELD_OUT_NAMES):
+    if {classes[index] for index in inside} <= set(VALIDATION_NAMES):
         raise ValueError(
             f"there is no train folder in {root}, which has {_folders(root)}; add it, or rename one of them"
         )
@@ -106,13 +106,13 @@ def _table_labels(source: TableSource, label_column: str | None) -> RawLabels:
     values: Sequence[Any] = source.table.with_format(None)[column][:]
     if isinstance(feature, datasets.ClassLabel):
         # -1 is how published test parts say that their labels are secret.
-        labelled = [index for index, value in enumerate(values) if value is not None and value >= 0]
-        names = [feature.int2str(values[index]) for index in labelled]
-        return RawLabels(source, np.array(labelled, np.int64), names, tuple(feature.names), len(values) - len(names))
+        labeled = [index for index, value in enumerate(values) if value is not None and value >= 0]
+        names = [feature.int2str(values[index]) for index in labeled]
+        return RawLabels(source, np.array(labeled, np.int64), names, tuple(feature.names), len(values) - len(names))
     _check_type(column, feature, values, source.describe())
-    labelled = [index for index, value in enumerate(values) if value is not None]
-    names = [str(values[index]) for index in labelled]
-    return RawLabels(source, np.array(labelled, np.int64), names, num_missing=len(values) - len(names))
+    labeled = [index for index, value in enumerate(values) if value is not None]
+    names = [str(values[index]) for index in labeled]
+    return RawLabels(source, np.array(labeled, np.int64), names, num_missing=len(values) - len(names))
 
 
 def _label_column(features: datasets.Features, title: str) -> str:

@@ -6,25 +6,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.image_checks import Checked, check_images
-from data.images import split_held_out
+from data.images import split_validation
 from data.sources import ImageSource, open_source
 
 
 @dataclass(frozen=True)
-class PretrainingParts:
+class PretrainingSplits:
     """The readable images of one run: `train` indexes `source`, and `held_out` indexes `held_out_source`."""
 
     source: ImageSource
     train: np.ndarray
-    held_out_source: ImageSource
-    held_out: np.ndarray
+    validation_source: ImageSource
+    validation: np.ndarray
     bad: list[tuple[str, str]]
     summary: str
 
 
-def open_pretraining_parts(
+def open_pretraining_splits(
     dataset: list[str], *, validation_fraction: float, max_bad_fraction: float, seed: int
-) -> PretrainingParts:
+) -> PretrainingSplits:
     """Open what `dataset` names, look at every header, and set a part aside: its own, or a seeded share.
 
     Raises:
@@ -33,13 +33,15 @@ def open_pretraining_parts(
     source = open_source(dataset)
     checked = _check(source, max_bad_fraction)
     summary = checked.summary.describe()
-    own_part = source.held_out()
+    own_part = source.validation()
     if own_part is not None and validation_fraction:
-        held_out = _check(own_part, max_bad_fraction)
-        return PretrainingParts(source, checked.good, own_part, held_out.good, checked.bad + held_out.bad, summary)
-    kept, held_out_of_it = split_held_out(len(checked.good), validation_fraction, seed)
+        validation = _check(own_part, max_bad_fraction)
+        return PretrainingSplits(
+            source, checked.good, own_part, validation.good, checked.bad + validation.bad, summary
+        )
+    kept, validation_of_it = split_validation(len(checked.good), validation_fraction, seed)
     good = checked.good
-    return PretrainingParts(source, good[kept], source, good[held_out_of_it], checked.bad, summary)
+    return PretrainingSplits(source, good[kept], source, good[validation_of_it], checked.bad, summary)
 
 
 def _check(source: ImageSource, max_bad_fraction: float) -> Checked:

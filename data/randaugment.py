@@ -3,7 +3,7 @@
 Paper: Cubuk et al. 2019, "RandAugment: Practical automated data augmentation with a reduced search space",
 arXiv:1909.13719.  Differs as timm does, on which MAE, SimMIM and BEiT rely: each of the two operations is applied half
 the time only, the strength varies from image to image, every operation grows with it, and what turns into view from
-outside the picture has the mean colour.
+outside the picture has the mean color.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Argument = float | int | None  # of an operation: degrees, factor, threshold, ..
 
 _LARGEST_MAGNITUDE = 10.0
 _APPLY_PROBABILITY = 0.5
-_MIN_FACTOR = 0.1  # of an enhancement: a factor of 0 leaves a picture of one colour
+_MIN_FACTOR = 0.1  # of an enhancement: a factor of 0 leaves a picture of one color
 _SOLARIZE_ADD_BELOW = 128
 
 
@@ -26,7 +26,7 @@ class RandAugment:
     """Two operations, drawn with replacement, on a picture of mode RGB or L.
 
     Args:
-        image_mean: of each channel in [0, 1]; the colour of what lies outside the picture.
+        image_mean: of each channel in [0, 1]; the color of what lies outside the picture.
         magnitude: mean strength, 0 to 10.
         magnitude_std: of the strength, from one operation to the next.
     """

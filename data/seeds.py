@@ -14,7 +14,7 @@ def seeded_generator(*counters: int | str) -> torch.Generator:
     """CPU generator whose stream is fixed by `counters`; counters that differ in value, order or type give others.
 
     PyTorch's CPU generator uses only the low 32 bits of a seed. So two given tuples share a stream with a chance of
-    2**-32, and among the millions of masks of a long run a few repeat; neighbours never do systematically.
+    2**-32, and among the millions of masks of a long run a few repeat; neighbors never do systematically.
     """
     # repr of plain ints and strs keeps (1, 23) and (12, 3), "1" and 1 apart; index() makes numpy's ints plain ones and
     # refuses floats. Unlike hash(), blake2b does not change with PYTHONHASHSEED.

@@ -17,7 +17,7 @@ import datasets
 from data.decoding import EXTENSIONS
 from data.idx import idx_files, read_idx
 from data.image_source import ArraySource, FileSource, ImageSource, TableSource, joined
-from data.tables import HELD_OUT_NAMES, TABLE_EXTENSIONS, load_tables, tables_by_split
+from data.tables import TABLE_EXTENSIONS, VALIDATION_NAMES, load_tables, tables_by_split
 
 _SAMPLES = Path(__file__).parent / "samples"
 BUNDLED = {"sample": _SAMPLES / "photographs", "sample-fashion": _SAMPLES / "fashion_mnist"}
@@ -58,7 +58,7 @@ def split_names(dataset: str) -> list[str]:
         return list(idx_files(folder))
     if _choose_subfolder(folder, "train")[1] is not None:
         subfolders = {path.name.lower() for path in folder.iterdir() if path.is_dir()}
-        return [name for name in ("train", *HELD_OUT_NAMES) if name in subfolders]
+        return [name for name in ("train", *VALIDATION_NAMES) if name in subfolders]
     images, tables, _ = _list_files(folder)
     return ["train"] if images or not tables else list(tables_by_split(tables, folder))
 
@@ -84,18 +84,18 @@ def _open_folder(folder: Path, split: str | None) -> ImageSource:
         return _open_saved(folder, split)
     if idx_files(folder):
         return _open_idx(folder, split)
-    part, held_out = _choose_subfolder(folder, split)
+    part, validation = _choose_subfolder(folder, split)
     images, tables, others = _list_files(part)
     if images:
         if split not in (None, "train") and part == folder:
             raise ValueError(f"there is no folder {split!r} in {folder}; its images are one part: use split 'train'")
         description = f"{part}: {len(images):,} image files"
-        if held_out is None:
+        if validation is None:
             return FileSource(images, description, folder=part)
-        description += f" ({held_out.name}/ beside it is held out)"
-        return FileSource(images, description, partial(_open_folder, held_out, None), folder=part)
+        description += f" ({validation.name}/ beside it is held out)"
+        return FileSource(images, description, partial(_open_folder, validation, None), folder=part)
     if tables:
-        return _open_tables(part, tables, split, held_out)
+        return _open_tables(part, tables, split, validation)
     found = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5)) or "nothing"
     raise ValueError(
         f"no image files in {part} (found {found}); expected {_or(IMAGE_EXTENSIONS)} files, "
@@ -104,11 +104,13 @@ def _open_folder(folder: Path, split: str | None) -> ImageSource:
 
 
 def _choose_subfolder(folder: Path, split: str | None) -> tuple[Path, Path | None]:
-    """The folder to read and the held-out one: parts are recognised only where a training and a held-out one exist."""
+    """The folder to read and the held-out one: parts are recognized only where a training and a held-out one exist."""
     subfolders = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
-    held_out = next((subfolders[name] for name in HELD_OUT_NAMES if name in subfolders), None)
+    validation = next((subfolders[name] for name in VALIDATION_NAMES if name in subfolders), None)
     if split == "train":
-        return (subfolders["train"], held_out) if held_out is not None and "train" in subfolders else (folder, None)
+        return (
+            (subfolders["train"], validation) if validation is not None and "train" in subfolders else (folder, None)
+        )
     return subfolders.get(split or "", folder), None
 
 
@@ -140,7 +142,7 @@ def _raise(error: OSError) -> None:
     raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}); fix its permissions or move it")
 
 
-def _open_tables(folder: Path, tables: list[Path], split: str | None, held_out: Path | None) -> ImageSource:
+def _open_tables(folder: Path, tables: list[Path], split: str | None, validation: Path | None) -> ImageSource:
     """Parquet or arrow files; those whose path names a split (train-00000.parquet, data/test.parquet) belong to it."""
     by_split = tables_by_split(tables, folder)
     if folder.name == split:  # the folder itself is the split: train/part.parquet
@@ -148,13 +150,13 @@ def _open_tables(folder: Path, tables: list[Path], split: str | None, held_out: 
     chosen = tables if split is None else by_split.get(split)
     if chosen is None:
         raise ValueError(f"no split {split!r} in {folder}; its tables are of: {', '.join(sorted(by_split))}")
-    name = next((name for name in HELD_OUT_NAMES if name in by_split), None)
-    open_held_out = None
-    if held_out is not None:
-        open_held_out = partial(_open_folder, held_out, None)
+    name = next((name for name in VALIDATION_NAMES if name in by_split), None)
+    open_validation = None
+    if validation is not None:
+        open_validation = partial(_open_folder, validation, None)
     elif split == "train" and name is not None:
-        open_held_out = partial(_open_tables, folder, tables, name, None)
-    return TableSource(load_tables(chosen), f"{folder}/{split}" if split else str(folder), open_held_out)
+        open_validation = partial(_open_tables, folder, tables, name, None)
+    return TableSource(load_tables(chosen), f"{folder}/{split}" if split else str(folder), open_validation)
 
 
 def _open_saved(folder: Path, split: str | None) -> ImageSource:
@@ -170,8 +172,8 @@ def _open_idx(folder: Path, split: str | None) -> ImageSource:
         return joined([_open_idx(folder, part) for part in files])
     if split not in files:
         raise ValueError(f"no split {split!r} in {folder}; its idx files are of: {', '.join(files)}")
-    open_held_out = partial(_open_idx, folder, "test") if split == "train" and "test" in files else None
-    return ArraySource(*read_idx(*files[split]), f"{folder}/{split}", open_held_out)
+    open_validation = partial(_open_idx, folder, "test") if split == "train" and "test" in files else None
+    return ArraySource(*read_idx(*files[split]), f"{folder}/{split}", open_validation)
 
 
 def _open_hub(name: str, split: str | None) -> ImageSource:
@@ -204,9 +206,9 @@ def _from_splits(
         return joined([TableSource(load(each), f"{title}/{each}") for each in splits])
     if split not in splits:
         raise ValueError(f"no split {split!r} in {title}; it has: {', '.join(splits)}")
-    held_out = next((name for name in HELD_OUT_NAMES if name in splits), None)
-    open_held_out = partial(reopen, held_out) if held_out and split == "train" else None
-    return TableSource(load(split), f"{title}/{split}", open_held_out)
+    validation = next((name for name in VALIDATION_NAMES if name in splits), None)
+    open_validation = partial(reopen, validation) if validation and split == "train" else None
+    return TableSource(load(split), f"{title}/{split}", open_validation)
 
 
 def _nothing_there(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 TABLE_EXTENSIONS = frozenset({".parquet", ".arrow"})
-HELD_OUT_NAMES = ("validation", "valid", "val", "held_out", "test")  # the first that exists is the held-out part
+VALIDATION_NAMES = ("validation", "valid", "val", "held_out", "test")  # the first that exists is the held-out part
 
 
 def load_tables(paths: list[Path]) -> datasets.Dataset:
@@ -25,7 +25,7 @@ def tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
     groups: dict[str, list[Path]] = {}
     for table in tables:
         words = re.split(r"[^a-z0-9]+", str(table.relative_to(folder)).lower().replace("held_out", "heldout"))
-        split = next((name for name in ("train", *HELD_OUT_NAMES) if name.replace("_", "") in words), "train")
+        split = next((name for name in ("train", *VALIDATION_NAMES) if name.replace("_", "") in words), "train")
         groups.setdefault(split, []).append(table)
     return groups
 

@@ -1,7 +1,7 @@
 """A probe that chooses where to look: learned queries attend to frozen patches, a linear layer reads what they found.
 
 Paper: El-Nouby et al. 2024 (AIM), arXiv:2401.08541, Sec. 3.2: cross-attention pooling in front of a linear layer, on
-normalised patches. Features of masked image modeling are local, and their mean drowns what one patch knows.
+normalized patches. Features of masked image modeling are local, and their mean drowns what one patch knows.
 Differs: one query for each head, and no key and value projections: one folds into the query, the other into the linear
 layer, which gives the same functions at a fraction of the cost.
 Shapes: N training images, B of a batch, P patches, D width, K classes, A heads.
@@ -38,13 +38,13 @@ class AttentivePooling(nn.Module):
 
     def attention(self, patches: Tensor) -> Tensor:
         """(B, P, D) -> (B, A, P), each row of which sums to 1."""
-        return (self._normalised(patches) @ self.queries / math.sqrt(patches.shape[2])).softmax(1).transpose(1, 2)
+        return (self._normalized(patches) @ self.queries / math.sqrt(patches.shape[2])).softmax(1).transpose(1, 2)
 
     def forward(self, patches: Tensor) -> Tensor:
-        found = self.attention(patches) @ self._normalised(patches)  # (B, A, D)
+        found = self.attention(patches) @ self._normalized(patches)  # (B, A, D)
         return found.flatten(1) @ self.weight + self.bias
 
-    def _normalised(self, patches: Tensor) -> Tensor:
+    def _normalized(self, patches: Tensor) -> Tensor:
         return (patches.float() - self.mean) * self.scale
 
 

@@ -19,7 +19,7 @@ _DARK_FROM = 0.55  # share of a row above which the cell is too dark for dark in
 
 
 def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: Path, title: str = "") -> None:
-    """Write a PNG of counts (K, K), rows the true classes; colours are shares of a row, so that rare classes show."""
+    """Write a PNG of counts (K, K), rows the true classes; colors are shares of a row, so that rare classes show."""
     num_classes = len(class_names)
     if matrix.shape != (num_classes, num_classes):
         raise ValueError(
@@ -27,7 +27,7 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: 
         )
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # (K, K)
     side = min(max(num_classes * _INCHES_PER_CLASS, 3.0), 12.0)
-    figure = Figure(figsize=(side + 2.4, side + 1.6), dpi=120, layout="constrained")  # room for names and colour bar
+    figure = Figure(figsize=(side + 2.4, side + 1.6), dpi=120, layout="constrained")  # room for names and color bar
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if num_classes <= _MAX_CLASSES_WITH_NUMBERS:

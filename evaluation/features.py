@@ -160,7 +160,7 @@ def collect(
     pictures: list[Tensor] = []
     for batch in images:
         positions += batch.positions
-        pictures.append(small_pictures(preprocessor.colours(batch.pixel_values)))
+        pictures.append(small_pictures(preprocessor.colors(batch.pixel_values)))
         for name, encoder in encoders.items():
             tokens = encoder(batch.pixel_values)
             parts[name].append({kind: value.cpu() for kind, value in kinds_of(tokens).items()})

@@ -17,7 +17,7 @@ from evaluation.features import Features
 from evaluation.knn import Knn, fit_knn
 from evaluation.linear_probe import fit_linear, fit_logistic
 from evaluation.metrics import BalancedAccuracy, bootstrap_interval
-from evaluation.quality import feature_deviation, rankme
+from evaluation.quality import feature_std, rankme
 
 PROBES = {
     "knn": "kNN",
@@ -91,7 +91,7 @@ def measure(
     probes: Sequence[str],
     seed: int,
     device: torch.device | str = "cpu",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> tuple[list[Row], Row]:
     """Every row, those of the trained encoder first, and the headline: the best one by the training images.
 
@@ -103,7 +103,7 @@ def measure(
     def add(probe: str, kind: str, source: str, fitted_on: Tensor, judged_on: Tensor) -> None:
         model = _FITS[probe](fitted_on.to(device), train.labels.to(device), num_classes, seed)
         rows.append(_row(probe, kind, source, model, judged_on.to(device), test.labels, seed))
-        say(f"{rows[-1].name}: {rows[-1].accuracy:.1%}")
+        log(f"{rows[-1].name}: {rows[-1].accuracy:.1%}")
 
     of_train, of_test = train.features[TRAINED], test.features[TRAINED]
     for kind in of_train.by_kind:
@@ -134,7 +134,7 @@ def quality(test: Part, seed: int) -> list[dict[str, Any]]:
     for kind, features in test.features[TRAINED].by_kind.items():
         of = {"n": len(features), "features": kind, "width": features.shape[1], "reference": False}
         entries.append({"name": f"RankMe, {kind}", "metric": "effective rank", "value": rankme(features, seed), **of})
-        deviation = feature_deviation(features)
+        deviation = feature_std(features)
         entries.append({"name": f"feature deviation, {kind}", "metric": "deviation", "value": deviation, **of})
     return entries
 

@@ -1,10 +1,10 @@
-"""Weighted nearest neighbours on frozen features: nothing is trained, so the distances themselves are judged.
+"""Weighted nearest neighbors on frozen features: nothing is trained, so the distances themselves are judged.
 
 Papers: Wu et al. 2018, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", arXiv:1805.01978,
 Sec. 3.4; Caron et al. 2021 (DINO), arXiv:2104.14294, Sec. 4.1.
-Differs: k and the temperature are chosen on the training images, each left out of its own neighbours, where the papers
+Differs: k and the temperature are chosen on the training images, each left out of its own neighbors, where the papers
 report the best on the test images; k = 1 and 5 are tried too, for few labels.
-Shapes: N training images (the bank), Q queries, D width, K classes, k neighbours.
+Shapes: N training images (the bank), Q queries, D width, K classes, k neighbors.
 """
 
 from collections.abc import Iterator
@@ -47,9 +47,9 @@ def fit_knn(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> Kn
 
 
 def neighbors(bank: Tensor, queries: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cosine similarities (Q, k) of the nearest, best first, and where they are in the normalised `bank` (Q, k).
+    """Cosine similarities (Q, k) of the nearest, best first, and where they are in the normalized `bank` (Q, k).
 
-    `own` (Q,): the place in the bank of each query itself, which is then not its neighbour.
+    `own` (Q,): the place in the bank of each query itself, which is then not its neighbor.
     """
     parts = [_neighbors(bank, chunk, k, own_chunk) for chunk, own_chunk in _chunks(queries, own)]
     similarity, index = zip(*parts, strict=True)
@@ -86,7 +86,7 @@ def _choose(bank: Tensor, labels: Tensor, num_classes: int, seed: int) -> tuple[
             votes = _votes(similarity[:, :k], labels[index[:, :k]], num_classes, temperature)
             accuracies[k, temperature] = (votes.argmax(1) == labels[own]).float().mean().item()
     best = max(accuracies.values())
-    if best == 0:  # one image for each class: none has a neighbour of its own class
+    if best == 0:  # one image for each class: none has a neighbor of its own class
         return 1, _DEFAULT_TEMPERATURE, None
     k, temperature = next(setting for setting, accuracy in accuracies.items() if accuracy == best)
     return k, temperature, best

@@ -20,7 +20,7 @@ from data.seeds import seeded_generator
 from evaluation.folds import folds_to_choose_on
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-INVERSE_REGULARIZATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, on standardised features
+INVERSE_REGULARIZATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, on standardized features
 _DEFAULT_LEARNING_RATE, _DEFAULT_C = 1e-2, 1e-2  # where a class has one image, and nothing can be chosen
 _NUM_EPOCHS, _BATCH_SIZE, _MOMENTUM = 90, 256, 0.9
 _MIN_STEPS = 1_000
@@ -55,7 +55,7 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, seed: int) ->
 
 
 def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> LinearClassifier:
-    """Logistic regression on standardised features, with the L2 regularization that does best."""
+    """Logistic regression on standardized features, with the L2 regularization that does best."""
 
     def fit(x: Tensor, y: Tensor, settings: Sequence[float]) -> list[tuple[Tensor, Tensor]]:
         fitted: list[tuple[Tensor, Tensor]] = []
@@ -107,7 +107,7 @@ def solve_logistic(
     start: tuple[Tensor, Tensor] | None = None,
     tolerance: float = _TOLERANCE,
 ) -> tuple[Tensor, Tensor]:
-    """Weight (D, K) and bias (K,) that minimise C * (sum of cross entropies) + |weight|**2 / 2, as in scikit-learn."""
+    """Weight (D, K) and bias (K,) that minimize C * (sum of cross entropies) + |weight|**2 / 2, as in scikit-learn."""
     weight, bias = start or (x.new_zeros(x.shape[1], num_classes), x.new_zeros(num_classes))
     weight, bias = (tensor.clone().requires_grad_() for tensor in (weight, bias))
     decay = 1 / (2 * inverse_regularization * len(x))

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from evaluation.features import FrozenEncoder
-from evaluation.pictures import labelled_grid
+from evaluation.pictures import labeled_grid
 from evaluation.preprocessing import Preprocessor
 
 ATTENTION = "class token's attention, last block"
-COMPONENTS = "main three components of the patches, as colours"
+COMPONENTS = "main three components of the patches, as colors"
 
 
 def feature_maps(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: Tensor) -> tuple[Image.Image, str]:
@@ -24,15 +24,15 @@ def feature_maps(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_value
     The image, what the class token attends to where there is one, and the components.
     """
     size = (pixel_values.shape[2], pixel_values.shape[3])
-    views = {"input": preprocessor.colours(pixel_values).expand(-1, 3, -1, -1)}
+    views = {"input": preprocessor.colors(pixel_values).expand(-1, 3, -1, -1)}
     attention = class_attention(encoder, pixel_values)
     if attention is not None:
-        views[ATTENTION] = _enlarged(_coloured(attention), size)
-    views[COMPONENTS] = _enlarged(principal_colours(encoder(pixel_values).patches), size)
-    footer = f"{len(pixel_values)} test images; like colours: like features"
+        views[ATTENTION] = _enlarged(_colored(attention), size)
+    views[COMPONENTS] = _enlarged(principal_colors(encoder(pixel_values).patches), size)
+    footer = f"{len(pixel_values)} test images; like colors: like features"
     if attention is not None:
         footer += "; bright: more attention"
-    return labelled_grid(views, footer), f"From left to right: {'; '.join(views)}. {footer}."
+    return labeled_grid(views, footer), f"From left to right: {'; '.join(views)}. {footer}."
 
 
 def class_attention(encoder: FrozenEncoder, pixel_values: Tensor) -> Tensor | None:
@@ -51,7 +51,7 @@ def class_attention(encoder: FrozenEncoder, pixel_values: Tensor) -> Tensor | No
     return (to_patches / to_patches.amax(1, keepdim=True)).unflatten(1, (rows, columns))
 
 
-def principal_colours(patches: Tensor) -> Tensor:
+def principal_colors(patches: Tensor) -> Tensor:
     """(B, h, w, D) -> (B, 3, h, w) in [0, 1]: three directions in which the patches of these images differ most."""
     flat = patches.flatten(0, 2).double().cpu()
     flat = flat - flat.mean(0)
@@ -59,12 +59,12 @@ def principal_colours(patches: Tensor) -> Tensor:
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
     values = flat @ (directions * largest.sign()).T  # (B*h*w, 3); a direction's sign is arbitrary, so fix it
     low, high = values.quantile(0.01, dim=0), values.quantile(0.99, dim=0)
-    colours = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
-    colours = F.pad(colours, (0, 3 - colours.shape[1]), value=0.5)  # fewer patches or channels than three
-    return colours.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
+    colors = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
+    colors = F.pad(colors, (0, 3 - colors.shape[1]), value=0.5)  # fewer patches or channels than three
+    return colors.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
 
-def _coloured(values: Tensor) -> Tensor:
+def _colored(values: Tensor) -> Tensor:
     """(B, h, w) in [0, 1] -> (B, 3, h, w)."""
     return torch.from_numpy(colormaps["viridis"](values.numpy())[..., :3]).permute(0, 3, 1, 2).float()
 

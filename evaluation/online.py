@@ -1,4 +1,4 @@
-"""Frozen features while an encoder is trained: the same few labelled images at every look.
+"""Frozen features while an encoder is trained: the same few labeled images at every look.
 
 The classifiers' settings are fixed, so that two looks differ by the encoder alone; `run_evaluation.py` tunes them.
 Shapes: N training images, Q test images, C channels, H W pixels, D width.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from data.augmentations import CenterCrop
 from data.classification import ClassificationImages, StackedImages
-from data.labelled import LabelledPart, labelled_subset, open_labelled, split_stratified
+from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified
 from evaluation.features import FrozenEncoder
 from evaluation.knn import Knn
 from evaluation.linear_probe import fit_logistic_at
@@ -29,7 +29,7 @@ _TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
-class FeatureWatch:
+class OnlineEvaluation:
     """Measures a head's encoder on `train` and `test`; draws no random number and leaves the head as it was."""
 
     train: StackedImages
@@ -53,7 +53,7 @@ class FeatureWatch:
 
     def describe(self) -> str:
         return (
-            f"mean of patches, {len(self.train.labels):,} labelled images and {len(self.test.labels):,} to test on, "
+            f"mean of patches, {len(self.train.labels):,} labeled images and {len(self.test.labels):,} to test on, "
             f"{self.num_classes} classes"
         )
 
@@ -63,10 +63,10 @@ class FeatureWatch:
         return torch.cat([encoder(batch).mean for batch in batches])  # (N, D)
 
 
-def open_feature_watch(
+def open_online_evaluation(
     dataset: Sequence[str], size: tuple[int, int], num_channels: int, seed: int, label_column: str | None = None
-) -> FeatureWatch:
-    """Reads a seeded share of each class of a labelled data set and keeps it, cut to `size` (height, width).
+) -> OnlineEvaluation:
+    """Reads a seeded share of each class of a labeled data set and keeps it, cut to `size` (height, width).
 
     Judged on the validation part, or a share of the training part: people stop a run, or choose one, by what they see
     here, and the test part is for the end.
@@ -74,15 +74,17 @@ def open_feature_watch(
     Raises:
         ValueError: there is no such data set, or it has no labels to learn from.
     """
-    images = open_labelled(dataset, label_column)
+    images = open_labeled(dataset, label_column)
     train, test = images.train, images.validation
     if test is None:
-        kept, held_out = split_stratified(train.labels, _TEST_FRACTION, seed, images.class_names)
-        train, test = train.select(kept), train.select(held_out)
+        kept, validation = split_stratified(train.labels, _TEST_FRACTION, seed, images.class_names)
+        train, test = train.select(kept), train.select(validation)
 
-    def kept_in_memory(part: LabelledPart, num_images: int) -> StackedImages:
+    def kept_in_memory(part: LabeledSplit, num_images: int) -> StackedImages:
         wanted = max(num_images, _NUM_PER_CLASS * len(images.class_names))
-        few = part.select(labelled_subset(part.labels, fraction=min(1.0, wanted / len(part)), seed=seed))
+        few = part.select(labeled_subset(part.labels, fraction=min(1.0, wanted / len(part)), seed=seed))
         return StackedImages(ClassificationImages(few, CenterCrop(size), num_channels), os.cpu_count() or 1)
 
-    return FeatureWatch(kept_in_memory(train, _NUM_TRAIN), kept_in_memory(test, _NUM_TEST), len(images.class_names))
+    return OnlineEvaluation(
+        kept_in_memory(train, _NUM_TRAIN), kept_in_memory(test, _NUM_TEST), len(images.class_names)
+    )

@@ -61,9 +61,9 @@ def trend(steps: Sequence[int] | np.ndarray, accuracies: Sequence[float] | np.nd
 
 def draw_looks(axes: Axes, looks: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> None:
     """Accuracies on the left axis and RankMe on the right one; each of `looks` is (steps, values)."""
-    for key, name, colour, marker in ((LINEAR, "linear probe", _GREEN, "o"), (KNN, "kNN", _PURPLE, "^")):
+    for key, name, color, marker in ((LINEAR, "linear probe", _GREEN, "o"), (KNN, "kNN", _PURPLE, "^")):
         steps, values = looks[key]
-        axes.plot(steps, values, color=colour, marker=marker, markersize=4, linewidth=1.6, label=name)
+        axes.plot(steps, values, color=color, marker=marker, markersize=4, linewidth=1.6, label=name)
     axes.set_ylabel("accuracy, frozen features")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_title(title, fontsize="medium", loc="left", pad=24)  # above the legend

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evaluation.pictures import labelled_grid, reconstruction_panel
+from evaluation.pictures import labeled_grid, reconstruction_panel
 
 Drawer = Callable[[Any, dict[str, Any], int, float | None], Image.Image]
 
@@ -21,11 +21,11 @@ def pixel_panel_drawer(method: str) -> Drawer:
     def draw(head: Any, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
         mask = batch["bool_masked_pos"]
         logits = head(batch["pixel_values"], mask, return_loss=False).logits
-        cells, side = head.masked_cells(mask), head.config.prediction_side
+        cells, side = head.masked_units(mask), head.config.prediction_side
         return reconstruction_panel(
             batch["pixel_values"] / 255,
             cells,
-            head.predicted_cells(logits, cells),
+            head.predicted_units(logits, cells),
             patch_size=(side, side),
             norm_pix_loss=getattr(head.config, "norm_pix_loss", False),
             image_mean=head.config.image_mean,
@@ -56,7 +56,7 @@ def token_panel_drawer(method: str, make_labels: Any, grid: tuple[int, int]) -> 
             return make_labels.tokenizer.decode(tokens.view(-1, *grid)).float().clamp(0, 1).cpu()
 
         footer = f"{method}  ·  step {step:,}" + (f"  ·  eval loss {eval_loss:.4g}" if eval_loss is not None else "")
-        return labelled_grid(
+        return labeled_grid(
             {
                 "tokenizer's view": views,
                 "masked": views.masked_fill(hidden, 0.5),

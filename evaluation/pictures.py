@@ -1,7 +1,7 @@
 """Pictures of a pre-training run: what was hidden, what the model predicts there, and how the loss fell.
 
 Paper: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377, Sec. 3.
-Differs: a normalised target has lost each patch's mean and std. The usual picture takes them from the original,
+Differs: a normalized target has lost each patch's mean and std. The usual picture takes them from the original,
     hidden patches included, and so looks better than what the model knows; a second view estimates them from the
     visible patches.
 Shapes: B images, C channels, H W pixels, h w patches down and across, N = h * w patches (row-major), ph pw pixels of a
@@ -29,12 +29,12 @@ BLANK = 0.5  # gray of patches that are not there
 _ENLARGE_TO, _SHRINK_TO, _MIN_COLUMN_WIDTH = 224, 256, 128  # pixels of a cell
 _MARGIN, _GAP, _FONT_SIZE, _LINE_HEIGHT = 16, 8, 14, 18  # pixels
 _INK, _PALE_INK = "#1a1a1a", "#595959"
-_BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart by colour-blind readers
+_BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart by color-blind readers
 _MEDIAN_FROM_POINTS = 60  # shorter curves are readable as they are
 
 
 def panel_indices(num_images: int) -> list[int]:
-    """Up to eight images, spread evenly, so that neighbours of one scene are not all that is seen."""
+    """Up to eight images, spread evenly, so that neighbors of one scene are not all that is seen."""
     return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
 
 
@@ -51,7 +51,7 @@ def reconstruction_panel(
     step: int,
     eval_loss: float | None,
 ) -> Image.Image:
-    """A row per image (the first 8), a labelled column per view, a line about the run (see `reconstruction_views`)."""
+    """A row per image (the first 8), a labeled column per view, a line about the run (see `reconstruction_views`)."""
     views = reconstruction_views(
         pixel_values[:MAX_ROWS],
         bool_masked_pos[:MAX_ROWS],
@@ -65,7 +65,7 @@ def reconstruction_panel(
     if eval_loss is not None:
         facts.append(f"eval loss {eval_loss:.4g}")
     facts.append(f"mask ratio {bool_masked_pos[:MAX_ROWS].float().mean().item():.2f}")
-    return labelled_grid(views, footer="  ·  ".join(facts))
+    return labeled_grid(views, footer="  ·  ".join(facts))
 
 
 @torch.no_grad()
@@ -84,10 +84,10 @@ def reconstruction_views(
     Predictions are drawn at hidden patches only: at visible ones no loss has taught them anything.
 
     Args:
-        pixel_values: (B, C, H, W) in [0, 1], not standardised.
+        pixel_values: (B, C, H, W) in [0, 1], not standardized.
         bool_masked_pos: (B, N), True = hidden.
         predictions: what the loss compares with the target: (B, N, P), or whole images (B, C, H, W), of pixels
-            standardised with `image_mean` and `image_std` and, with `norm_pix_loss`, normalised per patch.
+            standardized with `image_mean` and `image_std` and, with `norm_pix_loss`, normalized per patch.
     """
     images = pixel_values.detach().float().cpu()
     hidden = bool_masked_pos.detach().cpu()[..., None]  # (B, N, 1)
@@ -100,8 +100,8 @@ def reconstruction_views(
     mean = torch.tensor(image_mean).view(1, -1, 1, 1)  # (1, C, 1, 1)
     std = torch.tensor(image_std).view(1, -1, 1, 1)
 
-    def draw(standardised: Tensor) -> Tensor:
-        pixels = unpatchify(standardised, patch_size, images.shape) * std + mean  # (B, C, H, W)
+    def draw(standardized: Tensor) -> Tensor:
+        pixels = unpatchify(standardized, patch_size, images.shape) * std + mean  # (B, C, H, W)
         return torch.where(hidden_pixels, pixels, BLANK)
 
     views = {"input": images, "masked": images.masked_fill(hidden_pixels, BLANK)}
@@ -121,13 +121,13 @@ def reconstruction_views(
 
 
 def target_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, P) standardised pixels -> mean and std (B, N, 1) that the per-patch normalised target divides out."""
+    """(B, N, P) standardized pixels -> mean and std (B, N, 1) that the per-patch normalized target divides out."""
     variance = patches.var(dim=-1, keepdim=True)  # unbiased, and 1e-6 inside the root: authors' code
     return patches.mean(dim=-1, keepdim=True), (variance + 1e-6).sqrt()
 
 
 def unnormalize(predictions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, N, P) per-patch normalised pixels -> (B, N, P) standardised pixels."""
+    """(B, N, P) per-patch normalized pixels -> (B, N, P) standardized pixels."""
     return predictions * std + mean
 
 
@@ -176,10 +176,10 @@ def unpatchify(patches: Tensor, patch_size: tuple[int, int], shape: Sequence[int
 def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     """Write a PNG of training and held-out loss and the learning rate, from the `log_history` of a Trainer's state.
 
-    Below, how the features did on labelled images, where that was looked at (`evaluation.online`).
+    Below, how the features did on labeled images, where that was looked at (`evaluation.online`).
     """
-    train, held_out = _series(log_history, "loss"), _series(log_history, "eval_loss")
-    if not len(train[0]) and not len(held_out[0]):
+    train, validation = _series(log_history, "loss"), _series(log_history, "eval_loss")
+    if not len(train[0]) and not len(validation[0]):
         raise ValueError(
             'The log history has no entry with "loss" or "eval_loss" and "step"; log at least once first.'
         )
@@ -193,7 +193,7 @@ def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
         axes = feature_axes = figure.subplots()
     rate_axes = _draw_learning_rate(axes, *_series(log_history, "learning_rate"))
     _draw_training_loss(axes, *train)
-    _draw_held_out_loss(axes, *held_out)
+    _draw_held_out_loss(axes, *validation)
     axes.set(ylabel="loss")
     feature_axes.set(xlabel="step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -223,7 +223,7 @@ def _check_shapes(patches: Tensor, hidden: Tensor, predicted: Tensor) -> None:
         raise ValueError("The predictions hold NaN or infinity, which has no picture; look at the loss of this step.")
 
 
-def labelled_grid(views: dict[str, Tensor], footer: str) -> Image.Image:
+def labeled_grid(views: dict[str, Tensor], footer: str) -> Image.Image:
     """Label -> images (B, C, H, W) in [0, 1]; labels go on top of the columns, the footer below."""
     rows = list(zip(*(map(_to_cell, view) for view in views.values()), strict=True))
     cell_width, cell_height = rows[0][0].size

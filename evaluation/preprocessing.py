@@ -38,8 +38,8 @@ class Preprocessor:
             layout = {"input_data_format": "channels_first"}
         return self.processor(pictures, return_tensors="pt", **layout)["pixel_values"]
 
-    def colours(self, pixel_values: Tensor) -> Tensor:
-        """The same pixels (B, C, H, W) in [0, 1], before they were standardised."""
+    def colors(self, pixel_values: Tensor) -> Tensor:
+        """The same pixels (B, C, H, W) in [0, 1], before they were standardized."""
         if not getattr(self.processor, "do_normalize", False):
             return pixel_values.clamp(0, 1)
         mean, std = (
@@ -66,7 +66,7 @@ def open_preprocessor(name: str, num_channels: int) -> Preprocessor:
         settings, _ = BaseImageProcessor.get_image_processor_dict(name)
     except OSError:
         raise ValueError(
-            f"model {name!r} has no preprocessor_config.json, which says how its images are resized and standardised; "
+            f"model {name!r} has no preprocessor_config.json, which says how its images are resized and standardized; "
             "save its image processor beside it, or name the output folder of a finished run"
         ) from None
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViTImageProcessor"

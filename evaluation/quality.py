@@ -24,6 +24,6 @@ def rankme(features: Tensor, seed: int = 0) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def feature_deviation(features: Tensor) -> float:
-    """Deviation of normalised features (N, D), times the root of D: 0 if all images look alike, 1 if spread evenly."""
+def feature_std(features: Tensor) -> float:
+    """Deviation of normalized features (N, D), times the root of D: 0 if all images look alike, 1 if spread evenly."""
     return float(F.normalize(features.float(), dim=1).std(dim=0, correction=0).mean() * features.shape[1] ** 0.5)

@@ -34,7 +34,7 @@ _LISTS_OF_TEXTS = ("tags", "datasets", "base_model", "metrics")
 
 
 def license_problem(name: str) -> str | None:
-    """Why the Hub would refuse a licence of this name."""
+    """Why the Hub would refuse a license of this name."""
     if name in LICENSES:
         return None
     close = difflib.get_close_matches(name.lower(), LICENSES, n=1)

@@ -40,7 +40,7 @@ def image_stats(name: str) -> tuple[dict[str, list[float]], list[str]]:
     if not stats:
         stats = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
         return stats, [f"{name} has no preprocessor_config.json with its mean and deviation: ImageNet's are used"]
-    # A gray encoder sees all colours by its one channel's numbers.
+    # A gray encoder sees all colors by its one channel's numbers.
     return {key: values * 3 if len(values) == 1 else values for key, values in stats.items()}, []
 
 

@@ -43,8 +43,8 @@ _SETTINGS = {
     ),
 }
 _RELATIVE_KINDS = ("use_relative_position_bias", "use_shared_relative_position_bias")
-# How a training regularised, which is no part of the function: only our own method's is continued.
-_REGULARISERS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+# How a training regularized, which is no part of the function: only our own method's is continued.
+_REGULARizERS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
 # Names of DINOv2 and Data2VecVision, of today and of transformers 5.17 -> those of ViT and BEiT.
 _RENAMES = (
     (r"^encoder\.layer\.", "layers."),
@@ -83,7 +83,7 @@ def obstacle(config: PreTrainedConfig, host: str) -> str | None:
 
 def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[str, Any]:
     """Keyword arguments of the native config of our encoder, without what flags say (image, patch, channels)."""
-    names = (*_SETTINGS[host], *(_REGULARISERS if is_own else ()))
+    names = (*_SETTINGS[host], *(_REGULARizERS if is_own else ()))
     settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
     if config.model_type == "dinov2":
         settings["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)

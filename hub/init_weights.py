@@ -1,6 +1,6 @@
 """The weights of what `--init_from` names, under the names and in the shapes of a head of ours.
 
-What the source lacks keeps the initialisation that the head has from scratch; that, and what is not used, is said.
+What the source lacks keeps the initialization that the head has from scratch; that, and what is not used, is said.
 """
 
 import copy
@@ -25,7 +25,7 @@ from transformers import (
 
 from hub.encoder_states import State, as_host, has_final_norm, native_state
 from hub.init_from import StartingModel, first_line, grid_of
-from modeling import HEADS, MimPreTrainedModel
+from modeling import MODELS, MimPreTrainedModel
 from modeling.patches import sincos_positions
 from modeling.positions import resize_positions, resize_relative_bias
 
@@ -88,7 +88,7 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
 def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
     """Encoder, head where it is kept, and the names of what is left aside."""
     if start.own_method is not None:
-        model, _, _ = _load(HEADS[start.own_method], start, subfolder=start.subfolder)
+        model, _, _ = _load(MODELS[start.own_method], start, subfolder=start.subfolder)
         head = model.state_dict()
         encoder = {name.removeprefix("encoder."): head.pop(name) for name in list(head) if name.startswith("encoder.")}
         return (encoder, head, []) if start.keeps_head else (encoder, {}, list(head))

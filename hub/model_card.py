@@ -56,7 +56,7 @@ def write_model_card(
         metrics: `train_loss`, `eval_loss` and what else was seen in training.
         datasets: what it was trained on; ids of the Hub are linked.
         num_extra_tokens: those before the patches: a class token, or none.
-        pools_mean: the encoder's pooler normalises the mean of the patches, instead of taking the class token.
+        pools_mean: the encoder's pooler normalizes the mean of the patches, instead of taking the class token.
         native_root_problem: why the folder holds no native encoder, if it does not (`hub.export`).
         classes: names of the classes, for a classifier.
         from_scratch: a classifier's weights were random before its training.
@@ -121,7 +121,7 @@ def card_for(folder: Path, repo_id: str) -> str:
     if not file.is_file():
         raise ValueError(
             f"{folder} has no README.md, which every model needs: run_pretraining.py writes one; beside converted "
-            "weights write one yourself, with whose they are and their licence"
+            "weights write one yourself, with whose they are and their license"
         )
     text = file.read_text(encoding="utf-8")
     check_card(text)

@@ -36,7 +36,7 @@ _TIMEOUT = 60.0
 _PASSING = (408, 409, 412, 429)  # HTTP statuses below 500 that another attempt may not meet
 _HELP_BY_STATUS = {
     401: "there is no token that the Hub knows: log in with `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there: it needs the right to write, in this organisation",
+    403: "the token may not write there: it needs the right to write, in this organization",
     404: "there is no such repository, or the token may not see it",
 }
 
@@ -158,7 +158,7 @@ def check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} cannot be a repository of the Hub: {error}") from None
     if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} cannot be a repository of the Hub; expected organisation/name or user/name")
+        raise ValueError(f"{repo_id!r} cannot be a repository of the Hub; expected organization/name or user/name")
 
 
 def public_files(folder: Path) -> list[Path]:

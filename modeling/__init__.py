@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrai
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
 
-HEADS: dict[str, type[MimPreTrainedModel]] = {}
+MODELS: dict[str, type[MimPreTrainedModel]] = {}
 CONFIGS: dict[str, type[MimConfig]] = {}
 
 for _file in pkgutil.iter_modules(__path__):
@@ -25,7 +25,7 @@ for _file in pkgutil.iter_modules(__path__):
             _config_class.register_for_auto_class()  # save_pretrained then copies the code beside the weights
             _class.register_for_auto_class("AutoModelForPreTraining")
             _method = _config_class.model_type.removeprefix("mim_").replace("_", "-")
-            HEADS[_method], CONFIGS[_method] = _class, _config_class
+            MODELS[_method], CONFIGS[_method] = _class, _config_class
         elif issubclass(_class, PreTrainedModel) and hasattr(_class, "get_codebook_indices"):  # an image tokenizer
             _tokenizer_config = _class.config_class
             assert _tokenizer_config is not None, f"{_class.__name__} does not annotate its config"

@@ -12,7 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .patches import coarsen_mask, hidden_places, patch_grid
+from .patches import coarsen_mask, masked_indices, patch_grid
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,7 +36,7 @@ _LIBRARY_ARGUMENTS = {
 class MimConfig(PreTrainedConfig):
     """Settings of a pre-training head; `encoder_config` is native and outlives it, the rest goes with the head.
 
-    `image_mean` and `image_std` (in [0, 1], one per channel) standardise uint8 images on the device.
+    `image_mean` and `image_std` (in [0, 1], one per channel) standardize uint8 images on the device.
 
     Raises:
         ValueError: on a setting that does not exist; transformers would store a mistyped name and ignore it.
@@ -101,7 +101,7 @@ class MimOutput(ModelOutput):
     accuracy: torch.Tensor | None = None
 
 
-class InitialisesEveryModule:
+class InitializesEveryModule:
     """Mix-in for our models: `_init_weights` is called for every module, blocks included.
 
     In code that is not its own, transformers passes over modules that own no tensor directly, lest loaded weights be
@@ -112,7 +112,7 @@ class InitialisesEveryModule:
         super()._initialize_weights(module)  # type: ignore[misc]
 
 
-class MimPreTrainedModel(InitialisesEveryModule, PreTrainedModel):
+class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     """Base of the heads. A head is `encoder` plus what goes away after pre-training, and never draws a mask itself.
 
     `frozen_parameters` are names (of this model) that must never train. With `needs_equal_num_masked`
@@ -143,14 +143,14 @@ class MimPreTrainedModel(InitialisesEveryModule, PreTrainedModel):
             self.get_parameter(name).requires_grad_(False)
 
     def standardize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) uint8 -> float32, zero mean and unit deviation; float images are taken as standardised."""
+        """(B, C, H, W) uint8 -> float32, zero mean and unit deviation; float images are taken as standardized."""
         if pixel_values.dtype != torch.uint8:
             return pixel_values
         mean = pixel_values.new_tensor(self.config.image_mean, dtype=torch.float32).view(-1, 1, 1) * 255
         std = pixel_values.new_tensor(self.config.image_std, dtype=torch.float32).view(-1, 1, 1) * 255
         return (pixel_values - mean) / std
 
-    def masked_cells(self, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+    def masked_units(self, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         """(B, N) -> (B, cells): the mask on the squares that single predictions fill, usually the patches."""
         encoder_config = self.config.encoder_config
         step = self.config.prediction_side // encoder_config.patch_size
@@ -158,11 +158,11 @@ class MimPreTrainedModel(InitialisesEveryModule, PreTrainedModel):
             return bool_masked_pos
         return coarsen_mask(bool_masked_pos, patch_grid(encoder_config.image_size, encoder_config.patch_size), step)
 
-    def predicted_cells(self, logits: torch.Tensor, masked_cells: torch.Tensor) -> torch.Tensor:
+    def predicted_units(self, logits: torch.Tensor, masked_units: torch.Tensor) -> torch.Tensor:
         """Predictions at hidden cells -> (B, cells, K) in target space, zero at visible ones: what pictures show."""
-        predicted = logits.new_zeros(masked_cells.numel(), logits.shape[-1])
-        predicted[hidden_places(masked_cells)] = logits.flatten(0, -2)
-        return predicted.view(*masked_cells.shape, -1)
+        predicted = logits.new_zeros(masked_units.numel(), logits.shape[-1])
+        predicted[masked_indices(masked_units)] = logits.flatten(0, -2)
+        return predicted.view(*masked_units.shape, -1)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):

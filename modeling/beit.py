@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
 from .encoders import BEIT_DEFAULTS, BeitEncoder, DeitEncoder
-from .patches import hidden_places
+from .patches import masked_indices
 
 ENCODERS = {"beit": BeitEncoder, "deit": DeitEncoder}
 
@@ -68,13 +68,13 @@ class BeitForPreTraining(MimPreTrainedModel):
         num_masked_patches: int | None = None,
         return_loss: bool = True,
     ) -> MimOutput:
-        """(B, C, H, W) images, uint8 or standardised; (B, N) bool, True = hidden; (B, N) int64 codes of all patches.
+        """(B, C, H, W) images, uint8 or standardized; (B, N) bool, True = hidden; (B, N) int64 codes of all patches.
 
         Raises:
             ValueError: a loss is asked for without `labels`, or nothing is hidden.
         """
         features = self.encoder(self.standardize(pixel_values), bool_masked_pos=bool_masked_pos).last_hidden_state
-        hidden = hidden_places(bool_masked_pos, num_masked_patches)  # (M,)
+        hidden = masked_indices(bool_masked_pos, num_masked_patches)  # (M,)
         patches = features[:, -bool_masked_pos.shape[1] :]  # (B, N, D), without the tokens that lead them
         logits = self.lm_head(patches.flatten(0, 1)[hidden])  # (M, K)
         if not return_loss:

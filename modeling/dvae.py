@@ -66,7 +66,7 @@ class DvaeConfig(PreTrainedConfig):
 
 @dataclass
 class DvaeOutput(ModelOutput):
-    """`loss`: what is minimised. `reconstruction_loss`: mean negative log density of a pixel channel, in nats.
+    """`loss`: what is minimized. `reconstruction_loss`: mean negative log density of a pixel channel, in nats.
 
     `kl`: mean over positions of the divergence from a uniform choice of codes, in nats. `codes` (B, h, w), int64.
     """
@@ -266,7 +266,7 @@ def _encoder(config: DvaeConfig) -> nn.Sequential:
 
 
 def _decoder(config: DvaeConfig) -> nn.Sequential:
-    """The mirror image of the encoder, with nearest-neighbour upsampling."""
+    """The mirror image of the encoder, with nearest-neighbor upsampling."""
     gain = _gain(config)
     groups: OrderedDict[str, nn.Module] = OrderedDict()
     width = config.decoder_input_size

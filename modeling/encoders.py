@@ -24,7 +24,7 @@ from transformers.models.swin.modeling_swin import (
 )
 from transformers.models.swin.modeling_swin import SwinEncoder as NativeSwinStages
 
-from .base import InitialisesEveryModule
+from .base import InitializesEveryModule
 
 # What a pre-training encoder_config leaves out: values of the authors where transformers has others.
 BEIT_DEFAULTS: dict[str, Any] = {
@@ -39,7 +39,7 @@ BEIT_DEFAULTS: dict[str, Any] = {
 SWIN_DEFAULTS: dict[str, Any] = {"model_type": "swin", "layer_norm_eps": 1e-5, "drop_path_rate": 0.0}
 
 
-class BeitEncoder(InitialisesEveryModule, BeitModel):
+class BeitEncoder(InitializesEveryModule, BeitModel):
     """A BeitModel, name for name: drawn as the authors draw it, its position bias looked up without interpolation.
 
     From scratch, position comes from one bias table for all blocks, and is wholly learned: until the first update, all
@@ -71,19 +71,19 @@ class BeitEncoder(InitialisesEveryModule, BeitModel):
             "with rows and columns swapped; only square images can be exported"
         )
 
-    # Initialisation lives here because transformers never runs a parent's `_init_weights` on a nested model.
+    # Initialization lives here because transformers never runs a parent's `_init_weights` on a nested model.
     @torch.no_grad()
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            draw_cut_at_one_deviation(module.weight, 0.02 / self._shrink_factor(module))
+            trunc_normal_at_one_std_(module.weight, 0.02 / self._shrink_factor(module))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, BeitEmbeddings):
-            draw_cut_at_one_deviation(module.cls_token, 0.02)
+            trunc_normal_at_one_std_(module.cls_token, 0.02)
             if module.mask_token is not None:
-                draw_cut_at_one_deviation(module.mask_token, 0.02)
+                trunc_normal_at_one_std_(module.mask_token, 0.02)
             if module.position_embeddings is not None:
-                draw_cut_at_one_deviation(module.position_embeddings, 0.02)
+                trunc_normal_at_one_std_(module.position_embeddings, 0.02)
         else:
             super()._init_weights(module)  # LayerNorm 1 and 0, tables 0, LayerScale as configured
 
@@ -96,7 +96,7 @@ class BeitEncoder(InitialisesEveryModule, BeitModel):
         return 1.0
 
 
-class DeitEncoder(InitialisesEveryModule, DeiTModel):
+class DeitEncoder(InitializesEveryModule, DeiTModel):
     """A DeiTModel, name for name, to continue from: two tokens, class and distillation, lead the patches."""
 
     no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token", "distillation_token", "position_embeddings")
@@ -153,7 +153,7 @@ class SwinMlpWithDropPath(SwinMLP):
         return self.drop_path(super().forward(hidden_states))
 
 
-class SwinStages(InitialisesEveryModule, NativeSwinStages):
+class SwinStages(InitializesEveryModule, NativeSwinStages):
     """The four stages. `clamped_stages`: sizes (h, w) of the maps that are smaller than the window."""
 
     def __init__(self, config: SwinConfig, grid_size: tuple[int, int]):
@@ -180,7 +180,7 @@ class SwinStages(InitialisesEveryModule, NativeSwinStages):
         _init_like_swin(super()._init_weights, module)
 
 
-class SwinEncoder(InitialisesEveryModule, SwinModel):
+class SwinEncoder(InitializesEveryModule, SwinModel):
     """A SwinModel, name for name: drawn as the authors draw it, with drop path on both branches of a block, and with
     windows as small as the map where the map is smaller than the window.
     """
@@ -231,6 +231,6 @@ def init_like_pytorch(module: nn.Linear | nn.Conv2d) -> None:
             init.uniform_(tensor, -bound, bound)
 
 
-def draw_cut_at_one_deviation(tensor: torch.Tensor, std: float) -> None:
+def trunc_normal_at_one_std_(tensor: torch.Tensor, std: float) -> None:
     """Cut at one deviation, as in the authors' code; the usual cut is at 2, whatever the deviation."""
     init.trunc_normal_(tensor, std=std, a=-std, b=std)

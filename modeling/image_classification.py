@@ -122,7 +122,7 @@ def random_encoder(config: PreTrainedConfig) -> PreTrainedModel:
 def build_classifier(
     encoder: PreTrainedModel, labels: Sequence[str], *, image_size: int, pooling: str, drop_path_rate: float
 ) -> PreTrainedModel:
-    """A classifier with the encoder's weights, for colour images of `image_size` pixels; only the head is new.
+    """A classifier with the encoder's weights, for color images of `image_size` pixels; only the head is new.
 
     Raises:
         ValueError: this family's classifier cannot read that, or not at this size.
@@ -145,7 +145,7 @@ def build_classifier(
 
 
 def add_batch_norm(classifier: Any) -> None:
-    """For a linear probe: features are standardised before the head. `native_classifier` folds the two into one."""
+    """For a linear probe: features are standardized before the head. `native_classifier` folds the two into one."""
     head = classifier.classifier
     nn.init.trunc_normal_(head.weight, std=0.01)
     norm = nn.BatchNorm1d(head.in_features, eps=_BATCH_NORM_EPS, affine=False)
@@ -236,7 +236,7 @@ def _window_size(config: PreTrainedConfig, image_size: int) -> int:
 
 
 def _give_weights(classifier: PreTrainedModel, encoder: PreTrainedModel) -> None:
-    """Tables are resized, a shared table goes to every block, and a gray encoder learns to see colours as gray."""
+    """Tables are resized, a shared table goes to every block, and a gray encoder learns to see colors as gray."""
     target = classifier.base_model.state_dict()
     state = dict(encoder.state_dict())
     shared = state.pop("shared_position_bias.relative_position_bias_table", None)

@@ -15,7 +15,7 @@ from transformers import ViTConfig, ViTModel
 from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .base import InitialisesEveryModule, MimConfig, MimOutput, MimPreTrainedModel
+from .base import InitializesEveryModule, MimConfig, MimOutput, MimPreTrainedModel
 from .patches import (
     init_like_mae,
     normalize_patches,
@@ -23,13 +23,13 @@ from .patches import (
     patchify,
     sincos_positions,
     take_tokens,
-    visible_then_hidden,
+    visible_and_masked_indices,
 )
 
 
 @strict
 class MaeConfig(MimConfig):
-    """`encoder_config` is a plain ViT; `norm_pix_loss` predicts pixels standardised within each patch (Table 1d)."""
+    """`encoder_config` is a plain ViT; `norm_pix_loss` predicts pixels standardized within each patch (Table 1d)."""
 
     model_type = "mim_mae"
     decoder_hidden_size: int = 512
@@ -53,10 +53,10 @@ class MaeConfig(MimConfig):
         )
 
 
-class MaeEncoder(InitialisesEveryModule, ViTModel):
+class MaeEncoder(InitializesEveryModule, ViTModel):
     """A ViTModel, name for name; it only starts differently and can be given a part of the patches."""
 
-    # Initialisation lives here because transformers never runs a parent's `_init_weights` on a nested model.
+    # Initialization lives here because transformers never runs a parent's `_init_weights` on a nested model.
     @torch.no_grad()
     def _init_weights(self, module):
         init_like_mae(module)
@@ -120,9 +120,9 @@ class MaeForPreTraining(MimPreTrainedModel):
         num_masked_patches: int | None = None,
         return_loss: bool = True,
     ) -> MimOutput:
-        """(B, C, H, W) images, uint8 or standardised; (B, N) bool, True = hidden; every image hides equally many."""
+        """(B, C, H, W) images, uint8 or standardized; (B, N) bool, True = hidden; every image hides equally many."""
         patches = patchify(self.standardize(pixel_values), self.config.encoder_config.patch_size)  # (B, N, P)
-        visible, hidden = visible_then_hidden(bool_masked_pos, num_masked_patches)  # (B, V), (B, M)
+        visible, hidden = visible_and_masked_indices(bool_masked_pos, num_masked_patches)  # (B, V), (B, M)
         latent = self.encoder.encode(take_tokens(patches, visible), visible)  # (B, 1+V, D)
         logits = self.decode(latent, visible, hidden)[:, -hidden.shape[1] :]  # (B, M, P)
         loss = self.pixel_loss(logits, take_tokens(patches, hidden)) if return_loss else None

@@ -1,4 +1,4 @@
-"""Images to patches and back, picking tokens, fixed positions, and the MAE initialisation.
+"""Images to patches and back, picking tokens, fixed positions, and the MAE initialization.
 
 Shapes: B images, C channels, H W pixels, h w patches per column and row (N = h * w), p patch side, D width,
 V visible and M hidden patches (V + M = N).
@@ -43,7 +43,7 @@ def patch_grid(image_size: int | tuple[int, int] | list[int], patch_size: int) -
     return height // patch_size, width // patch_size
 
 
-def visible_then_hidden(
+def visible_and_masked_indices(
     bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, N) mask -> indices of the visible (B, V) and of the hidden (B, M) patches, each in row-major order.
@@ -69,7 +69,7 @@ def visible_then_hidden(
     return order.split([num_patches - num_hidden, num_hidden], dim=1)
 
 
-def hidden_places(bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None) -> torch.Tensor:
+def masked_indices(bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None) -> torch.Tensor:
     """(B, N) mask -> places of the hidden patches in the flattened batch, row-major; counts may differ.
 
     `num_masked_patches` as in `visible_then_hidden`. ValueError if nothing is hidden: there would be no loss.
@@ -137,7 +137,7 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> torch.Tensor:
 
 
 def init_like_mae(module: nn.Module) -> None:
-    """Initialise one module as MAE's authors do: Xavier-uniform Linear, zero bias, LayerNorm 1 and 0.
+    """Initialize one module as MAE's authors do: Xavier-uniform Linear, zero bias, LayerNorm 1 and 0.
 
     Tensors that were loaded from a checkpoint are left alone (`transformers.initialization`).
     """

@@ -18,7 +18,7 @@ from transformers import AutoConfig, SwinConfig
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel
 from .encoders import BEIT_DEFAULTS, SWIN_DEFAULTS, BeitEncoder, DeitEncoder, SwinEncoder, init_like_pytorch
-from .patches import hidden_places, normalize_patches, patch_grid, patchify
+from .patches import masked_indices, normalize_patches, patch_grid, patchify
 
 ENCODERS = {"beit": BeitEncoder, "deit": DeitEncoder, "swin": SwinEncoder}
 PIXEL_LOSSES = {
@@ -32,7 +32,7 @@ PIXEL_LOSSES = {
 class SimMimConfig(MimConfig):
     """`encoder_config` is a BEiT (a ViT with LayerScale and one relative position table), a Swin or a DeiT.
 
-    `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels standardised within each cell.
+    `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels standardized within each cell.
     """
 
     model_type = "mim_simmim"
@@ -87,15 +87,15 @@ class SimMimForPreTraining(MimPreTrainedModel):
         num_masked_patches: int | None = None,
         return_loss: bool = True,
     ) -> MimOutput:
-        """(B, C, H, W) images, uint8 or standardised; (B, N) bool, True = hidden; images may hide unequal numbers.
+        """(B, C, H, W) images, uint8 or standardized; (B, N) bool, True = hidden; images may hide unequal numbers.
 
         Raises:
             ValueError: nothing is hidden, or a cell is hidden in part (see `coarsen_mask`).
         """
         pixels = self.standardize(pixel_values)
-        cells = self.masked_cells(bool_masked_pos)  # (B, L)
+        cells = self.masked_units(bool_masked_pos)  # (B, L)
         patches_in_cell = bool_masked_pos.shape[1] // cells.shape[1]
-        hidden = hidden_places(cells, num_masked_patches and num_masked_patches // patches_in_cell)  # (M,)
+        hidden = masked_indices(cells, num_masked_patches and num_masked_patches // patches_in_cell)  # (M,)
         features = self.encoder(pixels, bool_masked_pos=bool_masked_pos).last_hidden_state
         features = features[:, -cells.shape[1] :]  # (B, L, D), without the tokens that lead the patches
         logits = self.decoder(features.flatten(0, 1)[hidden])  # (M, P)

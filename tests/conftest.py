@@ -16,7 +16,7 @@ from data.augmentations import RandomResizedCrop
 from data.collators import MaskingCollator
 from data.images import PretrainingImages
 from data.sources import open_source
-from modeling import HEADS, MimPreTrainedModel
+from modeling import MODELS, MimPreTrainedModel
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import patch_grid
 
@@ -52,7 +52,7 @@ _SWIN = {
     "patch_size": PATCH // 2,  # two stages: one prediction fills PATCH x PATCH pixels here too
 }
 # By method, or by "method+variant" where one method has several kinds of encoders.
-TINY_HEADS: dict[str, dict[str, Any]] = {
+TINY_MODELS: dict[str, dict[str, Any]] = {
     "mae": _MAE,
     "simmim": {"encoder_config": _BEIT},
     "simmim+swin": {"encoder_config": _SWIN},
@@ -62,16 +62,16 @@ TINY_HEADS: dict[str, dict[str, Any]] = {
 }
 
 
-def head_class(variant: str) -> type[MimPreTrainedModel]:
-    return HEADS[variant.split("+")[0]]
+def model_class(variant: str) -> type[MimPreTrainedModel]:
+    return MODELS[variant.split("+")[0]]
 
 
-def tiny_head(variant: str, **encoder: Any) -> MimPreTrainedModel:
+def tiny_model(variant: str, **encoder: Any) -> MimPreTrainedModel:
     """The smallest model of a variant, the same weights at each call; `encoder` overrides the encoder's settings."""
-    settings = dict(TINY_HEADS[variant])
+    settings = dict(TINY_MODELS[variant])
     settings["encoder_config"] = {**settings["encoder_config"], **encoder}
     torch.manual_seed(0)
-    return head_class(variant)(head_class(variant).config_class(**settings))
+    return model_class(variant)(model_class(variant).config_class(**settings))
 
 
 def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = True) -> PretrainingImages:
@@ -82,7 +82,7 @@ def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = Tr
     return PretrainingImages(source, chosen, crop, 3, 0, images_per_step, None, train)
 
 
-class LabelledByTokenizer:
+class LabeledByTokenizer:
     """A collator's batch with the `labels` of a small, untrained image tokenizer of ours, one code for each patch."""
 
     def __init__(self, collator: MaskingCollator) -> None:
@@ -103,8 +103,8 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
 
     With labels where the method needs them.
     """
-    needs_equal = head_class(variant).needs_equal_num_masked
-    patch_size = TINY_HEADS[variant]["encoder_config"]["patch_size"]
+    needs_equal = model_class(variant).needs_equal_num_masked
+    patch_size = TINY_MODELS[variant]["encoder_config"]["patch_size"]
     collator = MaskingCollator(
         patch_grid(SIZE, patch_size),
         0.75 if needs_equal else (0.5, 0.9),
@@ -113,7 +113,7 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
         equal_num_masked=needs_equal,
         with_image_index=with_image_index,
     )
-    return LabelledByTokenizer(collator) if head_class(variant).needs_tokenizer else collator
+    return LabeledByTokenizer(collator) if model_class(variant).needs_tokenizer else collator
 
 
 def tiny_batch(variant: str = "mae", num_images: int = 8) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def tiny_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
     return TrainingArguments(str(output_dir), **{**settings, **changes})
 
 
-@pytest.fixture(params=sorted(TINY_HEADS))
+@pytest.fixture(params=sorted(TINY_MODELS))
 def variant(request) -> str:
     return request.param
 

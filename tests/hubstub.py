@@ -168,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif write and (token not in hub.writers):
             self._answer(401 if token is None else 403, {"error": "you need the right to write"})
         elif write and repo_id.split("/")[0] not in hub.members:
-            self._answer(403, {"error": "you are no member of this organisation"})
+            self._answer(403, {"error": "you are no member of this organization"})
         elif repo is None or (repo.private and token is None):
             self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
         elif repo.gated and token is None:

@@ -51,7 +51,7 @@ def test_random_resized_crop__draws_as_torchvision_does() -> None:
 
 
 @pytest.mark.parametrize(("width", "height", "box"), [(1000, 10, (494, 0, 507, 10)), (10, 1000, (0, 493, 10, 506))])
-def test_random_resized_crop__falls_back_to_the_centre(width: int, height: int, box: Box) -> None:
+def test_random_resized_crop__falls_back_to_the_center(width: int, height: int, box: Box) -> None:
     for chosen in random_boxes(RandomResizedCrop((32, 32)), width, height, 20):
         assert np.abs(np.subtract(chosen, box)).max() <= 1
 
@@ -111,7 +111,7 @@ def test_center_crop__is_the_middle_undistorted(size: tuple[int, int]) -> None:
     assert (view.int() - expected.int()).abs().float().mean() < 0.5
 
 
-def test_to_tensor__keeps_rows_columns_and_colours_in_place() -> None:
+def test_to_tensor__keeps_rows_columns_and_colors_in_place() -> None:
     pixels = np.asarray(Image.open(PHOTOGRAPHS[0]).convert("RGB").resize((30, 20)))
     assert torch.equal(to_tensor(Image.fromarray(pixels)), torch.tensor(pixels).permute(2, 0, 1))
     assert torch.equal(

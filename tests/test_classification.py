@@ -1,4 +1,4 @@
-"""Views and batches of labelled images: the published shapes, the processor's own pixels, and exact repetition."""
+"""Views and batches of labeled images: the published shapes, the processor's own pixels, and exact repetition."""
 
 from io import BytesIO
 
@@ -20,7 +20,7 @@ from data.classification import (
     eval_view,
     train_view,
 )
-from data.labelled import LabelledPart, open_labelled
+from data.labeled import LabeledSplit, open_labeled
 from data.randaugment import RandAugment
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
@@ -30,8 +30,8 @@ MEAN = (0.485, 0.456, 0.406)
 
 
 @pytest.fixture(scope="module")
-def clothes() -> LabelledPart:
-    part = open_labelled("sample-fashion").test
+def clothes() -> LabeledSplit:
+    part = open_labeled("sample-fashion").test
     assert part is not None
     return part.select(np.arange(40))
 
@@ -118,7 +118,7 @@ def test_items__carry_the_label_of_their_own_image(clothes):
 
 def test_items__of_an_image_that_cannot_be_read_are_another_with_its_label(clothes, tmp_path):
     broken = clothes.select(np.arange(40))
-    part = LabelledPart(_Broken(broken.source, broken.indices[7]), broken.indices, broken.labels)
+    part = LabeledSplit(_Broken(broken.source, broken.indices[7]), broken.indices, broken.labels)
     images = ClassificationImages(part, eval_view((28, 28), 1.0), 3, bad_images_file=tmp_path / "bad.jsonl")
     item = images[7]
     assert item["image_index"] != 7

@@ -12,29 +12,29 @@ from conftest import (
     PATCH,
     ROOT,
     SIZE,
-    TINY_HEADS,
-    head_class,
+    TINY_MODELS,
+    model_class,
     tiny_arguments,
     tiny_batch,
     tiny_collator,
-    tiny_head,
     tiny_images,
+    tiny_model,
 )
 from torch.testing import assert_close
 from transformers import AutoModel, Trainer, TrainerCallback
 
 from hub.export.native import export
-from modeling import HEADS
+from modeling import MODELS
 from training.checkpoints import last_whole_checkpoint
 from training.trainer import MimTrainer
 
 
 def test_heads__each_has_a_tiny_configuration_here():
-    assert {variant.split("+")[0] for variant in TINY_HEADS} == set(HEADS)
+    assert {variant.split("+")[0] for variant in TINY_MODELS} == set(MODELS)
 
 
 def test_loss__is_finite_and_reaches_every_trainable_parameter(variant):
-    head = tiny_head(variant)
+    head = tiny_model(variant)
     loss = head(**tiny_batch(variant)).loss
     loss.backward()
     assert torch.isfinite(loss)
@@ -46,7 +46,7 @@ def test_loss__is_finite_and_reaches_every_trainable_parameter(variant):
 
 @torch.no_grad()
 def test_output__is_the_same_for_the_same_input(variant):
-    head, batch = tiny_head(variant).eval(), tiny_batch(variant)
+    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
     first, second = head(**batch), head(**batch)
     assert torch.equal(first.loss, second.loss)
     assert torch.equal(first.logits, second.logits)
@@ -55,7 +55,7 @@ def test_output__is_the_same_for_the_same_input(variant):
 @torch.no_grad()
 def test_predictions__differ_between_hidden_patches(variant):
     """With weights moved off their start: BEiT learns positions from zero, so at the start nothing differs."""
-    head, batch = tiny_head(variant).eval(), tiny_batch(variant)
+    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
     generator = torch.Generator().manual_seed(0)
     for parameter in head.parameters():
         if parameter.requires_grad:
@@ -67,8 +67,8 @@ def test_predictions__differ_between_hidden_patches(variant):
 
 @torch.no_grad()
 def test_predictions__do_not_see_hidden_pixels(variant):
-    head, batch = tiny_head(variant).eval(), tiny_batch(variant)
-    hidden = head.masked_cells(batch["bool_masked_pos"]).view(-1, 1, SIZE // PATCH, SIZE // PATCH)
+    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
+    hidden = head.masked_units(batch["bool_masked_pos"]).view(-1, 1, SIZE // PATCH, SIZE // PATCH)
     hidden = hidden.repeat_interleave(PATCH, -1).repeat_interleave(PATCH, -2)
     changed = batch | {"pixel_values": torch.where(hidden, 255 - batch["pixel_values"], batch["pixel_values"])}
     assert not torch.equal(batch["pixel_values"], changed["pixel_values"])
@@ -77,34 +77,34 @@ def test_predictions__do_not_see_hidden_pixels(variant):
 
 @torch.no_grad()
 def test_predictions__can_be_drawn(variant):
-    head, batch = tiny_head(variant).eval(), tiny_batch(variant)
-    logits, cells = head(**batch).logits, head.masked_cells(batch["bool_masked_pos"])
-    predicted = head.predicted_cells(logits, cells)
+    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
+    logits, cells = head(**batch).logits, head.masked_units(batch["bool_masked_pos"])
+    predicted = head.predicted_units(logits, cells)
     assert (SIZE // head.config.prediction_side) ** 2 == cells.shape[1]
     assert torch.equal(predicted[cells], logits.flatten(0, -2))
     assert not predicted[~cells].any()
 
 
 def test_frozen__stays_frozen_after_a_reload_and_keeps_its_values(variant, tmp_path):
-    head = tiny_head(variant)
+    head = tiny_model(variant)
     head.save_pretrained(tmp_path)
-    again = head_class(variant).from_pretrained(tmp_path)
+    again = model_class(variant).from_pretrained(tmp_path)
     assert {n for n, p in again.named_parameters() if not p.requires_grad} == set(head.frozen_parameters)
     for (name, before), (_, after) in zip(head.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(before, after), name
 
 
-def test_uint8__equals_the_standardised_floats(variant):
-    head, batch = tiny_head(variant).eval(), tiny_batch(variant)
+def test_uint8__equals_the_standardized_floats(variant):
+    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (head.config.image_mean, head.config.image_std))
     floats = batch | {"pixel_values": (batch["pixel_values"] / 255 - mean) / std}
     assert_close(head(**batch).loss, head(**floats).loss)
 
 
 def test_images__may_be_rectangular_and_of_any_channel_count(variant):
-    settings = TINY_HEADS[variant] | {"image_mean": [0.5], "image_std": [0.25]}
+    settings = TINY_MODELS[variant] | {"image_mean": [0.5], "image_std": [0.25]}
     settings["encoder_config"] = settings["encoder_config"] | {"image_size": (32, 48), "num_channels": 1}
-    head = head_class(variant)(head_class(variant).config_class(**settings))
+    head = model_class(variant)(model_class(variant).config_class(**settings))
     batch = tiny_batch(variant)
     batch["pixel_values"] = batch["pixel_values"][:, :1].repeat(1, 1, 1, 2)[..., :48]
     cells = torch.tensor([[False] + 4 * [True] + [False]]).repeat(4, 1)  # (h, w) of PATCH x PATCH pixels
@@ -119,7 +119,7 @@ def test_images__may_be_rectangular_and_of_any_channel_count(variant):
 def test_checkpointing__gives_the_same_gradient(variant):
     gradients = []
     for enable in (False, True):
-        head = tiny_head(variant).train()
+        head = tiny_model(variant).train()
         if enable:
             # transformers 5.17 has the old name only, later ones warn about it
             (getattr(head, "activation_checkpointing_enable", None) or head.gradient_checkpointing_enable)()
@@ -130,7 +130,7 @@ def test_checkpointing__gives_the_same_gradient(variant):
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_attention__implementations_agree(variant, implementation):
-    head = tiny_head(variant).eval()
+    head = tiny_model(variant).eval()
     expected = head(**tiny_batch(variant)).loss
     head.set_attn_implementation(implementation)
     assert_close(head(**tiny_batch(variant)).loss, expected)
@@ -139,7 +139,7 @@ def test_attention__implementations_agree(variant, implementation):
 def test_training__lowers_the_loss_under_ours_and_under_the_stock_trainer(variant, tmp_path):
     for trainer_class in (Trainer, MimTrainer):
         trainer = trainer_class(
-            model=tiny_head(variant),
+            model=tiny_model(variant),
             args=tiny_arguments(tmp_path, max_steps=30, learning_rate=3e-3),
             train_dataset=tiny_images(),
             eval_dataset=tiny_images(train=False),
@@ -155,7 +155,7 @@ def test_accumulation__of_4_batches_of_2_equals_one_of_8(variant, tmp_path):
     weights = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         trainer = MimTrainer(
-            model=tiny_head(variant),
+            model=tiny_model(variant),
             args=tiny_arguments(
                 tmp_path,
                 max_steps=3,
@@ -184,11 +184,11 @@ class Interrupted(TrainerCallback):
 def test_resume__gives_the_undisturbed_weights_bit_by_bit(variant, tmp_path):
     weights = []
     dropped = {"hidden_dropout_prob": 0.1}
-    if "drop_path_rate" in TINY_HEADS[variant]["encoder_config"]:
+    if "drop_path_rate" in TINY_MODELS[variant]["encoder_config"]:
         dropped["drop_path_rate"] = 0.3
     for name, interrupted in (("whole", False), ("cut", True), ("cut", False)):
         trainer = MimTrainer(
-            model=tiny_head(variant, **dropped),
+            model=tiny_model(variant, **dropped),
             args=tiny_arguments(
                 tmp_path / name,
                 per_device_train_batch_size=4,
@@ -227,7 +227,7 @@ for variant in sys.argv[2:]:
     folder = f"{sys.argv[1]}/{variant}"
     batch = torch.load(f"{folder}.batch", weights_only=True)
     encoder, info = AutoModel.from_pretrained(folder, output_loading_info=True)
-    pixels = batch.pop("standardised")
+    pixels = batch.pop("standardized")
     first, second = encoder(pixels), encoder(pixels)
     head = AutoModelForPreTraining.from_pretrained(folder + "/pretraining", trust_remote_code=True)
     by_subfolder = AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining", trust_remote_code=True)
@@ -249,17 +249,17 @@ def opened_elsewhere(tmp_path_factory):
     """Every head exported, and opened in one process that cannot import this project."""
     folder = tmp_path_factory.mktemp("exported")
     expected = {}
-    for variant in TINY_HEADS:
-        head, batch = tiny_head(variant).eval(), tiny_batch(variant)
+    for variant in TINY_MODELS:
+        head, batch = tiny_model(variant).eval(), tiny_batch(variant)
         export(head, folder / variant, method=variant, recipe={"mask_ratio": 0.75})
-        standardised = head.standardize(batch["pixel_values"])
-        torch.save(batch | {"standardised": standardised}, folder / f"{variant}.batch")
+        standardized = head.standardize(batch["pixel_values"])
+        torch.save(batch | {"standardized": standardized}, folder / f"{variant}.batch")
         with torch.no_grad():
-            features = head.encoder(standardised).last_hidden_state
+            features = head.encoder(standardized).last_hidden_state
         expected[variant] = {"features": features, "loss": head(**batch).loss.item()}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    command = [sys.executable, "-c", LOAD_ALL, str(folder), *TINY_HEADS]
+    command = [sys.executable, "-c", LOAD_ALL, str(folder), *TINY_MODELS]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return folder, expected, json.loads(result.stdout.splitlines()[-1]), result.stderr
@@ -289,14 +289,14 @@ def test_root__carries_the_recipe_and_no_pointer_to_code(opened_elsewhere, varia
 
 
 def test_export__leaves_an_old_export_alone_when_the_new_one_is_wrong(variant, tmp_path, monkeypatch):
-    export(tiny_head(variant), tmp_path, method=variant, recipe={})
+    export(tiny_model(variant), tmp_path, method=variant, recipe={})
     before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()}
     opened = AutoModel.from_pretrained(tmp_path)
     with torch.no_grad():
         next(p for n, p in opened.named_parameters() if n.endswith("layernorm.bias")).add_(1)
     monkeypatch.setattr(AutoModel, "from_pretrained", lambda *args, **kwargs: (opened, {}))
     with pytest.raises(RuntimeError, match="not the one in memory"):
-        export(tiny_head(variant), tmp_path, method=variant, recipe={})
+        export(tiny_model(variant), tmp_path, method=variant, recipe={})
     assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*")) if path.is_file()} == before
 
 
@@ -314,7 +314,7 @@ def test_two_processes__equal_one_with_the_same_global_batch(tmp_path):
             [*command, str(script), str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False
         )
         assert result.returncode == 0, result.stderr[-3000:]
-    for variant in TINY_HEADS:
+    for variant in TINY_MODELS:
         one, two = (torch.load(tmp_path / name / f"{variant}.pt", weights_only=True) for name in ("one", "two"))
         assert two["world_size"] == 2
         for name, expected in one["weights"].items():

@@ -18,8 +18,8 @@ from hub.convert import __main__ as convert
 from hub.convert.weight_file import open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
-HEADS = ["--num_attention_heads", "2"]
-FULL = [*HEADS, "--decoder_num_attention_heads", "4", "--norm_pix_loss", "true"]
+MODELS = ["--num_attention_heads", "2"]
+FULL = [*MODELS, "--decoder_num_attention_heads", "4", "--norm_pix_loss", "true"]
 
 
 def weights_of(name, key="model"):
@@ -95,7 +95,7 @@ def patches_before_norm(encoder, pixel_values):
 
 
 def test_every_form__is_checked_against_the_weights_by_the_command_itself(tmp_path):
-    _, said = converted({"model": mae_encoder()}, "mae", tmp_path, *HEADS)
+    _, said = converted({"model": mae_encoder()}, "mae", tmp_path, *MODELS)
     assert re.search(r"checked: its output is that of the file's weights, to \de-0[678]", said)
 
 
@@ -110,7 +110,7 @@ def test_check__finds_a_weight_in_the_wrong_place(tmp_path, monkeypatch):
         return result
 
     monkeypatch.setattr(convert.convert_mae, "convert", swapped)
-    assert "computed something else than the file" in refusal(mae_encoder(), "mae", tmp_path, *HEADS)
+    assert "computed something else than the file" in refusal(mae_encoder(), "mae", tmp_path, *MODELS)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_mae__encoder_alone_has_the_features_of_the_whole_file(tmp_path):
     whole, _ = converted({"model": weights_of("mae_small_normpix")}, "mae", tmp_path, *FULL)
     expected = AutoModel.from_pretrained(whole).eval()(pixels).last_hidden_state
     save_file(mae_encoder(), tmp_path / "model.safetensors")
-    run(["--from", "mae", tmp_path / "model.safetensors", "--to", tmp_path / "alone", *HEADS])
+    run(["--from", "mae", tmp_path / "model.safetensors", "--to", tmp_path / "alone", *MODELS])
     output = AutoModel.from_pretrained(tmp_path / "alone").eval()(pixels)
     assert torch.equal(output.last_hidden_state, expected)
     assert torch.equal(output.pooler_output, expected[:, 0])
@@ -147,7 +147,7 @@ def test_mae__fine_tuned_is_a_classifier_with_the_logits_of_the_encoder_and_its_
     encoder = AutoModel.from_pretrained(whole).eval()
     state = classifier(mae_encoder(), norm)
     torch.save({"model": state}, tmp_path / "tuned.pth")
-    said = run(["--from", "mae", tmp_path / "tuned.pth", "--to", tmp_path / "cls", *HEADS])
+    said = run(["--from", "mae", tmp_path / "tuned.pth", "--to", tmp_path / "cls", *MODELS])
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "cls").eval()
     if norm == "fc_norm":
         mean = patches_before_norm(encoder, pixels).mean(1)
@@ -166,7 +166,7 @@ def test_mae__linear_probe_and_rest_of_a_decoder_are_dropped_with_the_reason(tmp
         "head.1.weight": drawn(5, 64),
         "mask_token": drawn(1, 1, 48),
     }
-    _, said = converted({"model": state}, "mae", tmp_path, *HEADS)
+    _, said = converted({"model": state}, "mae", tmp_path, *MODELS)
     assert "dropped head.0.running_mean, head.1.weight: a linear probe" in said
     assert "dropped mask_token: a part of the decoder" in said
 
@@ -187,7 +187,7 @@ def test_beit__fine_tuned_is_a_classifier_with_the_logits_of_the_encoder_and_its
         assert "dropped blocks.*.attn.relative_position_index: follows from the sizes" in said
 
 
-def test_beit__images_are_standardised_as_in_the_authors_runs_unless_said_otherwise(tmp_path):
+def test_beit__images_are_standardized_as_in_the_authors_runs_unless_said_otherwise(tmp_path):
     out, said = converted({"model": weights_of("beit")}, "beit", tmp_path)
     assert "--image_stats half, usual for such files" in said
     assert '"image_mean": [\n    0.5' in (out / "preprocessor_config.json").read_text()
@@ -226,14 +226,16 @@ def test_data2vec__student_and_teacher_give_the_authors_prediction_and_target(tm
 def test_ibot__teacher_student_and_backbone(tmp_path):
     pixels = load_file(GOLDEN / "mae_small_normpix.safetensors")["pixel_values"]
     checkpoint = ibot_checkpoint()
-    _, said = converted(checkpoint, "ibot", tmp_path, *HEADS)
+    _, said = converted(checkpoint, "ibot", tmp_path, *MODELS)
     assert "the weights under 'teacher' are taken; left aside: student, epoch, ibot_loss" in said
     assert "dropped head.mlp.0.weight, head.last_layer.weight_g: the projection head" in said
-    said = run(["--from", "ibot", tmp_path / "file.pth", "--to", tmp_path / "student", "--weights", "student", *HEADS])
+    said = run(
+        ["--from", "ibot", tmp_path / "file.pth", "--to", tmp_path / "student", "--weights", "student", *MODELS]
+    )
     assert "dropped masked_embed: AutoModel builds" in said
     backbone = {key.removeprefix("backbone."): t for key, t in checkpoint["teacher"].items() if "head" not in key}
     torch.save({"state_dict": backbone}, tmp_path / "teacher.pth")  # as checkpoint_teacher.pth
-    run(["--from", "ibot", tmp_path / "teacher.pth", "--to", tmp_path / "backbone", *HEADS])
+    run(["--from", "ibot", tmp_path / "teacher.pth", "--to", tmp_path / "backbone", *MODELS])
     teacher, student, backbone = (
         AutoModel.from_pretrained(tmp_path / name).eval()(pixels).last_hidden_state
         for name in ("out", "student", "backbone")
@@ -269,11 +271,11 @@ def test_ibot__fine_tuned_with_beits_code_is_a_classifier(tmp_path):
     assert "BEiT with absolute positions, fine-tuned classifier (--from beit" in run(
         ["--inspect", tmp_path / "tuned.pth"]
     )
-    whole, _ = converted({"model": classifier(mae_encoder(), "norm")}, "mae", tmp_path, *HEADS)
+    whole, _ = converted({"model": classifier(mae_encoder(), "norm")}, "mae", tmp_path, *MODELS)
     pixels = load_file(GOLDEN / "mae_small_normpix.safetensors")["pixel_values"]
     expected = AutoModelForImageClassification.from_pretrained(whole).eval()(pixels).logits
     for method in ("ibot", "beit"):
-        said = run(["--from", method, tmp_path / "tuned.pth", "--to", tmp_path / method, *HEADS])
+        said = run(["--from", method, tmp_path / "tuned.pth", "--to", tmp_path / method, *MODELS])
         assert "dropped" not in said
         model = AutoModelForImageClassification.from_pretrained(tmp_path / method).eval()
         assert model.config.model_type == "beit"
@@ -312,7 +314,7 @@ def test_swin__windows_larger_than_the_map_have_no_native_class(tmp_path):
 
 def test_half_precision__is_read(tmp_path):
     half = {key: tensor.half() for key, tensor in mae_encoder().items()}
-    out, _ = converted({"model": half}, "mae", tmp_path, *HEADS)
+    out, _ = converted({"model": half}, "mae", tmp_path, *MODELS)
     assert AutoModel.from_pretrained(out).layernorm.weight.dtype == torch.float32
 
 
@@ -360,7 +362,7 @@ def test_wrong_kind__something_else_altogether(method, tmp_path):
 def test_keys__too_few_too_many_or_misshapen_are_named_as_the_file_names_them(change, message, form, tmp_path):
     state = weights_of("mae_small_normpix") if form == "whole" else mae_encoder()
     state = {key: tensor for key, tensor in {**state, **change}.items() if tensor is not None}
-    assert re.search(message, refusal({"model": state}, "mae", tmp_path, *(FULL if form == "whole" else HEADS)))
+    assert re.search(message, refusal({"model": state}, "mae", tmp_path, *(FULL if form == "whole" else MODELS)))
 
 
 class Malicious:
@@ -395,7 +397,7 @@ def test_cut_off_file__is_said_to_be_one(suffix, tmp_path):
         save_file(mae_encoder(), path)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(SystemExit, match="cut off"):
-        run(["--from", "mae", path, "--to", tmp_path / "out", *HEADS])
+        run(["--from", "mae", path, "--to", tmp_path / "out", *MODELS])
     path.write_text("no weights at all")
     with pytest.raises(SystemExit, match="cut off"):
         run(["--inspect", path])
@@ -408,7 +410,7 @@ def test_folder__that_holds_something_is_left_as_it_is(tmp_path):
     (tmp_path / "out" / "mine.txt").write_text("mine")
     torch.save({"model": mae_encoder()}, tmp_path / "file.pth")
     with pytest.raises(SystemExit, match="is not an empty folder"):
-        run(["--from", "mae", tmp_path / "file.pth", "--to", tmp_path / "out", *HEADS])
+        run(["--from", "mae", tmp_path / "file.pth", "--to", tmp_path / "out", *MODELS])
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 

@@ -101,7 +101,7 @@ def test_decode__lays_transparency_on_white(photograph: Image.Image, mode: str) 
     if mode in ("RGBA", "LA"):
         image = photograph.convert(mode)
         image.putalpha(Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 96, 0).repeat(256, 1)))
-    else:  # one colour, or palette entry, stands for "transparent"; painted magenta so that it would show
+    else:  # one color, or palette entry, stands for "transparent"; painted magenta so that it would show
         image = photograph.copy()
         image.paste((255, 0, 255), (0, 0, 256, 96))
         image = image.quantize(64) if mode == "P" else image

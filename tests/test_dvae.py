@@ -164,7 +164,7 @@ def test_stride__doubles_with_each_group(num_groups, stride):
     assert model.image_size == (16, 32)
 
 
-def test_initialisation__is_normal_with_the_fan_in():
+def test_initialization__is_normal_with_the_fan_in():
     model = tiny_dvae(hidden_size=64)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

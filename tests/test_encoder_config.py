@@ -1,4 +1,4 @@
-"""What is read of an encoder's folder: how its images are standardised, in three channels."""
+"""What is read of an encoder's folder: how its images are standardized, in three channels."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The native encoders as they start: the authors' initialisation, position bias, drop path, and clamped windows."""
+"""The native encoders as they start: the authors' initialization, position bias, drop path, and clamped windows."""
 
 import json
 import math

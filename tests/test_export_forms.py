@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import head_class, tiny_head
+from conftest import model_class, tiny_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModel,
@@ -77,7 +77,7 @@ def said(command, *arguments):
 
 
 def exported(variant, folder, **encoder):
-    head = moved(tiny_head(variant, **encoder))
+    head = moved(tiny_model(variant, **encoder))
     assert export(head, folder, method=head.config.model_type.removeprefix("mim_"), recipe={}) is None
     return head
 
@@ -93,7 +93,7 @@ def test_native__and_back_is_bitwise(variant, tmp_path):
     assert all(
         torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items() if name not in missing
     )
-    whole = head_class(variant).from_pretrained(tmp_path / "pretraining").state_dict()
+    whole = model_class(variant).from_pretrained(tmp_path / "pretraining").state_dict()
     assert all(torch.equal(whole[name], tensor) for name, tensor in head.state_dict().items())
 
 

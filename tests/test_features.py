@@ -5,13 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import PATCH, ROOT, SIZE, TINY_HEADS, head_class, tiny_head
+from conftest import PATCH, ROOT, SIZE, TINY_MODELS, model_class, tiny_model
 from PIL import Image
 
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
 from evaluation.features import BOTH, CLASS_TOKEN, MEAN, collect, open_encoder, small_pictures, untrained
-from evaluation.maps import class_attention, feature_maps, principal_colours
+from evaluation.maps import class_attention, feature_maps, principal_colors
 from evaluation.preprocessing import batches
 from hub.export.native import export
 
@@ -130,7 +130,7 @@ def test_preprocessor__makes_the_pixels_that_the_saved_processor_makes(family, f
 
 @pytest.mark.parametrize(("variant", "channels"), [("mae", 3), ("mae", 1), ("simmim", 3), ("simmim+swin", 3)])
 def test_open_encoder__our_exports_and_whole_models_give_the_same_features(variant, channels, tmp_path):
-    head = tiny_head(variant) if channels == 3 else gray_head()
+    head = tiny_model(variant) if channels == 3 else gray_head()
     export(head, tmp_path, method=variant.split("+")[0], recipe={})
     encoder, preprocess = open_encoder(str(tmp_path))
     whole, whole_preprocess = open_encoder(str(tmp_path / "pretraining"))
@@ -141,10 +141,10 @@ def test_open_encoder__our_exports_and_whole_models_give_the_same_features(varia
 
 
 def gray_head():
-    settings = TINY_HEADS["mae"]
+    settings = TINY_MODELS["mae"]
     encoder = {**settings["encoder_config"], "num_channels": 1}
-    config_class = head_class("mae").config_class
-    return head_class("mae")(
+    config_class = model_class("mae").config_class
+    return model_class("mae")(
         config_class(**{**settings, "encoder_config": encoder}, image_mean=[0.5], image_std=[0.2])
     )
 
@@ -261,10 +261,10 @@ def test_feature_maps__attention_where_there_is_a_class_token(family, folders):
     assert encoder.config._attn_implementation != "eager" or family == "ConvNext"
 
 
-def test_principal_colours__tell_two_kinds_of_patches_apart():
+def test_principal_colors__tell_two_kinds_of_patches_apart():
     patches = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(0)) * 0.1
     patches[:, :, 2:, 3] += 5
-    colours = principal_colours(patches)
-    assert colours.shape == (2, 3, 4, 4)
-    assert (colours[:, 0, :, 2:] > 0.8).all()
-    assert (colours[:, 0, :, :2] < 0.2).all()
+    colors = principal_colors(patches)
+    assert colors.shape == (2, 3, 4, 4)
+    assert (colors[:, 0, :, 2:] > 0.8).all()
+    assert (colors[:, 0, :, :2] < 0.2).all()

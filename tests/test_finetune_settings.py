@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commands.arithmetic import Machine
+from commands.arithmetic import Hardware
 from commands.finetune_plan import make_finetune_plan
 from commands.finetune_settings import load_finetune_settings, recipe_name
 from commands.settings import RECIPES, SettingsError
 
-NAMED = ["--model", "encoder", "--dataset", "labelled"]
+NAMED = ["--model", "encoder", "--dataset", "labeled"]
 PUBLISHED = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml") if not path.stem.endswith("_few"))
 NUM_IMAGENET_IMAGES = 1_281_167
 
@@ -20,8 +20,8 @@ def load(*argv: str, recipe: str = "finetune_mae_vit-base"):
     return load_finetune_settings([*NAMED, *argv], lambda name: recipe)
 
 
-def plan_of(settings, machine=Machine("cpu", 2), num_images=(200, 0), num_parameters=(10, 10)):  # noqa: B008
-    return make_finetune_plan(settings, machine, num_images, 10, num_parameters, 1000, (7, 7), "labelled")
+def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), num_parameters=(10, 10)):  # noqa: B008
+    return make_finetune_plan(settings, hardware, num_images, 10, num_parameters, 1000, (7, 7), "labeled")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_recipe__has_the_published_constants(recipe, published, peak, floor, num
     }
     expected = {**common, **published}
     assert {name: settings[name] for name in expected} == expected
-    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     plan = plan_of(settings, eight_gpus, (NUM_IMAGENET_IMAGES, 50_000))
     assert (plan.images_per_step, plan.learning_rate) == (peak[0], pytest.approx(peak[1]))
     ratio = json.loads(settings["lr_scheduler_kwargs"])["min_lr_rate"]

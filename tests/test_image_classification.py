@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_head
+from conftest import tiny_model
 from transformers import (
     BeitConfig,
     Data2VecVisionConfig,
@@ -105,7 +105,7 @@ def test_classifier__reads_the_features_of_the_encoder(kind):
 
 
 @torch.no_grad()
-def test_gray_encoder__sees_a_colour_image_as_its_gray_version():
+def test_gray_encoder__sees_a_color_image_as_its_gray_version():
     encoder, classifier = classifier_of(ViTConfig(**TINY, num_channels=1), "class")
     assert classifier.config.num_channels == 3
     gray = torch.einsum("bchw,c->bhw", images(), torch.tensor([0.299, 0.587, 0.114])).unsqueeze(1)
@@ -158,7 +158,7 @@ def test_drop_path__grows_from_the_first_block_to_the_last_and_is_off_in_evaluat
     assert any(not torch.equal(classifier(pixel_values).logits, classifier(pixel_values).logits) for _ in range(9))
 
 
-def test_linear_probe__normalisation_is_folded_into_the_head():
+def test_linear_probe__normalization_is_folded_into_the_head():
     _, classifier = classifier_of(*KINDS["vit class"][:2])
     add_batch_norm(classifier)
     classifier.train()
@@ -201,7 +201,7 @@ def test_open__takes_a_stock_vit_mae_as_a_vit_and_refuses_one_without_positions(
 
 
 def test_open__refuses_what_lacks_weights_and_what_is_no_encoder_of_images(tmp_path):
-    head = tiny_head("mae")
+    head = tiny_model("mae")
     config = head.encoder.config
     state = {name: tensor for name, tensor in head.encoder.state_dict().items() if not name.startswith("layers.1.")}
     head.encoder.save_pretrained(tmp_path, state_dict=state)

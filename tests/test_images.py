@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from data.augmentations import CenterCrop, RandomResizedCrop
 from data.decoding import BadImage
-from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_held_out
+from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_validation
 from data.sampling import EpochSampler
 from data.sources import open_source
 
@@ -168,21 +168,21 @@ def test_count_bad_images__is_empty_without_a_file(tmp_path: Path) -> None:
     ("num_images", "fraction", "num_held_out"),
     [(100, 0.1, 10), (100, 0.001, 1), (2, 0.9, 1), (1, 0.5, 0), (10, 0.0, 0), (10, 0.99, 9)],
 )
-def test_split_held_out__parts_every_image_once(num_images: int, fraction: float, num_held_out: int) -> None:
-    train, held_out = split_held_out(num_images, fraction, seed=0)
-    assert len(held_out) == num_held_out
-    assert sorted([*train, *held_out]) == list(range(num_images))
+def test_split_held_out__parts_every_image_once(num_images: int, fraction: float, num_validation_images: int) -> None:
+    train, validation = split_validation(num_images, fraction, seed=0)
+    assert len(validation) == num_validation_images
+    assert sorted([*train, *validation]) == list(range(num_images))
     assert train.tolist() == sorted(train)
-    assert held_out.tolist() == sorted(held_out)
-    assert held_out.dtype == train.dtype == np.int64
+    assert validation.tolist() == sorted(validation)
+    assert validation.dtype == train.dtype == np.int64
 
 
 def test_split_held_out__follows_its_seed() -> None:
-    assert split_held_out(100, 0.1, 0)[1].tolist() == split_held_out(100, 0.1, 0)[1].tolist()
-    assert split_held_out(100, 0.1, 0)[1].tolist() != split_held_out(100, 0.1, 1)[1].tolist()
+    assert split_validation(100, 0.1, 0)[1].tolist() == split_validation(100, 0.1, 0)[1].tolist()
+    assert split_validation(100, 0.1, 0)[1].tolist() != split_validation(100, 0.1, 1)[1].tolist()
     for fraction in (-0.1, 1.0, 10):
         with pytest.raises(ValueError, match="expected at least 0"):
-            split_held_out(10, fraction, 0)
+            split_validation(10, fraction, 0)
 
 
 @pytest.mark.parametrize("num_channels", [1, 3])
@@ -197,7 +197,7 @@ def test_image_stats__equal_those_of_all_pixels(folder: Path, num_channels: int)
     assert measure_image_stats(images, 5)[0] != pytest.approx(mean)
 
 
-def test_image_stats__of_one_colour_have_no_spread(tmp_path: Path) -> None:
+def test_image_stats__of_one_color_have_no_spread(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), (255, 0, 51)).save(tmp_path / "a.png")
     mean, std = measure_image_stats(make_images(tmp_path))
     assert mean == pytest.approx([1, 0, 0.2])

@@ -42,7 +42,7 @@ from transformers import (
 from hub.export.native import export
 from hub.init_from import open_starting_model
 from hub.init_weights import read_weights
-from modeling import CONFIGS, HEADS
+from modeling import CONFIGS, MODELS
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import sincos_positions
 
@@ -155,7 +155,7 @@ def continued(folder: Path | str, method: str, repair: bool = False, **changes: 
     flags = {**start.fixed, **start.defaults, **changes}
     own = {name: flags.pop(name) for name in ("image_size", "patch_size", "num_channels")}
     flags.pop("image_stats", None)
-    head = HEADS[method](CONFIGS[method](encoder_config={**start.encoder, **own}, **flags, **start.image_stats))
+    head = MODELS[method](CONFIGS[method](encoder_config={**start.encoder, **own}, **flags, **start.image_stats))
     weights = read_weights(start, head, repair)
     head.load_state_dict(weights.state, strict=False)
     return head.eval(), weights.notes
@@ -227,7 +227,7 @@ def test_run__of_five_steps_begins_with_the_features_of_the_source(kind, method,
     source = saved(tmp_path / "source", kind)
     flags = ["--tokenizer", str(tokenizer)] if method == "beit" else []
     assert run(tmp_path / "source", tmp_path / "out", method, photographs, *flags) == 0
-    first = HEADS[method].from_pretrained(tmp_path / "out" / "checkpoint-0").eval()
+    first = MODELS[method].from_pretrained(tmp_path / "out" / "checkpoint-0").eval()
     last = AutoModel.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         begun, ended = first.encoder(pixels()).last_hidden_state, last(pixels()).last_hidden_state
@@ -246,7 +246,7 @@ def own_run(folder: Path, method: str = "mae") -> Any:
     kind = SIZES if method.startswith(("mae", "beit")) else SWIN | {"model_type": "swin"}
     own = {**DECODER, "norm_pix_loss": False} if method == "mae" else {"vocab_size": 16} if method == "beit" else {}
     stats = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
-    head = HEADS[method](CONFIGS[method](encoder_config=kind, **own, **stats))
+    head = MODELS[method](CONFIGS[method](encoder_config=kind, **own, **stats))
     with torch.no_grad():
         for parameter in head.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -380,7 +380,7 @@ def test_zero_tables__of_a_vit_mae_from_scratch_stop_the_run_and_are_repaired_wh
     assert not out.exists()
     assert run(folder, out, "mae", photographs, "--repair_positions") == 0
     assert "filled with sines and cosines" in capsys.readouterr().out
-    head = HEADS["mae"].from_pretrained(out / "pretraining")
+    head = MODELS["mae"].from_pretrained(out / "pretraining")
     assert_close(head.encoder.embeddings.position_embeddings.data, sincos_positions((4, 4), 32))
     assert_close(head.decoder_positions, sincos_positions((4, 4), 16))
 
@@ -434,7 +434,7 @@ def test_run__that_was_interrupted_continues_without_the_source(vit, photographs
     shutil.copytree(vit, source)
     flags = ["--save_steps", "2"]
     assert run(source, out, "mae", photographs, *flags) == 0
-    whole = HEADS["mae"].from_pretrained(out / "pretraining").state_dict()
+    whole = MODELS["mae"].from_pretrained(out / "pretraining").state_dict()
     settings = (out / "settings.yaml").read_text()
     for folder in (out / "pretraining", out / "checkpoint-5", source):
         shutil.rmtree(folder)
@@ -445,7 +445,7 @@ def test_run__that_was_interrupted_continues_without_the_source(vit, photographs
     assert "begins from" not in said
     assert "other settings" not in said
     assert (out / "settings.yaml").read_text() == settings
-    again = HEADS["mae"].from_pretrained(out / "pretraining").state_dict()
+    again = MODELS["mae"].from_pretrained(out / "pretraining").state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 

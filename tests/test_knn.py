@@ -28,11 +28,11 @@ def test_neighbors__leave_the_query_itself_out():
     assert torch.equal(neighbors(bank, bank, 1)[1][:, 0], own)
 
 
-def test_fit_knn__chooses_many_neighbours_where_labels_are_noisy_and_one_where_they_are_not():
+def test_fit_knn__chooses_many_neighbors_where_labels_are_noisy_and_one_where_they_are_not():
     generator = torch.Generator().manual_seed(0)
-    centres = torch.randn(4, 16, generator=generator)
+    centers = torch.randn(4, 16, generator=generator)
     labels = torch.arange(400) % 4
-    features = centres[labels] + 0.05 * torch.randn(400, 16, generator=generator)
+    features = centers[labels] + 0.05 * torch.randn(400, 16, generator=generator)
     assert fit_knn(features, labels, 4, seed=0).chosen_at == 1.0
     noisy = torch.where(
         torch.rand(400, generator=generator) < 0.4, torch.randint(4, (400,), generator=generator), labels
@@ -40,7 +40,7 @@ def test_fit_knn__chooses_many_neighbours_where_labels_are_noisy_and_one_where_t
     fitted = fit_knn(features, noisy, 4, seed=0)
     assert fitted.k >= 20
     assert fitted.chosen_at < 0.8
-    assert (fitted(centres).argmax(1) == torch.arange(4)).all()
+    assert (fitted(centers).argmax(1) == torch.arange(4)).all()
 
 
 def test_fit_knn__one_image_a_class_leaves_nothing_to_choose():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_head
+from conftest import tiny_model
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -74,7 +74,7 @@ def test_dinov2__blocks_under_their_older_names_are_found():
 
 
 def test_heads__only_the_encoder_is_decayed(variant):
-    head = tiny_head(variant)
+    head = tiny_model(variant)
     ids = layer_ids(head)
     num_blocks = sum(getattr(head.config.encoder_config, "depths", [2]))
     outside = {number for name, number in ids.items() if not name.startswith("encoder.")}
@@ -83,7 +83,7 @@ def test_heads__only_the_encoder_is_decayed(variant):
 
 
 def test_groups__hold_every_trained_parameter_once_with_its_rate_and_its_weight_decay():
-    head = tiny_head("simmim")
+    head = tiny_model("simmim")
     head.encoder.embeddings.requires_grad_(False)
     decayed = {name for name, parameter in head.named_parameters() if parameter.ndim > 1}
     groups = layer_decay_groups(head, 0.1, 0.05, 0.5, decayed)

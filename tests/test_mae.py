@@ -9,18 +9,18 @@ from torch.testing import assert_close
 
 from hub.convert import __main__ as convert
 from modeling.mae import MaeConfig, MaeForPreTraining
-from modeling.patches import patchify, sincos_positions, take_tokens, unpatchify, visible_then_hidden
+from modeling.patches import patchify, sincos_positions, take_tokens, unpatchify, visible_and_masked_indices
 
 GOLDEN = Path(__file__).parent / "golden"
-HEADS = {"mae_small_normpix": (2, 4, "true"), "mae_small_rawpix": (4, 4, "false")}
+MODELS = {"mae_small_normpix": (2, 4, "true"), "mae_small_rawpix": (4, 4, "false")}
 RELATIVE = {"rtol": 1e-4, "atol": 1e-6}
 
 
-@pytest.fixture(scope="module", params=sorted(HEADS))
+@pytest.fixture(scope="module", params=sorted(MODELS))
 def golden(request, tmp_path_factory):
     """The authors' file through the converter's command line, loaded back from `pretraining/`, and their numbers."""
     out = tmp_path_factory.mktemp("converted")
-    encoder_heads, decoder_heads, norm_pix = HEADS[request.param]
+    encoder_heads, decoder_heads, norm_pix = MODELS[request.param]
     flags = ["--num_attention_heads", encoder_heads, "--decoder_num_attention_heads", decoder_heads]
     arguments = ["--from", "mae", GOLDEN / f"{request.param}.pth", "--to", out, *flags, "--norm_pix_loss", norm_pix]
     convert.main([str(argument) for argument in arguments])
@@ -32,7 +32,7 @@ def test_golden__loss_predictions_and_gradients_equal_the_authors(golden):
     bool_masked_pos = expected["mask"].bool()
     output = model(expected["pixel_values"], bool_masked_pos)
     output.loss.backward()
-    _, hidden = visible_then_hidden(bool_masked_pos)
+    _, hidden = visible_and_masked_indices(bool_masked_pos)
     assert_close(output.loss, expected["loss"].squeeze(), **RELATIVE)
     assert_close(output.logits, take_tokens(expected["pred"], hidden), rtol=1e-4, atol=1e-5)
     gradients = {
@@ -56,7 +56,7 @@ def test_golden__latents_and_every_prediction_equal_the_authors(golden):
     assert_close(predictions, expected["pred"], rtol=1e-4, atol=1e-5)
 
 
-def test_patchify__is_undone_exactly_and_starts_with_the_top_left_colour():
+def test_patchify__is_undone_exactly_and_starts_with_the_top_left_color():
     image = torch.arange(2 * 3 * 32 * 48).reshape(2, 3, 32, 48)
     patches = patchify(image, 8)
     assert torch.equal(unpatchify(patches, 8, (4, 6)), image)
@@ -77,7 +77,7 @@ def test_positions__column_in_the_first_half_row_in_the_second():
 def test_counts__of_the_paper():
     mask = torch.zeros(2, 196, dtype=torch.bool)
     mask[:, ::4] = True
-    visible, hidden = visible_then_hidden(~mask)
+    visible, hidden = visible_and_masked_indices(~mask)
     assert (visible.shape[1], hidden.shape[1]) == (49, 147)
     assert torch.equal(visible[0], torch.arange(0, 196, 4))
 
@@ -86,7 +86,7 @@ def test_masks__unequal_counts_are_refused():
     mask = torch.eye(4, dtype=torch.bool)
     mask[0] = True
     with pytest.raises(ValueError, match="same number of patches"):
-        visible_then_hidden(mask)
+        visible_and_masked_indices(mask)
 
 
 def test_norm_pix__zero_prediction_of_noise_and_constant_patches():

@@ -230,7 +230,7 @@ def test_equal_count_strategies__hide_equal_numbers(strategy):
 
 
 @pytest.mark.parametrize(("next_epoch", "next_image"), [(0, 1), (1, 0), (1, -1)])
-def test_masks_of_neighbouring_counters__are_independent(next_epoch, next_image):
+def test_masks_of_neighboring_counters__are_independent(next_epoch, next_image):
     def masks(epoch: int, first_image: int) -> torch.Tensor:
         generators = (seeded_generator(0, "mask", epoch, first_image + i) for i in range(1000))
         return torch.stack([random_mask((14, 14), 0.75, generator) for generator in generators])

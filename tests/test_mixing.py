@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.classification import ClassificationImages, collate_classification, eval_view
-from data.labelled import open_labelled
+from data.labeled import open_labeled
 from training.mixing import Mixing, smoothed_targets
 
 SIDE, NUM_CLASSES = 28, 10
@@ -13,8 +13,8 @@ SIDE, NUM_CLASSES = 28, 10
 
 @pytest.fixture(scope="module")
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
-    """Eight standardised pictures of clothes in three channels, of different classes."""
-    part = open_labelled("sample-fashion").test
+    """Eight standardized pictures of clothes in three channels, of different classes."""
+    part = open_labeled("sample-fashion").test
     assert part is not None
     images = ClassificationImages(part, eval_view((SIDE, SIDE), 1.0), 3)
     found = collate_classification([images[index] for index in range(8)])
@@ -146,5 +146,5 @@ def test_mistakes__are_told(batch):
         Mixing(NUM_CLASSES, label_smoothing=1.5)
     with pytest.raises(ValueError, match=r"mixup_alpha is -1, expected 0 \(off\) or more"):
         Mixing(NUM_CLASSES, mixup_alpha=-1)
-    with pytest.raises(ValueError, match=r"the images are torch.uint8, expected standardised floats"):
+    with pytest.raises(ValueError, match=r"the images are torch.uint8, expected standardized floats"):
         Mixing(NUM_CLASSES)(batch[0].to(torch.uint8), batch[1], 0)

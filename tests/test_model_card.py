@@ -181,7 +181,7 @@ def test_card__refuses_a_results_file_that_is_none(tmp_path, content):
         card_text(tmp_path)
 
 
-def test_card__names_licence_and_data_sets_of_the_hub(tmp_path):
+def test_card__names_license_and_data_sets_of_the_hub(tmp_path):
     data = ModelCard(card_text(tmp_path, license="cc-by-4.0", datasets=["sample", "/home/ann/x", "ann/birds"])).data
     assert data.license == "cc-by-4.0"
     assert data.datasets == ["ann/birds"]

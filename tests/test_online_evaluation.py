@@ -6,14 +6,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_head
+from conftest import ROOT, tiny_model
 from PIL import Image
 from pretraining_command import pretrain
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data.labelled import open_labelled
-from evaluation.online import FeatureWatch, open_feature_watch
+from data.labeled import open_labeled
+from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import KNN, LINEAR, RANKME, results_at, summary, trend
 from evaluation.pictures import training_curve
 from hub.card_results import NOT_MEASURED
@@ -49,7 +49,7 @@ def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_pa
     folder = tmp_path / "out"
     assert pretrain([*SMALL, "--output_dir", str(folder), "--eval_dataset", "sample-fashion"]) == 0
     said = capsys.readouterr()
-    assert "features watched: mean of patches, 100 labelled images and 100 to test on, 10 classes" in said.out
+    assert "features watched: mean of patches, 100 labeled images and 100 to test on, 10 classes" in said.out
     assert "step 4/4  linear probe" in said.err
     ours, theirs = weights(folder), weights(plain)
     assert ours.keys() == theirs.keys()
@@ -96,11 +96,11 @@ def test_pretraining__a_look_at_nothing_is_refused_before_training(tmp_path, cap
 
 
 def test_watch__judges_by_held_out_training_images_and_never_by_the_test_part(monkeypatch):
-    opened = open_labelled("sample-fashion")
+    opened = open_labeled("sample-fashion")
     assert opened.validation is None
     shown = []
     monkeypatch.setattr("evaluation.online.StackedImages", lambda images, num_threads: shown.append(images) or images)
-    open_feature_watch(["sample-fashion"], (28, 28), 1, seed=0)
+    open_online_evaluation(["sample-fashion"], (28, 28), 1, seed=0)
     files = [{images.part.name(index) for index in range(len(images.part))} for images in shown]
     assert not files[0] & files[1]
     assert not (files[0] | files[1]) & {opened.test.name(index) for index in range(len(opened.test))}
@@ -122,11 +122,11 @@ def test_watch__a_label_column_can_be_named(tmp_path, capsys):
 
 @pytest.mark.parametrize("variant", ["mae", "simmim", "simmim+swin", "beit"])
 def test_watch__leaves_every_head_as_it_was(variant):
-    head = tiny_head(variant).train()
+    head = tiny_model(variant).train()
     next(head.encoder.children()).eval()
     before = {name: module.training for name, module in head.named_modules()}
-    watch, state = open_feature_watch(["sample-fashion"], (32, 32), 3, seed=0), torch.get_rng_state()
-    first, second = watch(head), watch(head)
+    online_evaluation, state = open_online_evaluation(["sample-fashion"], (32, 32), 3, seed=0), torch.get_rng_state()
+    first, second = online_evaluation(head), online_evaluation(head)
     assert first == second
     assert set(first) == {LINEAR, KNN, RANKME}
     assert {name: module.training for name, module in head.named_modules()} == before
@@ -135,19 +135,19 @@ def test_watch__leaves_every_head_as_it_was(variant):
 
 
 def test_watch__a_diverged_head_is_not_measured():
-    head = tiny_head("mae")
+    head = tiny_model("mae")
     with torch.no_grad():
         head.encoder.layernorm.weight.fill_(float("nan"))
-    assert open_feature_watch(["sample-fashion"], (32, 32), 3, seed=0)(head) == {}
+    assert open_online_evaluation(["sample-fashion"], (32, 32), 3, seed=0)(head) == {}
 
 
 def test_watch__keeps_the_same_images_of_every_class():
-    watch = open_feature_watch(["sample-fashion"], (32, 32), 1, seed=0)
-    assert isinstance(watch, FeatureWatch)
-    assert watch.train.pixel_values.shape == (100, 1, 32, 32)
-    assert torch.equal(torch.bincount(watch.train.labels), torch.full((10,), 10))
-    again = open_feature_watch(["sample-fashion"], (32, 32), 1, seed=0)
-    assert torch.equal(watch.train.pixel_values, again.train.pixel_values)
+    online_evaluation = open_online_evaluation(["sample-fashion"], (32, 32), 1, seed=0)
+    assert isinstance(online_evaluation, OnlineEvaluation)
+    assert online_evaluation.train.pixel_values.shape == (100, 1, 32, 32)
+    assert torch.equal(torch.bincount(online_evaluation.train.labels), torch.full((10,), 10))
+    again = open_online_evaluation(["sample-fashion"], (32, 32), 1, seed=0)
+    assert torch.equal(online_evaluation.train.pixel_values, again.train.pixel_values)
 
 
 # ---- in words ----

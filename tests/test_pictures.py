@@ -1,4 +1,4 @@
-"""Pictures: what is pasted, un-normalised and estimated, on photographs and with rectangular and gray images."""
+"""Pictures: what is pasted, un-normalized and estimated, on photographs and with rectangular and gray images."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def random_masks(batch: int, num_patches: int, mask_ratio: float = 0.75) -> torc
     return torch.rand(batch, num_patches, generator=generator).argsort(dim=1) < int(mask_ratio * num_patches)
 
 
-def standardise(images: torch.Tensor) -> torch.Tensor:
+def standardize(images: torch.Tensor) -> torch.Tensor:
     num_channels = images.shape[1]
     mean, std = (torch.tensor(values[:num_channels]).view(1, -1, 1, 1) for values in (MEAN, STD))
     return (images - mean) / std
@@ -59,8 +59,8 @@ def hidden_pixels(masks, images, patch_size):
     return unpatchify(masks[..., None].expand(-1, -1, num_values), patch_size, images.shape)
 
 
-def normalised_target(images, patch_size):
-    patches = patchify(standardise(images), patch_size)
+def normalized_target(images, patch_size):
+    patches = patchify(standardize(images), patch_size)
     mean, std = target_statistics(patches)
     return (patches - mean) / std
 
@@ -80,7 +80,7 @@ def test_pasted_view__is_the_input_where_visible_and_the_prediction_where_hidden
     height, width, num_channels, patch_size, norm_pix_loss
 ):
     images, masks, options = setup(height, width, num_channels, patch_size)
-    predictions = patchify(standardise(images.flip(-1)), patch_size)
+    predictions = patchify(standardize(images.flip(-1)), patch_size)
     views = reconstruction_views(images, masks, predictions, norm_pix_loss=norm_pix_loss, **options)
     *_, (_, prediction), (label, pasted) = views.items()
     hidden = hidden_pixels(masks, images, patch_size)
@@ -93,12 +93,12 @@ def test_pasted_view__is_the_input_where_visible_and_the_prediction_where_hidden
 
 
 @pytest.mark.parametrize(("height", "width", "num_channels", "patch_size"), SHAPES)
-def test_normalised_targets__with_the_statistics_of_the_original_give_back_the_input(
+def test_normalized_targets__with_the_statistics_of_the_original_give_back_the_input(
     height, width, num_channels, patch_size
 ):
     images, masks, options = setup(height, width, num_channels, patch_size)
-    patches = patchify(standardise(images), patch_size)
-    target = normalised_target(images, patch_size)
+    patches = patchify(standardize(images), patch_size)
+    target = normalized_target(images, patch_size)
     torch.testing.assert_close(unnormalize(target, *target_statistics(patches)), patches, rtol=1e-5, atol=1e-5)
     view = reconstruction_views(images, masks, target, norm_pix_loss=True, **options)[FROM_ORIGINAL]
     hidden = hidden_pixels(masks, images, patch_size)
@@ -106,7 +106,7 @@ def test_normalised_targets__with_the_statistics_of_the_original_give_back_the_i
 
 
 def test_target_statistics__are_those_of_the_authors_code():
-    patches = patchify(standardise(photographs(32, 32, 1)), (4, 4))
+    patches = patchify(standardize(photographs(32, 32, 1)), (4, 4))
     mean, std = target_statistics(patches)
     biased = patches.var(dim=-1, unbiased=False, keepdim=True)
     torch.testing.assert_close(std, (biased * 16 / 15 + 1e-6).sqrt())
@@ -116,7 +116,7 @@ def test_target_statistics__are_those_of_the_authors_code():
 @pytest.mark.parametrize(("height", "width", "num_channels", "patch_size"), SHAPES)
 def test_estimated_view__does_not_depend_on_hidden_pixels(height, width, num_channels, patch_size):
     images, masks, options = setup(height, width, num_channels, patch_size)
-    target = normalised_target(images, patch_size)
+    target = normalized_target(images, patch_size)
     changed = torch.where(hidden_pixels(masks, images, patch_size), 1 - images.flip(0), images)
     before = reconstruction_views(images, masks, target, norm_pix_loss=True, **options)
     after = reconstruction_views(changed, masks, target, norm_pix_loss=True, **options)
@@ -145,7 +145,7 @@ def test_estimated_statistics__measure_distance_in_pixels():
 
 def test_estimated_statistics__beat_the_average_of_the_visible_patches_on_photographs():
     images = photographs(224, 224, 3, count=12)
-    mean, std = target_statistics(patchify(standardise(images), (16, 16)))
+    mean, std = target_statistics(patchify(standardize(images), (16, 16)))
     masks = random_masks(len(images), 196)
     for truth, estimate in zip(
         (mean, std), estimate_statistics(mean, std, masks, grid=(14, 14), patch_size=(16, 16)), strict=True
@@ -157,7 +157,7 @@ def test_estimated_statistics__beat_the_average_of_the_visible_patches_on_photog
 
 def test_whole_image_predictions__are_drawn_like_patches():
     images, masks, options = setup(*SHAPES[1])
-    whole = standardise(images.flip(-1))
+    whole = standardize(images.flip(-1))
     from_images = reconstruction_views(images, masks, whole, norm_pix_loss=False, **options)
     from_patches = reconstruction_views(images, masks, patchify(whole, (8, 16)), norm_pix_loss=False, **options)
     for label, view in from_images.items():
@@ -171,7 +171,7 @@ def test_panel__has_a_column_for_each_view_and_starts_with_the_input(height, wid
         reconstruction_panel(
             images,
             masks,
-            normalised_target(images, patch_size),
+            normalized_target(images, patch_size),
             norm_pix_loss=norm_pix_loss,
             method="mae",
             step=1200,
@@ -183,8 +183,8 @@ def test_panel__has_a_column_for_each_view_and_starts_with_the_input(height, wid
     assert panels[1].width - panels[0].width >= 128  # the fifth column
     assert all(500 < panel.width < 1500 for panel in panels)
     assert all(panel.height < 3 * 256 + 150 for panel in panels)  # larger images are shrunk
-    colours = np.asarray(panels[0].convert("RGB")).reshape(-1, 3)
-    assert (colours == 128).all(axis=1).mean() > 0.05  # hidden patches are gray
+    colors = np.asarray(panels[0].convert("RGB")).reshape(-1, 3)
+    assert (colors == 128).all(axis=1).mean() > 0.05  # hidden patches are gray
 
 
 def test_panel__shows_at_most_eight_images():
@@ -210,7 +210,7 @@ def test_panel__shows_at_most_eight_images():
 
 def test_views__refuse_what_has_no_picture():
     images, masks, options = setup(*SHAPES[0])
-    target = normalised_target(images, (16, 16))
+    target = normalized_target(images, (16, 16))
     with pytest.raises(ValueError, match="bool_masked_pos"):
         reconstruction_views(images, masks[:, 1:], target, norm_pix_loss=True, **options)
     with pytest.raises(ValueError, match="predictions are"):
@@ -238,8 +238,8 @@ def test_training_curve__is_a_picture_with_ink(history, tmp_path):
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.size == (1200, 675)
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    colourful = pixels.max(axis=2) - pixels.min(axis=2) > 60  # axes and text are gray; the loss is not
-    assert colourful.sum() > 50
+    colorful = pixels.max(axis=2) - pixels.min(axis=2) > 60  # axes and text are gray; the loss is not
+    assert colorful.sum() > 50
 
 
 def test_training_curve__without_any_loss_is_an_error(tmp_path):

@@ -5,36 +5,36 @@ import torch
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from commands.plan import Machine, Plan, make_plan
+from commands.plan import Hardware, Plan, make_plan
 from commands.settings import load_settings
-from modeling import HEADS
+from modeling import MODELS
 
-CONFIGS = {method: head.config_class for method, head in HEADS.items()}
-LAPTOP = Machine("cpu", num_cpus=2)
-GPU = Machine("cuda", num_cpus=16, has_bf16=True)
+CONFIGS = {method: head.config_class for method, head in MODELS.items()}
+LAPTOP = Hardware("cpu", num_cpus=2)
+GPU = Hardware("cuda", num_cpus=16, has_bf16=True)
 
 
 def plan(
-    *argv: str, images: int = 1000, held_out: int = 50, machine: Machine = LAPTOP, parameters: int = 111_900_000
+    *argv: str, images: int = 1000, validation: int = 50, hardware: Hardware = LAPTOP, parameters: int = 111_900_000
 ) -> Plan:
-    return make_plan(load_settings(argv, CONFIGS), machine, images, held_out, parameters, "folder photos")
+    return make_plan(load_settings(argv, CONFIGS), hardware, images, validation, parameters, "folder photos")
 
 
-def gpus(world_size: int, num_cpus: int = 96) -> Machine:
-    return Machine("cuda", num_cpus, world_size, num_local_processes=world_size, has_bf16=True)
+def gpus(world_size: int, num_cpus: int = 96) -> Hardware:
+    return Hardware("cuda", num_cpus, world_size, num_local_processes=world_size, has_bf16=True)
 
 
 # ---- batch and steps ----
 
 
 def test_batch__is_64_on_a_gpu_and_8_on_a_cpu_unless_given():
-    assert plan(machine=GPU).batch_size == 64
+    assert plan(hardware=GPU).batch_size == 64
     assert plan().batch_size == 8
     assert plan("--per_device_train_batch_size", "5").batch_size == 5
 
 
 def test_three_images__are_one_step_of_three_and_the_run_gets_2000_steps():
-    tiny = plan(images=3, held_out=0)
+    tiny = plan(images=3, validation=0)
     assert (tiny.batch_size, tiny.accumulation, tiny.steps_per_epoch, tiny.num_steps) == (3, 1, 1, 2000)
     assert any(note.startswith("3 images a device instead of 8") for note in tiny.notes)
     assert any(note.startswith("2,000 epochs instead of 800") for note in tiny.notes)
@@ -43,7 +43,7 @@ def test_three_images__are_one_step_of_three_and_the_run_gets_2000_steps():
 
 
 def test_fifty_images__on_a_gpu_are_one_step_of_fifty():
-    small = plan("--gradient_accumulation_steps", "4", images=50, machine=GPU)
+    small = plan("--gradient_accumulation_steps", "4", images=50, hardware=GPU)
     assert (small.batch_size, small.accumulation, small.steps_per_epoch) == (50, 1, 1)
     assert any(note.startswith("accumulation over 1 instead of 4") for note in small.notes)
 
@@ -55,7 +55,7 @@ def test_thousand_images__keep_the_batch_and_the_epochs_of_the_method():
 
 
 def test_two_processes__share_the_images():
-    two = plan(images=101, machine=gpus(2))
+    two = plan(images=101, hardware=gpus(2))
     assert two.batch_size == 50  # 101 // 2
     assert (two.images_per_step, two.steps_per_epoch) == (100, 1)
 
@@ -68,12 +68,12 @@ def test_accumulation__a_last_smaller_step_counts():
 
 def test_fewer_images_than_processes__is_an_error_that_says_how_many_can_start():
     with pytest.raises(ValueError, match=r"4 processes cannot share 3 training image.*at most 3"):
-        plan(images=3, machine=gpus(4))
+        plan(images=3, hardware=gpus(4))
 
 
 def test_keeping_the_last_batch__rounds_up():
     assert plan("--dataloader_drop_last", "false", images=50).steps_per_epoch == 7
-    assert plan("--dataloader_drop_last", "false", images=50, machine=gpus(2)).steps_per_epoch == 1
+    assert plan("--dataloader_drop_last", "false", images=50, hardware=gpus(2)).steps_per_epoch == 1
 
 
 @pytest.mark.parametrize(("images", "drop_last"), [(50, "true"), (50, "false"), (48, "true"), (3, "true")])
@@ -108,7 +108,7 @@ def test_max_steps__wins_unless_epochs_are_given_later():
 
 
 def test_learning_rate__scales_with_the_images_a_step():
-    assert plan(images=1_281_167, machine=gpus(8)).learning_rate == pytest.approx(1.5e-4 * 512 / 256)
+    assert plan(images=1_281_167, hardware=gpus(8)).learning_rate == pytest.approx(1.5e-4 * 512 / 256)
     assert plan("--learning_rate", "0.1").learning_rate == 0.1
     assert "as given" in plan("--learning_rate", "0.1").describe()
 
@@ -141,36 +141,36 @@ def test_warmup__on_the_command_line_is_kept_as_far_as_there_are_steps():
 
 
 def test_precision__is_bfloat16_where_the_gpu_has_it_and_on_a_cpu_when_asked():
-    assert plan(machine=GPU).precision == "bfloat16"
-    assert plan(machine=Machine("cuda", 16)).precision == "float32"
-    assert plan("--bf16", "false", machine=GPU).precision == "float32"
+    assert plan(hardware=GPU).precision == "bfloat16"
+    assert plan(hardware=Hardware("cuda", 16)).precision == "float32"
+    assert plan("--bf16", "false", hardware=GPU).precision == "float32"
     assert plan().precision == "float32"
     asked = plan("--bf16").training_arguments()
     assert (asked["bf16"], asked["use_cpu"]) == (True, True)
-    half = plan("--fp16", machine=GPU).training_arguments()
+    half = plan("--fp16", hardware=GPU).training_arguments()
     assert (half["bf16"], half["fp16"]) == (False, True)
 
 
 def test_precision__asked_for_and_not_there_is_an_error():
     with pytest.raises(ValueError, match="use --fp16, or --bf16 false"):
-        plan("--bf16", machine=Machine("cuda", 16))
+        plan("--bf16", hardware=Hardware("cuda", 16))
 
 
 @pytest.mark.parametrize(
     ("machine", "workers"),
     [
-        (Machine("cpu", 1), 0),
-        (Machine("cpu", 2), 0),
-        (Machine("cpu", 4), 3),
-        (Machine("cpu", 64), 4),
-        (Machine("cpu", 4, world_size=2, num_local_processes=2), 0),
-        (Machine("cuda", 8), 8),
-        (Machine("cuda", 96, world_size=16, num_local_processes=8), 12),
-        (Machine("cuda", 96), 16),
+        (Hardware("cpu", 1), 0),
+        (Hardware("cpu", 2), 0),
+        (Hardware("cpu", 4), 3),
+        (Hardware("cpu", 64), 4),
+        (Hardware("cpu", 4, world_size=2, num_local_processes=2), 0),
+        (Hardware("cuda", 8), 8),
+        (Hardware("cuda", 96, world_size=16, num_local_processes=8), 12),
+        (Hardware("cuda", 96), 16),
     ],
 )
-def test_workers__follow_the_cores_of_each_process(machine, workers):
-    arguments = plan(machine=machine).training_arguments()
+def test_workers__follow_the_cores_of_each_process(hardware, workers):
+    arguments = plan(hardware=hardware).training_arguments()
     assert arguments["dataloader_num_workers"] == workers
     assert arguments["dataloader_persistent_workers"] is (workers > 0)
 
@@ -240,17 +240,17 @@ def test_training_arguments__are_accepted_by_transformers(tmp_path):
 
 
 def test_as_recipe__gives_the_same_numbers_again(tmp_path):
-    first = plan("--weight_decay", "0.1", images=50, machine=GPU)
+    first = plan("--weight_decay", "0.1", images=50, hardware=GPU)
     recipe = tmp_path / "resolved.yaml"
     recipe.write_text(yaml.safe_dump(first.as_recipe()), encoding="utf-8")
-    again = plan("--config", str(recipe), images=50, machine=GPU)
+    again = plan("--config", str(recipe), images=50, hardware=GPU)
     assert again.training_arguments() == first.training_arguments()
     assert first.num_steps == 2000  # raised from 800: the recipe says so outright
     assert again.notes == ()
 
 
 def test_describe__shows_the_arithmetic():
-    text = plan("--config", "mae_vit-base_in1k", images=1_281_167, machine=gpus(8)).describe()
+    text = plan("--config", "mae_vit-base_in1k", images=1_281_167, hardware=gpus(8)).describe()
     assert "256 x 8 processes x 2 accumulation = 4,096" in text
     assert "1.5e-4 x 4,096 / 256 = 2.4e-3" in text
     assert "500,800 = 1,600 x 313 an epoch" in text
@@ -263,6 +263,6 @@ def test_describe__shows_the_arithmetic():
 
 
 def test_describe__says_every_reduction_in_a_line_of_its_own():
-    few = plan("--gradient_accumulation_steps", "8", images=3, held_out=0)
+    few = plan("--gradient_accumulation_steps", "8", images=3, validation=0)
     noted = [line for line in few.describe().splitlines() if line.startswith("note: ")]
     assert len(noted) == len(few.notes) == 4

@@ -17,7 +17,7 @@ from evaluation.linear_probe import (
     solve_logistic,
     train_by_sgd,
 )
-from evaluation.quality import feature_deviation, rankme
+from evaluation.quality import feature_std, rankme
 
 
 def accuracy(model, features: torch.Tensor, labels: torch.Tensor) -> float:
@@ -30,7 +30,7 @@ def test_logistic__is_scikit_learns_to_five_digits(c):
     features = features.double()
     mean, scale = _statistics(features)
     weight, bias = solve_logistic((features - mean) * scale, labels, 10, c, tolerance=1e-11)
-    standardised = StandardScaler().fit_transform(features)
+    standardized = StandardScaler().fit_transform(features)
     theirs = LogisticRegression(C=c, solver="newton-cg", tol=1e-12, max_iter=5000).fit(
         (features - mean) * scale, labels
     )
@@ -38,7 +38,7 @@ def test_logistic__is_scikit_learns_to_five_digits(c):
     # The intercepts of all classes may move together; their differences count.
     np.testing.assert_allclose(bias - bias.mean(), theirs.intercept_ - theirs.intercept_.mean(), rtol=0, atol=5e-6)
     is_used = scale < 100  # nearly black corners: scikit-learn has no epsilon below the root
-    np.testing.assert_allclose(((features - mean) * scale)[:, is_used], standardised[:, is_used], rtol=1e-2, atol=1e-3)
+    np.testing.assert_allclose(((features - mean) * scale)[:, is_used], standardized[:, is_used], rtol=1e-2, atol=1e-3)
 
 
 def test_logistic__in_single_precision_predicts_what_scikit_learn_does():
@@ -51,7 +51,7 @@ def test_logistic__in_single_precision_predicts_what_scikit_learn_does():
     assert accuracy(ours, test, truth) == pytest.approx((expected == truth.numpy()).mean(), abs=0.0025)
 
 
-def test_linear__reaches_the_accuracy_of_the_unregularised_optimum():
+def test_linear__reaches_the_accuracy_of_the_unregularized_optimum():
     (train, labels), (test, truth) = fashion_pixels("train", 2500), fashion_pixels("test", 1000)
     features, queries = train[:, ::7], test[:, ::7]  # 28 channels: not separable, so there is an optimum
     mean, scale = _statistics(features)
@@ -142,5 +142,5 @@ def test_rankme__counts_directions():
 
 def test_feature_deviation__is_zero_when_collapsed_and_one_when_spread():
     spread = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
-    assert feature_deviation(spread) == pytest.approx(1, abs=0.02)
-    assert feature_deviation(torch.ones(10, 32)) == pytest.approx(0, abs=1e-6)
+    assert feature_std(spread) == pytest.approx(1, abs=0.02)
+    assert feature_std(torch.ones(10, 32)) == pytest.approx(0, abs=1e-6)

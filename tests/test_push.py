@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import ROOT, TINY_HEADS, tiny_arguments, tiny_batch, tiny_collator, tiny_head, tiny_images
+from conftest import ROOT, TINY_MODELS, tiny_arguments, tiny_batch, tiny_collator, tiny_images, tiny_model
 from hubstub import STEPS, TOKEN, HubStub, connect, wait_until
 from pretraining_command import pretrain
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,7 @@ def write_card(folder: Path, **changes) -> None:
 
 
 def write_model(folder: Path, head=None, **card) -> Path:
-    export(head or tiny_head("mae"), folder, method="mae", recipe={})
+    export(head or tiny_model("mae"), folder, method="mae", recipe={})
     write_card(folder, **card)
     return folder
 
@@ -60,7 +60,7 @@ def train(output_dir: Path, destination=None, pusher_class=HubPush, write=write_
     """Nine steps with a save at each, pushed; returns the weights and what was said."""
     said: list[str] = []
     trainer = MimTrainer(
-        model=tiny_head("mae", hidden_dropout_prob=0.1),
+        model=tiny_model("mae", hidden_dropout_prob=0.1),
         args=tiny_arguments(output_dir, max_steps=9, save_strategy="steps", save_steps=1, save_total_limit=1),
         train_dataset=tiny_images(),
         data_collator=tiny_collator(with_image_index=True),
@@ -194,7 +194,7 @@ def test_command__tells_mistakes_in_one_line(hub, tmp_path, capsys, monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     assert hub_push.main([str(folder), "--to", "ann/enc"]) == 2
     messages.append(capsys.readouterr().err)
-    expected = ("holds no finished model", "training has not ended", "expected organisation/name", "cannot be", "403")
+    expected = ("holds no finished model", "training has not ended", "expected organization/name", "cannot be", "403")
     for message, part in zip(messages, (*expected, "hf auth login"), strict=True):
         assert message.startswith("hub.push: ")
         assert message.count("\n") == 1
@@ -403,7 +403,7 @@ def test_run__a_hub_that_does_not_answer_begins_anew_and_says_so(hub, tmp_path):
     [
         (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
         (["--hub_model_id", "ann/enc"], "has no effect without --push_to_hub"),
-        (["--push_to_hub", "--hub_model_id", "enc"], "expected organisation/name"),
+        (["--push_to_hub", "--hub_model_id", "enc"], "expected organization/name"),
         (["--push_to_hub", "--hub_model_id", "ann/enc", "--hub_strategy", "often"], "hub_strategy"),
         (["--license", "MIT"], "did you mean mit?"),
     ],
@@ -472,8 +472,8 @@ def loaded_elsewhere(tmp_path_factory):
     losses = {}
     with HubStub() as stub, pytest.MonkeyPatch.context() as patch:
         connect(patch, stub, folder)
-        for variant in TINY_HEADS:
-            repo_id, head = f"ann/{variant}".replace("+", "-"), tiny_head(variant).eval()
+        for variant in TINY_MODELS:
+            repo_id, head = f"ann/{variant}".replace("+", "-"), tiny_model(variant).eval()
             exported = folder / repo_id
             export(head, exported, method=variant, recipe={})
             write_card(exported, num_extra_tokens=int(hasattr(head.encoder.embeddings, "cls_token")))
@@ -486,7 +486,7 @@ def loaded_elsewhere(tmp_path_factory):
         shutil.copy(next((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg")), elsewhere / "photo.jpg")
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         environment |= stub.environment(str(folder / "home"))
-        command = [sys.executable, "-c", LOAD, *TINY_HEADS]
+        command = [sys.executable, "-c", LOAD, *TINY_MODELS]
         result = subprocess.run(
             command,
             cwd=elsewhere,

@@ -75,12 +75,12 @@ def test_draws__are_the_generator_s_and_leave_the_global_one_alone():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gray_images__are_changed_like_the_same_picture_in_colour(name):
+def test_gray_images__are_changed_like_the_same_picture_in_color(name):
     gray = Image.fromarray(tiles()[0, 0]).convert("L")
     argument = ARGUMENT[name](0.9, 1.0)
-    of_gray, of_colour = APPLY[name](gray, argument, 110), APPLY[name](gray.convert("RGB"), argument, (110,) * 3)
+    of_gray, of_color = APPLY[name](gray, argument, 110), APPLY[name](gray.convert("RGB"), argument, (110,) * 3)
     assert of_gray.mode == "L"
-    difference = np.asarray(of_gray).astype(int) - np.asarray(of_colour.convert("L")).astype(int)
+    difference = np.asarray(of_gray).astype(int) - np.asarray(of_color.convert("L")).astype(int)
     assert np.abs(difference).max() <= 1
     fill = RandAugment((0.5,))
     for index in range(10):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from commands.plan import Machine, make_plan
+from commands.plan import Hardware, make_plan
 from commands.settings import RECIPES, load_settings
-from modeling import HEADS
+from modeling import MODELS
 from modeling.mae import MaeConfig
 
-CONFIGS = {method: head.config_class for method, head in HEADS.items()}
+CONFIGS = {method: head.config_class for method, head in MODELS.items()}
 ALL = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("dvae", "finetune")))
 HEADER = ("Paper:", "Run:", "Cost:", "Expected:", "Measured:")
 NUM_IMAGENET_IMAGES = 1_281_167
@@ -101,7 +101,7 @@ def test_published_runs__are_1600_epochs_of_4096_images_a_step(
         num_heads,
     )
     assert (sizes["intermediate_size"], sizes["patch_size"]) == (4 * width, patch_size)
-    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     plan = make_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, 1, "imagenet")
     assert plan.images_per_step == 4096
     assert plan.learning_rate == pytest.approx(2.4e-3)
@@ -134,7 +134,7 @@ def test_beit__has_the_published_constants():
 def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accuracy, clip):
     path = RECIPES / f"beit_{model}_in1k.yaml"
     settings = load(path)
-    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     plan = make_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, 1, "imagenet")
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(1.5e-3)
@@ -146,11 +146,11 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
 
 def test_quickstart__is_small_and_predicts_plain_pixels():
     settings = load(RECIPES / "quickstart.yaml")
-    plan = make_plan(settings, Machine("cpu", 2), 1000, 50, 1, "sample")
+    plan = make_plan(settings, Hardware("cpu", 2), 1000, 50, 1, "sample")
     assert settings["norm_pix_loss"] is False
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.grid == (8, 8)
-    config = MaeConfig(encoder_config=settings.encoder_settings(), **settings.head_settings())
+    config = MaeConfig(encoder_config=settings.encoder_settings(), **settings.method_settings())
     assert (config.encoder_config.hidden_size, config.decoder_hidden_size) == (192, 128)
 
 
@@ -189,7 +189,7 @@ def test_simmim__has_the_published_settings():
 def test_simmim__published_runs_are_of_2048_images_a_step(name, epochs, peak, drop, hidden, accuracy):
     path = RECIPES / f"simmim_{name}.yaml"
     settings = load(path)
-    eight_gpus = Machine("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     plan = make_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, 1, "imagenet")
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(peak)
@@ -204,18 +204,18 @@ def test_simmim__published_runs_are_of_2048_images_a_step(name, epochs, peak, dr
 
 def test_simmim__encoders_are_those_of_the_paper():
     vit = load(RECIPES / "simmim_vit-base_in1k_800ep.yaml")
-    config = CONFIGS["simmim"](encoder_config=vit.encoder_settings(), **vit.head_settings()).encoder_config
+    config = CONFIGS["simmim"](encoder_config=vit.encoder_settings(), **vit.method_settings()).encoder_config
     assert (config.model_type, config.layer_scale_init_value, config.drop_path_rate) == ("beit", 0.1, 0.1)
     assert (config.use_shared_relative_position_bias, config.use_absolute_position_embeddings) == (True, False)
     swin = load(RECIPES / "simmim_swin-base_in1k_800ep.yaml")
-    config = CONFIGS["simmim"](encoder_config=swin.encoder_settings(), **swin.head_settings()).encoder_config
+    config = CONFIGS["simmim"](encoder_config=swin.encoder_settings(), **swin.method_settings()).encoder_config
     assert (config.embed_dim, config.depths, config.num_heads) == (128, [2, 2, 18, 2], [4, 8, 16, 32])
     assert (config.window_size, config.image_size, config.drop_path_rate) == (6, 192, 0.0)
 
 
 def test_simmim_asymmetric__hides_40_percent_and_sees_117_of_196_patches():
     settings = load(RECIPES / "simmim-asymmetric.yaml")
-    plan = make_plan(settings, Machine("cpu", 2), 1000, 50, 1, "sample")
+    plan = make_plan(settings, Hardware("cpu", 2), 1000, 50, 1, "sample")
     assert plan.num_hidden == (79, 79)
     assert settings["norm_pix_loss"] is False
     assert settings["decoder_num_hidden_layers"] == 8

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, tiny_head
+from conftest import ROOT, tiny_model
 from fashion import fashion_pixels
 from PIL import Image
 
@@ -30,14 +30,14 @@ LABELS = (1, 8, 9)
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("encoder") / "tiny-mae"
-    export(tiny_head("mae"), folder, method="mae", recipe={})
+    export(tiny_model("mae"), folder, method="mae", recipe={})
     return str(folder)
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> Path:
+def labeled(tmp_path_factory) -> Path:
     """Three classes of the bundled clothes: 12 training and 8 test images each."""
-    folder = tmp_path_factory.mktemp("labelled") / "clothes"
+    folder = tmp_path_factory.mktemp("labeled") / "clothes"
     for part, count in (("train", 12), ("test", 8)):
         table = pq.read_table(FASHION / f"{part}.parquet").slice(0, 400)
         of_class = {label: [] for label in LABELS}
@@ -64,9 +64,9 @@ def refusal(capsys, *argv: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def finished(encoder, labelled, tmp_path_factory) -> Path:
+def finished(encoder, labeled, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("evaluated")
-    assert evaluate("--model", encoder, "--dataset", labelled, "--output-dir", folder, "--labels_per_class", 6) == 0
+    assert evaluate("--model", encoder, "--dataset", labeled, "--output-dir", folder, "--labels_per_class", 6) == 0
     return folder
 
 
@@ -121,14 +121,14 @@ def test_evaluation__the_report_stands_alone_and_shows_the_rows(finished):
     assert "{{" not in page
 
 
-def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labelled):
+def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labeled):
     metrics = json.loads((finished / "metrics.json").read_text())
     row = next(row for row in metrics["results"] if row["name"] == "kNN, mean of patches")
     opened, preprocess = open_encoder(encoder)
     parts = {}
     for part in ("train", "test"):
         task = run_evaluation.find_task(
-            run_evaluation.parse(["--model", encoder, "--dataset", str(labelled), "--labels_per_class", "6"])
+            run_evaluation.parse(["--model", encoder, "--dataset", str(labeled), "--labels_per_class", "6"])
         )
         images = getattr(task, part)
         _, features, _ = collect(
@@ -140,13 +140,13 @@ def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labelled
     assert row["value"] == pytest.approx((knn(parts["test"][0]).argmax(1) == parts["test"][1]).double().mean().item())
 
 
-def test_evaluation__the_test_labels_decide_nothing_but_the_score(encoder, labelled, finished, tmp_path):
+def test_evaluation__the_test_labels_decide_nothing_but_the_score(encoder, labeled, finished, tmp_path):
     """With the test labels turned round, all that was chosen is the same, and the scores are not."""
     turned = tmp_path / "clothes"
     (turned / "test").mkdir(parents=True)
-    (turned / "train").symlink_to(labelled / "train")
+    (turned / "train").symlink_to(labeled / "train")
     for name, other in zip(NAMES, NAMES[1:] + NAMES[:1], strict=True):
-        (turned / "test" / name).symlink_to(labelled / "test" / other)
+        (turned / "test" / name).symlink_to(labeled / "test" / other)
     arguments = ("--labels_per_class", 6, "--probes", "knn", "linear")
     assert evaluate("--model", encoder, "--dataset", turned, "--output_dir", tmp_path / "out", *arguments) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
@@ -160,18 +160,18 @@ def test_evaluation__the_test_labels_decide_nothing_but_the_score(encoder, label
     assert np.mean([turned for turned, _ in scores]) < np.mean([right for _, right in scores])
 
 
-def test_evaluation__without_a_test_part_a_share_is_held_out_and_said(encoder, labelled, tmp_path, capsys):
+def test_evaluation__without_a_test_part_a_share_is_held_out_and_said(encoder, labeled, tmp_path, capsys):
     arguments = ("--probes", "knn", "--output_dir", tmp_path)
-    assert evaluate("--model", encoder, "--dataset", labelled / "train", *arguments) == 0
+    assert evaluate("--model", encoder, "--dataset", labeled / "train", *arguments) == 0
     assert "note: tested on 20% of each class" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["num_train"], metrics["num_test"]) == (30, 6)
 
 
-def test_evaluation__a_swin_has_no_class_token(labelled, tmp_path):
-    export(tiny_head("simmim+swin"), tmp_path / "swin", method="simmim", recipe={})
+def test_evaluation__a_swin_has_no_class_token(labeled, tmp_path):
+    export(tiny_model("simmim+swin"), tmp_path / "swin", method="simmim", recipe={})
     arguments = ("--labels_per_class", 1, "--output_dir", tmp_path / "out")
-    assert evaluate("--model", tmp_path / "swin", "--dataset", labelled, *arguments) == 0
+    assert evaluate("--model", tmp_path / "swin", "--dataset", labeled, *arguments) == 0
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert {row["features"] for row in metrics["results"]} == {"mean of patches", "patches", "pixels"}
     assert all(row["accuracy_where_chosen"] is None for row in metrics["results"] if row["metric"] == "accuracy")
@@ -197,24 +197,24 @@ def test_embed__features_of_images_without_labels(encoder, tmp_path, capsys):
 # ---- what it refuses ----
 
 
-def test_evaluation__says_what_is_wrong(encoder, labelled, tmp_path, capsys):
-    assert "--model" in refusal(capsys, "--dataset", labelled)
+def test_evaluation__says_what_is_wrong(encoder, labeled, tmp_path, capsys):
+    assert "--model" in refusal(capsys, "--dataset", labeled)
     assert "did you mean --labels_per_class" in refusal(
-        capsys, "--model", encoder, "--dataset", labelled, "--label_per_class", 3
+        capsys, "--model", encoder, "--dataset", labeled, "--label_per_class", 3
     )
-    assert "neither a folder" in refusal(capsys, "--model", tmp_path, "--dataset", labelled)
-    one = labelled / "train" / "Bag"
+    assert "neither a folder" in refusal(capsys, "--model", tmp_path, "--dataset", labeled)
+    one = labeled / "train" / "Bag"
     assert "directly in" in refusal(capsys, "--model", encoder, "--dataset", one)
-    asked = refusal(capsys, "--model", encoder, "--dataset", labelled, "--labels_per_class", 13)
+    asked = refusal(capsys, "--model", encoder, "--dataset", labeled, "--labels_per_class", 13)
     assert "has 12 images" in asked
-    assert ".parquet" in refusal(capsys, "--model", encoder, "--dataset", labelled, "--embed", "out.csv")
-    assert "no effect" in refusal(capsys, "--model", encoder, "--dataset", labelled, "--embed_patches")
-    assert "batch_size" in refusal(capsys, "--model", encoder, "--dataset", labelled, "--batch_size", 0)
+    assert ".parquet" in refusal(capsys, "--model", encoder, "--dataset", labeled, "--embed", "out.csv")
+    assert "no effect" in refusal(capsys, "--model", encoder, "--dataset", labeled, "--embed_patches")
+    assert "batch_size" in refusal(capsys, "--model", encoder, "--dataset", labeled, "--batch_size", 0)
 
 
-def test_evaluation__other_programs_results_are_not_overwritten(encoder, labelled, tmp_path, capsys):
+def test_evaluation__other_programs_results_are_not_overwritten(encoder, labeled, tmp_path, capsys):
     (tmp_path / "metrics.json").write_text('{"results": []}')
-    message = refusal(capsys, "--model", encoder, "--dataset", labelled, "--output_dir", tmp_path)
+    message = refusal(capsys, "--model", encoder, "--dataset", labeled, "--output_dir", tmp_path)
     assert "is not overwritten" in message
     assert (tmp_path / "metrics.json").read_text() == '{"results": []}'
 

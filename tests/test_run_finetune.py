@@ -11,7 +11,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE_PROCESSOR, OLDEST, ROOT, tiny_head
+from conftest import IMAGE_PROCESSOR, OLDEST, ROOT, tiny_model
 from hubstub import HubStub
 from PIL import Image
 from safetensors.torch import load_file
@@ -29,9 +29,9 @@ SHORT = ["--use_cpu", "--per_device_train_batch_size", "8", "--learning_rate", "
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> Path:
+def labeled(tmp_path_factory) -> Path:
     """Photographs in three class folders: eight each to train on, three each to validate on."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     for index, photograph in enumerate(PHOTOGRAPHS[:33]):
         part = "train" if index < 24 else "val"
         path = folder / part / NAMES[index % 3] / photograph.name
@@ -45,7 +45,7 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for variant in ("mae", "simmim", "simmim+swin"):
         folders[variant] = tmp_path_factory.mktemp("encoders") / variant
-        export(tiny_head(variant), folders[variant], method=variant.split("+")[0], recipe={"mask_ratio": 0.75})
+        export(tiny_model(variant), folders[variant], method=variant.split("+")[0], recipe={"mask_ratio": 0.75})
     return folders
 
 
@@ -75,9 +75,9 @@ print(json.dumps(classify(sys.argv[2])))
 @pytest.mark.skipif(OLDEST, reason="5.17 opens no image processor without torchvision")
 @pytest.mark.parametrize("variant", ["mae", "simmim", "simmim+swin"])
 def test_result__a_pipeline_without_this_project_gives_our_logits_and_says_nothing(
-    variant, encoders, labelled, tmp_path
+    variant, encoders, labeled, tmp_path
 ):
-    out = finetune(encoders[variant], labelled, tmp_path / "out")
+    out = finetune(encoders[variant], labeled, tmp_path / "out")
     photograph = PHOTOGRAPHS[40]
     environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", PIPELINE, str(out), str(photograph)]
@@ -85,8 +85,8 @@ def test_result__a_pipeline_without_this_project_gives_our_logits_and_says_nothi
     assert [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line] == []
     theirs = {entry["label"]: entry["score"] for entry in json.loads(done.stdout)}
 
-    # Ours: the view that training evaluated with, standardised as the trainer does.
-    argv = ["--model", str(encoders[variant]), "--dataset", str(labelled)]
+    # Ours: the view that training evaluated with, standardized as the trainer does.
+    argv = ["--model", str(encoders[variant]), "--dataset", str(labeled)]
     settings = load_finetune_settings(argv, lambda name: "finetune_mae_vit-base")
     settings = run_finetune.with_encoders_values(settings, run_finetune.encoder_config(str(encoders[variant])))
     pixel_values = run_finetune.evaluation_view(settings)(photograph, 3).unsqueeze(0)  # (1, C, H, W) uint8
@@ -101,8 +101,8 @@ def test_result__a_pipeline_without_this_project_gives_our_logits_and_says_nothi
 
 
 @pytest.mark.parametrize("mode", ["linear", "partial"])
-def test_result__of_a_part_that_trains_leaves_the_rest_as_it_was(mode, encoders, labelled, tmp_path):
-    out = finetune(encoders["mae"], labelled, tmp_path / "out", "--mode", mode, "--num_trained_blocks", "1")
+def test_result__of_a_part_that_trains_leaves_the_rest_as_it_was(mode, encoders, labeled, tmp_path):
+    out = finetune(encoders["mae"], labeled, tmp_path / "out", "--mode", mode, "--num_trained_blocks", "1")
     before, after = load_file(encoders["mae"] / "model.safetensors"), load_file(out / "model.safetensors")
     frozen = {"partial": ("embeddings.", "encoder.layer.0."), "linear": ("embeddings.", "encoder.layer.")}[mode]
     names = [name for name in before if name.startswith(frozen) and not name.endswith("key.bias")]
@@ -114,8 +114,8 @@ def test_result__of_a_part_that_trains_leaves_the_rest_as_it_was(mode, encoders,
         assert any(not torch.equal(before[name], after[prefix + name]) for name in moved)
 
 
-def test_result__from_scratch_has_the_architecture_and_none_of_the_weights(encoders, labelled, tmp_path):
-    out = finetune(encoders["simmim"], labelled, tmp_path / "out", "--from_scratch", "--seed", "7", "--max_steps", "1")
+def test_result__from_scratch_has_the_architecture_and_none_of_the_weights(encoders, labeled, tmp_path):
+    out = finetune(encoders["simmim"], labeled, tmp_path / "out", "--from_scratch", "--seed", "7", "--max_steps", "1")
     before, after = load_file(encoders["simmim"] / "model.safetensors"), load_file(out / "model.safetensors")
     name = "encoder.layer.0.intermediate.dense.weight"
     assert before[name].shape == after[f"beit.{name}"].shape
@@ -125,9 +125,9 @@ def test_result__from_scratch_has_the_architecture_and_none_of_the_weights(encod
     assert "pre-trained" not in card.split("## Use it")[0]
 
 
-def test_result__folder_holds_results_labels_and_pictures(encoders, labelled, tmp_path):
+def test_result__folder_holds_results_labels_and_pictures(encoders, labeled, tmp_path):
     argv = ("--labels_per_class", "4", "--class_weights", "balanced", "--ema_decay", "0.9", "--image_size", "48")
-    out = finetune(encoders["mae"], labelled, tmp_path / "out", *argv)
+    out = finetune(encoders["mae"], labeled, tmp_path / "out", *argv)
     metrics = json.loads((out / "metrics.json").read_text())
     values = {entry["metric"]: entry for entry in metrics["results"]}
     assert set(values) == {"accuracy", "balanced_accuracy", "macro_f1", "calibration_error"}
@@ -141,23 +141,23 @@ def test_result__folder_holds_results_labels_and_pictures(encoders, labelled, tm
         assert Image.open(out / picture).size[0] > 300
     assert json.loads((out / "config.json").read_text())["mim_method"] == "mae"
     assert "accuracy" in (out / "README.md").read_text()
-    assert str(labelled) not in (out / "README.md").read_text() + (out / "metrics.json").read_text()
+    assert str(labeled) not in (out / "README.md").read_text() + (out / "metrics.json").read_text()
 
 
-def test_evaluation__sees_plain_images_whatever_training_does_to_them(encoders, labelled, tmp_path):
+def test_evaluation__sees_plain_images_whatever_training_does_to_them(encoders, labeled, tmp_path):
     """One evaluation before any update: augmentation, mixing and dropped paths would change its loss."""
     argv = ("--eval_on_start", "--max_steps", "1", "--load_best_model_at_end", "false")
-    strong = finetune(encoders["mae"], labelled, tmp_path / "strong", *argv, "--erasing", "1", "--drop_path", "0.5")
+    strong = finetune(encoders["mae"], labeled, tmp_path / "strong", *argv, "--erasing", "1", "--drop_path", "0.5")
     off = ("--mixup", "0", "--cutmix", "0", "--rand_augment", "0", "--erasing", "0", "--drop_path", "0")
-    weak = finetune(encoders["mae"], labelled, tmp_path / "weak", *argv, *off, "--label_smoothing_factor", "0")
+    weak = finetune(encoders["mae"], labeled, tmp_path / "weak", *argv, *off, "--label_smoothing_factor", "0")
     assert logged(strong, "eval_loss")[0] == logged(weak, "eval_loss")[0]
 
 
-def test_result__goes_to_the_hub_when_it_is_finished(encoders, labelled, tmp_path, monkeypatch):
+def test_result__goes_to_the_hub_when_it_is_finished(encoders, labeled, tmp_path, monkeypatch):
     with HubStub() as hub:
         connect(monkeypatch, hub, tmp_path)
         flags = ("--push_to_hub", "--hub_model_id", "ann/birds", "--max_steps", "1")
-        finetune(encoders["mae"], labelled, tmp_path / "out", *flags)
+        finetune(encoders["mae"], labeled, tmp_path / "out", *flags)
         files = hub.repos["ann/birds"].files
     assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md", "metrics.json"} <= set(files)
     assert not any("checkpoint" in name or "training_args" in name for name in files)
@@ -181,15 +181,15 @@ EVERY_TWO = (
 
 
 @pytest.fixture(scope="module", params=["mae", "simmim+swin"])
-def undisturbed(request, encoders, labelled, tmp_path_factory) -> tuple[Path, Path]:
+def undisturbed(request, encoders, labeled, tmp_path_factory) -> tuple[Path, Path]:
     encoder = encoders[request.param]
-    return encoder, finetune(encoder, labelled, tmp_path_factory.mktemp("run") / "out", *EVERY_TWO)
+    return encoder, finetune(encoder, labeled, tmp_path_factory.mktemp("run") / "out", *EVERY_TWO)
 
 
-def test_resume__after_a_kill_gives_the_undisturbed_weights_and_results_bit_by_bit(undisturbed, labelled, tmp_path):
+def test_resume__after_a_kill_gives_the_undisturbed_weights_and_results_bit_by_bit(undisturbed, labeled, tmp_path):
     encoder, expected = undisturbed
     out = tmp_path / "out"
-    argv = ["--model", str(encoder), "--dataset", str(labelled), "--output_dir", str(out), *SHORT, *EVERY_TWO]
+    argv = ["--model", str(encoder), "--dataset", str(labeled), "--output_dir", str(out), *SHORT, *EVERY_TWO]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     killed = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "finetune_and_die.py"), "5", *argv],
@@ -199,7 +199,7 @@ def test_resume__after_a_kill_gives_the_undisturbed_weights_and_results_bit_by_b
     )
     assert killed.returncode == -9, killed.stderr[-2000:]
     assert (out / "checkpoint-4").is_dir()
-    finetune(encoder, labelled, out, *EVERY_TWO)
+    finetune(encoder, labeled, out, *EVERY_TWO)
     for name, tensor in load_file(expected / "model.safetensors").items():
         assert torch.equal(tensor, load_file(out / "model.safetensors")[name]), name
     assert (out / "metrics.json").read_text() == (expected / "metrics.json").read_text()
@@ -218,9 +218,9 @@ def test_best__every_weight_is_that_of_the_best_checkpoint_and_gives_its_accurac
     assert results[0]["value"] == state["best_metric"]
 
 
-def test_early_stopping__ends_after_evaluations_without_a_better_one(encoders, labelled, tmp_path):
+def test_early_stopping__ends_after_evaluations_without_a_better_one(encoders, labeled, tmp_path):
     argv = ("--max_steps", "20", "--eval_steps", "1", "--early_stopping_patience", "2", "--learning_rate", "1e-12")
-    out = finetune(encoders["mae"], labelled, tmp_path / "out", *argv)
+    out = finetune(encoders["mae"], labeled, tmp_path / "out", *argv)
     assert len(logged(out, "eval_loss")) == 3
 
 
@@ -268,9 +268,9 @@ def test_data__column_of_a_regression_is_refused(encoders, tmp_path, capsys):
     assert "float" in message
 
 
-def test_encoder__folder_that_is_none_is_refused_with_what_it_is(encoders, labelled, tmp_path, capsys):
-    data = ("--dataset", str(labelled), "--output_dir", str(tmp_path / "out"))
-    assert "it has no config.json" in refusal(capsys, "--model", str(labelled), *data)
+def test_encoder__folder_that_is_none_is_refused_with_what_it_is(encoders, labeled, tmp_path, capsys):
+    data = ("--dataset", str(labeled), "--output_dir", str(tmp_path / "out"))
+    assert "it has no config.json" in refusal(capsys, "--model", str(labeled), *data)
     (tmp_path / "unfinished" / "checkpoint-20").mkdir(parents=True)
     assert "has not finished" in refusal(capsys, "--model", str(tmp_path / "unfinished"), *data)
     whole = encoders["mae"] / "pretraining"
@@ -278,7 +278,7 @@ def test_encoder__folder_that_is_none_is_refused_with_what_it_is(encoders, label
     assert "no folder of this name" in refusal(capsys, "--model", str(tmp_path / "nothing"), *data)
 
 
-def test_gray_images__are_shown_to_a_colour_encoder_in_three_equal_channels(encoders, tmp_path, capsys):
+def test_gray_images__are_shown_to_a_color_encoder_in_three_equal_channels(encoders, tmp_path, capsys):
     folder = write_images(tmp_path / "gray", {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 2})
     out = finetune(encoders["mae"], folder, tmp_path / "out", "--max_steps", "1")
     processor = IMAGE_PROCESSOR.from_pretrained(out)
@@ -288,17 +288,17 @@ def test_gray_images__are_shown_to_a_colour_encoder_in_three_equal_channels(enco
 
 
 def test_finished__folder_is_not_touched_and_a_label_count_too_large_names_the_class(
-    encoders, labelled, tmp_path, capsys
+    encoders, labeled, tmp_path, capsys
 ):
-    out = finetune(encoders["mae"], labelled, tmp_path / "out", "--max_steps", "1")
-    argv = ("--model", str(encoders["mae"]), "--dataset", str(labelled))
+    out = finetune(encoders["mae"], labeled, tmp_path / "out", "--max_steps", "1")
+    argv = ("--model", str(encoders["mae"]), "--dataset", str(labeled))
     assert "--overwrite" in refusal(capsys, *argv, "--output_dir", str(out))
     message = refusal(capsys, *argv, "--output_dir", str(tmp_path / "more"), "--labels_per_class", "9")
     assert "labels_per_class is 9, but class 'small' has 8 images" in message
 
 
-def test_encoder__of_a_kind_that_cannot_be_tuned_or_with_lost_weights_is_refused(encoders, labelled, tmp_path, capsys):
-    data = ("--dataset", str(labelled), "--output_dir", str(tmp_path / "out"))
+def test_encoder__of_a_kind_that_cannot_be_tuned_or_with_lost_weights_is_refused(encoders, labeled, tmp_path, capsys):
+    data = ("--dataset", str(labeled), "--output_dir", str(tmp_path / "out"))
     ResNetConfig().save_pretrained(tmp_path / "resnet")
     message = refusal(capsys, "--model", str(tmp_path / "resnet"), *data)
     assert "is a resnet, expected an encoder of these: beit" in message
@@ -339,8 +339,8 @@ def test_continuing__with_other_classes_or_another_head_is_refused(encoders, tmp
     assert (out / "settings.yaml").read_text() == settings
 
 
-def test_tensorboard__has_one_folder_of_the_run_itself(encoders, labelled, tmp_path):
-    out = finetune(encoders["mae"], labelled, tmp_path / "out", "--max_steps", "1", "--report_to", "tensorboard")
+def test_tensorboard__has_one_folder_of_the_run_itself(encoders, labeled, tmp_path):
+    out = finetune(encoders["mae"], labeled, tmp_path / "out", "--max_steps", "1", "--report_to", "tensorboard")
     assert list((out / "runs").glob("events*"))
     assert not [path for path in (out / "runs").iterdir() if path.is_dir()]
 
@@ -350,7 +350,7 @@ def test_tensorboard__has_one_folder_of_the_run_itself(encoders, labelled, tmp_p
     [("mae", 224, 0.875), ("mae", 256, 1.0), ("simmim", 384, 0.875), ("beit", 352, 0.875), ("beit", 384, 1.0)],
 )
 def test_evaluation__sees_the_share_of_the_picture_that_the_method_published(variant, size, share, tmp_path):
-    export(tiny_head(variant), tmp_path / "encoder", method=variant, recipe={})
+    export(tiny_model(variant), tmp_path / "encoder", method=variant, recipe={})
     argv = ["--model", str(tmp_path / "encoder"), "--dataset", "images", "--image_size", str(size)]
     settings = load_finetune_settings(argv, lambda name: "finetune_mae_vit-base")
     config = run_finetune.encoder_config(str(tmp_path / "encoder"))

@@ -15,7 +15,7 @@ from transformers import AutoModel
 import run_tokenizer
 from commands.launch import has_accelerator, run
 from commands.settings import RECIPES
-from commands.tokenizer_plan import Machine, make_tokenizer_plan
+from commands.tokenizer_plan import Hardware, make_tokenizer_plan
 from commands.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
 from modeling.dvae import DvaeConfig
 from training.targets import load_tokenizer, tokenizer_view
@@ -213,7 +213,7 @@ def test_dvae__has_the_published_objective():
 
 def test_long_run__keeps_the_published_schedules():
     settings = load_tokenizer_settings(["--max_steps", "3000000"])
-    plan = make_tokenizer_plan(settings, Machine("cuda", 16), 10**6, 1000, 1, 1, (14, 14), "images")
+    plan = make_tokenizer_plan(settings, Hardware("cuda", 16), 10**6, 1000, 1, 1, (14, 14), "images")
     assert plan.schedules.at(5000)["kl_weight"] == 6.6
     assert plan.schedules.at(150_000)["temperature"] == 1 / 16 < plan.schedules.at(149_000)["temperature"]
 

@@ -1,4 +1,4 @@
-"""The bundled images are what their README says, and each has a licence that allows them to be here."""
+"""The bundled images are what their README says, and each has a license that allows them to be here."""
 
 import json
 import re
@@ -27,22 +27,22 @@ def test_sizes__stay_within_what_a_repository_should_carry():
 
 
 def test_photographs__are_held_out_whole():
-    train, held_out = ({photograph_of(path) for path in CROPS[split]} for split in ("train", "held_out"))
-    assert not train & held_out
-    assert len(held_out) >= 3
+    train, validation = ({photograph_of(path) for path in CROPS[split]} for split in ("train", "held_out"))
+    assert not train & validation
+    assert len(validation) >= 3
     assert 0.15 < len(CROPS["held_out"]) / len(CROPS["train"]) < 0.35
 
 
-def test_photographs__each_is_attributed_under_a_permissive_licence():
+def test_photographs__each_is_attributed_under_a_permissive_license():
     for photograph in {photograph_of(path) for paths in CROPS.values() for path in paths}:
         entry = re.search(rf"^## {photograph}: .*?(?=^## |\Z)", ATTRIBUTION, flags=re.MULTILINE | re.DOTALL)
         assert entry, f"{photograph} is not in ATTRIBUTION.md"
-        assert re.search(r"Licence: \[(.+?)\]", entry[0])[1] in PERMISSIVE
+        assert re.search(r"License: \[(.+?)\]", entry[0])[1] in PERMISSIVE
         assert re.search(r"Author: \S", entry[0])
 
 
 @pytest.mark.parametrize("split", sorted(CROPS))
-def test_photographs__all_decode_to_256_pixel_colour(split):
+def test_photographs__all_decode_to_256_pixel_color(split):
     for path in CROPS[split]:
         with Image.open(path) as image:
             image.load()
@@ -60,7 +60,7 @@ def test_manifest__has_the_hash_and_the_counts_and_the_readme_repeats_them():
 
 
 @pytest.mark.parametrize(("split", "per_class"), [("train", 500), ("test", 100)])
-def test_fashion__is_balanced_labelled_and_gray(split, per_class):
+def test_fashion__is_balanced_labeled_and_gray(split, per_class):
     table = datasets.load_dataset("parquet", data_files=str(SAMPLES / "fashion_mnist" / f"{split}.parquet"))["train"]
     assert table.features["label"].names[9] == "Ankle boot"
     assert set(Counter(table["label"]).values()) == {per_class}

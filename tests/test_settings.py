@@ -7,10 +7,10 @@ import yaml
 from transformers import TrainingArguments
 
 from commands.settings import Origin, Settings, SettingsError, load_settings
-from modeling import HEADS, MimConfig
+from modeling import MODELS, MimConfig
 from modeling.mae import MaeConfig
 
-CONFIGS = {method: head.config_class for method, head in HEADS.items()}
+CONFIGS = {method: head.config_class for method, head in MODELS.items()}
 
 
 class OtherConfig(MimConfig):
@@ -91,13 +91,13 @@ def test_two_ways_to_say_it__the_one_nearer_to_the_command_line_counts(recipe):
 def test_encoder_and_head__are_what_the_configs_take():
     settings = load("--image_size", "96", "64", "--patch_size", "8", "--num_channels", "1", "--no_norm_pix_loss")
     config = MaeConfig(
-        encoder_config=settings.encoder_settings(), image_mean=[0.5], image_std=[0.5], **settings.head_settings()
+        encoder_config=settings.encoder_settings(), image_mean=[0.5], image_std=[0.5], **settings.method_settings()
     )
     assert config.encoder_config.image_size == [96, 64]
     assert (config.encoder_config.num_channels, config.norm_pix_loss) == (1, False)
 
 
-def test_gray_images__are_standardised_by_their_own_mean():
+def test_gray_images__are_standardized_by_their_own_mean():
     assert load("--num_channels", "1")["image_stats"] == "auto"
     assert load()["image_stats"] == "preset"
     assert "expected auto" in error_of("--num_channels", "1", "--image_stats", "preset")

@@ -54,9 +54,9 @@ def test_golden__encoder_map_and_reconstruction_equal_the_authors(golden):
     assert_close(tokens, authors_map.flatten(2).transpose(1, 2), rtol=1e-4, atol=1e-5)
     side, grid = model.config.prediction_side, authors_map.shape[2:]
     assert_close(unpatchify(model.decoder(tokens), side, grid), expected["reconstruction"], rtol=1e-4, atol=1e-5)
-    cells = model.masked_cells(mask)
+    cells = model.masked_units(mask)
     hidden = cells.view(-1, 1, *grid).repeat_interleave(side, 2).repeat_interleave(side, 3)
-    predicted = model.predicted_cells(model(expected["pixel_values"], mask).logits, cells)
+    predicted = model.predicted_units(model(expected["pixel_values"], mask).logits, cells)
     shown = unpatchify(predicted, side, grid)
     assert_close(shown, expected["reconstruction"] * hidden, rtol=1e-4, atol=1e-5)
 

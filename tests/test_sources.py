@@ -52,7 +52,7 @@ def test_folder__is_read_at_any_depth_in_sorted_order(tmp_path: Path, photograph
     assert sorted(names_in(source, tmp_path)) == sorted(wanted)
     assert names_in(source, tmp_path) == names_in(open_source(str(tmp_path)), tmp_path)
     assert all(source.read(index) == photograph for index in range(4))
-    assert source.held_out() is None
+    assert source.validation() is None
     assert "4 image files" in source.describe()
 
 
@@ -81,10 +81,10 @@ def test_folder__follows_links_but_not_in_circles(tmp_path: Path, photograph: by
 def test_folder__keeps_its_own_held_out_part_apart(tmp_path: Path, photograph: bytes, held_out_name: str) -> None:
     fill(tmp_path, ["train/x/1.jpg", "train/y/2.jpg", f"{held_out_name}/x/3.jpg"], photograph)
     source = open_source(str(tmp_path))
-    held_out = source.held_out()
+    validation = source.validation()
     assert names_in(source, tmp_path) == ["train/x/1.jpg", "train/y/2.jpg"]
-    assert held_out is not None
-    assert names_in(held_out, tmp_path) == [f"{held_out_name}/x/3.jpg"]
+    assert validation is not None
+    assert names_in(validation, tmp_path) == [f"{held_out_name}/x/3.jpg"]
     assert f"{held_out_name}/ beside it is held out" in source.describe()
     assert len(open_source(str(tmp_path), split=None)) == 3
     assert len(open_source(str(tmp_path), split=held_out_name.lower())) == 1
@@ -101,9 +101,9 @@ def test_several_folders__are_joined_with_their_held_out_parts(tmp_path: Path, p
     fill(tmp_path, ["a/1.jpg", "a/2.jpg", "b/train/3.jpg", "b/val/4.jpg"], photograph)
     source = open_source([str(tmp_path / "a"), str(tmp_path / "b")])
     assert names_in(source, tmp_path) == ["a/1.jpg", "a/2.jpg", "b/train/3.jpg"]
-    held_out = source.held_out()
-    assert held_out is not None
-    assert names_in(held_out, tmp_path) == ["b/val/4.jpg"]
+    validation = source.validation()
+    assert validation is not None
+    assert names_in(validation, tmp_path) == ["b/val/4.jpg"]
     assert source.read(2) == photograph
 
 
@@ -131,9 +131,9 @@ def test_parquet__gives_the_bytes_of_its_image_column(tmp_path: Path, photograph
     assert source.name(4).endswith("#4")
     assert "'photo'" in source.describe()
     if layout != "file":
-        held_out = source.held_out()
-        assert held_out is not None
-        assert len(held_out) == 2
+        validation = source.validation()
+        assert validation is not None
+        assert len(validation) == 2
         assert len(open_source(str(tmp_path), "test")) == 2
         assert len(open_source(str(tmp_path), None)) == 7
 
@@ -163,9 +163,9 @@ def test_saved_datasets__open_with_and_without_splits(tmp_path: Path, photograph
     assert open_source(str(tmp_path / "plain")).read(2) == photograph
     assert len(open_source(str(next((tmp_path / "plain").glob("*.arrow"))))) == 3
     source = open_source(str(tmp_path / "dict"))
-    held_out = source.held_out()
-    assert held_out is not None
-    assert (len(source), len(held_out), len(open_source(str(tmp_path / "dict"), None))) == (4, 2, 6)
+    validation = source.validation()
+    assert validation is not None
+    assert (len(source), len(validation), len(open_source(str(tmp_path / "dict"), None))) == (4, 2, 6)
     with pytest.raises(ValueError, match=r"no split 'test' in .* it has: train, validation"):
         open_source(str(tmp_path / "dict"), "test")
 
@@ -175,9 +175,9 @@ def test_hub_dataset__is_loaded_with_its_validation_split(monkeypatch: pytest.Mo
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: list(sizes))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: image_table(sizes[split], photograph))
     source = open_source("someone/photos")
-    held_out = source.held_out()
-    assert held_out is not None
-    assert (len(source), len(held_out)) == (3, 2)
+    validation = source.validation()
+    assert validation is not None
+    assert (len(source), len(validation)) == (3, 2)
     assert source.name(1) == "someone/photos/train#1"
     assert source.read(1) == photograph
 
@@ -185,10 +185,10 @@ def test_hub_dataset__is_loaded_with_its_validation_split(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dataset", ["sample", "sample-fashion"])
 def test_bundled_samples__open_by_name_with_a_held_out_part(dataset: str) -> None:
     source = open_source(dataset)
-    held_out = source.held_out()
-    assert held_out is not None
-    assert len(held_out) < len(source)
-    assert not {source.read(index) for index in range(10)} & {held_out.read(index) for index in range(4)}
+    validation = source.validation()
+    assert validation is not None
+    assert len(validation) < len(source)
+    assert not {source.read(index) for index in range(10)} & {validation.read(index) for index in range(4)}
     assert check_images(source, 0.0, 2).bad == []
 
 
@@ -197,7 +197,7 @@ def test_sources__travel_to_worker_processes(tmp_path: Path, photograph: bytes) 
     for source in (open_source(str(tmp_path)), open_source([str(tmp_path)] * 2), open_source("sample-fashion")):
         copy = pickle.loads(pickle.dumps(source))
         assert copy.read(0) == source.read(0)
-        assert len(copy.held_out()) == len(source.held_out())  # type: ignore[arg-type]
+        assert len(copy.validation()) == len(source.validation())  # type: ignore[arg-type]
 
 
 def test_paths__are_stored_without_a_python_object_each(tmp_path: Path, photograph: bytes) -> None:

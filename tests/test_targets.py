@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_arguments, tiny_head
+from conftest import tiny_arguments, tiny_model
 from torch.testing import assert_close
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig, ViTConfig, ViTModel
 
@@ -31,7 +31,7 @@ def two_views(source, crop) -> PretrainingImages:
     return PretrainingImages(source, indices, TwoViews(crop, (32, 32)), 3, 0, 8, None, train)
 
 
-def test_views__show_the_same_crop_and_colours():
+def test_views__show_the_same_crop_and_colors():
     source = open_source("sample")
     crop = RandomResizedCrop((64, 64), (0.08, 1.0), color_jitter=0.4)
     for index in range(12):
@@ -42,7 +42,7 @@ def test_views__show_the_same_crop_and_colours():
         assert (shrunk.flip(-1) - second).abs().mean() > 2 * (shrunk - second).abs().mean()
 
 
-def test_views__colours_are_jittered_in_training_only():
+def test_views__colors_are_jittered_in_training_only():
     source = open_source("sample")
     plain, jittered = (RandomResizedCrop((64, 64), color_jitter=amount) for amount in (0.0, 0.4))
     one, other = (crop(source.read(0), 3, seeded_generator(0)) for crop in (plain, jittered))
@@ -86,7 +86,7 @@ def test_trainer__every_hidden_patch_of_a_step_counts_alike(dalle, tmp_path):
     weights, losses = [], []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         trainer = MimTrainer(
-            model=tiny_head("beit", drop_path_rate=0.0),
+            model=tiny_model("beit", drop_path_rate=0.0),
             args=tiny_arguments(
                 tmp_path,
                 max_steps=2,

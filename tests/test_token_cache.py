@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from conftest import SIZE, LabelledByTokenizer, tiny_arguments, tiny_head
+from conftest import SIZE, LabeledByTokenizer, tiny_arguments, tiny_model
 from PIL import Image
 
 from data.augmentations import CenterCrop, TwoViews
@@ -21,12 +21,12 @@ def images_of(source, num_images: int) -> PretrainingImages:
 
 def small_labels() -> TokenizerLabels:
     collator = MaskingCollator((4, 4), 0.4, equal_num_masked=False)
-    return TokenizerLabels(LabelledByTokenizer(collator).image_tokenizer, torch.device("cpu"))
+    return TokenizerLabels(LabeledByTokenizer(collator).image_tokenizer, torch.device("cpu"))
 
 
 def train(folder, images, labels) -> dict[str, torch.Tensor]:
     trainer = MimTrainer(
-        model=tiny_head("beit"),
+        model=tiny_model("beit"),
         args=tiny_arguments(folder, max_steps=4),
         train_dataset=images,
         data_collator=MaskingCollator((4, 4), (0.2, 0.9), equal_num_masked=False, with_image_index=True),

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_arguments, tiny_collator, tiny_head, tiny_images
+from conftest import ROOT, tiny_arguments, tiny_collator, tiny_images, tiny_model
 from safetensors.torch import load_file
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -18,7 +18,7 @@ from data.collators import MaskingCollator
 from data.images import PretrainingImages
 from data.sources import open_source
 from modeling.mae import MaeConfig, MaeForPreTraining
-from modeling.patches import patchify, take_tokens, visible_then_hidden
+from modeling.patches import patchify, take_tokens, visible_and_masked_indices
 from training.checkpoints import last_whole_checkpoint, problem_with
 from training.guard import NonFiniteError
 from training.trainer import MimTrainer
@@ -30,7 +30,7 @@ TRAIN = ROOT / "tests" / "train_and_die.py"
 def make_trainer(folder, images=None, eval_dataset=None, **changes):
     return MimTrainer(
         eval_dataset=eval_dataset,
-        model=tiny_head("mae"),
+        model=tiny_model("mae"),
         args=tiny_arguments(folder, **changes),
         train_dataset=tiny_images() if images is None else images,
         data_collator=tiny_collator(with_image_index=True),
@@ -95,7 +95,7 @@ def test_checkpoint__holds_no_training_arguments(tmp_path):
 
 
 class PoisonedImages(PretrainingImages):
-    """One image's standardised tensor holds a NaN."""
+    """One image's standardized tensor holds a NaN."""
 
     poisoned = 13
 
@@ -204,9 +204,9 @@ def test_log__says_speed_waiting_and_time_left(tmp_path):
 
 
 def test_evaluation__counts_every_image_though_training_drops_the_last_batch(tmp_path):
-    held_out = tiny_images(num_images=11, train=False)
-    trainer = make_trainer(tmp_path, eval_dataset=held_out, per_device_eval_batch_size=8)
-    one_by_one = make_trainer(tmp_path, eval_dataset=held_out, per_device_eval_batch_size=1)
+    validation = tiny_images(num_images=11, train=False)
+    trainer = make_trainer(tmp_path, eval_dataset=validation, per_device_eval_batch_size=8)
+    one_by_one = make_trainer(tmp_path, eval_dataset=validation, per_device_eval_batch_size=1)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(one_by_one.evaluate()["eval_loss"], rel=1e-5)
     assert trainer.args.dataloader_drop_last
 
@@ -216,7 +216,7 @@ def test_evaluation__counts_every_image_though_training_drops_the_last_batch(tmp
 
 def fashion(train: bool, num_images: int, seed: int = 0) -> PretrainingImages:
     source = open_source("sample-fashion")
-    source = source if train else source.held_out()
+    source = source if train else source.validation()
     indices = np.arange(min(num_images, len(source)))
     return PretrainingImages(source, indices, CenterCrop((28, 28)), 1, seed, 128, None, train)
 
@@ -225,7 +225,7 @@ def mean_of_visible_loss(images: PretrainingImages, collator: MaskingCollator, m
     """Held-out loss of predicting, for every hidden pixel, the mean of the image's visible pixels."""
     batch = collator([images[index] for index in range(len(images))])
     patches = patchify(model.standardize(batch["pixel_values"]), 7)
-    visible, hidden = visible_then_hidden(batch["bool_masked_pos"])
+    visible, hidden = visible_and_masked_indices(batch["bool_masked_pos"])
     guess = take_tokens(patches, visible).mean(dim=(1, 2), keepdim=True)
     return (take_tokens(patches, hidden) - guess).square().mean().item()
 
@@ -243,7 +243,7 @@ def test_learning__on_fashion_mnist_halves_the_loss_of_predicting_the_mean(tmp_p
         image_std=[0.353],
     )
     collator = MaskingCollator((4, 4), 0.75)
-    held_out = fashion(train=False, num_images=500)
+    validation = fashion(train=False, num_images=500)
     trainer = MimTrainer(
         model=MaeForPreTraining(config),
         args=tiny_arguments(
@@ -255,10 +255,10 @@ def test_learning__on_fashion_mnist_halves_the_loss_of_predicting_the_mean(tmp_p
             logging_steps=100,
         ),
         train_dataset=fashion(train=True, num_images=5000),
-        eval_dataset=held_out,
+        eval_dataset=validation,
         data_collator=collator,
     )
-    baseline = mean_of_visible_loss(held_out, collator, trainer.model)
+    baseline = mean_of_visible_loss(validation, collator, trainer.model)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] <= 0.5 * baseline
 
@@ -267,7 +267,7 @@ def test_learning__on_fashion_mnist_halves_the_loss_of_predicting_the_mean(tmp_p
 def test_positions__stock_zero_tables_give_one_prediction_for_all_hidden_patches_and_ours_do_not():
     images = tiny_images()
     batch = tiny_collator()([images[index] for index in range(8)])
-    ours = tiny_head("mae").eval()
+    ours = tiny_model("mae").eval()
     pixels = ours.standardize(batch["pixel_values"])
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     decoder = {f"decoder_{key}": value for key, value in sizes.items()}
@@ -276,7 +276,7 @@ def test_positions__stock_zero_tables_give_one_prediction_for_all_hidden_patches
     stock.vit.embeddings.position_embeddings.zero_()
     stock.decoder.decoder_pos_embed.zero_()
     noise = batch["bool_masked_pos"].float()
-    _, hidden = visible_then_hidden(batch["bool_masked_pos"])
+    _, hidden = visible_and_masked_indices(batch["bool_masked_pos"])
     spread = [
         predictions.std(dim=1).max().item()
         for predictions in (take_tokens(stock(pixels, noise=noise).logits, hidden), ours(**batch).logits)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TINY_HEADS, tiny_arguments, tiny_collator, tiny_head, tiny_images
+from conftest import TINY_MODELS, tiny_arguments, tiny_collator, tiny_images, tiny_model
 
 from training.trainer import MimTrainer
 
@@ -14,11 +14,11 @@ NUM_IMAGES = 8
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for variant in TINY_HEADS:
+    for variant in TINY_MODELS:
         arguments = tiny_arguments(folder / variant, max_steps=3, optim="sgd", learning_rate=0.1)
         arguments.per_device_train_batch_size = NUM_IMAGES // arguments.world_size
         trainer = MimTrainer(
-            model=tiny_head(variant),
+            model=tiny_model(variant),
             args=arguments,
             train_dataset=tiny_images(images_per_step=NUM_IMAGES),
             data_collator=tiny_collator(variant, with_image_index=True),

@@ -5,7 +5,7 @@ import os
 import signal
 from pathlib import Path
 
-from conftest import tiny_arguments, tiny_collator, tiny_head, tiny_images
+from conftest import tiny_arguments, tiny_collator, tiny_images, tiny_model
 from safetensors.torch import save_file
 from transformers import TrainerCallback
 
@@ -44,7 +44,7 @@ def main() -> None:
     options = parser.parse_args()
     where, number = options.die_at.split()
     trainer = DiesWhileSaving(
-        model=tiny_head("mae", hidden_dropout_prob=0.1),
+        model=tiny_model("mae", hidden_dropout_prob=0.1),
         args=tiny_arguments(
             options.folder,
             max_steps=16,

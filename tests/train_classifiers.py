@@ -7,27 +7,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import SIZE, TINY_HEADS, tiny_arguments
+from conftest import SIZE, TINY_MODELS, tiny_arguments
 from transformers import BeitConfig, SwinConfig, ViTConfig
 
 from data.classification import ClassificationImages, collate_classification, train_view
-from data.labelled import LabelledPart, open_labelled
+from data.labeled import LabeledSplit, open_labeled
 from modeling.image_classification import build_classifier, random_encoder
 from training.finetune_trainer import FinetuneTrainer
 from training.mixing import Mixing
 
 NUM_IMAGES, NUM_CLASSES = 8, 10
 ENCODERS = {
-    "vit": ViTConfig(**TINY_HEADS["mae"]["encoder_config"], layer_norm_eps=1e-6),
+    "vit": ViTConfig(**TINY_MODELS["mae"]["encoder_config"], layer_norm_eps=1e-6),
     "beit": BeitConfig(
-        **TINY_HEADS["mae"]["encoder_config"], layer_norm_eps=1e-6, use_shared_relative_position_bias=True
+        **TINY_MODELS["mae"]["encoder_config"], layer_norm_eps=1e-6, use_shared_relative_position_bias=True
     ),
-    "swin": SwinConfig(**TINY_HEADS["simmim+swin"]["encoder_config"]),
+    "swin": SwinConfig(**TINY_MODELS["simmim+swin"]["encoder_config"]),
 }
 
 
-def few_clothes() -> LabelledPart:
-    part = open_labelled("sample-fashion").test
+def few_clothes() -> LabeledSplit:
+    part = open_labeled("sample-fashion").test
     assert part is not None
     return part.select(np.arange(0, 1000, 25))  # 40 images
 

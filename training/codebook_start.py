@@ -1,6 +1,6 @@
 """Start a tokenizer from images instead of from noise alone, for runs too short to recover from a collapsed codebook.
 
-Pixels are all positive, so at DALL-E's initialisation one direction, the mean image, drowns the differences between
+Pixels are all positive, so at DALL-E's initialization one direction, the mean image, drowns the differences between
 patches, one code wins everywhere, and thousands of steps go by before others are used. Here each convolution of the
 encoder first gets outputs of zero mean and unit deviation on real images (Salimans & Kingma 2016, arXiv:1602.07868,
 Sec. 3), then each code the features of a place in them, so that the logits tell squared distances, as in k-means.
@@ -27,7 +27,7 @@ def start_from_images(tokenizer: Any, pixels: torch.Tensor, generator: torch.Gen
         ValueError: the images have fewer places than there are codes.
     """
     convolutions = [module for module in tokenizer.encoder.modules() if isinstance(module, nn.Conv2d)]
-    _standardise_outputs(convolutions, lambda: tokenizer.encoder(pixels[:_NUM_IMAGES_FOR_SCALES]))
+    _standardize_outputs(convolutions, lambda: tokenizer.encoder(pixels[:_NUM_IMAGES_FOR_SCALES]))
     maps = [tokenizer.encoder(part) for part in pixels.split(32)]  # (32, D, h, w) each
     features = torch.cat([part.movedim(1, -1).flatten(0, 2) for part in maps])  # (n, D)
     num_codes = tokenizer.vocab_size
@@ -47,17 +47,17 @@ def start_from_images(tokenizer: Any, pixels: torch.Tensor, generator: torch.Gen
     tokenizer.to_logits.bias.copy_(-codes.square().sum(1) / (2 * scale) - weight @ mean)
 
 
-def _standardise_outputs(convolutions: list[nn.Conv2d], run: Any) -> None:
+def _standardize_outputs(convolutions: list[nn.Conv2d], run: Any) -> None:
     """In the order in which `run` calls them, so that each sees inputs that are already as they will be."""
 
-    def standardise(module: nn.Conv2d, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    def standardize(module: nn.Conv2d, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         mean, std = output.mean((0, 2, 3)), output.std((0, 2, 3)) + 1e-6
         assert module.bias is not None
         module.weight.div_(std[:, None, None, None])
         module.bias.copy_((module.bias - mean) / std)
         return (output - mean[:, None, None]) / std[:, None, None]
 
-    hooks = [convolution.register_forward_hook(standardise) for convolution in convolutions]
+    hooks = [convolution.register_forward_hook(standardize) for convolution in convolutions]
     try:
         run()
     finally:

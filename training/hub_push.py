@@ -41,11 +41,11 @@ class HubPush(TrainerCallback):
         destination: Destination,
         output_dir: Path,
         stage: Callable[[Path, str | None], None],
-        say: Callable[[str], None],
+        log: Callable[[str], None],
         checkpoint_name: Callable[[int], str] | None = None,
         at_saves: bool = True,
     ) -> None:
-        self.destination, self.output_dir, self.stage, self.say = destination, output_dir, stage, say
+        self.destination, self.output_dir, self.stage, self.log = destination, output_dir, stage, log
         self.checkpoint_name, self.at_saves = checkpoint_name, at_saves
         self._uploads = _Uploads()
         self._told = ""  # the last problem: told once, however often it comes back
@@ -77,15 +77,15 @@ class HubPush(TrainerCallback):
         repo_id = self.destination.repo_id
         try:
             if self._uploads.are_under_way:
-                self.say(f"training is done; waiting for an upload to {repo_id} (Ctrl-C gives up the upload only)")
+                self.log(f"training is done; waiting for an upload to {repo_id} (Ctrl-C gives up the upload only)")
             self._uploads.wait()
             address = self.destination.push(self.output_dir, "End of training")
         except (Exception, KeyboardInterrupt) as error:  # the run is finished and on disk
             reason = str(error) or type(error).__name__
             command = self.destination.finishing_command(self.output_dir)
-            self.say(f"note: the finished run is not on the Hub: {reason}\n  this finishes it: {command}")
+            self.log(f"note: the finished run is not on the Hub: {reason}\n  this finishes it: {command}")
         else:
-            self.say(f"pushed to {address}")
+            self.log(f"pushed to {address}")
         _remove(self.output_dir / STAGING)
 
     def _try(self, when: str, work: Callable[[], Any]) -> bool:
@@ -94,7 +94,7 @@ class HubPush(TrainerCallback):
         except Exception as error:  # whatever it is, no upload is worth a training
             problem = str(error) or type(error).__name__
             if problem != self._told:
-                self.say(f"note: nothing was pushed {when}: {problem}; training goes on")
+                self.log(f"note: nothing was pushed {when}: {problem}; training goes on")
             self._told = problem
             return False
         return True

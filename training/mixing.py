@@ -23,7 +23,7 @@ _NUMBERS_PER_TRY = 4  # area, ratio, top, left
 
 @dataclass(frozen=True)
 class Mixing:
-    """What fine-tuning does to a standardised training batch; all choices depend on seed and counters only.
+    """What fine-tuning does to a standardized training batch; all choices depend on seed and counters only.
 
     Args:
         mixup_alpha: of lambda ~ Beta(alpha, alpha); 0 for no mixup.
@@ -52,13 +52,13 @@ class Mixing:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 (off) or more")
 
     def __call__(self, pixel_values: Tensor, labels: Tensor, *counters: int) -> tuple[Tensor, Tensor]:
-        """Standardised float images (B, C, H, W) and labels (B,) -> images and soft targets (B, K).
+        """Standardized float images (B, C, H, W) and labels (B,) -> images and soft targets (B, K).
 
         `counters` name the batch: the optimizer step, its part of the accumulation, the process.
         """
         if not pixel_values.is_floating_point():
             raise ValueError(
-                f"the images are {pixel_values.dtype}, expected standardised floats: noise has a std of 1"
+                f"the images are {pixel_values.dtype}, expected standardized floats: noise has a std of 1"
             )
         generator = seeded_generator(self.seed, "mix", *counters)
         pixel_values = self._erase(pixel_values, generator)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from training.trainer import MimTrainer
 
 
-class EveryFewSteps(TrainerCallback):
+class EvaluateOnline(TrainerCallback):
     """Logs the numbers that `measure(model)` returns before the first step, every `every` steps and after the last.
 
     They are in the log history before a checkpoint of the same step is saved; if it returns none, nothing is logged.

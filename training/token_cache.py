@@ -21,7 +21,7 @@ _BATCH = 32
 
 
 def cached_tokens(
-    images: PretrainingImages, labels: TokenizerLabels, folder: Path, say: Callable[[str], None]
+    images: PretrainingImages, labels: TokenizerLabels, folder: Path, log: Callable[[str], None]
 ) -> Path:
     """A file of (I, N) int32 tokens of `images` in their own order; -1, which is told, where one cannot be read.
 
@@ -36,7 +36,7 @@ def cached_tokens(
         partial.replace(file)
     tokens = np.load(file, mmap_mode="r")
     num_without = int((tokens[:, 0] == _NO_TOKENS).sum())
-    say(f"{file.name}: {tokens.shape[1]} tokens of each of {len(tokens) - num_without:,} images")
+    log(f"{file.name}: {tokens.shape[1]} tokens of each of {len(tokens) - num_without:,} images")
     return file
 
 

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from hub.convert import beit, data2vec, ibot, mae, simmim, timm
 from hub.convert.native_models import Converted, State, open_native
-from hub.convert.recognize import recognise
+from hub.convert.recognize import recognize
 from hub.convert.reference import reference_output
 from hub.convert.weight_file import WeightFile, open_weights
 from hub.export.native import PRETRAINING, export, export_native
@@ -76,7 +76,7 @@ def inspect(path: str) -> list[str]:
     """What a file is, what would be dropped, and the command that converts it."""
     file = open_weights(path)
     _, state = file.state()
-    kind = recognise(file, state)
+    kind = recognize(file, state)
     if kind is None:
         raise ValueError(f"{path} is no ViT, BEiT or Swin in the names of their authors: {list(state)[:6]} ...")
     method = kind.methods[0]
@@ -116,7 +116,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("file", nargs=None if converts else "?", help="e.g. mae_visualize_vit_base.pth")
     parser.add_argument("--from", dest="method", choices=FORMATS, required=converts, help="whose code wrote the file")
     parser.add_argument("--to", required=converts, help="a new folder, for AutoModel")
-    parser.add_argument("--image_stats", choices=IMAGE_STATS, help="how images were standardised: ImageNet's or 0.5")
+    parser.add_argument("--image_stats", choices=IMAGE_STATS, help="how images were standardized: ImageNet's or 0.5")
     if known.method:
         module = FORMATS[known.method]
         if weights := getattr(module, "WEIGHTS", None):
@@ -133,7 +133,7 @@ def _select(file: WeightFile, options: argparse.Namespace) -> tuple[str, dict[st
 
 
 def _refuse_other_kinds(file: WeightFile, state: State, method: str) -> None:
-    kind = recognise(file, state)
+    kind = recognize(file, state)
     if kind is None:
         raise ValueError(
             f"{file.path} is no {method} checkpoint: it lacks patch_embed.proj.weight or blocks; it begins with "
@@ -164,9 +164,9 @@ def _image_stats(state: State, name: str | None, usual: str | None) -> tuple[Any
     num_channels = 3 if weight is None else weight.shape[1]
     chosen = name or (usual if num_channels == 3 else "half")
     if chosen == "imagenet" and num_channels != 3:
-        raise ValueError(f"--image_stats imagenet is for three colours, this encoder sees {num_channels} channels")
+        raise ValueError(f"--image_stats imagenet is for three colors, this encoder sees {num_channels} channels")
     stats = (IMAGENET_MEAN, IMAGENET_STD) if chosen == "imagenet" else ((0.5,) * num_channels, (0.5,) * num_channels)
-    return stats, [] if name else [f"images are standardised with --image_stats {chosen}, usual for such files"]
+    return stats, [] if name else [f"images are standardized with --image_stats {chosen}, usual for such files"]
 
 
 def _guess(usual: str) -> list[str]:

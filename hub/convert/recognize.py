@@ -18,7 +18,7 @@ _ENCODER, _CLASSIFIER = "encoder only", "fine-tuned classifier"
 _PROJECTION_HEAD = "head.mlp.0.weight"
 
 
-def recognise(file: WeightFile, state: State) -> Kind | None:
+def recognize(file: WeightFile, state: State) -> Kind | None:
     """None if it is nothing that the converter reads. `state` is one of the file's, without prefixes."""
     if "decoder_embed.weight" in state:
         return Kind("MAE, encoder and decoder", ("mae",), ("decoder_embed.weight",))

@@ -1,4 +1,4 @@
-"""Write a trained head as two artefacts: a native encoder at the root, the whole model in `pretraining/`.
+"""Write a trained head as two artifacts: a native encoder at the root, the whole model in `pretraining/`.
 
 The root opens with plain `AutoModel.from_pretrained`, without this project and without a missing or unexpected key.
 Loading code remotely from a subfolder looks the files up at the root, so they lie in both places; only the config in
@@ -52,7 +52,7 @@ def write_image_processor(
     resize_to: int | None = None,
     resample: int = PILImageResampling.BICUBIC,
 ) -> None:
-    """`preprocessor_config.json` of a native type, so that no code of ours is needed: short side, centre crop, RGB.
+    """`preprocessor_config.json` of a native type, so that no code of ours is needed: short side, center crop, RGB.
 
     `resize_to`: what the short side becomes, if more than the crop.
     """
@@ -82,7 +82,7 @@ def native_root_problem(head: MimPreTrainedModel) -> str | None:
 
 
 def export(head: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> str | None:
-    """Write both artefacts into `output_dir`; nothing there changes before the new encoder was opened and compared.
+    """Write both artifacts into `output_dir`; nothing there changes before the new encoder was opened and compared.
 
     Returns the `native_root_problem`; if there is one, only `pretraining/` and its code are written.
 

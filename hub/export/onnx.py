@@ -73,7 +73,7 @@ def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
             part.replace(file.parent / part.name)
     told = "any multiple of the patch" if is_free else f"{height} x {width} only: {_why_fixed(config)}"
     return [
-        f"{file}: pixel_values (batch, {config.num_channels}, height, width) float32, standardised as "
+        f"{file}: pixel_values (batch, {config.num_channels}, height, width) float32, standardized as "
         f"{Path(folder) / 'preprocessor_config.json'} says -> {', '.join(output_names)}",
         f"  batch: any; image size: {told}",
         f"  checked with onnxruntime at 1 and 3 images of {' and '.join(f'{h} x {w}' for h, w in sizes)}: off by "

@@ -1,31 +1,31 @@
-"""The parts of a labelled data set as a fine-tuning uses them: readable images, held-out ones, and so many labels."""
+"""The parts of a labeled data set as a fine-tuning uses them: readable images, held-out ones, and so many labels."""
 
 import os
 from dataclasses import dataclass, replace
 
 from data.image_checks import Summary
-from data.labelled import LabelledImages, LabelledPart, labelled_subset, open_labelled, with_validation
+from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, with_validation
 
 _VALIDATION_FRACTION = 0.1
 _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # of Pillow
 
 
 @dataclass(frozen=True)
-class LabelledParts:
+class LabeledSplits:
     """`summary` says what all training images are like; `has_subset`: only some of their labels are used."""
 
-    images: LabelledImages
+    images: LabeledImages
     bad: list[tuple[str, str]]
     summary: Summary
     has_subset: bool
 
     @property
-    def by_name(self) -> dict[str, LabelledPart]:
+    def by_name(self) -> dict[str, LabeledSplit]:
         parts = {"train": self.images.train, "validation": self.images.validation, "test": self.images.test}
         return {name: part for name, part in parts.items() if part is not None}
 
     @property
-    def measured(self) -> tuple[str, LabelledPart | None]:
+    def measured(self) -> tuple[str, LabeledSplit | None]:
         """The part that results are measured on, and its name: the test part, where there is one."""
         name = "validation" if self.images.test is None else "test"
         return name, self.by_name.get(name)
@@ -35,7 +35,7 @@ class LabelledParts:
         return sum(number for mode, number in self.summary.modes.items() if mode in _GRAY_MODES)
 
 
-def open_parts(
+def open_labeled_splits(
     dataset: list[str],
     label_column: str | None,
     *,
@@ -44,7 +44,7 @@ def open_parts(
     validation_fraction: float | None,
     max_bad_fraction: float,
     seed: int,
-) -> LabelledParts:
+) -> LabeledSplits:
     """Look at every header, hold a part out, and keep as many labels as are wanted.
 
     With a test part, no label beside those is used: what is held out comes from them too, by default nothing.
@@ -52,7 +52,7 @@ def open_parts(
     Raises:
         ValueError: the data cannot be learned from.
     """
-    opened = open_labelled(dataset, label_column)
+    opened = open_labeled(dataset, label_column)
     parts, bad, summaries = {}, [], []
     for name in ("train", "validation", "test"):
         part = getattr(opened, name)
@@ -69,7 +69,7 @@ def open_parts(
     if fraction and not from_subset:
         images = with_validation(images, fraction, seed)
     if has_subset:
-        chosen = labelled_subset(
+        chosen = labeled_subset(
             images.train.labels,
             num_per_class=num_per_class,
             fraction=label_fraction,
@@ -79,4 +79,4 @@ def open_parts(
         images = replace(images, train=images.train.select(chosen))
     if fraction and from_subset:
         images = with_validation(images, fraction, seed)
-    return LabelledParts(images, bad, summaries[0], has_subset)
+    return LabeledSplits(images, bad, summaries[0], has_subset)

@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.labelled_splits import open_parts
+from data.labeled_splits import open_labeled_splits
 
 ALL = {"num_per_class": None, "label_fraction": None, "validation_fraction": None, "max_bad_fraction": 0.5, "seed": 0}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """20 images of each of three classes, one of them in colour."""
-    root = tmp_path_factory.mktemp("labelled")
+    """20 images of each of three classes, one of them in color."""
+    root = tmp_path_factory.mktemp("labeled")
     for name in ("cat", "dog", "owl"):
         (root / name).mkdir()
         for number in range(20):
@@ -26,25 +26,27 @@ def sizes(parts) -> dict[str, int]:
 
 
 def test_parts__without_any_held_out_give_up_a_tenth_of_each_class(folder):
-    parts = open_parts([folder], None, **ALL)
+    parts = open_labeled_splits([folder], None, **ALL)
     assert sizes(parts) == {"train": 54, "validation": 6}
     assert parts.measured[0] == "validation"
     assert (parts.num_gray, parts.has_subset) == (40, False)
 
 
 def test_parts__few_labels_are_taken_from_what_is_not_held_out(folder):
-    parts = open_parts([folder], None, **{**ALL, "num_per_class": 5})
+    parts = open_labeled_splits([folder], None, **{**ALL, "num_per_class": 5})
     assert sizes(parts) == {"train": 15, "validation": 6}
     train, validation = ({part.name(i) for i in range(len(part))} for part in parts.by_name.values())
     assert not train & validation
 
 
 def test_parts__with_a_test_part_use_no_label_beside_those_asked_for():
-    parts = open_parts(["sample-fashion"], None, **{**ALL, "num_per_class": 20})
+    parts = open_labeled_splits(["sample-fashion"], None, **{**ALL, "num_per_class": 20})
     assert sizes(parts) == {"train": 200, "test": 1000}
     assert parts.measured[0] == "test"
-    held_out = open_parts(["sample-fashion"], None, **{**ALL, "num_per_class": 20, "validation_fraction": 0.25})
-    assert sizes(held_out) == {"train": 150, "validation": 50, "test": 1000}
+    validation = open_labeled_splits(
+        ["sample-fashion"], None, **{**ALL, "num_per_class": 20, "validation_fraction": 0.25}
+    )
+    assert sizes(validation) == {"train": 150, "validation": 50, "test": 1000}
     few = {parts.images.train.name(i) for i in range(200)}
-    images = held_out.images
+    images = validation.images
     assert few == {part.name(i) for part in (images.train, images.validation) for i in range(len(part))}

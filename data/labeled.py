@@ -19,15 +19,15 @@ from data.image_source import ImageSource, joined
 from data.label_columns import RawLabels, raw_labels
 from data.seeds import seeded_generator
 from data.sources import open_source, split_names
-from data.tables import HELD_OUT_NAMES
+from data.tables import VALIDATION_NAMES
 
 logger = logging.getLogger(__name__)
 
-_VALIDATION_NAMES = tuple(name for name in HELD_OUT_NAMES if name != "test")
+_NAMES_WITHOUT_TEST = tuple(name for name in VALIDATION_NAMES if name != "test")
 
 
 @dataclass(frozen=True)
-class LabelledPart:
+class LabeledSplit:
     """Image i is number `indices[i]` of `source` and of class `labels[i]`; both are int64 (N,)."""
 
     source: ImageSource
@@ -43,11 +43,11 @@ class LabelledPart:
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))
 
-    def select(self, positions: np.ndarray) -> "LabelledPart":
+    def select(self, positions: np.ndarray) -> "LabeledSplit":
         """The images at these positions of this part."""
         return replace(self, indices=self.indices[positions], labels=self.labels[positions])
 
-    def readable(self, max_bad_fraction: float, num_threads: int) -> "tuple[LabelledPart, Checked]":
+    def readable(self, max_bad_fraction: float, num_threads: int) -> "tuple[LabeledSplit, Checked]":
         """This part without images that cannot be read, and what the check of all images of the source found.
 
         Raises: ValueError if too many cannot be read, or all of a class.
@@ -64,16 +64,16 @@ class LabelledPart:
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """The parts of a data set; class number k is called `class_names[k]` in all of them."""
 
     class_names: tuple[str, ...]
-    train: LabelledPart
-    validation: LabelledPart | None
-    test: LabelledPart | None
+    train: LabeledSplit
+    validation: LabeledSplit | None
+    test: LabeledSplit | None
 
 
-def open_labelled(dataset: str | Sequence[str], label_column: str | None = None) -> LabelledImages:
+def open_labeled(dataset: str | Sequence[str], label_column: str | None = None) -> LabeledImages:
     """Opens what `dataset` names, one data set or several with the same classes.
 
     Args:
@@ -88,26 +88,26 @@ def open_labelled(dataset: str | Sequence[str], label_column: str | None = None)
                 f"the classes of the datasets differ: {_listed(opened[0].class_names)} in the first, "
                 f"{_listed(other.class_names)} in another; name datasets with the same classes"
             )
-    train = _joined_parts([each.train for each in opened])
+    train = _joined_splits([each.train for each in opened])
     assert train is not None
-    return LabelledImages(
+    return LabeledImages(
         opened[0].class_names,
         train,
-        _joined_parts([each.validation for each in opened]),
-        _joined_parts([each.test for each in opened]),
+        _joined_splits([each.validation for each in opened]),
+        _joined_splits([each.test for each in opened]),
     )
 
 
-def with_validation(images: LabelledImages, fraction: float, seed: int) -> LabelledImages:
+def with_validation(images: LabeledImages, fraction: float, seed: int) -> LabeledImages:
     """The same with a validation part: where there is none, a seeded, stratified share of the training images."""
     if images.validation is not None:
         return images
-    kept, held_out = split_stratified(images.train.labels, fraction, seed, images.class_names)
+    kept, validation = split_stratified(images.train.labels, fraction, seed, images.class_names)
     logger.warning(
         "there is no validation part: %d of the %d training images are held out for it, %.0f%% of each class",
-        *(len(held_out), len(images.train), 100 * fraction),
+        *(len(validation), len(images.train), 100 * fraction),
     )
-    return replace(images, train=images.train.select(kept), validation=images.train.select(held_out))
+    return replace(images, train=images.train.select(kept), validation=images.train.select(validation))
 
 
 def split_stratified(
@@ -119,20 +119,20 @@ def split_stratified(
     """
     if not 0 < fraction < 1:
         raise ValueError(f"the held-out fraction is {fraction}, expected more than 0 and less than 1")
-    kept, held_out = [], []
+    kept, validation = [], []
     for label, positions in _by_class(labels, "split", seed):
         if len(positions) < 2:
             raise ValueError(
                 f"class {_name(label, class_names)} has one image, which cannot be both trained on and held out; "
                 "give it more images, remove it, or name a dataset with a validation part"
             )
-        num_held_out = min(max(1, round(fraction * len(positions))), len(positions) - 1)
-        held_out.append(positions[:num_held_out])
-        kept.append(positions[num_held_out:])
-    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(held_out))
+        num_validation_images = min(max(1, round(fraction * len(positions))), len(positions) - 1)
+        validation.append(positions[:num_validation_images])
+        kept.append(positions[num_validation_images:])
+    return np.sort(np.concatenate(kept)), np.sort(np.concatenate(validation))
 
 
-def labelled_subset(
+def labeled_subset(
     labels: np.ndarray,
     *,
     num_per_class: int | None = None,
@@ -165,18 +165,18 @@ def labelled_subset(
     return np.sort(np.concatenate(chosen))
 
 
-def write_subset(path: Path, part: LabelledPart, class_names: Sequence[str]) -> None:
+def write_subset(path: Path, part: LabeledSplit, class_names: Sequence[str]) -> None:
     """One line an image: its name, a tab, its class."""
     lines = [f"{part.name(i)}\t{class_names[label]}\n" for i, label in enumerate(part.labels.tolist())]
     path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")  # a file name need not be unicode
 
 
-def _open_one(dataset: str, label_column: str | None) -> LabelledImages:
+def _open_one(dataset: str, label_column: str | None) -> LabeledImages:
     names = split_names(dataset)
     if "train" not in names:
         raise ValueError(f"no split 'train' in {dataset}; it has: {', '.join(names)}")
     raw = {"train": raw_labels(open_source(dataset, "train"), label_column)}
-    for part, candidates in (("validation", _VALIDATION_NAMES), ("test", ("test",))):
+    for part, candidates in (("validation", _NAMES_WITHOUT_TEST), ("test", ("test",))):
         name = next((name for name in candidates if name in names), None)
         if name is not None:
             raw[part] = raw_labels(open_source(dataset, name), label_column)
@@ -185,7 +185,7 @@ def _open_one(dataset: str, label_column: str | None) -> LabelledImages:
         logger.warning("the %s part of %s has no labels, and is left aside", name, dataset)
         del raw[name]
     parts = {name: _part(name, labels, class_names) for name, labels in raw.items()}
-    return LabelledImages(class_names, parts["train"], parts.get("validation"), parts.get("test"))
+    return LabeledImages(class_names, parts["train"], parts.get("validation"), parts.get("test"))
 
 
 def _class_names(raw: dict[str, RawLabels], dataset: str) -> tuple[str, ...]:
@@ -216,7 +216,7 @@ def _class_names(raw: dict[str, RawLabels], dataset: str) -> tuple[str, ...]:
     return tuple(name for name in class_names if name in found)
 
 
-def _part(name: str, raw: RawLabels, class_names: tuple[str, ...]) -> LabelledPart:
+def _part(name: str, raw: RawLabels, class_names: tuple[str, ...]) -> LabeledSplit:
     number = {class_name: label for label, class_name in enumerate(class_names)}
     unknown = sorted(set(raw.values) - number.keys())
     if unknown:
@@ -230,15 +230,15 @@ def _part(name: str, raw: RawLabels, class_names: tuple[str, ...]) -> LabelledPa
         logger.warning("%d images of the %s part have no label, and are left aside", raw.num_missing, name)
     if absent:
         logger.warning("the %s part has no image of: %s", name, _listed(absent))
-    return LabelledPart(raw.source, raw.indices, np.array([number[value] for value in raw.values], np.int64))
+    return LabeledSplit(raw.source, raw.indices, np.array([number[value] for value in raw.values], np.int64))
 
 
-def _joined_parts(found: list[LabelledPart | None]) -> LabelledPart | None:
+def _joined_splits(found: list[LabeledSplit | None]) -> LabeledSplit | None:
     parts = [part for part in found if part is not None]
     if len(parts) < 2:
         return parts[0] if parts else None
     starts = np.cumsum([0, *(len(part.source) for part in parts[:-1])])
-    return LabelledPart(
+    return LabeledSplit(
         joined([part.source for part in parts]),
         np.concatenate([part.indices + start for part, start in zip(parts, starts, strict=True)]),
         np.concatenate([part.labels for part in parts]),
