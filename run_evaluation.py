@@ -53,7 +53,7 @@ def main(argv: list[str]) -> None:
         evaluate(arguments, encoder, preprocessor, argv)
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog=_WRITTEN_BY, description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", required=True, help="folder or Hub id of the encoder")
     dataset_help = "folder of class folders, Hub id, idx files or 'sample-fashion'; with --embed any images"
@@ -68,7 +68,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     parser.add_argument("--use_cpu", action="store_true", help="leave the GPU alone")
     parser.add_argument("--debug", action="store_true", help="show Python tracebacks of errors")
-    arguments = parser.parse_args([_with_underscores(word) for word in argv])
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    arguments = build_parser().parse_args([_with_underscores(word) for word in argv])
     if arguments.batch_size < 1:
         raise ValueError(f"--batch_size is {arguments.batch_size}, expected 1 or more")
     if arguments.embed and arguments.embed.suffix != ".parquet":
@@ -317,4 +321,4 @@ def _with_underscores(word: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, _WRITTEN_BY))
+    sys.exit(run(sys.argv[1:], main, build_parser))

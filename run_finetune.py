@@ -23,7 +23,7 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedMode
 
 from commands.arithmetic import Hardware
 from commands.finetune_plan import FinetunePlan, make_finetune_plan
-from commands.finetune_settings import load_finetune_settings, recipe_name
+from commands.finetune_settings import build_finetune_parser, load_finetune_settings, recipe_name
 from commands.hub_settings import open_repository
 from commands.launch import find_hardware, first_on_main, join, launcher, run, software_and_hardware
 from commands.memory import kept_bytes
@@ -392,4 +392,4 @@ def write_card(
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, "run_finetune.py"))
+    sys.exit(run(sys.argv[1:], main, build_finetune_parser))

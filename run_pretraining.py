@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from transformers import AutoModelForPreTraining, PreTrainedModel, TrainingArgum
 
 from commands.artifacts import Artifacts
 from commands.hub_settings import bring_back, build_hub_push, open_repository
-from commands.launch import find_hardware, first_on_main, join, printer, run
+from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
 from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
+from commands.parsing import build_parser
 from commands.plan import Plan, default_output_dir, make_plan
 from commands.settings import Settings, load_settings
 from data.augmentations import CenterCrop, Transform, TwoViews, random_crop
@@ -135,7 +137,8 @@ def open_evaluation(settings: Settings, state: PartialState) -> OnlineEvaluation
     opened: list[OnlineEvaluation] = []
     if (dataset := settings["eval_dataset"]) is not None:
         wanted = (settings.image_size, settings["num_channels"], settings["seed"], settings["eval_label_column"])
-        first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted)))
+        with set_by(label_column="eval_label_column"):
+            first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted)))
     return opened[0] if opened else None
 
 
@@ -289,4 +292,4 @@ def keep_tokens(trainer: MimTrainer) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, "run_pretraining.py"))
+    sys.exit(run(sys.argv[1:], main, partial(build_parser, CONFIGS)))

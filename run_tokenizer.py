@@ -24,7 +24,7 @@ from commands.memory import kept_bytes
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
 from commands.settings import Settings
 from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
-from commands.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
+from commands.tokenizer_settings import build_tokenizer_parser, load_tokenizer_settings, tokenizer_sizes
 from data.augmentations import CenterCrop, RandomResizedCrop, Transform, random_crop
 from data.images import PretrainingImages
 from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
@@ -259,4 +259,4 @@ def tokenizer_card(output_dir: Path, facts: dict[str, Any], eval_loss: float | N
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, "run_tokenizer.py"))
+    sys.exit(run(sys.argv[1:], main, build_tokenizer_parser))

@@ -4,6 +4,7 @@ Lowest first: defaults, recipes/finetune_<...>.yaml chosen by the encoder and th
 command line.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -170,13 +171,8 @@ def recipe_name(method: str | None, family: str, width: int) -> str:
     return f"finetune_{method}_vit-{'large' if width >= _LARGE else 'base'}"
 
 
-def load_finetune_settings(argv: Sequence[str], choose_recipe: Callable[[str], str]) -> Settings:
-    """Resolve the settings of a fine-tuning. `choose_recipe`: name of the encoder -> its `recipe_name`.
-
-    Raises:
-        SettingsError: an unknown flag, a value that cannot be, no such recipe, or neither model nor data named.
-    """
-    parser = make_parser(
+def build_finetune_parser() -> ArgumentParser:
+    return make_parser(
         _GROUPS,
         {},
         {**HELP_TEXTS, **_own_help_texts(), **_HELP_TEXTS},
@@ -185,6 +181,15 @@ def load_finetune_settings(argv: Sequence[str], choose_recipe: Callable[[str], s
         description="Fine-tune a pre-trained encoder on labeled images.",
         epilog=_EPILOG,
     )
+
+
+def load_finetune_settings(argv: Sequence[str], choose_recipe: Callable[[str], str]) -> Settings:
+    """Resolve the settings of a fine-tuning. `choose_recipe`: name of the encoder -> its `recipe_name`.
+
+    Raises:
+        SettingsError: an unknown flag, a value that cannot be, no such recipe, or neither model nor data named.
+    """
+    parser = build_finetune_parser()
     users = UsersLayers.read(parser, argv)
     defaults = {name: value for group in _GROUPS for name, value in vars(group()).items()}
     chosen = {**defaults, **users.values}

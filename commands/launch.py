@@ -2,8 +2,11 @@
 
 import os
 import platform
+import re
 import sys
-from collections.abc import Callable
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
@@ -15,14 +18,15 @@ from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 
 from commands.arithmetic import Hardware
+from commands.parsing import SettingsError
 from training.callbacks import duration
 from training.guard import NonFiniteError
 
 
-def run(argv: list[str], main: Callable[[list[str]], None], name: str) -> int:
-    """`main` with a user's mistakes told in one message instead of a traceback; returns the exit code.
+def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callable[[], ArgumentParser]) -> int:
+    """Run a command, reporting a user's mistake in one message instead of a traceback; returns the exit code.
 
-    `name` is that of the command.
+    Library code knows no flags: its messages name arguments, which become flags of the command's parser here.
     """
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     wants_traceback = "--debug" in argv
@@ -35,12 +39,36 @@ def run(argv: list[str], main: Callable[[list[str]], None], name: str) -> int:
         if wants_traceback:
             raise
         if os.environ.get("RANK", "0") == "0":
-            print(f"{name}: {error}", file=sys.stderr)
+            parser, message = build_parser(), str(error)
+            if not isinstance(error, SettingsError):  # which speaks of flags already, or of the lines of a recipe
+                message = with_flags(message, {action.dest: action.dest for action in parser._actions})
+            print(f"{parser.prog}: {message}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 3
     finally:
         if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads sometimes abort it
             torch.distributed.destroy_process_group()
     return 0
+
+
+def with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Replace names of arguments by the flags that set them.
+
+    A name counts if it is in backticks, or has an underscore and stands alone: "`model`" and "mask_ratio", but neither
+    "model", which may be an ordinary word, nor "mask_ratio.txt".
+    """
+    named = re.compile(r"`([a-z0-9_]+)`|(?<![-\w./'\"])([a-z0-9]+_[a-z0-9_]+)(?![-\w/'\"]|\.\w)")
+    return named.sub(
+        lambda match: f"--{flags[name]}" if (name := match[1] or match[2]) in flags else match[0], message
+    )
+
+
+@contextmanager
+def set_by(**flags: str) -> Iterator[None]:
+    """Name the flags that set arguments of another name: `set_by(label_column="eval_label_column")`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(with_flags(str(error), flags)) from error
 
 
 def join(use_cpu: bool) -> tuple[PartialState, Callable[[str], None]]:

@@ -3,6 +3,7 @@
 Lowest first: defaults, the preset's sizes, recipes/dvae.yaml, the recipe of --config, the command line.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -115,13 +116,8 @@ _RANGES = {
 }
 
 
-def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
-    """Resolve the settings of a tokenizer's run.
-
-    Raises:
-        SettingsError: an unknown flag, a value that cannot be, or no such recipe.
-    """
-    parser = make_parser(
+def build_tokenizer_parser() -> ArgumentParser:
+    return make_parser(
         _GROUPS,
         {"model": TOKENIZER_SIZES},
         {**HELP_TEXTS, **_HELP_TEXTS},
@@ -130,6 +126,15 @@ def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
         description="Train an image tokenizer (a discrete VAE) on unlabeled images.",
         epilog=_EPILOG,
     )
+
+
+def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
+    """Resolve the settings of a tokenizer's run.
+
+    Raises:
+        SettingsError: an unknown flag, a value that cannot be, or no such recipe.
+    """
+    parser = build_tokenizer_parser()
     users = UsersLayers.read(parser, argv)
     defaults = {name: value for group in _GROUPS for name, value in vars(group()).items()}
     model = {**defaults, **users.values}["model"]

@@ -66,7 +66,7 @@ def check_images(source: ImageSource, max_bad_fraction: float, num_threads: int)
     Raises: ValueError if no image can be read, or more than `max_bad_fraction` of them cannot.
     """
     if not 0 <= max_bad_fraction <= 1:
-        raise ValueError(f"--max_bad_fraction is {max_bad_fraction}, expected a share between 0 and 1")
+        raise ValueError(f"max_bad_fraction is {max_bad_fraction}, expected a share between 0 and 1")
     good: list[int] = []
     headers: list[Header] = []
     bad: list[tuple[str, str]] = []
@@ -129,11 +129,11 @@ def _too_many_bad(source: ImageSource, bad: list[tuple[str, str]], max_bad_fract
     if len(bad) < len(source):
         share = len(bad) / len(source)
         lines.append(
-            f"That is {share:.2%}, and --max_bad_fraction allows {max_bad_fraction:.2%}: remove or repair these "
-            f"files, or go on without them with --max_bad_fraction {np.ceil(share * 1000) / 1000:g}"
+            f"That is {share:.2%}, and max_bad_fraction allows {max_bad_fraction:.2%}: remove or repair these "
+            f"files, or go on without them with max_bad_fraction {np.ceil(share * 1000) / 1000:g}"
         )
     else:
-        lines.append("Not one image is left, so --max_bad_fraction cannot help: name a folder with readable images.")
+        lines.append("Not one image is left, so max_bad_fraction cannot help: name a folder with readable images.")
     return "\n".join(lines)
 
 

@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 
 # Names that the Hub's image data sets use; the first that exists is taken.
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target", "class_name", "label_name", "y")
-_FLAGS = "--label_column (beside --eval_dataset: --eval_label_column)"
 _WHOLE = ("int", "uint", "bool", "string", "large_string")
 
 
@@ -118,12 +117,12 @@ def _table_labels(source: TableSource, label_column: str | None) -> RawLabels:
 def _label_column(features: datasets.Features, title: str) -> str:
     declared = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(declared) > 1:
-        raise ValueError(f"{title} has several label columns: {', '.join(declared)}; say which with {_FLAGS}")
+        raise ValueError(f"{title} has several label columns: {', '.join(declared)}; choose one with label_column")
     named = [name for name in LABEL_COLUMNS if name in features]
     if not declared and not named:
         raise ValueError(
             f"no label column in {title}; its columns are {', '.join(features)}. Expected one of type ClassLabel, or "
-            f"with one of the names {', '.join(LABEL_COLUMNS)}; say which with {_FLAGS}"
+            f"with one of the names {', '.join(LABEL_COLUMNS)}; choose one with label_column"
         )
     return (declared or named)[0]
 

@@ -1,11 +1,14 @@
 """The pre-training command as the shell calls it, in this process."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import run_pretraining
 from commands.launch import run
+from commands.parsing import build_parser
+from modeling import CONFIGS
 
 
 def pretrain(argv: Sequence[str]) -> int:
     """Its exit code."""
-    return run(list(argv), run_pretraining.main, "run_pretraining.py")
+    return run(list(argv), run_pretraining.main, partial(build_parser, CONFIGS))

@@ -74,7 +74,7 @@ def test_class_folders__without_parts(clothes, tmp_path):
         np.testing.assert_array_equal(pixels(images.train, index), expected)
 
 
-@pytest.mark.parametrize("held_out", ["val", "validation"])
+@pytest.mark.parametrize("validation", ["val", "validation"])
 def test_class_folders__with_parts(clothes, tmp_path, validation):
     for part in ("train", validation, "test"):
         write_folders(clothes["train" if part == "train" else "test"], tmp_path / part)
@@ -148,7 +148,9 @@ def test_tables__of_several_label_columns_one_is_asked_for(clothes, tmp_path):
         values = [index % len(classes) for index in range(len(rows))]
         rows = rows.add_column(name, values, feature=datasets.ClassLabel(names=classes))
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="several label columns: coarse_label, fine_label; say which"):
+    with pytest.raises(
+        ValueError, match="several label columns: coarse_label, fine_label; choose one with label_column"
+    ):
         open_labeled(str(tmp_path))
     assert open_labeled(str(tmp_path), label_column="fine_label").class_names == ("c", "d", "e")
 

@@ -52,7 +52,7 @@ def labeled(tmp_path_factory) -> Path:
 
 
 def evaluate(*argv: object) -> int:
-    return run([str(word) for word in argv], run_evaluation.main, "run_evaluation.py")
+    return run([str(word) for word in argv], run_evaluation.main, run_evaluation.build_parser)
 
 
 def refusal(capsys, *argv: object) -> str:

@@ -19,7 +19,7 @@ from test_push import connect
 from transformers import AutoModelForImageClassification, ResNetConfig
 
 import run_finetune
-from commands.finetune_settings import load_finetune_settings
+from commands.finetune_settings import build_finetune_parser, load_finetune_settings
 from data.sources import BUNDLED
 from hub.export.native import export
 
@@ -52,7 +52,7 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
 def finetune(encoder: Path, dataset: Path | str, output_dir: Path, *argv: str, code: int = 0) -> Path:
     named = ["--model", str(encoder), "--dataset", str(dataset), "--output_dir", str(output_dir)]
     steps = [] if "--max_steps" in argv else ["--max_steps", "6"]
-    assert run_finetune.run([*named, *SHORT, *steps, *argv], run_finetune.main, "run_finetune.py") == code
+    assert run_finetune.run([*named, *SHORT, *steps, *argv], run_finetune.main, build_finetune_parser) == code
     return output_dir
 
 
@@ -228,7 +228,7 @@ def test_early_stopping__ends_after_evaluations_without_a_better_one(encoders, l
 
 
 def refusal(capsys, *argv: str) -> str:
-    assert run_finetune.run([*SHORT, *argv], run_finetune.main, "run_finetune.py") == 2
+    assert run_finetune.run([*SHORT, *argv], run_finetune.main, build_finetune_parser) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message
     return message

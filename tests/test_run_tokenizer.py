@@ -16,7 +16,7 @@ import run_tokenizer
 from commands.launch import has_accelerator, run
 from commands.settings import RECIPES
 from commands.tokenizer_plan import Hardware, make_tokenizer_plan
-from commands.tokenizer_settings import load_tokenizer_settings, tokenizer_sizes
+from commands.tokenizer_settings import build_tokenizer_parser, load_tokenizer_settings, tokenizer_sizes
 from modeling.dvae import DvaeConfig
 from training.targets import load_tokenizer, tokenizer_view
 
@@ -36,7 +36,7 @@ def few_tokens(monkeypatch):
 
 
 def train(*argv: str) -> int:
-    return run([*SMALL, *argv], run_tokenizer.main, "run_tokenizer.py")
+    return run([*SMALL, *argv], run_tokenizer.main, build_tokenizer_parser)
 
 
 def refusal(capsys, *argv: str) -> str:

@@ -267,7 +267,7 @@ def test_check_images__stops_when_too_many_are_bad(tmp_path: Path, photograph: b
     message = str(caught.value)
     assert message.count("not an image") == 10
     assert "and 2 more" in message
-    assert "--max_bad_fraction 0.6" in message
+    assert "with max_bad_fraction 0.6" in message
     assert len(check_images(source, 0.6, 2).good) == 8
 
 

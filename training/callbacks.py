@@ -203,5 +203,5 @@ class BadImagesLimit(TrainerCallback):
             examples = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:10])
             raise ValueError(
                 f"{len(bad)} of {self.num_images} images cannot be read ({examples}), listed in {self.file}: repair "
-                "or remove them, or allow more with --max_bad_fraction"
+                "or remove them, or allow more with max_bad_fraction"
             )
