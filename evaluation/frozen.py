@@ -16,7 +16,7 @@ from evaluation.attentive_probe import fit_attentive
 from evaluation.features import Features
 from evaluation.knn import Knn, fit_knn
 from evaluation.linear_probe import fit_linear, fit_logistic
-from evaluation.metrics import BalancedAccuracy, bootstrap_interval
+from evaluation.metrics import balanced_accuracy, bootstrap_interval
 from evaluation.quality import feature_std, rankme
 
 PROBES = {
@@ -157,7 +157,7 @@ def _pixels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 def _row(probe: str, kind: str, source: str, model: Any, features: Tensor, labels: Tensor, seed: int) -> Row:
     predictions, references = model(features).argmax(1).cpu().numpy(), labels.cpu().numpy()
     correct = predictions == references
-    balanced = BalancedAccuracy().compute(predictions=predictions, references=references)["balanced_accuracy"]
+    balanced = balanced_accuracy(predictions, references)
     if isinstance(model, Knn):
         chosen = {"k": model.k, "temperature": model.temperature}
     else:

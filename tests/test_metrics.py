@@ -8,9 +8,10 @@ from sklearn import metrics as sklearn_metrics
 
 from evaluation.confusion import draw_confusion_matrix
 from evaluation.metrics import (
-    Accuracy,
-    CalibrationError,
+    ClassificationMetric,
+    accuracy,
     bootstrap_interval,
+    calibration_error,
     classification_metrics,
     confusion_matrix,
     predictions_of,
@@ -58,9 +59,9 @@ def test_calibration_error__is_the_weighted_gap_of_fifteen_bins():
 
 def test_calibration_error__of_known_cases():
     def error(right: list[int], confidences: list[float]) -> float:
-        return CalibrationError().compute(predictions=right, references=[1] * len(right), confidences=confidences)[
-            "calibration_error"
-        ]
+        metric = ClassificationMetric(calibration_error)
+        inputs = {"predictions": right, "references": [1] * len(right), "confidences": confidences}
+        return metric.compute(**inputs)["calibration_error"]
 
     assert error([1, 1, 1, 0], [0.75] * 4) == pytest.approx(0)
     assert error([0, 0], [1.0, 1.0]) == pytest.approx(1)
@@ -73,7 +74,7 @@ def test_top5__is_left_out_where_it_could_not_be_wrong():
 
 def test_metrics__are_evaluate_s_own_kind_and_work_batch_by_batch_without_network():
     logits, labels = scores(100, 10)
-    metric = Accuracy()
+    metric = ClassificationMetric(accuracy)
     for start in range(0, 100, 30):
         chosen = slice(start, start + 30)
         metric.add_batch(predictions=logits[chosen].argmax(1), references=labels[chosen])
@@ -118,7 +119,7 @@ def test_interval__is_that_of_resampled_images(share, num_images):
 
 
 def test_interval__of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no image to resample"):
+    with pytest.raises(ValueError, match="no images to resample"):
         bootstrap_interval(np.array([]), seed=0)
 
 
