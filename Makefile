@@ -18,8 +18,8 @@ test:
 test-slow:
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
 
-# The same tests on the oldest supported transformers, in an environment of their own.
+# The same tests on the oldest supported libraries, in an environment of their own (about 5 GB with PyPI's torch for GPUs).
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet --requirement requirements-oldest.txt
-	HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4
+	.venv-oldest/bin/pip install --quiet -r requirements.txt -c constraints-oldest.txt pytest pytest-timeout pytest-xdist
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4
