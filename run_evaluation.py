@@ -28,7 +28,15 @@ from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_label
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
 from evaluation.features import FrozenEncoder, collect, open_encoder, untrained
-from evaluation.frozen import LOGISTIC_UP_TO, PROBES, TRAINED, UNTRAINED, Part, measure, quality
+from evaluation.frozen import (
+    LOGISTIC_UP_TO,
+    PROBES,
+    TRAINED,
+    UNTRAINED,
+    LabeledFeatures,
+    evaluate_probes,
+    measure_quality,
+)
 from evaluation.maps import feature_maps
 from evaluation.preprocessing import BATCH_SIZE, Batch, Preprocessor, batches
 from evaluation.report import write_report
@@ -146,17 +154,17 @@ def evaluate(
     encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, arguments.seed)}
     bad = BadImages(len(task.train) + len(task.test))
 
-    def part_of(images: LabeledSplit, what: str) -> Part:
+    def part_of(images: LabeledSplit, what: str) -> LabeledFeatures:
         stream = batches(images.source, images.indices, preprocessor, bad, arguments.batch_size)
         patches_of = TRAINED if "attentive" in probes else None
         found = collect(encoders, shown(stream, len(images), what), preprocessor, patches_of)
         positions, features, pictures = found
-        return Part(features, pictures, torch.from_numpy(images.labels[positions]))
+        return LabeledFeatures(features, pictures, torch.from_numpy(images.labels[positions]))
 
     train, test = part_of(task.train, "training images"), part_of(task.test, "test images")
     bad.check()
-    rows, headline = measure(train, test, len(task.class_names), probes, arguments.seed, encoder.device)
-    unlabeled = quality(test, arguments.seed)
+    rows, headline = evaluate_probes(train, test, len(task.class_names), probes, arguments.seed, encoder.device)
+    unlabeled = measure_quality(test, arguments.seed)
 
     output_dir.mkdir(parents=True, exist_ok=True)
     pixel_values = torch.cat(
@@ -199,8 +207,8 @@ def evaluate(
         quality=unlabeled,
         labels=test.labels.numpy(),
         class_names=task.class_names,
-        picture=maps,
-        picture_text=maps_text,
+        figure=maps,
+        figure_text=maps_text,
         facts=facts,
         command=command,
     )

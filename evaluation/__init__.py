@@ -1,1 +1,1 @@
-"""What was learned: pictures and measurements of a pre-trained encoder."""
+"""Evaluation of pre-trained encoders: metrics on frozen features, figures and a report."""

@@ -1,10 +1,10 @@
-"""A probe that chooses where to look: learned queries attend to frozen patches, a linear layer reads what they found.
+"""Attentive probe: learned queries pool the frozen patch features, and a linear layer classifies the result.
 
 Paper: El-Nouby et al. 2024 (AIM), arXiv:2401.08541, Sec. 3.2: cross-attention pooling in front of a linear layer, on
-normalized patches. Features of masked image modeling are local, and their mean drowns what one patch knows.
-Differs: one query for each head, and no key and value projections: one folds into the query, the other into the linear
-layer, which gives the same functions at a fraction of the cost.
-Shapes: N training images, B of a batch, P patches, D width, K classes, A heads.
+normalized patches. Features of masked image modeling are local, so averaging the patches loses information.
+Differs: one query per head, without key and value projections. Merged into the query and the linear layer, they give
+the same functions at a fraction of the cost.
+Shapes: N training images, B batch size, P patches, D feature dimension, K classes, A heads.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.seeds import seeded_generator
-from evaluation.folds import folds_to_choose_on
+from evaluation.folds import validation_folds
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 _DEFAULT_LEARNING_RATE = 1e-2
@@ -24,25 +24,25 @@ _EPS = 1e-6
 
 
 class AttentivePooling(nn.Module):
-    """(B, P, D) -> (B, K)."""
+    """Attention pooling and a linear classifier: (B, P, D) -> (B, K)."""
 
     def __init__(self, mean: Tensor, scale: Tensor, num_classes: int, generator: torch.Generator) -> None:
         super().__init__()
         width = len(mean)
         self.mean, self.scale = mean, scale  # (D,)
-        # Small: it begins near the mean of the patches. Not zero: equal queries would stay equal.
+        # Small, to start near the mean of the patches, but not zero: identical queries would stay identical.
         queries = 0.1 * torch.randn(width, max(1, width // _HEAD_WIDTH), generator=generator)
         self.queries = nn.Parameter(queries.to(mean.device))  # (D, A)
         self.weight = nn.Parameter(mean.new_zeros(self.queries.shape[1] * width, num_classes))
         self.bias = nn.Parameter(mean.new_zeros(num_classes))
 
     def attention(self, patches: Tensor) -> Tensor:
-        """(B, P, D) -> (B, A, P), each row of which sums to 1."""
+        """Return the attention weights (B, A, P) of patches (B, P, D); they sum to 1 over the patches."""
         return (self._normalized(patches) @ self.queries / math.sqrt(patches.shape[2])).softmax(1).transpose(1, 2)
 
     def forward(self, patches: Tensor) -> Tensor:
-        found = self.attention(patches) @ self._normalized(patches)  # (B, A, D)
-        return found.flatten(1) @ self.weight + self.bias
+        pooled = self.attention(patches) @ self._normalized(patches)  # (B, A, D)
+        return pooled.flatten(1) @ self.weight + self.bias
 
     def _normalized(self, patches: Tensor) -> Tensor:
         return (patches.float() - self.mean) * self.scale
@@ -50,31 +50,30 @@ class AttentivePooling(nn.Module):
 
 @dataclass(frozen=True)
 class AttentiveClassifier:
-    """A trained probe, and the learning rate that was chosen for it."""
+    """A trained probe with the learning rate that was selected and its accuracy on the validation fold."""
 
     pooling: AttentivePooling
     setting: float
-    chosen_at: float | None
+    validation_accuracy: float | None
 
     @torch.no_grad()
     def __call__(self, patches: Tensor) -> Tensor:
-        """(N, P, D) -> logits (N, K)."""
+        """Return the logits (N, K) of patches (N, P, D)."""
         return torch.cat([self.pooling(part) for part in patches.split(_BATCH_SIZE)])
 
 
 def fit_attentive(patches: Tensor, labels: Tensor, num_classes: int, seed: int) -> AttentiveClassifier:
-    """The probe with the learning rate that does best on a part of the training patches (N, P, D)."""
-    folds = folds_to_choose_on(labels, seed)[:1]
-    setting, chosen_at = _DEFAULT_LEARNING_RATE, None
-    for fitted_on, judged_on in folds:
+    """Train a probe on patches (N, P, D) with the learning rate that is best on a validation fold of them."""
+    setting, validation_accuracy = _DEFAULT_LEARNING_RATE, None
+    for train, validation in validation_folds(labels, seed)[:1]:
         scores = {}
         for learning_rate in LEARNING_RATES:
-            trained = _train(patches[fitted_on], labels[fitted_on], num_classes, learning_rate, seed)
-            logits = AttentiveClassifier(trained, learning_rate, None)(patches[judged_on])
-            scores[learning_rate] = (logits.argmax(1) == labels[judged_on]).float().mean().item()
+            pooling = _train(patches[train], labels[train], num_classes, learning_rate, seed)
+            logits = AttentiveClassifier(pooling, learning_rate, None)(patches[validation])
+            scores[learning_rate] = (logits.argmax(1) == labels[validation]).float().mean().item()
         setting = max(scores, key=lambda rate: scores[rate])
-        chosen_at = scores[setting]
-    return AttentiveClassifier(_train(patches, labels, num_classes, setting, seed), setting, chosen_at)
+        validation_accuracy = scores[setting]
+    return AttentiveClassifier(_train(patches, labels, num_classes, setting, seed), setting, validation_accuracy)
 
 
 def _train(patches: Tensor, labels: Tensor, num_classes: int, learning_rate: float, seed: int) -> AttentivePooling:
@@ -97,7 +96,7 @@ def _train(patches: Tensor, labels: Tensor, num_classes: int, learning_rate: flo
 
 
 def _statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / deviation of each channel (D,), summed image by image: half precision would overflow."""
+    """Return the mean and 1 / std of each channel (D,), summed in float32 because half precision would overflow."""
     count = patches.shape[0] * patches.shape[1]
     mean = torch.stack([part.float().sum((0, 1)) for part in patches.split(1024)]).sum(0) / count
     squares = torch.stack([(part.float() - mean).square().sum((0, 1)) for part in patches.split(1024)]).sum(0)

@@ -1,4 +1,4 @@
-"""The picture of a confusion matrix: which classes are taken for which.
+"""Plot of a confusion matrix.
 
 Shapes: K classes.
 """
@@ -15,35 +15,39 @@ _MAX_CLASSES_WITH_NUMBERS = 25
 _MAX_CLASSES_WITH_NAMES = 60
 _MAX_NAME_LENGTH = 24
 _INCHES_PER_CLASS = 0.42
-_DARK_FROM = 0.55  # share of a row above which the cell is too dark for dark ink
+_DARK_FROM = 0.55  # row share above which text is white
 
 
 def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: Path, title: str = "") -> None:
-    """Write a PNG of counts (K, K), rows the true classes; colors are shares of a row, so that rare classes show."""
+    """Write a PNG of counts (K, K) with true classes as rows; colors are row shares, to make rare classes visible.
+
+    Raises:
+        ValueError: If the shape of `matrix` does not match the class names.
+    """
     num_classes = len(class_names)
     if matrix.shape != (num_classes, num_classes):
         raise ValueError(
-            f"the confusion matrix is {matrix.shape}, expected both sides to be the {num_classes} classes"
+            f"the confusion matrix has shape {matrix.shape}, expected {(num_classes, num_classes)} for the class names"
         )
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)  # (K, K)
     side = min(max(num_classes * _INCHES_PER_CLASS, 3.0), 12.0)
-    figure = Figure(figsize=(side + 2.4, side + 1.6), dpi=120, layout="constrained")  # room for names and color bar
+    figure = Figure(figsize=(side + 2.4, side + 1.6), dpi=120, layout="constrained")  # for names and color bar
     axes = figure.subplots()
-    picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
         _write_counts(axes, matrix, shares)
     _name_classes(axes, class_names)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    bar = figure.colorbar(picture, ax=axes, shrink=0.7, format=PercentFormatter(1, decimals=0))
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1, decimals=0))
     bar.set_label("share of the true class's images")
     figure.savefig(path, format="png")
 
 
 def _write_counts(axes: Axes, matrix: np.ndarray, shares: np.ndarray) -> None:
     for (row, column), count in np.ndenumerate(matrix):
-        if count:  # zeros would only hide the others
-            ink = "white" if shares[row, column] > _DARK_FROM else "#1a1a1a"
-            axes.text(column, row, f"{count:,}", ha="center", va="center", color=ink, fontsize=8)
+        if count:  # zeros would distract
+            color = "white" if shares[row, column] > _DARK_FROM else "#1a1a1a"
+            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
@@ -52,7 +56,7 @@ def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:
         axes.set_yticks([])
         return
     names = [name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 1]}…" for name in class_names]
-    places = np.arange(len(names))
-    axes.set_xticks(places, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
-    axes.set_yticks(places, names, fontsize=8)
+    positions = np.arange(len(names))
+    axes.set_xticks(positions, names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(positions, names, fontsize=8)
     axes.tick_params(length=0)

@@ -1,6 +1,6 @@
-"""Features of many images into a parquet file, a batch at a time.
+"""Export of image features to a Parquet file.
 
-Shapes: B images, h w patches, D width.
+Shapes: B batch size, h, w rows and columns of patches, D feature dimension.
 """
 
 import os
@@ -20,37 +20,38 @@ from evaluation.preprocessing import Batch
 def write_embeddings(
     path: Path, encoder: FrozenEncoder, images: Iterable[Batch], source: ImageSource, with_patches: bool
 ) -> int:
-    """A row for each image: `name`, `class_token` where there is one, `mean`, and `patches` (h * w * D, row-major).
+    """Write one row per image: `name`, `class_token` if there is one, `mean`, and `patches` (h * w * D, row-major).
 
-    The grid of patches (rows, columns) is in the file's metadata. Returns the number of rows; there is no file, or the
-    old one, until all are written.
+    The patch grid (h, w) is stored in the file's metadata. `path` is replaced once all rows are written.
+
+    Returns:
+        The number of rows.
 
     Raises:
-        ValueError: not one image can be read.
+        ValueError: If no image can be read.
     """
-    scratch = path.with_name(path.name + ".part")
+    partial = path.with_name(path.name + ".part")
     writer, num_rows = None, 0
     try:
         for batch in images:
             tokens = encoder(batch.pixel_values)
             columns = {"name": pa.array([source.name(position) for position in batch.positions])}
             columns |= {name: _as_lists(value) for name, value in _columns(tokens, with_patches).items()}
-            rows, columns_of_patches = tokens.patches.shape[1:3]
-            grid = {b"patches": f"{rows} x {columns_of_patches}".encode()}
-            table = pa.table(columns).replace_schema_metadata(grid)
+            height, width = tokens.patches.shape[1:3]
+            table = pa.table(columns).replace_schema_metadata({b"patches": f"{height} x {width}".encode()})
             if writer is None:
-                writer = pq.ParquetWriter(scratch, table.schema, compression="zstd")
+                writer = pq.ParquetWriter(partial, table.schema, compression="zstd")
             writer.write_table(table)
             num_rows += len(table)
     except BaseException:
-        scratch.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
     finally:
         if writer is not None:
             writer.close()
     if not num_rows:
-        raise ValueError(f"none of the images of {source.describe()} can be read")
-    os.replace(scratch, path)
+        raise ValueError(f"no image of {source.describe()} can be read")
+    os.replace(partial, path)
     return num_rows
 
 
@@ -60,6 +61,6 @@ def _columns(tokens: Tokens, with_patches: bool) -> dict[str, Tensor]:
 
 
 def _as_lists(values: Tensor) -> pa.Array:
-    """(B, n) -> B lists of n float32."""
+    """Return values (B, n) as an array of B lists of n float32."""
     flat = np.ascontiguousarray(values.cpu().numpy(), dtype=np.float32).reshape(-1)
     return pa.FixedSizeListArray.from_arrays(pa.array(flat), values.shape[1])

@@ -1,6 +1,7 @@
-"""Frozen features of any encoder that `AutoModel` opens: its class token, the mean of its patches, or both.
+"""Frozen features of any encoder that `AutoModel` loads: its class token, the mean of its patches, or both.
 
-Shapes: B images of a batch, N of a part, C channels, H W pixels, h w patches, D width, T tokens.
+Shapes: B batch size, N images, C channels, H, W height and width in pixels, h, w rows and columns of patches,
+P = h * w patches, D feature dimension, T tokens.
 """
 
 import copy
@@ -21,16 +22,16 @@ from data.seeds import seeded_generator
 from evaluation.preprocessing import Batch, Preprocessor, open_preprocessor
 
 CLASS_TOKEN, MEAN, BOTH = "class token", "mean of patches", "class token and mean"
-_MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens in front of the patches
-_MAX_PIXEL_SIDE = 32  # of the pictures whose raw pixels are compared
-_OF_A_POOLER = "pooler."
+_MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
+_THUMBNAIL_SIZE = 32
+_POOLER_PREFIX = "pooler."
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What an encoder says of a batch. `class_token` (B, D) is None for encoders that have none."""
+    """Encoder outputs for a batch."""
 
-    class_token: Tensor | None
+    class_token: Tensor | None  # (B, D); None if the encoder has none
     patches: Tensor  # (B, h, w, D)
 
     @property
@@ -39,7 +40,7 @@ class Tokens:
 
 
 class FrozenEncoder:
-    """(B, C, H, W) -> Tokens, without gradients, and as in evaluation whatever state the model is in."""
+    """An encoder that maps pixels (B, C, H, W) to `Tokens`, without gradients and always in evaluation mode."""
 
     model: Any
 
@@ -52,16 +53,17 @@ class FrozenEncoder:
         return self.split(self.outputs(pixel_values).last_hidden_state, pixel_values.shape[2:])
 
     @torch.no_grad()
-    def outputs(self, pixel_values: Tensor, **wanted: Any) -> Any:
+    def outputs(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Return the model's own outputs; `kwargs` go to its forward method."""
         size = getattr(self.config, "image_size", None)
         expected = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
         if self._interpolates and tuple(pixel_values.shape[2:]) != expected:
-            wanted["interpolate_pos_encoding"] = True
+            kwargs["interpolate_pos_encoding"] = True
         with evaluating(self.model):
-            return self.model(pixel_values=pixel_values.to(self.device), **wanted)
+            return self.model(pixel_values=pixel_values.to(self.device), **kwargs)
 
     def split(self, hidden: Tensor, image_size: Iterable[int]) -> Tokens:
-        """(B, T, D) of a transformer or (B, D, h, w) of a convolutional network."""
+        """Split hidden states, (B, T, D) of a transformer or (B, D, h, w) of a convolutional network."""
         if hidden.ndim == 4:
             return Tokens(None, hidden.permute(0, 2, 3, 1).float())
         num_extra, (rows, columns) = self._layout(hidden.shape[1], *image_size)
@@ -69,7 +71,7 @@ class FrozenEncoder:
         return Tokens(hidden[:, 0].float() if num_extra else None, patches)
 
     def _layout(self, num_tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
-        """Tokens in front of the patches, and rows and columns of patches; stages may have merged patches by twos."""
+        """Return the number of tokens before the patches and the patch grid; stages may have merged 2 x 2 patches."""
         patch = getattr(self.config, "patch_size", 1)
         patch_height, patch_width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
         for times in (1, 2, 4, 8, 16, 32):
@@ -78,14 +80,14 @@ class FrozenEncoder:
             if 0 <= num_extra <= (_MAX_EXTRA_TOKENS if times == 1 else 0):
                 return num_extra, grid
         raise ValueError(
-            f"a {self.config.model_type} gives {num_tokens} tokens for an image of {height} x {width} pixels, which "
-            f"is no grid of patches of {patch_height} x {patch_width}; expected an encoder with a grid of features"
+            f"{self.config.model_type} returns {num_tokens} tokens for an image of {height} x {width} pixels, which "
+            f"are not a grid of {patch_height} x {patch_width} patches; expected an encoder with a grid of features"
         )
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout and drop path off, and afterwards each module as it was."""
+    """Put all modules into evaluation mode, and restore the mode of each one afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -97,31 +99,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def open_encoder(name: str, device: torch.device | str = "cpu") -> tuple[FrozenEncoder, Preprocessor]:
-    """The encoder that a folder or a Hub id holds, and its image processor.
+    """Load an encoder and its image processor from a folder or the Hub.
 
-    A stock ViTMAE is opened as a ViT: its own class hides random patches in evaluation too. Of a whole model of ours
-    the encoder is taken; its class must be registered.
+    A ViTMAE checkpoint is loaded as a ViT, because `ViTMAEModel` masks random patches in evaluation mode too. For a
+    pre-training model of this repository, whose class must be registered, the exported encoder is returned.
 
     Raises:
-        ValueError: nothing there can be opened as an encoder of images, or weights are missing.
+        ValueError: If there is no loadable image encoder, or some of its weights are missing.
     """
     config = _open_config(name)
     if hasattr(config, "vision_config") or hasattr(config, "text_config"):
-        raise ValueError(f"model {name!r} is a {config.model_type}, which is not an encoder of images alone")
+        raise ValueError(f"model {name!r} is a {config.model_type}, expected an encoder for images only")
     try:
         model, missing = _load(name, config.model_type)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name!r} cannot be opened: {str(error).partition(chr(10))[0]}") from None
-    if lacking := sorted(key for key in missing if not key.startswith(_OF_A_POOLER)):
+        raise ValueError(f"model {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
+    if random := sorted(key for key in missing if not key.startswith(_POOLER_PREFIX)):
         raise ValueError(
-            f"model {name!r} lacks {len(lacking)} of its weights ({', '.join(lacking[:3])}...), which would be random"
+            f"model {name!r}: {len(random)} weights are missing ({', '.join(random[:3])}...) and would be random"
         )
     preprocessor = open_preprocessor(name, getattr(model.config, "num_channels", 3))
     return FrozenEncoder(model.to(device), model.config), preprocessor
 
 
 def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
-    """The same architecture with weights as transformers draws them."""
+    """Return the same architecture with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeded_generator(seed, "untrained").initial_seed())
         model = type(encoder.model)(copy.deepcopy(encoder.config))
@@ -130,18 +132,18 @@ def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
 
 @dataclass(frozen=True)
 class Features:
-    """Of N images: `by_kind` has (N, D) for each kind that the encoder gives, `patches` (N, P, D) if asked for."""
+    """Features of N images."""
 
-    by_kind: dict[str, Tensor]
-    patches: Tensor | None
+    by_kind: dict[str, Tensor]  # (N, D) for each kind of features that the encoder has
+    patches: Tensor | None  # (N, P, D), half precision, if requested
 
 
-def small_pictures(batch: Tensor) -> Tensor:
-    """(B, C, H, W) -> the same, or averaged to at most 32 x 32 pixels."""
-    height, width = batch.shape[2:]
-    shrink = max(1.0, max(height, width) / _MAX_PIXEL_SIDE)
-    size = max(1, round(height / shrink)), max(1, round(width / shrink))
-    return F.adaptive_avg_pool2d(batch, size) if shrink > 1 else batch
+def thumbnails(images: Tensor) -> Tensor:
+    """Downsample images (B, C, H, W) to at most 32 x 32 pixels."""
+    height, width = images.shape[2:]
+    factor = max(1.0, max(height, width) / _THUMBNAIL_SIZE)
+    size = max(1, round(height / factor)), max(1, round(width / factor))
+    return F.adaptive_avg_pool2d(images, size) if factor > 1 else images
 
 
 def collect(
@@ -150,36 +152,40 @@ def collect(
     preprocessor: Preprocessor,
     patches_of: str | None = None,
 ) -> tuple[list[int], dict[str, Features], Tensor]:
-    """One pass over the images: their positions, the features of each encoder, and small pictures (N, C, h, w).
+    """Compute the features of each encoder in one pass over the images.
 
-    `patches_of`: name of the encoder whose patches are kept too, in half precision.
+    Args:
+        patches_of: Name of the encoder whose patches are kept as well.
+
+    Returns:
+        The positions of the readable images, the features by encoder, and thumbnails (N, C, h, w).
     """
     positions: list[int] = []
-    parts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in encoders}
+    batches: dict[str, list[dict[str, Tensor]]] = {name: [] for name in encoders}
     patches: list[Tensor] = []
-    pictures: list[Tensor] = []
+    small: list[Tensor] = []
     for batch in images:
         positions += batch.positions
-        pictures.append(small_pictures(preprocessor.colors(batch.pixel_values)))
+        small.append(thumbnails(preprocessor.unnormalize(batch.pixel_values)))
         for name, encoder in encoders.items():
             tokens = encoder(batch.pixel_values)
-            parts[name].append({kind: value.cpu() for kind, value in kinds_of(tokens).items()})
+            batches[name].append({kind: value.cpu() for kind, value in kinds_of(tokens).items()})
             if name == patches_of:
                 patches.append(tokens.patches.flatten(1, 2).half().cpu())
     if not positions:
         raise ValueError("none of the images can be read")
     features = {
         name: Features(
-            {kind: torch.cat([part[kind] for part in of_one]) for kind in of_one[0]},
+            {kind: torch.cat([one[kind] for one in of_encoder]) for kind in of_encoder[0]},
             torch.cat(patches) if name == patches_of else None,
         )
-        for name, of_one in parts.items()
+        for name, of_encoder in batches.items()
     }
-    return positions, features, torch.cat(pictures)
+    return positions, features, torch.cat(small)
 
 
 def kinds_of(tokens: Tokens) -> dict[str, Tensor]:
-    """(B, D) of each kind."""
+    """Return the features (B, D) by kind."""
     mean = tokens.mean
     if tokens.class_token is None:
         return {MEAN: mean}
@@ -187,15 +193,15 @@ def kinds_of(tokens: Tokens) -> dict[str, Tensor]:
 
 
 def _load(name: str, model_type: str) -> tuple[Any, set[str]]:
-    """The encoder, and the names of weights that the file lacks."""
-    opener: Any = AutoModel
-    settings: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
+    """Load the encoder; returns it with the names of weights that are missing in the checkpoint."""
+    model_class: Any = AutoModel
+    kwargs: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
     if model_type == "vit_mae":
-        opener, settings["add_pooling_layer"] = ViTModel, False
+        model_class, kwargs["add_pooling_layer"] = ViTModel, False
     elif model_type.startswith("mim_"):
-        opener = AutoModelForPreTraining
-    model, info = opener.from_pretrained(name, **settings)
-    return model.encoder if opener is AutoModelForPreTraining else model, info["missing_keys"]
+        model_class = AutoModelForPreTraining
+    model, info = model_class.from_pretrained(name, **kwargs)
+    return model.encoder if model_class is AutoModelForPreTraining else model, info["missing_keys"]
 
 
 def _open_config(name: str) -> PreTrainedConfig:
@@ -203,6 +209,6 @@ def _open_config(name: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"model {name!r} is neither a folder with an encoder nor a model of the Hub: expected the output folder "
+            f"model {name!r} is neither a folder with an encoder nor a model on the Hub: expected the output folder "
             f"of a finished run, or a Hub id ({str(error).partition(chr(10))[0]})"
         ) from None

@@ -1,10 +1,10 @@
-"""The table of what simple classifiers read from frozen features, with raw pixels and an untrained encoder beside it.
+"""Accuracy of simple classifiers on frozen features, compared with raw pixels and an untrained encoder.
 
-Everything is chosen on the training images: the settings of each classifier, and which row is the headline.
-Shapes: N training images, Q test images, D width, P patches, K classes.
+Everything is selected on the training images: the hyperparameters of each classifier, and which row is the headline.
+Shapes: N images, Q test images, C channels, h, w height and width in pixels, D feature dimension, K classes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ PROBES = {
     "logistic": "logistic regression",
     "attentive": "attentive probe",
 }
-LOGISTIC_UP_TO = 10_000  # training images: L-BFGS takes all of them at once
+LOGISTIC_UP_TO = 10_000  # training images: L-BFGS uses all of them in each step
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
 _FITS: dict[str, Callable[..., Any]] = {
     "knn": fit_knn,
@@ -37,15 +37,15 @@ _FITS: dict[str, Callable[..., Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One classifier on one kind of features. `correct` bool (Q,), `predictions` int (Q,)."""
+    """One classifier on one kind of features."""
 
     probe: str
     features: str
-    source: str  # TRAINED, or what it is compared with
+    source: str  # TRAINED, or the reference UNTRAINED or PIXELS
     chosen: dict[str, float]
-    chosen_at: float | None
-    correct: np.ndarray
-    predictions: np.ndarray
+    validation_accuracy: float | None
+    correct: np.ndarray  # bool (Q,)
+    predictions: np.ndarray  # int (Q,)
     interval: tuple[float, float]
     balanced_accuracy: float
 
@@ -71,96 +71,98 @@ class Row:
             "probe": self.probe,
             "features": PIXELS if self.source == PIXELS else self.features,
             "chosen": self.chosen,
-            "accuracy_where_chosen": self.chosen_at,
+            "accuracy_where_chosen": self.validation_accuracy,
         }
 
 
 @dataclass(frozen=True)
-class Part:
-    """Of the same N images: features by source (TRAINED, UNTRAINED), pictures (N, C, h, w) and labels int64 (N,)."""
+class LabeledFeatures:
+    """Features of the N labeled images of a split."""
 
-    features: Mapping[str, Features]
-    pictures: Tensor
-    labels: Tensor
+    features: Mapping[str, Features]  # by source, TRAINED or UNTRAINED
+    thumbnails: Tensor  # (N, C, h, w)
+    labels: Tensor  # int64 (N,)
 
 
-def measure(
-    train: Part,
-    test: Part,
+def evaluate_probes(
+    train: LabeledFeatures,
+    test: LabeledFeatures,
     num_classes: int,
     probes: Sequence[str],
     seed: int,
     device: torch.device | str = "cpu",
     log: Callable[[str], None] = print,
 ) -> tuple[list[Row], Row]:
-    """Every row, those of the trained encoder first, and the headline: the best one by the training images.
+    """Fit the probes on `train` and evaluate them on `test`.
 
-    `say` hears of each row as it is done, on `device`.
+    Returns:
+        All rows, those of the trained encoder first, and the headline: the row that is best on the training images.
     """
     probes = [probe for probe in probes if probe != "logistic" or len(train.labels) <= LOGISTIC_UP_TO]
     rows: list[Row] = []
 
-    def add(probe: str, kind: str, source: str, fitted_on: Tensor, judged_on: Tensor) -> None:
-        model = _FITS[probe](fitted_on.to(device), train.labels.to(device), num_classes, seed)
-        rows.append(_row(probe, kind, source, model, judged_on.to(device), test.labels, seed))
+    def add(probe: str, kind: str, source: str, train_features: Tensor, test_features: Tensor) -> None:
+        classifier = _FITS[probe](train_features.to(device), train.labels.to(device), num_classes, seed)
+        rows.append(_row(probe, kind, source, classifier, test_features.to(device), test.labels, seed))
         log(f"{rows[-1].name}: {rows[-1].accuracy:.1%}")
 
-    of_train, of_test = train.features[TRAINED], test.features[TRAINED]
-    for kind in of_train.by_kind:
-        for probe in probes:
-            if probe != "attentive":
-                add(probe, kind, TRAINED, of_train.by_kind[kind], of_test.by_kind[kind])
+    def best(candidates: Iterable[Row]) -> Row:
+        return max(candidates, key=lambda row: row.validation_accuracy or 0)
+
+    pooled_probes = [probe for probe in probes if probe != "attentive"]
+    train_features, test_features = train.features[TRAINED], test.features[TRAINED]
+    for kind in train_features.by_kind:
+        for probe in pooled_probes:
+            add(probe, kind, TRAINED, train_features.by_kind[kind], test_features.by_kind[kind])
     if "attentive" in probes:
-        assert of_train.patches is not None
-        assert of_test.patches is not None
-        add("attentive", "patches", TRAINED, of_train.patches, of_test.patches)
-    headline = max(rows, key=lambda row: row.chosen_at or 0)
-    for probe in probes:
-        if probe == "attentive":
-            continue
-        kind = max((row for row in rows if row.probe == probe), key=lambda row: row.chosen_at or 0).features
+        assert train_features.patches is not None
+        assert test_features.patches is not None
+        add("attentive", "patches", TRAINED, train_features.patches, test_features.patches)
+    headline = best(rows)
+    for probe in pooled_probes:
+        kind = best(row for row in rows if row.probe == probe).features
         if UNTRAINED in train.features:
-            sides = (part.features[UNTRAINED].by_kind[kind] for part in (train, test))
-            add(probe, kind, UNTRAINED, *sides)
+            add(probe, kind, UNTRAINED, *(split.features[UNTRAINED].by_kind[kind] for split in (train, test)))
         if probe != "linear" or "logistic" not in probes:
-            add(probe, "", PIXELS, *_pixels(train.pictures, test.pictures))
+            add(probe, "", PIXELS, *_pixels(train.thumbnails, test.thumbnails))
     order = (TRAINED, UNTRAINED, PIXELS)
     return sorted(rows, key=lambda row: order.index(row.source)), headline
 
 
-def quality(test: Part, seed: int) -> list[dict[str, Any]]:
-    """What needs no label, for each kind of features of the trained encoder."""
+def measure_quality(test: LabeledFeatures, seed: int) -> list[dict[str, Any]]:
+    """Measure each kind of features of the trained encoder without labels; returns entries of metrics.json."""
     entries = []
     for kind, features in test.features[TRAINED].by_kind.items():
         of = {"n": len(features), "features": kind, "width": features.shape[1], "reference": False}
         entries.append({"name": f"RankMe, {kind}", "metric": "effective rank", "value": rankme(features, seed), **of})
-        deviation = feature_std(features)
-        entries.append({"name": f"feature deviation, {kind}", "metric": "deviation", "value": deviation, **of})
+        std = feature_std(features)
+        entries.append({"name": f"feature std, {kind}", "metric": "standard deviation", "value": std, **of})
     return entries
 
 
 def difference(row: Row, other: Row) -> tuple[float, tuple[float, float]]:
-    """How much more accurate `row` is than `other` on the same images, and the 95 % interval of that."""
-    gain = row.correct.astype(np.float64) - other.correct  # (Q,) in -1, 0, 1
+    """Return the paired difference in accuracy of `row` and `other`, with its 95 % confidence interval."""
+    gain = row.correct.astype(np.float64) - other.correct  # (Q,), each -1, 0 or 1
     half = 1.96 * gain.std() / np.sqrt(len(gain))
     return float(gain.mean()), (float(gain.mean() - half), float(gain.mean() + half))
 
 
 def _pixels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, C, h, w) -> (N, D), less each channel's training mean, as encoders get them; of equal channels one."""
-    if all((part == part[:, :1]).all() for part in (train, test)):
+    """Subtract the training mean of each channel from (N, C, h, w) and flatten; of equal channels, keep one."""
+    if all((images == images[:, :1]).all() for images in (train, test)):
         train, test = train[:, :1], test[:, :1]
     mean = train.mean((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
     return (train - mean).flatten(1), (test - mean).flatten(1)
 
 
-def _row(probe: str, kind: str, source: str, model: Any, features: Tensor, labels: Tensor, seed: int) -> Row:
-    predictions, references = model(features).argmax(1).cpu().numpy(), labels.cpu().numpy()
+def _row(probe: str, kind: str, source: str, classifier: Any, features: Tensor, labels: Tensor, seed: int) -> Row:
+    predictions, references = classifier(features).argmax(1).cpu().numpy(), labels.cpu().numpy()
     correct = predictions == references
-    balanced = balanced_accuracy(predictions, references)
-    if isinstance(model, Knn):
-        chosen = {"k": model.k, "temperature": model.temperature}
+    if isinstance(classifier, Knn):
+        chosen = {"k": classifier.k, "temperature": classifier.temperature}
     else:
-        chosen = {"C" if probe == "logistic" else "learning_rate": model.setting}
-    interval = bootstrap_interval(correct, seed)
-    return Row(probe, kind, source, chosen, model.chosen_at, correct, predictions, interval, balanced)
+        chosen = {"C" if probe == "logistic" else "learning_rate": classifier.setting}
+    return Row(
+        probe, kind, source, chosen, classifier.validation_accuracy, correct, predictions,
+        interval=bootstrap_interval(correct, seed), balanced_accuracy=balanced_accuracy(predictions, references),
+    )  # fmt: skip

@@ -1,7 +1,8 @@
-"""Pictures of what an encoder looks at: where its class token attends, and the main components of its patches.
+"""Feature maps of an encoder: the attention of its class token, and the principal components of its patches.
 
-The second is the picture of Oquab et al. 2023 (DINOv2), arXiv:2304.07193, Fig. 1, but keeps the backgrounds.
-Shapes: B images, C channels, H W pixels, h w patches, D width, T tokens, A heads.
+Paper: Oquab et al. 2023 (DINOv2), arXiv:2304.07193, Fig. 1, for the components; backgrounds are kept here.
+Shapes: B images, C channels, H, W height and width in pixels, h, w rows and columns of patches, D feature dimension,
+T tokens, A heads.
 """
 
 import torch
@@ -14,34 +15,35 @@ from evaluation.features import FrozenEncoder
 from evaluation.pictures import labeled_grid
 from evaluation.preprocessing import Preprocessor
 
-ATTENTION = "class token's attention, last block"
-COMPONENTS = "main three components of the patches, as colors"
+ATTENTION = "attention of the class token, last block"
+COMPONENTS = "first three principal components of the patches, as colors"
 
 
 def feature_maps(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: Tensor) -> tuple[Image.Image, str]:
-    """A row for each of a few images (B, C, H, W), and what its columns are, in words.
+    """Draw the input, the class token's attention (if there is one) and the components of images (B, C, H, W).
 
-    The image, what the class token attends to where there is one, and the components.
+    Returns:
+        The figure with one row per image, and a description of its columns.
     """
     size = (pixel_values.shape[2], pixel_values.shape[3])
-    views = {"input": preprocessor.colors(pixel_values).expand(-1, 3, -1, -1)}
+    views = {"input": preprocessor.unnormalize(pixel_values).expand(-1, 3, -1, -1)}
     attention = class_attention(encoder, pixel_values)
     if attention is not None:
         views[ATTENTION] = _enlarged(_colored(attention), size)
     views[COMPONENTS] = _enlarged(principal_colors(encoder(pixel_values).patches), size)
-    footer = f"{len(pixel_values)} test images; like colors: like features"
+    footer = f"{len(pixel_values)} test images; similar colors: similar features"
     if attention is not None:
-        footer += "; bright: more attention"
+        footer += "; brighter: more attention"
     return labeled_grid(views, footer), f"From left to right: {'; '.join(views)}. {footer}."
 
 
 def class_attention(encoder: FrozenEncoder, pixel_values: Tensor) -> Tensor | None:
-    """(B, h, w): how much the class token attends to each patch in the last block, mean of the heads, largest 1."""
+    """Return the class token's attention (B, h, w) in the last block, averaged over heads, with maximum 1."""
     tokens = encoder(pixel_values)
     if tokens.class_token is None:
         return None
     implementation = encoder.config._attn_implementation
-    encoder.model.set_attn_implementation("eager")  # the others never hold the attention as numbers
+    encoder.model.set_attn_implementation("eager")  # other implementations do not return attentions
     try:
         attention = encoder.outputs(pixel_values, output_attentions=True).attentions[-1]  # (B, A, T, T)
     finally:
@@ -52,20 +54,20 @@ def class_attention(encoder: FrozenEncoder, pixel_values: Tensor) -> Tensor | No
 
 
 def principal_colors(patches: Tensor) -> Tensor:
-    """(B, h, w, D) -> (B, 3, h, w) in [0, 1]: three directions in which the patches of these images differ most."""
+    """Return the first three principal components of patches (B, h, w, D) as colors (B, 3, h, w) in [0, 1]."""
     flat = patches.flatten(0, 2).double().cpu()
     flat = flat - flat.mean(0)
     directions = torch.linalg.svd(flat, full_matrices=False).Vh[:3]  # (3, D)
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    values = flat @ (directions * largest.sign()).T  # (B*h*w, 3); a direction's sign is arbitrary, so fix it
+    values = flat @ (directions * largest.sign()).T  # (B*h*w, 3); signs are arbitrary, so fix them
     low, high = values.quantile(0.01, dim=0), values.quantile(0.99, dim=0)
     colors = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
-    colors = F.pad(colors, (0, 3 - colors.shape[1]), value=0.5)  # fewer patches or channels than three
+    colors = F.pad(colors, (0, 3 - colors.shape[1]), value=0.5)  # if there are fewer than three
     return colors.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
 
 def _colored(values: Tensor) -> Tensor:
-    """(B, h, w) in [0, 1] -> (B, 3, h, w)."""
+    """Map values (B, h, w) in [0, 1] to colors (B, 3, h, w)."""
     return torch.from_numpy(colormaps["viridis"](values.numpy())[..., :3]).permute(0, 3, 1, 2).float()
 
 

@@ -1,6 +1,6 @@
-"""Encoded images to what an encoder's own image processor makes of them, in batches and ahead of the device.
+"""Batches of images, decoded and prepared by an encoder's own image processor in background threads.
 
-Shapes: B images, C channels, H W pixels.
+Shapes: B batch size, C channels, H, W height and width in pixels.
 """
 
 import os
@@ -25,56 +25,56 @@ BATCH_SIZE = 64
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Encoded images -> (B, C, H, W) float32, by an image processor of transformers."""
+    """Decode images and apply an image processor of transformers; returns (B, C, H, W) float32."""
 
     processor: Any
     num_channels: int
 
     def __call__(self, data: Sequence[bytes | Path]) -> Tensor:
-        pictures: list[Any] = [decode(each, self.num_channels) for each in data]
+        images: list[Any] = [decode(each, self.num_channels) for each in data]
         layout = {}
-        if self.num_channels == 1:  # processors take a picture without channels for one of several
-            pictures = [np.asarray(picture)[None] for picture in pictures]
+        if self.num_channels == 1:  # processors would take an image without a channel axis for a batch
+            images = [np.asarray(image)[None] for image in images]
             layout = {"input_data_format": "channels_first"}
-        return self.processor(pictures, return_tensors="pt", **layout)["pixel_values"]
+        return self.processor(images, return_tensors="pt", **layout)["pixel_values"]
 
-    def colors(self, pixel_values: Tensor) -> Tensor:
-        """The same pixels (B, C, H, W) in [0, 1], before they were standardized."""
+    def unnormalize(self, pixel_values: Tensor) -> Tensor:
+        """Undo the standardization of pixels (B, C, H, W); returns values in [0, 1]."""
         if not getattr(self.processor, "do_normalize", False):
             return pixel_values.clamp(0, 1)
         mean, std = (
-            torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.processor.image_mean, self.processor.image_std)
+            torch.tensor(values).view(-1, 1, 1) for values in (self.processor.image_mean, self.processor.image_std)
         )
         return (pixel_values * std + mean).clamp(0, 1)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Which of the images asked for these are, and their pixels (B, C, H, W)."""
+    """Prepared images."""
 
-    positions: list[int]
-    pixel_values: Tensor
+    positions: list[int]  # of each image among the requested ones
+    pixel_values: Tensor  # (B, C, H, W)
 
 
 def open_preprocessor(name: str, num_channels: int) -> Preprocessor:
-    """The image processor of a model, in its Pillow version, which needs no torchvision.
+    """Load the image processor of a model in its Pillow version, which does not need torchvision.
 
     Raises:
-        ValueError: there is none, or it has no such version.
+        ValueError: If there is no image processor, or it has no Pillow version.
     """
     try:
         settings, _ = BaseImageProcessor.get_image_processor_dict(name)
     except OSError:
         raise ValueError(
-            f"model {name!r} has no preprocessor_config.json, which says how its images are resized and standardized; "
-            "save its image processor beside it, or name the output folder of a finished run"
+            f"model {name!r} has no preprocessor_config.json, which defines how images are resized and standardized; "
+            "save its image processor in the same folder, or use the output folder of a finished run"
         ) from None
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViTImageProcessor"
     kind = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     processor = getattr(transformers, f"{kind}Pil", None)
     if processor is None:
         raise ValueError(
-            f"model {name!r} wants the image processor {kind}, of which transformers has no Pillow version"
+            f"model {name!r} needs the image processor {kind}, which has no Pillow version in transformers"
         )
     return Preprocessor(processor.from_dict(settings), num_channels)
 
@@ -86,9 +86,10 @@ def batches(
     on_bad: Callable[[str, str], None],
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Batch]:
-    """The images `indices` of `source` in order, prepared by threads; `on_bad(name, reason)` hears of those left out.
+    """Yield the images `indices` of `source` in order, prepared by threads.
 
-    The positions in a batch count in `indices`.
+    Args:
+        on_bad: Called with the name of each image that cannot be read, and the reason; the image is skipped.
     """
 
     def prepare(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:

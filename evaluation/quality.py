@@ -1,7 +1,7 @@
-"""How good features are without any label: how many directions they use, and whether they differ between images.
+"""Label-free measures of feature quality: effective rank, and spread over the images.
 
 Papers: Garrido et al. 2023 (RankMe), arXiv:2210.02885, Eq. 1; Chen and He 2020 (SimSiam), arXiv:2011.10566, Sec. 4.1.
-Shapes: N images, D width.
+Shapes: N images, D feature dimension.
 """
 
 import torch
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 from data.seeds import seeded_generator
 
-_MAX_IMAGES = 25_600  # as many as Garrido et al. take
+_MAX_IMAGES = 25_600  # as in Garrido et al.
 _EPS = 1e-7
 
 
 def rankme(features: Tensor, seed: int = 0) -> float:
-    """Effective rank of (N, D): the exponential of the entropy of the singular values, from 1 to min(N, D)."""
+    """Return the effective rank of features (N, D), exp(entropy of the singular values), from 1 to min(N, D)."""
     if len(features) > _MAX_IMAGES:
         chosen = torch.randperm(len(features), generator=seeded_generator(seed, "rankme"))[:_MAX_IMAGES]
         features = features[chosen.to(features.device)]
@@ -25,5 +25,5 @@ def rankme(features: Tensor, seed: int = 0) -> float:
 
 
 def feature_std(features: Tensor) -> float:
-    """Deviation of normalized features (N, D), times the root of D: 0 if all images look alike, 1 if spread evenly."""
+    """Return the std of normalized features (N, D) times sqrt(D): 0 if they collapsed, 1 if they spread evenly."""
     return float(F.normalize(features.float(), dim=1).std(dim=0, correction=0).mean() * features.shape[1] ** 0.5)

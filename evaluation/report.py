@@ -1,4 +1,4 @@
-"""One page about an encoder's frozen features: `report.html`, which stands alone and is readable on a phone.
+"""HTML report of an evaluation of frozen features: a single file without external resources.
 
 Shapes: Q test images, K classes.
 """
@@ -18,7 +18,7 @@ from evaluation.metrics import confusion_matrix
 
 _TEMPLATE = Path(__file__).parent / "report_template.html"
 _MAX_CLASSES = 20
-_GROUPS = {TRAINED: "This encoder", UNTRAINED: "The same architecture, untrained", PIXELS: "No encoder: raw pixels"}
+_GROUPS = {TRAINED: "This encoder", UNTRAINED: "Same architecture, untrained", PIXELS: "Raw pixels, no encoder"}
 
 
 def write_report(
@@ -31,50 +31,50 @@ def write_report(
     quality: Sequence[Mapping[str, Any]],
     labels: np.ndarray,
     class_names: Sequence[str],
-    picture: Image.Image | None,
-    picture_text: str,
+    figure: Image.Image,
+    figure_text: str,
     facts: Mapping[str, Any],
     command: str,
 ) -> None:
-    """Write the page.
+    """Render the report to `path`.
 
     Args:
-        labels: of the test images (Q,).
-        quality: entries of `evaluation.frozen.quality`.
-        picture_text: what `picture` shows; its own letters are too small for a phone.
-        facts: what else a reader wants to know of how it was measured.
+        quality: The entries of `evaluation.frozen.measure_quality`.
+        labels: Labels of the test images (Q,).
+        figure_text: Description of `figure`, whose text is too small on a phone.
+        facts: Further information about how the evaluation was done.
     """
     environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    weakest, num_left_out = by_class(headline, labels, class_names)
+    classes, num_omitted = accuracy_by_class(headline, labels, class_names)
     groups = [
         {
             "title": title,
             "reference": source != TRAINED,
-            "rows": [_shown(row) for row in rows if row.source == source],
+            "rows": [_format_row(row) for row in rows if row.source == source],
         }
         for source, title in _GROUPS.items()
     ]
     page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         model=model,
         data=data,
-        headline=_shown(headline),
+        headline=_format_row(headline),
         comparisons=comparisons(rows, headline),
         groups=groups,
-        chance=_percent_number(np.bincount(labels).max() / len(labels)),
+        majority=_percent(np.bincount(labels).max() / len(labels)),
         quality=_quality_table(quality),
-        classes=weakest,
-        classes_left_out=num_left_out,
-        picture=_as_base64(picture) if picture is not None else None,
-        picture_text=picture_text,
+        classes=classes,
+        num_omitted_classes=num_omitted,
+        figure=_as_base64(figure),
+        figure_text=figure_text,
         facts=[(name, str(value)) for name, value in facts.items()],
-        chosen=[_choice(row) for row in rows],
+        selected=[_format_selection(row) for row in rows],
         command=command,
     )
     path.write_text(page, encoding="utf-8")
 
 
 def comparisons(rows: Sequence[Row], headline: Row) -> list[str]:
-    """A sentence for each kind of reference: the best row of it against the headline, on the same images."""
+    """Compare the headline with the best row of each kind of reference, in one sentence each."""
     sentences = []
     for source, name in ((PIXELS, "raw pixels"), (UNTRAINED, "the untrained encoder")):
         of_source = [row for row in rows if row.source == source]
@@ -84,73 +84,73 @@ def comparisons(rows: Sequence[Row], headline: Row) -> list[str]:
         gain, (low, high) = difference(headline, best)
         points = f"{abs(100 * gain):.1f} points"
         bounds = f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "\N{MINUS SIGN}")
-        span = f"95 % interval of the difference on these images: {bounds}"
+        span = f"95 % confidence interval of the paired difference: {bounds}"
         if low <= 0 <= high:
-            verdict = f"Not told apart from {name} ({best.name}, {best.accuracy:.1%})"
+            verdict = f"Not significantly different from {name} ({best.name}, {best.accuracy:.1%})"
         else:
             verdict = f"{points} {'better' if gain > 0 else 'worse'} than {name} ({best.name}, {best.accuracy:.1%})"
         sentences.append(f"{verdict}; {span}.")
     return sentences
 
 
-def by_class(row: Row, labels: np.ndarray, class_names: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
-    """Accuracy of each class, weakest first, and how many of the strongest are left out."""
+def accuracy_by_class(row: Row, labels: np.ndarray, class_names: Sequence[str]) -> tuple[list[dict[str, Any]], int]:
+    """Return the accuracy of each class, lowest first, and how many of the best classes are omitted."""
     matrix = confusion_matrix(labels, row.predictions, len(class_names))  # (K, K)
     present = np.flatnonzero(matrix.sum(1))
     accuracy = matrix.diagonal()[present] / matrix.sum(1)[present]
     order = present[np.argsort(accuracy, kind="stable")]
-    shown = []
+    entries = []
     for label in order[:_MAX_CLASSES]:
         mistakes = matrix[label] * (np.arange(len(class_names)) != label)
         share = matrix[label, label] / matrix[label].sum()
-        shown.append(
+        entries.append(
             {
                 "name": class_names[label],
                 "percent": f"{share:.0%}",
-                "width": _percent_number(share),
+                "width": _percent(share),
                 "n": int(matrix[label].sum()),
-                "taken_for": class_names[mistakes.argmax()] if mistakes.any() else None,
+                "confused_with": class_names[mistakes.argmax()] if mistakes.any() else None,
             }
         )
-    return shown, len(order) - len(shown)
+    return entries, len(order) - len(entries)
 
 
-def _shown(row: Row) -> dict[str, Any]:
+def _format_row(row: Row) -> dict[str, Any]:
     low, high = row.interval
     return {
         "name": row.name,
         "n": f"{len(row.correct):,}",
         "percent": f"{row.accuracy:.1%}",
         "interval": f"{100 * low:.1f}\N{EN DASH}{100 * high:.1f}",
-        "width": _percent_number(row.accuracy),
-        "low": _percent_number(low),
-        "span": _percent_number(high - low),
+        "width": _percent(row.accuracy),
+        "low": _percent(low),
+        "span": _percent(high - low),
     }
 
 
-def _choice(row: Row) -> dict[str, str]:
+def _format_selection(row: Row) -> dict[str, str | None]:
     return {
         "name": row.name,
         "setting": ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in row.chosen.items()),
-        "at": "too few labels" if row.chosen_at is None else f"{row.chosen_at:.1%}",
+        "accuracy": None if row.validation_accuracy is None else f"{row.validation_accuracy:.1%}",
         "balanced": f"{row.balanced_accuracy:.1%}",
     }
 
 
 def _quality_table(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    kinds: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     for entry in entries:
-        shown = kinds.setdefault(entry["features"], {"features": entry["features"], "width": entry["width"]})
+        row = rows.setdefault(entry["features"], {"features": entry["features"], "width": entry["width"]})
         is_rank = entry["metric"] == "effective rank"
-        shown["rankme" if is_rank else "deviation"] = f"{entry['value']:.1f}" if is_rank else f"{entry['value']:.2f}"
-    return list(kinds.values())
+        row["rankme" if is_rank else "std"] = f"{entry['value']:.1f}" if is_rank else f"{entry['value']:.2f}"
+    return list(rows.values())
 
 
-def _percent_number(share: float) -> str:
+def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def _as_base64(picture: Image.Image) -> str:
+def _as_base64(image: Image.Image) -> str:
     stream = BytesIO()
-    picture.save(stream, "PNG", optimize=True)
+    image.save(stream, "PNG", optimize=True)
     return base64.b64encode(stream.getvalue()).decode()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
-from evaluation.features import BOTH, CLASS_TOKEN, MEAN, collect, open_encoder, small_pictures, untrained
+from evaluation.features import BOTH, CLASS_TOKEN, MEAN, collect, open_encoder, thumbnails, untrained
 from evaluation.maps import class_attention, feature_maps, principal_colors
 from evaluation.preprocessing import batches
 from hub.export.native import export
@@ -158,7 +158,7 @@ def test_open_encoder__says_what_is_wrong(tmp_path, folders):
     with pytest.raises(ValueError, match=r"no preprocessor_config\.json"):
         open_encoder(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"\0" * 100)
-    with pytest.raises(ValueError, match="cannot be opened"):
+    with pytest.raises(ValueError, match="cannot be loaded"):
         open_encoder(str(tmp_path))
 
 
@@ -200,9 +200,9 @@ def test_batches__leave_out_what_cannot_be_read_and_keep_the_order(tmp_path, fol
 
 def test_small_pictures__are_averaged_from_large_ones():
     batch = torch.arange(2 * 3 * 64 * 32, dtype=torch.float32).view(2, 3, 64, 32)
-    assert small_pictures(batch).shape == (2, 3, 32, 16)
-    assert torch.equal(small_pictures(batch)[:, :, 0, 0], batch[:, :, :2, :2].mean((2, 3)))
-    assert torch.equal(small_pictures(batch[:, :, :20, :20]), batch[:, :, :20, :20])
+    assert thumbnails(batch).shape == (2, 3, 32, 16)
+    assert torch.equal(thumbnails(batch)[:, :, 0, 0], batch[:, :, :2, :2].mean((2, 3)))
+    assert torch.equal(thumbnails(batch[:, :, :20, :20]), batch[:, :, :20, :20])
 
 
 # ---- the features in a file ----
@@ -238,7 +238,7 @@ def test_write_embeddings__a_failure_leaves_the_old_file(tmp_path, folders):
 
     with pytest.raises(RuntimeError, match="the disk"):
         write_embeddings(file, encoder, failing(), source, False)
-    with pytest.raises(ValueError, match="none of the images"):
+    with pytest.raises(ValueError, match="no image of"):
         write_embeddings(file, encoder, iter(()), source, False)
     assert file.read_text() == "old"
 

@@ -33,17 +33,17 @@ def test_fit_knn__chooses_many_neighbors_where_labels_are_noisy_and_one_where_th
     centers = torch.randn(4, 16, generator=generator)
     labels = torch.arange(400) % 4
     features = centers[labels] + 0.05 * torch.randn(400, 16, generator=generator)
-    assert fit_knn(features, labels, 4, seed=0).chosen_at == 1.0
+    assert fit_knn(features, labels, 4, seed=0).validation_accuracy == 1.0
     noisy = torch.where(
         torch.rand(400, generator=generator) < 0.4, torch.randint(4, (400,), generator=generator), labels
     )
     fitted = fit_knn(features, noisy, 4, seed=0)
     assert fitted.k >= 20
-    assert fitted.chosen_at < 0.8
+    assert fitted.validation_accuracy < 0.8
     assert (fitted(centers).argmax(1) == torch.arange(4)).all()
 
 
 def test_fit_knn__one_image_a_class_leaves_nothing_to_choose():
     fitted = fit_knn(torch.eye(3), torch.arange(3), 3, seed=0)
-    assert (fitted.k, fitted.chosen_at) == (1, None)
+    assert (fitted.k, fitted.validation_accuracy) == (1, None)
     assert torch.equal(fitted(torch.eye(3)).argmax(1), torch.arange(3))

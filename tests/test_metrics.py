@@ -139,7 +139,7 @@ def test_picture__is_drawn_for_any_number_of_classes(num_classes, tmp_path):
         assert min(picture.size) > 400
         assert max(picture.size) < 2000
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
-    with pytest.raises(ValueError, match="expected both sides to be"):
+    with pytest.raises(ValueError, match="for the class names"):
         draw_confusion_matrix(matrix, names[1:], tmp_path / "confusion.png")
 
 

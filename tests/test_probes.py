@@ -8,7 +8,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from evaluation.attentive_probe import fit_attentive
-from evaluation.folds import folds_to_choose_on
+from evaluation.folds import validation_folds
 from evaluation.linear_probe import (
     _statistics,
     fit_linear,
@@ -85,7 +85,7 @@ def test_probes__one_image_a_class_and_a_rate_that_diverges(fit):
     features, labels = fashion_pixels("train", 200)
     first = torch.stack([(labels == label).nonzero()[0, 0] for label in range(10)])
     few = fit(features[first], labels[first], 10, seed=0)
-    assert few.chosen_at is None
+    assert few.validation_accuracy is None
     assert accuracy(few, features[first], labels[first]) == 1
     huge = fit(features, labels, 10, seed=0)
     assert torch.isfinite(huge(features)).all()
@@ -93,14 +93,14 @@ def test_probes__one_image_a_class_and_a_rate_that_diverges(fit):
 
 def test_folds__cover_each_image_once_and_keep_every_class_to_fit_on():
     labels = torch.tensor([0] * 10 + [1] * 3 + [2])
-    folds = folds_to_choose_on(labels, seed=0)
+    folds = validation_folds(labels, seed=0)
     judged = torch.cat([judged_on for _, judged_on in folds])
     assert sorted(judged.tolist()) == list(range(13))  # the only image of class 2 is never judged
     for fitted_on, judged_on in folds:
         assert set(labels[fitted_on].tolist()) == {0, 1, 2}
         assert not set(fitted_on.tolist()) & set(judged_on.tolist())
-    assert folds_to_choose_on(torch.arange(4), seed=0) == []
-    assert len(folds_to_choose_on(torch.arange(2500) % 5, seed=0)) == 1
+    assert validation_folds(torch.arange(4), seed=0) == []
+    assert len(validation_folds(torch.arange(2500) % 5, seed=0)) == 1
 
 
 def test_attentive__finds_the_one_patch_that_tells_and_the_mean_does_not():

@@ -19,7 +19,7 @@ from evaluation.features import collect, open_encoder
 from evaluation.frozen import Row, difference
 from evaluation.knn import fit_knn
 from evaluation.preprocessing import batches
-from evaluation.report import by_class, comparisons
+from evaluation.report import accuracy_by_class, comparisons
 from hub.export.native import export
 
 FASHION = ROOT / "data" / "samples" / "fashion_mnist"
@@ -99,7 +99,7 @@ def test_evaluation__metrics_hold_every_row_with_its_interval(finished):
     assert metrics["num_train"] == 18
     names = {row["name"] for row in metrics["results"]}
     assert "RankMe, mean of patches" in names
-    assert "feature deviation, class token" in names
+    assert "feature std, class token" in names
 
 
 def test_evaluation__the_report_stands_alone_and_shows_the_rows(finished):
@@ -202,7 +202,7 @@ def test_evaluation__says_what_is_wrong(encoder, labeled, tmp_path, capsys):
     assert "did you mean --labels_per_class" in refusal(
         capsys, "--model", encoder, "--dataset", labeled, "--label_per_class", 3
     )
-    assert "neither a folder" in refusal(capsys, "--model", tmp_path, "--dataset", labeled)
+    assert "neither a folder with an encoder" in refusal(capsys, "--model", tmp_path, "--dataset", labeled)
     one = labeled / "train" / "Bag"
     assert "directly in" in refusal(capsys, "--model", encoder, "--dataset", one)
     asked = refusal(capsys, "--model", encoder, "--dataset", labeled, "--labels_per_class", 13)
@@ -223,7 +223,13 @@ def test_evaluation__other_programs_results_are_not_overwritten(encoder, labeled
 
 
 def row_of(correct: np.ndarray, source: str = "trained", **changes) -> Row:
-    settings = {"probe": "knn", "features": "mean of patches", "source": source, "chosen": {"k": 5}, "chosen_at": 0.5}
+    settings = {
+        "probe": "knn",
+        "features": "mean of patches",
+        "source": source,
+        "chosen": {"k": 5},
+        "validation_accuracy": 0.5,
+    }
     predictions = changes.pop("predictions", np.zeros(len(correct), np.int64))
     return Row(**settings, correct=correct, predictions=predictions, interval=(0.4, 0.6), balanced_accuracy=0.5)
 
@@ -238,7 +244,7 @@ def test_difference__is_paired_and_so_sees_more_than_two_intervals():
     assert sentences[0].startswith("2.0 points better than raw pixels (kNN, raw pixels, 68.0%)")
     mixed = np.random.default_rng(0).permutation(better)
     same = comparisons([row_of(mixed, "untrained")], row_of(better))
-    assert same[0].startswith("Not told apart from the untrained encoder")
+    assert same[0].startswith("Not significantly different from the untrained encoder")
 
 
 def test_by_class__the_weakest_first_with_what_it_is_taken_for():
@@ -246,6 +252,8 @@ def test_by_class__the_weakest_first_with_what_it_is_taken_for():
     predictions = labels.copy()
     shirts = np.flatnonzero(labels == 6)
     predictions[shirts[::2]] = 0
-    shown, num_left_out = by_class(row_of(predictions == labels, predictions=predictions), labels, list("abcdefghij"))
-    assert (shown[0]["name"], shown[0]["taken_for"], num_left_out) == ("g", "a", 0)
-    assert shown[1]["taken_for"] is None
+    shown, num_left_out = accuracy_by_class(
+        row_of(predictions == labels, predictions=predictions), labels, list("abcdefghij")
+    )
+    assert (shown[0]["name"], shown[0]["confused_with"], num_left_out) == ("g", "a", 0)
+    assert shown[1]["confused_with"] is None
