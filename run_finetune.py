@@ -37,16 +37,15 @@ from commands.output_folder import (
     prepare_output_dir,
 )
 from commands.settings import Settings
+from data.augmentations import single_view
 from data.classification import (
     CROP_SHARE,
-    ClassificationImages,
     EvalView,
-    StackedImages,
-    collate_classification,
     eval_view,
     train_view,
 )
-from data.images import count_bad_images
+from data.collators import stack_items
+from data.images import ImageDataset, StackedImages, count_bad_images
 from data.labeled import LabeledSplit, write_subset
 from data.labeled_splits import LabeledSplits, open_labeled_splits
 from data.randaugment import RandAugment
@@ -251,9 +250,11 @@ def build_trainer(
     trainer = FinetuneTrainer(
         model=classifier,
         args=arguments,
-        train_dataset=ClassificationImages(images.train, view, 3, settings["seed"], True, bad_images),
+        train_dataset=ImageDataset(
+            images.train, single_view(view, 3), seed=settings["seed"], train=True, bad_images_file=bad_images
+        ),
         eval_dataset=None if images.validation is None else evaluated(images.validation, settings, bad_images),
-        data_collator=collate_classification,
+        data_collator=stack_items,
         compute_metrics=lambda outputs: classification_metrics(outputs.predictions, outputs.label_ids),
         mixing=Mixing(
             num_classes,
@@ -263,12 +264,11 @@ def build_trainer(
             erasing_prob=settings["erasing"],
             seed=settings["seed"],
         ),
+        layer_decay=settings["layer_decay"],
+        ema_decay=settings["ema_decay"],
         class_weights=balanced_weights(images.train.labels) if settings["class_weights"] == "balanced" else None,
         **stats,
     )
-    trainer.layer_decay = settings["layer_decay"]
-    if settings["ema_decay"]:
-        trainer.keep_average(settings["ema_decay"])
     show_progress(trainer, bad_images, parts.bad, settings["max_bad_fraction"], _SHORTER)
     if settings["early_stopping_patience"]:
         trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
@@ -277,9 +277,10 @@ def build_trainer(
     return trainer
 
 
-def evaluated(part: LabeledSplit, settings: Settings, bad_images: Path) -> ClassificationImages | StackedImages:
+def evaluated(part: LabeledSplit, settings: Settings, bad_images: Path) -> ImageDataset | StackedImages:
     """A part as the image processor of the result will show it; kept in memory where it is small."""
-    images = ClassificationImages(part, evaluation_view(settings), 3, settings["seed"], bad_images_file=bad_images)
+    transform = single_view(evaluation_view(settings), 3)
+    images = ImageDataset(part, transform, seed=settings["seed"], bad_images_file=bad_images)
     if len(images) * 3 * settings["image_size"] ** 2 > _MOST_KEPT_BYTES:
         return images
     return StackedImages(images, num_threads=min(8, os.cpu_count() or 1))

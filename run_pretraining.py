@@ -4,10 +4,8 @@ Settings -> images -> plan -> Trainer -> two artifacts: the root of the output f
 `AutoModel.from_pretrained` opens, its `pretraining/` the whole model. `--help` lists the flags.
 """
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from transformers import AutoModelForPreTraining, PreTrainedModel, TrainingArguments, set_seed
+from transformers import AutoModelForPreTraining, TrainingArguments, set_seed
 
 from commands.artifacts import Artifacts
 from commands.hub_settings import bring_back, build_hub_push, open_repository
@@ -25,14 +23,14 @@ from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, log
 from commands.parsing import build_parser
 from commands.plan import Plan, default_output_dir, make_plan
 from commands.settings import Settings, load_settings
-from data.augmentations import CenterCrop, Transform, TwoViews, random_crop
+from commands.targets import open_targets
+from data.augmentations import CenterCrop, Crop, CropView, OtherSize, Views, random_crop, single_view
 from data.collators import MaskingCollator
-from data.images import PretrainingImages, measure_image_stats
+from data.images import ImageDataset, Samples, SamplesWithTargets, SourceSamples, Transform, measure_image_stats
 from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
-from data.sources import ImageSource
 from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import summary as features_in_words
-from evaluation.panels import pixel_panel_drawer, token_panel_drawer
+from evaluation.panels import panel_drawer
 from evaluation.pictures import panel_indices
 from hub.export.native import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
@@ -41,9 +39,8 @@ from modeling import CONFIGS, MODELS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import show_panels, show_progress
 from training.online_evaluation import EvaluateOnline
-from training.targets import CHOICES as TOKENIZER_CHOICES
-from training.targets import TokenizerLabels, load_tokenizer, tokenizer_view
-from training.token_cache import cached_tokens
+from training.targets import Targets
+from training.token_cache import cached_targets
 from training.trainer import MimTrainer
 
 WRITTEN_LAST = f"{PRETRAINING}/config.json"  # of a finished run
@@ -54,10 +51,11 @@ def main(argv: list[str]) -> None:
     settings = load_settings(argv, CONFIGS, starting_point)
     state, log = join(settings["use_cpu"])
     repository = open_repository(settings)
-    tokenizer = open_tokenizer(settings)
+    grid = patch_grid(settings.image_size, settings["patch_size"])
+    targets = open_targets(settings, MODELS[settings["method"]], grid)
     flags = {name: settings[name] for name in ("validation_fraction", "max_bad_fraction", "seed")}
     parts = first_on_main(state, lambda: open_pretraining_splits(settings["dataset"], **flags))
-    config = model_config(settings, parts, tokenizer)
+    config = model_config(settings, parts, targets)
     collator = build_collator(settings, config)
     blank = without_weights(config)
     numbers = (len(parts.train), len(parts.validation), blank.num_parameters())
@@ -80,8 +78,11 @@ def main(argv: list[str]) -> None:
 
     checkpoint = first_on_main(state, prepare)
     with logging_into(output_dir):
-        trainer = build_trainer(settings, plan, config, collator, parts, tokenizer)
+        trainer = build_trainer(settings, plan, config, collator, parts, targets)
     trainer.model.load_state_dict(weights, strict=False)
+    if weights:
+        model: Any = trainer.model
+        model.after_loading_encoder()
     artifacts, hub_push = Artifacts(trainer, settings, parts, argv), None
     if repository is not None:
         hub_push = build_hub_push(repository, artifacts, settings, log)
@@ -142,58 +143,25 @@ def open_evaluation(settings: Settings, state: PartialState) -> OnlineEvaluation
     return opened[0] if opened else None
 
 
-@dataclass
-class Tokenizer:
-    """An image tokenizer with the view that it wants: one token per patch."""
-
-    model: PreTrainedModel
-    view_size: tuple[int, int]
-    vocab_size: int
-
-
-def open_tokenizer(settings: Settings) -> Tokenizer | None:
-    """What `--tokenizer` names, checked against the patches; never a substitute.
-
-    Raises:
-        ValueError: the method needs one and none is given, or the other way round, or it does not fit.
-    """
-    name, needed = settings["tokenizer"], MODELS[settings["method"]].needs_tokenizer
-    if not needed:
-        for flag in ("tokenizer", "cache_tokens"):
-            if settings[flag]:
-                raise ValueError(f"--{flag} has no effect with --method {settings['method']}; leave it out")
-        return None
-    if not name:
-        raise ValueError(TOKENIZER_CHOICES.format(dataset=shlex.join(settings["dataset"])))
-    model = load_tokenizer(name)
-    view_size, vocab_size = tokenizer_view(model, name, patch_grid(settings.image_size, settings["patch_size"]))
-    return Tokenizer(model, view_size, vocab_size)
-
-
-def model_config(settings: Settings, parts: PretrainingSplits, tokenizer: Tokenizer | None = None) -> MimConfig:
-    """The method's own config: the encoder's sizes, the head's settings, and how pixels are standardized."""
-    stats: dict[str, Any] = {}
+def model_config(settings: Settings, parts: PretrainingSplits, targets: Targets | None = None) -> MimConfig:
+    """Return the method's config: the encoder's sizes, the method's settings, and how pixels are standardized."""
+    derived: dict[str, Any] = dict(targets.config_settings) if targets is not None else {}
+    for name, value in derived.items():
+        if settings.is_given(name) and settings[name] != value:
+            raise ValueError(f"--{name} {settings[name]}: the source of the targets has {value}; leave it out")
     if settings["image_stats"] == "source" and settings.start is not None:
-        stats = dict(settings.start.image_stats)
+        derived |= settings.start.image_stats
     if settings["image_stats"] == "auto":
-        crop = CenterCrop(settings.image_size)
-        measured = PretrainingImages(
-            parts.source, parts.train, crop, settings["num_channels"], settings["seed"], 1, None, train=False
-        )
-        stats = dict(zip(("image_mean", "image_std"), measure_image_stats(measured), strict=True))
-    if tokenizer is not None:
-        if settings.is_given("vocab_size") and settings["vocab_size"] != tokenizer.vocab_size:
-            raise ValueError(
-                f"--vocab_size {settings['vocab_size']}: the tokenizer has {tokenizer.vocab_size} codes; leave it out"
-            )
-        stats["vocab_size"] = tokenizer.vocab_size
+        transform = single_view(CenterCrop(settings.image_size), settings["num_channels"])
+        images = ImageDataset(SourceSamples(parts.source, parts.train), transform, seed=settings["seed"])
+        derived |= zip(("image_mean", "image_std"), measure_image_stats(images), strict=True)
     return CONFIGS[settings["method"]](
-        encoder_config=settings.encoder_settings(), **{**settings.method_settings(), **stats}
+        encoder_config=settings.encoder_settings(), **{**settings.method_settings(), **derived}
     )
 
 
 def without_weights(config: MimConfig) -> MimPreTrainedModel:
-    """The head, without memory for its weights."""
+    """Return the model on the meta device."""
     with torch.device("meta"):
         return AutoModelForPreTraining.from_config(config)
 
@@ -202,15 +170,15 @@ def without_weights(config: MimConfig) -> MimPreTrainedModel:
 
 
 def build_collator(settings: Settings, config: MimConfig) -> MaskingCollator:
-    """Masks for the encoder's patches.
+    """Return the collator that draws masks for the encoder's patches.
 
     Raises:
-        ValueError: the masks would hide a part of what the encoder merges into one token.
+        ValueError: If masks could cover a part of what the encoder merges into one token.
     """
     side = config.prediction_side
     if settings.mask_unit * settings["patch_size"] % side:
         raise ValueError(
-            f"--model {settings['model']} makes one token of {side} x {side} pixels, which a mask must hide whole: "
+            f"--model {settings['model']} makes one token of {side} x {side} pixels, which must be masked as a whole: "
             f"use --mask_strategy random-unit with a --mask_unit of {side} or a multiple"
         )
     return MaskingCollator(
@@ -220,6 +188,7 @@ def build_collator(settings: Settings, config: MimConfig) -> MaskingCollator:
         seed=settings["seed"],
         mask_unit=settings.mask_unit,
         equal_num_masked=MODELS[settings["method"]].needs_equal_num_masked,
+        num_masks=config.views[0].num_crops,
         with_image_index=True,
     )
 
@@ -230,65 +199,75 @@ def build_trainer(
     config: MimConfig,
     collator: MaskingCollator,
     parts: PretrainingSplits,
-    tokenizer: Tokenizer | None = None,
+    targets: Targets | None = None,
 ) -> MimTrainer:
-    """Everything of the run as objects: data, masks, head, trainer and what a person sees."""
+    """Create the data sets, the model, the trainer and its callbacks."""
     output_dir = plan.output_dir
     arguments = TrainingArguments(**plan.training_arguments())
+    if targets is not None:
+        targets = targets.to(arguments.device)
     set_seed(settings["seed"])
-    head = AutoModelForPreTraining.from_config(config)
-    resampling = Image.Resampling[settings["interpolation"].upper()]
-    crop = random_crop(settings.image_size, tuple(settings["crop_scale"]), resampling, settings["color_jitter"])
+    model = AutoModelForPreTraining.from_config(config)
 
-    def dataset(source: ImageSource, indices: np.ndarray, train: bool) -> PretrainingImages:
-        is_fixed = settings["cache_tokens"] or not train
-        view = CenterCrop(settings.image_size, resampling) if is_fixed else crop
-        transform: Transform = view if tokenizer is None else TwoViews(view, tokenizer.view_size)
-        bad_images = output_dir / BAD_IMAGES_FILE
-        return PretrainingImages(
-            *(
-                source,
-                indices,
-                transform,
-                settings["num_channels"],
-                settings["seed"],
-                plan.images_per_step,
-                bad_images,
-            ),
+    def dataset(samples: Samples, transform: Transform, train: bool = False) -> ImageDataset:
+        return ImageDataset(
+            samples,
+            transform,
+            seed=settings["seed"],
             train=train,
+            images_per_step=plan.images_per_step,
+            bad_images_file=output_dir / BAD_IMAGES_FILE,
         )
 
-    train = dataset(parts.source, parts.train, train=True)
-    validation = dataset(parts.validation_source, parts.validation, train=False) if len(parts.validation) else None
+    samples: Samples = SourceSamples(parts.source, parts.train)
+    fixed = transform_of(settings, config, targets, train=False)
+    train_transform = fixed if settings["cache_tokens"] else transform_of(settings, config, targets, train=True)
+    central = dataset(samples, fixed)
+    if targets is not None and settings["cache_tokens"]:
+        state = PartialState()
+        file = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
+        samples = SamplesWithTargets(samples, targets.output, np.load(file, mmap_mode="r"))  # shared by the workers
+        train_transform = transform_of(settings, config, None, train=False)
+    validation = None
+    if len(parts.validation):
+        validation = dataset(SourceSamples(parts.validation_source, parts.validation), fixed)
     trainer = MimTrainer(
-        model=head, args=arguments, train_dataset=train, eval_dataset=validation, data_collator=collator
+        model=model,
+        args=arguments,
+        train_dataset=dataset(samples, train_transform, train=True),
+        eval_dataset=validation,
+        data_collator=collator,
+        targets=targets,
+        lr_drop_step=plan.lr_drop_step,
+        layer_decay=settings["layer_decay"],
     )
-    trainer.lr_drop_step = plan.lr_drop_step
-    trainer.layer_decay = settings["layer_decay"]
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, parts.bad, settings["max_bad_fraction"], QUICKSTART)
-    shown = validation if validation is not None else train.at_center()
-    batch = collator([shown[index] for index in panel_indices(len(shown))])
-    draw = pixel_panel_drawer(settings["method"])
-    if tokenizer is not None:
-        trainer.make_labels = TokenizerLabels(tokenizer.model, arguments.device)
-        if settings["cache_tokens"]:
-            keep_tokens(trainer)
-        draw = token_panel_drawer(settings["method"], trainer.make_labels, collator.grid)
-    if tokenizer is not None and not hasattr(tokenizer.model, "decode"):
-        printer(PartialState())("note: this tokenizer has no decoder, so there are no reconstruction panels")
+    if problem := model.panel_problem(targets):
+        printer(PartialState())(f"note: there are no reconstruction panels: {problem}")
         return trainer
+    shown = central if validation is None else validation
+    batch = collator([shown[index] for index in panel_indices(len(shown))])
+    draw = panel_drawer(settings["method"], lambda model, batch: model.panel(batch, targets))
     show_panels(trainer, output_dir / PANELS, batch, draw)
     return trainer
 
 
-def keep_tokens(trainer: MimTrainer) -> None:
-    """The training images' tokens from a file, which the main process makes first; then one view of each is enough."""
-    images = trainer.train_dataset
-    state, labels = PartialState(), trainer.make_labels
-    assert isinstance(labels, TokenizerLabels)
-    file = first_on_main(state, lambda: cached_tokens(images, labels, trainer.output_dir, printer(state)))
-    images.labels = np.load(file, mmap_mode="r")  # which the workers share
-    images.transform = images.transform.crop
+def transform_of(settings: Settings, config: MimConfig, targets: Targets | None, train: bool) -> Views:
+    """Return the method's views: random crops in training, central ones in evaluation.
+
+    Views of several crops are random in evaluation too; their choice depends on the image only.
+    """
+    resampling = Image.Resampling[settings["interpolation"].upper()]
+    views = []
+    for number, view in enumerate(config.views):
+        size = view.image_size or settings.image_size
+        scale = view.crop_scale or tuple(settings["crop_scale"])
+        crop: Crop = CenterCrop(size, resampling)
+        if train or view.num_crops is not None:
+            crop = random_crop(size, scale, resampling, settings["color_jitter"])
+        extra = targets.view if targets is not None and number == 0 else None
+        views.append(CropView(crop, view.name, view.num_crops, extra and OtherSize(*extra)))
+    return Views(tuple(views), settings["num_channels"])
 
 
 if __name__ == "__main__":

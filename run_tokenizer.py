@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import TrainingArguments, set_seed
 
 from commands.launch import find_hardware, first_on_main, join, run
@@ -25,17 +24,19 @@ from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANE
 from commands.settings import Settings
 from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
 from commands.tokenizer_settings import build_tokenizer_parser, load_tokenizer_settings, tokenizer_sizes
-from data.augmentations import CenterCrop, RandomResizedCrop, Transform, random_crop
-from data.images import PretrainingImages
+from data.augmentations import CenterCrop, Crop, RandomResizedCrop, random_crop, single_view
+from data.collators import stack_items
+from data.images import ImageDataset, SourceSamples
 from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
 from data.seeds import seeded_generator
 from data.sources import ImageSource
-from evaluation.pictures import labeled_grid, panel_indices, training_curve
+from evaluation.panels import panel_drawer
+from evaluation.pictures import panel_indices, training_curve
 from hub.redaction import shorten_command
-from modeling.dvae import DvaeConfig, DvaeModel, map_pixels
+from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
-from training.tokenizer_trainer import CodebookUse, TokenizerTrainer, stack_items
+from training.trainer import MimTrainer
 
 QUICKSTART = "accelerate launch run_tokenizer.py --config recipes/dvae_nano_sample.yaml"
 CODEBOOK_FILE = "codebook.json"
@@ -89,22 +90,21 @@ def measure_model(config: DvaeConfig) -> tuple[int, int, tuple[int, int]]:
 
 def build_trainer(
     settings: Settings, plan: TokenizerPlan, config: DvaeConfig, images: PretrainingSplits, is_new: bool
-) -> TokenizerTrainer:
+) -> MimTrainer:
     """Everything of the run as objects: data, tokenizer, trainer and what a person sees."""
     output_dir = plan.output_dir
     arguments = TrainingArguments(**plan.training_arguments())
     set_seed(settings["seed"])
     tokenizer = DvaeModel(config)
-    train = image_crops(settings, images.source, images.train, crop_of(settings), plan)
+    train = image_crops(settings, images.source, images.train, crop_of(settings), plan, train=True)
     if is_new and settings["start_from_images"]:
         some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
         generator = seeded_generator(settings["seed"], "codebook_start")
         start_from_images(tokenizer, map_pixels(torch.stack(list(some))), generator)
-    center = CenterCrop(settings.image_size)
-    validation = None
+    center, validation = CenterCrop(settings.image_size), None
     if len(images.validation):
         validation = image_crops(settings, images.validation_source, images.validation, center, plan)
-    trainer = TokenizerTrainer(
+    trainer = MimTrainer(
         model=tokenizer,
         args=arguments,
         train_dataset=train,
@@ -114,9 +114,10 @@ def build_trainer(
         ema_decay=settings["ema_decay"],
     )
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings["max_bad_fraction"], QUICKSTART)
-    shown = validation if validation is not None else train.at_center()
+    shown = image_crops(settings, images.source, images.train, center, plan) if validation is None else validation
     batch = stack_items([shown[index] for index in panel_indices(len(shown))])
-    show_panels(trainer, output_dir / PANELS, batch, draw_panel)
+    name = f"discrete VAE, {tokenizer.vocab_size:,} codes"
+    show_panels(trainer, output_dir / PANELS, batch, panel_drawer(name, lambda model, batch: model.panel(batch)))
     return trainer
 
 
@@ -125,67 +126,48 @@ def crop_of(settings: Settings) -> RandomResizedCrop:
 
 
 def image_crops(
-    settings: Settings, source: ImageSource, indices: np.ndarray, transform: Transform, plan: TokenizerPlan
-) -> PretrainingImages:
-    """Random crops come in an order of their own, central ones (of held-out images) in plain order."""
-    return PretrainingImages(
-        source,
-        indices,
-        transform,
-        settings["num_channels"],
-        settings["seed"],
-        plan.images_per_step,
-        plan.output_dir / BAD_IMAGES_FILE,
-        train=not isinstance(transform, CenterCrop),
+    settings: Settings, source: ImageSource, indices: np.ndarray, crop: Crop, plan: TokenizerPlan, train: bool = False
+) -> ImageDataset:
+    """Return the data set of the images `indices` of a source."""
+    return ImageDataset(
+        SourceSamples(source, indices),
+        single_view(crop, settings["num_channels"]),
+        seed=settings["seed"],
+        train=train,
+        images_per_step=plan.images_per_step,
+        bad_images_file=plan.output_dir / BAD_IMAGES_FILE,
     )
-
-
-def draw_panel(tokenizer: DvaeModel, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
-    """Each image, what its codes give, and what the decoder makes of the codes' probabilities before one is picked."""
-    pixels = batch["pixel_values"]
-    codes = tokenizer.get_codebook_indices(pixels)
-    views = {
-        "input": pixels / 255,
-        f"from {codes[0].numel()} codes": tokenizer.decode(codes),
-        "from their probabilities": tokenizer.decode_soft(tokenizer.encode(map_pixels(pixels)).softmax(dim=1)),
-    }
-    facts = [f"discrete VAE, {tokenizer.vocab_size:,} codes", f"step {step:,}"]
-    if eval_loss is not None:
-        facts.append(f"held-out loss {eval_loss:.4g}")
-    return labeled_grid({label: view.float().cpu() for label, view in views.items()}, footer="  ·  ".join(facts))
 
 
 # ---- the end ----
 
 
 def finish(
-    trainer: TokenizerTrainer, settings: Settings, images: PretrainingSplits, output_dir: Path, argv: list[str]
+    trainer: MimTrainer, settings: Settings, images: PretrainingSplits, output_dir: Path, argv: list[str]
 ) -> None:
     """Check the weights, count the codes in use, and write the averaged tokenizer with its card."""
     trainer.stop_if_not_finite()
     trainer.evaluate_at_the_end()
     if trainer.is_world_process_zero():
-        with trainer.average.in_place_of_weights():
+        with trainer.averaged():
             facts = codebook_facts(trainer, settings, images)
             write_tokenizer(trainer, facts, output_dir, argv)
     trainer.accelerator.wait_for_everyone()
 
 
 @torch.no_grad()
-def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: PretrainingSplits) -> dict[str, Any]:
+def codebook_facts(trainer: MimTrainer, settings: Settings, images: PretrainingSplits) -> dict[str, Any]:
     """The use of the codebook on random crops of the held-out images, as many as `MIN_TOKENS` takes; logged."""
     if not len(images.validation):
         return {}
-    tokenizer, use_plan = trainer.model.eval(), trainer.train_dataset
-    crops = PretrainingImages(
-        images.validation_source,
-        images.validation,
-        crop_of(settings),
-        settings["num_channels"],
-        settings["seed"],
-        use_plan.images_per_step,
-        use_plan.bad_images_file,
+    tokenizer: Any = trainer.model.eval()
+    samples = SourceSamples(images.validation_source, images.validation)
+    crops = ImageDataset(
+        samples,
+        single_view(crop_of(settings), settings["num_channels"]),
+        seed=settings["seed"],
         train=True,
+        bad_images_file=trainer.train_dataset.bad_images_file,
     )
     tokens_per_image = math.prod(length // tokenizer.config.stride for length in settings.image_size)
     num_crops = math.ceil(MIN_TOKENS / tokens_per_image)
@@ -198,14 +180,14 @@ def codebook_facts(trainer: TokenizerTrainer, settings: Settings, images: Pretra
     return {"vocab_size": tokenizer.vocab_size, **asdict(use), "num_crops": num_crops, "num_images": len(crops)}
 
 
-def _batches(crops: PretrainingImages, num_crops: int, batch_size: int) -> Iterator[torch.Tensor]:
+def _batches(crops: ImageDataset, num_crops: int, batch_size: int) -> Iterator[torch.Tensor]:
     for start in range(0, num_crops, batch_size):
         yield torch.stack(
             [crops[counter]["pixel_values"] for counter in range(start, min(start + batch_size, num_crops))]
         )
 
 
-def write_tokenizer(trainer: TokenizerTrainer, facts: dict[str, Any], output_dir: Path, argv: list[str]) -> None:
+def write_tokenizer(trainer: MimTrainer, facts: dict[str, Any], output_dir: Path, argv: list[str]) -> None:
     history = trainer.state.log_history
     trainer.save_state()
     if any("loss" in entry or "eval_loss" in entry for entry in history):

@@ -8,7 +8,7 @@ from commands.arithmetic import Hardware, training_schedule
 from commands.memory import BYTES_PER_PARAMETER
 from commands.plan import Plan, data_name, in_millions
 from commands.settings import Settings
-from training.tokenizer_schedules import TokenizerSchedules
+from modeling.schedules import Schedule, constant
 
 _EXTRA_BYTES_PER_PARAMETER = 4  # the average of the weights
 # Of the run. DALL-E's schedules end after 0.2 % and 5 % of 3 million steps; in a short run they still need to end.
@@ -19,7 +19,7 @@ _MOST_KL_WEIGHT_SHARE, _MOST_TEMPERATURE_SHARE = 0.1, 0.5
 class TokenizerPlan(Plan):
     """`grid` holds the codes of one image; nothing is hidden."""
 
-    schedules: TokenizerSchedules
+    schedules: dict[str, Schedule]
 
     def task_rows(self) -> dict[str, str]:
         height, width = self.settings.image_size
@@ -28,8 +28,8 @@ class TokenizerPlan(Plan):
         return {
             "model": f"{self.settings['model']}, {in_millions(self.num_parameters)}",
             "input": f"{height} x {width} pixels become {codes}",
-            "KL weight": f"0 to {schedules.kl_weight:g} in {schedules.kl_weight_steps:,} steps",
-            "temperature": f"1 to {schedules.final_temperature:g} in {schedules.temperature_steps:,} steps",
+            "KL weight": f"0 to {schedules['kl_weight'].end:g} in {schedules['kl_weight'].num_steps:,} steps",
+            "temperature": f"1 to {schedules['temperature'].end:g} in {schedules['temperature'].num_steps:,} steps",
         }
 
 
@@ -72,7 +72,12 @@ def make_tokenizer_plan(
     )
 
 
-def _schedules(settings: Settings, num_steps: int, notes: list[str]) -> TokenizerSchedules:
+def _schedules(settings: Settings, num_steps: int, notes: list[str]) -> dict[str, Schedule]:
+    """Return the keyword arguments of the model's forward that change during training, all by half a cosine.
+
+    Paper: Ramesh et al. 2021 (DALL-E), arXiv:2102.12092, App. A.2.
+    """
+
     def steps(name: str, most_share: float) -> int:
         given = settings[name]
         wanted = math.ceil(given * num_steps) if given < 1 else int(given)
@@ -81,10 +86,10 @@ def _schedules(settings: Settings, num_steps: int, notes: list[str]) -> Tokenize
             notes.append(f"{name} is {most:,} instead of {wanted:,}: the run has {num_steps:,} steps")
         return min(wanted, most)
 
-    return TokenizerSchedules(
-        kl_weight=settings["kl_weight"],
-        kl_weight_steps=steps("kl_weight_steps", _MOST_KL_WEIGHT_SHARE),
-        final_temperature=settings["final_temperature"],
-        temperature_steps=steps("temperature_steps", _MOST_TEMPERATURE_SHARE),
-        usage_weight=settings["usage_weight"],
-    )
+    kl_weight_steps = steps("kl_weight_steps", _MOST_KL_WEIGHT_SHARE)
+    temperature_steps = steps("temperature_steps", _MOST_TEMPERATURE_SHARE)
+    return {
+        "kl_weight": Schedule(0.0, settings["kl_weight"], kl_weight_steps),
+        "temperature": Schedule(1.0, settings["final_temperature"], temperature_steps),
+        "usage_weight": constant(settings["usage_weight"]),
+    }

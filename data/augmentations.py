@@ -1,4 +1,4 @@
-"""The crops that turn an encoded picture of any size into a uint8 tensor of one size.
+"""Crops that turn an encoded image of any size into uint8 tensors of one size, and the named views of a sample.
 
 Random resized crop: torchvision's sampling rule.  Defaults: He et al. 2021, "Masked Autoencoders Are Scalable Vision
 Learners", arXiv:2111.06377, appendix A.1 and the authors' code: scale (0.2, 1), ratio (3/4, 4/3), bicubic, flip 0.5.
@@ -6,37 +6,35 @@ Shapes: C channels, H W pixels of the crop.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from data.decoding import Box, View, load_crop, load_views
+from data.decoding import Box, View, load_views
 
 _NUM_TRIES = 10
 _NUMBERS_PER_TRY = 4  # area, ratio, top, left
 
 
-class Transform(Protocol):
-    """From encoded bytes (or a file) to a uint8 tensor (C, H, W), or to several by their names in a batch."""
+class Crop(Protocol):
+    """Turns encoded bytes (or a file) into a uint8 tensor (C, H, W) of one size."""
 
     @property
     def size(self) -> tuple[int, int]: ...
 
-    def __call__(
-        self, data: bytes | Path, num_channels: int, generator: torch.Generator
-    ) -> Tensor | dict[str, Tensor]: ...
+    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the picture, resized to `size` (height, width) and mirrored half the time."""
+    """A random part of the image, resized to `size` (height, width) and flipped half of the time."""
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.2, 1.0)
@@ -59,8 +57,8 @@ class RandomResizedCrop:
     def views(
         self, data: bytes | Path, num_channels: int, generator: torch.Generator, views: Sequence[View]
     ) -> list[Image.Image]:
-        """The same crop, flip and colors at several sizes."""
-        # One call for all the numbers that any picture could need: the draws do not depend on the picture's size.
+        """Return the same crop, flip and colors at several sizes."""
+        # One call for all numbers that any image could need: the draws do not depend on its size.
         *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
         images = load_views(data, partial(self.choose_box, numbers=numbers), views, num_channels)
         if flip < 0.5:
@@ -72,7 +70,7 @@ class RandomResizedCrop:
         return [jitter_colors(image, factors, order) for image in images]
 
     def choose_box(self, width: int, height: int, numbers: list[float]) -> Box:
-        """The first of ten tries that fits in the picture, else the largest central part with an allowed ratio."""
+        """Return the first of ten tries that fits, else the largest central part with an allowed ratio."""
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for start in range(0, len(numbers), _NUMBERS_PER_TRY):
             for_area, for_ratio, for_top, for_left = numbers[start : start + _NUMBERS_PER_TRY]
@@ -100,7 +98,7 @@ def random_crop(
     interpolation: Image.Resampling = Image.Resampling.BICUBIC,
     color_jitter: float = 0.0,
 ) -> RandomResizedCrop:
-    """With sides about those of `size`: a wide crop for a wide input, not a squashed one."""
+    """Return a crop with about the aspect ratio of `size`, so that a wide input is not distorted."""
     height, width = size
     ratio = (3 / 4 * width / height, 4 / 3 * width / height)
     return RandomResizedCrop(size, scale, ratio, interpolation, color_jitter)
@@ -108,7 +106,7 @@ def random_crop(
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The largest central part with the shape of `size` (height, width), resized to it: the same at every call."""
+    """The largest central part with the aspect ratio of `size` (height, width), resized to it; never random."""
 
     size: tuple[int, int]
     interpolation: Image.Resampling = Image.Resampling.BICUBIC
@@ -117,7 +115,13 @@ class CenterCrop:
         _check_size(self.size)
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
-        return to_tensor(load_crop(data, self.choose_box, self.size, num_channels, self.interpolation))
+        return to_tensor(self.views(data, num_channels, generator, [(self.size, self.interpolation)])[0])
+
+    def views(
+        self, data: bytes | Path, num_channels: int, generator: torch.Generator | None, views: Sequence[View]
+    ) -> list[Image.Image]:
+        """Return the crop at several sizes."""
+        return load_views(data, self.choose_box, views, num_channels)
 
     def choose_box(self, width: int, height: int) -> Box:
         scale = min(height / self.size[0], width / self.size[1])
@@ -126,35 +130,66 @@ class CenterCrop:
         return left, top, left + crop_width, top + crop_height
 
 
-@dataclass(frozen=True)
-class TwoViews:
-    """The same crop twice: for the encoder, and for the image tokenizer whose tokens it learns to predict.
+class OtherSize(NamedTuple):
+    """A second size at which a crop is shown: the key in the item, (height, width) and the filter."""
 
-    Paper: Bao et al. 2021 (BEiT), arXiv:2106.08254, App. C; same box, flip and colors, the second by Lanczos.
-    Differs: the colors are jittered after the crop and not before it, so contrast turns about the crop's own mean.
+    name: str
+    size: tuple[int, int]
+    interpolation: Image.Resampling
+
+
+@dataclass(frozen=True)
+class CropView:
+    """A crop as one named view, at a second size too where the targets need it (same box, flip and colors).
+
+    Args:
+        num_crops: Random crops that are stacked to (num_crops, C, H, W); None for a single one, (C, H, W).
+        other_size: Of a tokenizer or teacher. BEiT (Bao et al. 2021, arXiv:2106.08254, App. C) resizes it by Lanczos.
+            Differs: Colors are jittered after the crop and not before it, so contrast is relative to the crop's mean.
     """
 
-    crop: "RandomResizedCrop | CenterCrop"
-    second_size: tuple[int, int]
+    crop: Crop
+    name: str = "pixel_values"
+    num_crops: int | None = None
+    other_size: OtherSize | None = None
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.crop.size
+    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> dict[str, Tensor]:
+        crops = [self._one(data, num_channels, generator) for _ in range(self.num_crops or 1)]
+        if self.num_crops is None:
+            return crops[0]
+        return {name: torch.stack([crop[name] for crop in crops]) for name in crops[0]}
 
-    def __call__(
-        self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
-        views = [(self.size, self.crop.interpolation), (self.second_size, Image.Resampling.LANCZOS)]
-        if isinstance(self.crop, CenterCrop):
-            images = load_views(data, self.crop.choose_box, views, num_channels)
-        else:
-            assert generator is not None
-            images = self.crop.views(data, num_channels, generator, views)
-        return {"pixel_values": to_tensor(images[0]), "tokenizer_pixel_values": to_tensor(images[1])}
+    def _one(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if self.other_size is None:
+            return {self.name: self.crop(data, num_channels, generator)}
+        assert isinstance(self.crop, RandomResizedCrop | CenterCrop)
+        name, size, interpolation = self.other_size
+        sizes = [(self.crop.size, self.crop.interpolation), (size, interpolation)]
+        images = self.crop.views(data, num_channels, generator, sizes)
+        return {self.name: to_tensor(images[0]), name: to_tensor(images[1])}
+
+
+@dataclass(frozen=True)
+class Views:
+    """The transform of a data set: the views of a sample's "image", beside the sample's other entries."""
+
+    views: tuple[CropView, ...]
+    num_channels: int
+
+    def __call__(self, sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
+        found = {key: value for key, value in sample.items() if key != "image"}
+        for view in self.views:
+            found |= view(sample["image"], self.num_channels, generator)
+        return found
+
+
+def single_view(crop: Crop, num_channels: int) -> Views:
+    """Return the transform to {"pixel_values": crop} of most methods."""
+    return Views((CropView(crop),), num_channels)
 
 
 def jitter_colors(image: Image.Image, factors: list[float], order: list[int]) -> Image.Image:
-    """Brightness, contrast and saturation times their factors (1 = unchanged), in the given order."""
+    """Multiply brightness, contrast and saturation by their factors (1 = unchanged), in the given order."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for which in order:
         image = enhancers[which](image).enhance(factors[which])
@@ -166,7 +201,7 @@ def horizontal_flip(image: Image.Image) -> Image.Image:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB or L picture to a contiguous uint8 tensor (C, H, W)."""
+    """Convert an RGB or L image to a contiguous uint8 tensor (C, H, W)."""
     bands = image.split()
     pixels = np.empty((len(bands), image.height, image.width), np.uint8)  # (C, H, W)
     for channel, band in enumerate(bands):  # band by band: half the time of transposing the interleaved pixels

@@ -1,6 +1,6 @@
-"""Makes a training or evaluation batch out of images: stacks them and draws one mask per image.
+"""Turn items into batches: stack their views and draw a mask for each image or crop.
 
-Shapes: B images, C channels, H W pixels, N patches of the grid.
+Shapes: B images, C channels, H W pixels, N patches of the grid, V masks per image.
 """
 
 import os
@@ -19,27 +19,46 @@ from data.seeds import seeded_generator
 COUNTERS = ("epoch", "step", "image_index")
 
 
+def stack_items(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack the items of `ImageDataset`, without the counters but "image_index" (B,)."""
+    for number, item in enumerate(items):
+        if "pixel_values" not in item:
+            raise ValueError(
+                f"item {number} of the batch has no 'pixel_values', only {sorted(item)}; the data set must return "
+                "{'pixel_values': tensor (C, H, W)}"
+            )
+    first = items[0]["pixel_values"].shape
+    for number, item in enumerate(items):
+        if item["pixel_values"].shape != first:
+            raise ValueError(
+                f"{_name(items, number)} has shape {tuple(item['pixel_values'].shape)}, but {_name(items, 0)} has "
+                f"{tuple(first)}: crop or resize all images to one size and one number of channels"
+            )
+    keys = [key for key in items[0] if key not in ("epoch", "step") and all(key in item for item in items)]
+    return default_collate([{key: item[key] for key in keys} for item in items])
+
+
 @dataclass
 class MaskingCollator:
-    """Items of one batch -> {"pixel_values" (B, C, H, W), "bool_masked_pos" bool (B, N)}; True = hidden.
+    """Stack the views of a batch and add "bool_masked_pos" bool (B, N), or (B, V, N) with `num_masks`; True = masked.
 
-    "num_masked_patches" is an int, of the whole batch: counted on the device, it would cost a wait.
+    "num_masked_patches" is an int, for the whole batch: counting on the device would wait for it.
 
-    Items of `PretrainingImages` carry `epoch`, `step` and `image_index`. The mask then depends on (seed, epoch,
-    image_index) only: the same on any rank and worker, after a resume, and at every evaluation, where epoch is 0.
-
-    Items with nothing but `pixel_values` get masks that differ per rank, worker, epoch and call. These are not the
-    same after a resume, nor at every evaluation. The stock Trainer also takes the three counters away from items that
-    have them, unless `remove_unused_columns=False`.
+    Items of `ImageDataset` contain `epoch`, `step` and `image_index`. Masks then depend on (seed, epoch, image_index,
+    number of the mask) only: they are the same on any rank and worker, after a resume, and at every evaluation, where
+    epoch is 0. Items with nothing but views get masks that differ per rank, worker, epoch and call, and that are the
+    same neither after a resume nor at every evaluation. The stock Trainer removes the counters from items unless
+    `remove_unused_columns=False`.
 
     Args:
-        grid: patch rows and patch columns.
-        mask_ratio: share of the patches to hide, or (lowest, highest) to draw it from uniformly.
-        strategy: a name in `MASK_STRATEGIES`.
-        mask_unit: side in patches of the cells of "random-unit".
-        equal_num_masked: all masks of a batch hide equally many patches, as methods need whose encoder sees the
-            visible patches only. A ratio range is then drawn from once per step, else once per image.
-        with_image_index: also returns "image_index", int64 (B,).
+        grid: Rows and columns of patches.
+        mask_ratio: Share of the patches to mask, or (lowest, highest) to draw it from uniformly.
+        strategy: A name in `MASK_STRATEGIES`.
+        mask_unit: Side in patches of the units of "random-unit".
+        equal_num_masked: All masks of a batch cover equally many patches, as needed where the encoder sees the visible
+            patches only. A ratio range is then drawn from once per step, otherwise once per mask.
+        num_masks: Masks per image, for several crops or several masks of one; None for one without that axis.
+        with_image_index: Return "image_index" int64 (B,) as well.
     """
 
     grid: tuple[int, int]
@@ -48,6 +67,7 @@ class MaskingCollator:
     seed: int = 0
     mask_unit: int = 1
     equal_num_masked: bool = True
+    num_masks: int | None = None
     with_image_index: bool = False
     _draw_mask: Callable[..., torch.Tensor] = field(init=False, repr=False, compare=False)
     _num_calls: int = field(default=0, init=False, repr=False, compare=False)
@@ -60,34 +80,35 @@ class MaskingCollator:
         self._check_grid_and_ratio()
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = {"pixel_values": _stack_images(features)}  # (B, C, H, W)
-        for name in ("tokenizer_pixel_values", "labels"):
-            if name in features[0]:
-                batch[name] = default_collate([item[name] for item in features])
-        if all(name in feature for feature in features for name in COUNTERS):
-            masks = self._masks_by_counters(features)
-        else:
-            masks = self._masks_by_call(len(features))
-        batch["bool_masked_pos"] = torch.stack(masks)  # (B, N)
-        batch["num_masked_patches"] = int(batch["bool_masked_pos"].sum())
-        if self.with_image_index:
-            batch["image_index"] = _stack_image_indices(features)  # (B,)
+        batch = stack_items(features)
+        has_counters = all(name in feature for feature in features for name in COUNTERS)
+        masks = self._masks_by_counters(features) if has_counters else self._masks_by_call(len(features))
+        stacked = torch.stack(masks)  # (B * V, N)
+        batch["bool_masked_pos"] = stacked if self.num_masks is None else stacked.unflatten(0, (-1, self.num_masks))
+        batch["num_masked_patches"] = int(stacked.sum())
+        if not self.with_image_index:
+            batch.pop("image_index", None)
+        elif "image_index" not in batch:
+            number = next(number for number, feature in enumerate(features) if "image_index" not in feature)
+            raise ValueError(f"with_image_index=True, but item {number} of the batch has no 'image_index'")
         return batch
 
     def _masks_by_counters(self, features: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
         ratio = self._batch_ratio(self.seed, "ratio", features[0]["step"])
-        return [
-            self._mask(ratio, seeded_generator(self.seed, "mask", feature["epoch"], feature["image_index"]))
+        keys = [
+            (feature["epoch"], feature["image_index"], *((number,) if number else ()))
             for feature in features
+            for number in range(self.num_masks or 1)
         ]
+        return [self._mask(ratio, seeded_generator(self.seed, "mask", *key)) for key in keys]
 
     def _masks_by_call(self, num_images: int) -> list[torch.Tensor]:
-        """One generator for the whole call, as nothing tells the images apart."""
+        """Draw all masks from one generator, as nothing distinguishes the images."""
         worker = get_worker_info()
         if self._num_calls == 0 and (worker is None or worker.id == 0):
             warnings.warn(
                 f"The items lack some of {', '.join(COUNTERS)}: masks differ after a resume and at each evaluation."
-                " If the data set gives them, the stock Trainer removed them: set remove_unused_columns=False.",
+                " If the data set returns them, the stock Trainer removed them: set remove_unused_columns=False.",
                 stacklevel=3,
             )
         # The worker's seed is new in every epoch; a worker that is not persistent starts counting calls anew.
@@ -95,10 +116,10 @@ class MaskingCollator:
         call = (self.seed, "call", *place, self._num_calls)
         self._num_calls += 1
         ratio, generator = self._batch_ratio(*call, "ratio"), seeded_generator(*call)
-        return [self._mask(ratio, generator) for _ in range(num_images)]
+        return [self._mask(ratio, generator) for _ in range(num_images * (self.num_masks or 1))]
 
     def _batch_ratio(self, *counters: int | str) -> float | None:
-        """The ratio that all images of the batch share; None when each image draws its own."""
+        """Return the ratio that all masks of the batch share; None if each draws its own."""
         if not isinstance(self.mask_ratio, tuple):
             return self.mask_ratio
         return self._draw_ratio(seeded_generator(*counters)) if self.equal_num_masked else None
@@ -124,8 +145,8 @@ class MaskingCollator:
         if self.equal_num_masked and self.strategy in UNEQUAL_COUNT_STRATEGIES:
             equal = ", ".join(name for name in MASK_STRATEGIES if name not in UNEQUAL_COUNT_STRATEGIES)
             raise ValueError(
-                f"The strategy {self.strategy!r} hides a different number of patches in each image, but this method "
-                f"needs equal numbers within a batch (equal_num_masked). Strategies that give them: {equal}."
+                f"The strategy {self.strategy!r} masks a different number of patches in each image, but this method "
+                f"needs equal numbers within a batch (equal_num_masked). Strategies with equal numbers: {equal}."
             )
         if isinstance(self.mask_ratio, tuple) and self.strategy in FIXED_RATIO_STRATEGIES:
             raise ValueError(
@@ -141,35 +162,8 @@ class MaskingCollator:
         low, high = self._ratio_range()
         if not 0 < low <= high < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, the lowest first, got {self.mask_ratio}.")
-        for ratio in (low, high):  # the number hidden grows with the ratio, so the ends speak for the range
+        for ratio in (low, high):  # the number masked grows with the ratio, so the ends represent the range
             self._draw_mask(self.grid, ratio, torch.Generator().manual_seed(0))
-
-
-def _stack_images(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-    """(C, H, W) each -> (B, C, H, W) of the same dtype; inside a worker straight into shared memory."""
-    for number, feature in enumerate(features):
-        if "pixel_values" not in feature:
-            raise ValueError(
-                f"Item {number} of the batch has no 'pixel_values', only {sorted(feature)}. The data set must return "
-                "{'pixel_values': tensor (C, H, W)}."
-            )
-    images = [feature["pixel_values"] for feature in features]
-    for number, image in enumerate(images):
-        if image.shape != images[0].shape:
-            raise ValueError(
-                f"{_name(features, number)} has shape {tuple(image.shape)}, but {_name(features, 0)} has "
-                f"{tuple(images[0].shape)}. Crop or resize all images to one size and one number of channels."
-            )
-    return default_collate(images)
-
-
-def _stack_image_indices(features: Sequence[Mapping[str, Any]]) -> torch.Tensor:
-    for number, feature in enumerate(features):
-        if "image_index" not in feature:
-            raise ValueError(
-                f"with_image_index=True, but item {number} of the batch has no 'image_index', only {sorted(feature)}."
-            )
-    return torch.tensor([feature["image_index"] for feature in features])  # (B,)
 
 
 def _name(features: Sequence[Mapping[str, Any]], number: int) -> str:

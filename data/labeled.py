@@ -10,6 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,10 @@ class LabeledSplit:
 
     def read(self, index: int) -> bytes:
         return self.source.read(int(self.indices[index]))
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """Return the encoded image and its class."""
+        return {"image": self.read(index), "labels": int(self.labels[index])}
 
     def select(self, positions: np.ndarray) -> "LabeledSplit":
         """The images at these positions of this part."""

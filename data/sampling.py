@@ -1,14 +1,17 @@
-"""The order in which the training loader asks for images: a counter that never repeats over the whole run."""
+"""The order in which training asks for images: a counter that never repeats over the whole run."""
 
 from collections.abc import Iterator
 
+import torch
 from torch.utils.data import Sampler
+
+from data.seeds import seeded_generator
 
 
 class EpochSampler(Sampler[int]):
     """Yields `epoch * num_images + position`; the data set turns the counter into an epoch and a shuffled image.
 
-    The epoch travels inside the counter because a worker that outlives an epoch keeps a stale copy of the data set.
+    The epoch is part of the counter because a worker that outlives an epoch keeps a stale copy of the data set.
     """
 
     def __init__(self, num_images: int) -> None:
@@ -23,5 +26,26 @@ class EpochSampler(Sampler[int]):
         return iter(range(first, first + self.num_images))
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by Trainer and Accelerate at the start of each epoch, the resumed one included."""
+        """Start another epoch; called by Trainer and Accelerate, after a resume too."""
         self.epoch = epoch
+
+
+class EpochOrder:
+    """Where the counters of `EpochSampler` point to: a new random order of the images in every epoch."""
+
+    def __init__(self, num_images: int, seed: int, images_per_step: int) -> None:
+        self.num_images, self.seed, self.images_per_step = num_images, seed, images_per_step
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
+
+    def locate(self, counter: int) -> tuple[int, int, int]:
+        """Return the image, the epoch and the optimizer step of a counter."""
+        epoch, position = divmod(counter, self.num_images)
+        steps_per_epoch = -(-self.num_images // self.images_per_step)  # rounded up: a last, smaller step counts as one
+        step = epoch * steps_per_epoch + position // self.images_per_step
+        return self._image_at(epoch, position), epoch, step
+
+    def _image_at(self, epoch: int, position: int) -> int:
+        if self._epoch != epoch:
+            self._order = torch.randperm(self.num_images, generator=seeded_generator(self.seed, "order", epoch))
+            self._epoch = epoch
+        return int(self._order[position])

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.augmentations import CenterCrop
-from data.classification import ClassificationImages, StackedImages
+from data.augmentations import CenterCrop, single_view
+from data.images import ImageDataset, StackedImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified
 from evaluation.features import FrozenEncoder
 from evaluation.knn import Knn
@@ -58,7 +58,7 @@ class OnlineEvaluation:
         )
 
     def _features(self, head: Any, images: Tensor) -> Tensor:
-        encoder = FrozenEncoder(head.encoder, head.encoder.config)
+        encoder = FrozenEncoder(head.exported_encoder, head.exported_encoder.config)
         batches = (head.standardize(batch.to(encoder.device)) for batch in images.split(_BATCH_SIZE))
         return torch.cat([encoder(batch).mean for batch in batches])  # (N, D)
 
@@ -83,7 +83,7 @@ def open_online_evaluation(
     def kept_in_memory(part: LabeledSplit, num_images: int) -> StackedImages:
         wanted = max(num_images, _NUM_PER_CLASS * len(images.class_names))
         few = part.select(labeled_subset(part.labels, fraction=min(1.0, wanted / len(part)), seed=seed))
-        return StackedImages(ClassificationImages(few, CenterCrop(size), num_channels), os.cpu_count() or 1)
+        return StackedImages(ImageDataset(few, single_view(CenterCrop(size), num_channels)), os.cpu_count() or 1)
 
     return OnlineEvaluation(
         kept_in_memory(train, _NUM_TRAIN), kept_in_memory(test, _NUM_TEST), len(images.class_names)

@@ -9,7 +9,6 @@ Shapes: B images, C channels, H W pixels, h w patches down and across, N = h * w
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from torch import Tensor
 from evaluation.online_history import KNN, LINEAR, RANKME, draw_looks, trend
 
 MAX_ROWS = 8
-BLANK = 0.5  # gray of patches that are not there
 
 _ENLARGE_TO, _SHRINK_TO, _MIN_COLUMN_WIDTH = 224, 256, 128  # pixels of a cell
 _MARGIN, _GAP, _FONT_SIZE, _LINE_HEIGHT = 16, 8, 14, 18  # pixels
@@ -36,141 +34,6 @@ _MEDIAN_FROM_POINTS = 60  # shorter curves are readable as they are
 def panel_indices(num_images: int) -> list[int]:
     """Up to eight images, spread evenly, so that neighbors of one scene are not all that is seen."""
     return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
-
-
-def reconstruction_panel(
-    pixel_values: Tensor,
-    bool_masked_pos: Tensor,
-    predictions: Tensor,
-    *,
-    patch_size: tuple[int, int],
-    norm_pix_loss: bool,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
-    method: str,
-    step: int,
-    eval_loss: float | None,
-) -> Image.Image:
-    """A row per image (the first 8), a labeled column per view, a line about the run (see `reconstruction_views`)."""
-    views = reconstruction_views(
-        pixel_values[:MAX_ROWS],
-        bool_masked_pos[:MAX_ROWS],
-        predictions[:MAX_ROWS],
-        patch_size=patch_size,
-        norm_pix_loss=norm_pix_loss,
-        image_mean=image_mean,
-        image_std=image_std,
-    )
-    facts = [method, f"step {step:,}"]
-    if eval_loss is not None:
-        facts.append(f"eval loss {eval_loss:.4g}")
-    facts.append(f"mask ratio {bool_masked_pos[:MAX_ROWS].float().mean().item():.2f}")
-    return labeled_grid(views, footer="  ·  ".join(facts))
-
-
-@torch.no_grad()
-def reconstruction_views(
-    pixel_values: Tensor,
-    bool_masked_pos: Tensor,
-    predictions: Tensor,
-    *,
-    patch_size: tuple[int, int],
-    norm_pix_loss: bool,
-    image_mean: Sequence[float],
-    image_std: Sequence[float],
-) -> dict[str, Tensor]:
-    """The columns of a panel: label -> images (B, C, H, W) in [0, 1].
-
-    Predictions are drawn at hidden patches only: at visible ones no loss has taught them anything.
-
-    Args:
-        pixel_values: (B, C, H, W) in [0, 1], not standardized.
-        bool_masked_pos: (B, N), True = hidden.
-        predictions: what the loss compares with the target: (B, N, P), or whole images (B, C, H, W), of pixels
-            standardized with `image_mean` and `image_std` and, with `norm_pix_loss`, normalized per patch.
-    """
-    images = pixel_values.detach().float().cpu()
-    hidden = bool_masked_pos.detach().cpu()[..., None]  # (B, N, 1)
-    predicted = predictions.detach().float().cpu()
-    patches = patchify(images, patch_size)  # (B, N, P)
-    if predicted.ndim == 4:
-        predicted = patchify(predicted, patch_size)  # (B, N, P)
-    _check_shapes(patches, hidden, predicted)
-    hidden_pixels = unpatchify(hidden.expand_as(patches), patch_size, images.shape)  # (B, C, H, W)
-    mean = torch.tensor(image_mean).view(1, -1, 1, 1)  # (1, C, 1, 1)
-    std = torch.tensor(image_std).view(1, -1, 1, 1)
-
-    def draw(standardized: Tensor) -> Tensor:
-        pixels = unpatchify(standardized, patch_size, images.shape) * std + mean  # (B, C, H, W)
-        return torch.where(hidden_pixels, pixels, BLANK)
-
-    views = {"input": images, "masked": images.masked_fill(hidden_pixels, BLANK)}
-    pasted = "pasted, hidden patches predicted"
-    if norm_pix_loss:
-        true = target_statistics(patchify((images - mean) / std, patch_size))
-        grid = (images.shape[2] // patch_size[0], images.shape[3] // patch_size[1])
-        estimated = estimate_statistics(*true, hidden[..., 0], grid, patch_size)
-        views["prediction, patch mean and std taken from the original"] = draw(unnormalize(predicted, *true))
-        prediction = draw(unnormalize(predicted, *estimated))
-        views["prediction, statistics estimated from visible patches"] = prediction
-        pasted += ", statistics estimated"
-    else:
-        views["prediction"] = prediction = draw(predicted)
-    views[pasted] = torch.where(hidden_pixels, prediction, images)
-    return {label: view.clamp(0, 1) for label, view in views.items()}
-
-
-def target_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, N, P) standardized pixels -> mean and std (B, N, 1) that the per-patch normalized target divides out."""
-    variance = patches.var(dim=-1, keepdim=True)  # unbiased, and 1e-6 inside the root: authors' code
-    return patches.mean(dim=-1, keepdim=True), (variance + 1e-6).sqrt()
-
-
-def unnormalize(predictions: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, N, P) per-patch normalized pixels -> (B, N, P) standardized pixels."""
-    return predictions * std + mean
-
-
-def estimate_statistics(
-    mean: Tensor, std: Tensor, bool_masked_pos: Tensor, grid: tuple[int, int], patch_size: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Replace the statistics (B, N, 1) of hidden patches by a mean over all visible ones, weighted by 1 / distance**4.
-
-    For the mean, the fourth power was within 1 % of the best among 1 to 8, on photographs with 60 to 90 % hidden.
-    """
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-    centers = torch.stack(
-        [rows.flatten() * patch_size[0], columns.flatten() * patch_size[1]], dim=-1
-    ).float()  # (N, 2)
-    square_distance = (centers[:, None] - centers).square().sum(dim=-1)  # (N, N)
-    weights = square_distance.clamp(min=1).pow(-2)  # (N, N); a patch never weighs in for itself: it is hidden
-    hidden = bool_masked_pos[..., None]  # (B, N, 1)
-    total = (weights @ (~hidden).float()).clamp(min=torch.finfo(torch.float32).tiny)  # nothing visible: statistics 0
-
-    def fill(statistic: Tensor) -> Tensor:
-        return torch.where(hidden, weights @ statistic.masked_fill(hidden, 0) / total, statistic)  # (B, N, 1)
-
-    return fill(mean), fill(std)
-
-
-def patchify(images: Tensor, patch_size: tuple[int, int]) -> Tensor:
-    """(B, C, H, W) -> (B, N, P)."""
-    batch, channels, height, width = images.shape
-    ph, pw = patch_size
-    if height % ph or width % pw:
-        raise ValueError(
-            f"An image of {height}x{width} pixels has no whole number of {ph}x{pw} patches; resize it first."
-        )
-    x = images.reshape(batch, channels, height // ph, ph, width // pw, pw)  # (B, C, h, ph, w, pw)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)  # (B, N, P)
-
-
-def unpatchify(patches: Tensor, patch_size: tuple[int, int], shape: Sequence[int]) -> Tensor:
-    """(B, N, P) -> (B, C, H, W), with `shape` = (B, C, H, W); the inverse of `patchify`."""
-    batch, channels, height, width = shape
-    ph, pw = patch_size
-    x = patches.reshape(batch, height // ph, width // pw, ph, pw, channels)  # (B, h, w, ph, pw, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)  # (B, C, H, W)
 
 
 def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
@@ -206,21 +69,6 @@ def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
         labels += rate_axes.get_legend_handles_labels()[1]
     axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
     figure.savefig(path, format="png")
-
-
-def _check_shapes(patches: Tensor, hidden: Tensor, predicted: Tensor) -> None:
-    if hidden.shape[:2] != patches.shape[:2]:
-        raise ValueError(
-            f"bool_masked_pos is {tuple(hidden.shape[:2])}, but (images, patches) are {tuple(patches.shape[:2])}; "
-            "masks and patch_size must be the model's."
-        )
-    if predicted.shape != patches.shape:
-        raise ValueError(
-            f"The predictions are {tuple(predicted.shape)}, but the patches are {tuple(patches.shape)}; "
-            "pass predictions of all patches (visible ones may hold anything) in the model's target space."
-        )
-    if not predicted.isfinite().all():
-        raise ValueError("The predictions hold NaN or infinity, which has no picture; look at the loss of this step.")
 
 
 def labeled_grid(views: dict[str, Tensor], footer: str) -> Image.Image:

@@ -1,11 +1,16 @@
-"""What every pre-training head shares: a strict config, one output class, and the cures for the library's traps.
+"""Base classes of the pre-training models: what a method says about itself, and cures for traps of the library.
 
-Shapes: B images, C channels, H W pixels, N patches, M of them hidden, K numbers predicted for a patch.
+A method is one config and one model class. The rest of the project asks them and knows no method by name, so all that
+differs between methods is declared here, with a default: the paper, views and losses, schedules and hooks, metrics and
+panel, the encoder that is exported, and the fine-tuning recipe that fits it.
+
+Shapes: B images, C channels, H W pixels, N patches, M masked patches per image, K values predicted for a patch.
 """
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -13,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .patches import coarsen_mask, masked_indices, patch_grid
+from .schedules import Progress, Schedule
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -20,48 +26,106 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Arguments that transformers itself passes through a config's constructor without declaring them as fields.
 _LIBRARY_ARGUMENTS = {
     *("attn_implementation", "experts_implementation", "output_attentions", "torch_dtype", "name_or_path"),
-    *(
-        "num_labels",
-        "per_layer_config",
-        "auto_map",
-        "transformers_version",
-        "model_type",
-        "use_cache",
-        "tie_word_embeddings",
-    ),
+    *("num_labels", "per_layer_config", "auto_map", "transformers_version", "model_type", "use_cache"),
+    "tie_word_embeddings",
 }
+
+
+class Paper(NamedTuple):
+    """The publication that a model card cites."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    def bibtex(self, key: str) -> str:
+        """Return the BibTeX entry."""
+        return (
+            f"@article{{{key}{self.year},\n  title   = {{{{{self.title}}}}},\n  author  = {{{self.authors}}},\n"
+            f"  journal = {{arXiv preprint arXiv:{self.arxiv}}},\n  year    = {{{self.year}}}\n}}"
+        )
+
+
+class View(NamedTuple):
+    """One input of the model that is cropped from each image.
+
+    Args:
+        name: Key in the batch.
+        num_crops: Random crops per image, stacked to (B, num_crops, C, H, W); None for one crop, (B, C, H, W).
+        image_size: Height and width in pixels; None for the encoder's.
+        crop_scale: Smallest and largest share of the image's area; None for the run's setting.
+        is_masked: Whether a mask is drawn for each crop.
+    """
+
+    name: str = "pixel_values"
+    num_crops: int | None = None
+    image_size: tuple[int, int] | None = None
+    crop_scale: tuple[float, float] | None = None
+    is_masked: bool = True
+
+
+class FinetuneRecipe(NamedTuple):
+    """Published fine-tuning settings: the name of a file in `recipes/`, and how it evaluates.
+
+    Images of up to `largest_cropped_size` pixels are evaluated on 224/256 of the resized short side, others whole.
+    """
+
+    name: str
+    largest_cropped_size: float
 
 
 @strict
 class MimConfig(PreTrainedConfig):
-    """Settings of a pre-training head; `encoder_config` is native and outlives it, the rest goes with the head.
+    """Configuration of a pre-training model: the native `encoder_config`, which leaves with the encoder, and the rest.
 
-    `image_mean` and `image_std` (in [0, 1], one per channel) standardize uint8 images on the device.
+    `image_mean` and `image_std` (in [0, 1], one value per channel) standardize uint8 images on the device.
 
     Raises:
-        ValueError: on a setting that does not exist; transformers would store a mistyped name and ignore it.
+        ValueError: If a setting does not exist. Transformers would store a misspelled name and ignore it.
     """
 
     sub_configs: ClassVar[dict[str, type]] = {"encoder_config": AutoConfig}
-    # What an encoder_config that leaves something out gets. LayerNorm eps is transformers' 1e-12 otherwise, with which
-    # the first LayerNorm turns a small token into an exploding gradient.
+    # Defaults of an encoder_config. Transformers' LayerNorm eps is 1e-12, with which the first LayerNorm turns a small
+    # token into an exploding gradient.
     encoder_defaults: ClassVar[dict[str, Any]] = {"model_type": "vit", "layer_norm_eps": 1e-6}
-
-    # Encoders that a method can train: by the first part of the name of a preset, and by model type, in the order in
-    # which they are tried for a model that somebody else trained (`hub.init_from`).
+    # Encoders that the method can train: by the first part of a preset's name, and by model type, in the order in
+    # which they are tried for weights that somebody else trained.
     encoder_families: ClassVar[tuple[str, ...]] = ("vit",)
     encoder_types: ClassVar[tuple[str, ...]] = ("vit",)
+    # Model types of transformers whose whole pre-training model this method continues, prediction head included.
+    transformers_model_types: ClassVar[tuple[str, ...]] = ()
+    # Settings that follow from the source of the targets, and those that fix shapes of weights (by prefix).
+    settings_of_targets: ClassVar[tuple[str, ...]] = ()
+    settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("decoder_",)
+    paper: ClassVar[Paper | None] = None
 
     encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
-    # Trainer would gather every prediction of the whole evaluation set; it wants a list.
-    keys_to_ignore_at_inference = ["logits", "accuracy"]  # noqa: RUF012
+    # Trainer would gather all predictions of the evaluation set; it wants a list.
+    keys_to_ignore_at_inference = ["losses", "logits", "metrics"]  # noqa: RUF012
 
     @property
     def prediction_side(self) -> int:
-        """Pixels along the side of the square that one prediction fills; a mask must hide such squares whole."""
+        """Side in pixels of the square that one prediction covers; a mask must hide such squares as a whole."""
         return self.encoder_config.patch_size
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The crops of an image that the model sees."""
+        return (View(),)
+
+    @classmethod
+    def finetune_recipe(cls, encoder_config: Any) -> FinetuneRecipe:
+        """Return the published fine-tuning settings that fit an encoder best, by default those for its family."""
+        width = getattr(encoder_config, "hidden_size", 0)
+        if encoder_config.model_type == "swin":  # `hidden_size` is the width of the last stage
+            return FinetuneRecipe(f"finetune_simmim_swin-{'large' if width >= 1536 else 'base'}", float("inf"))
+        size = "large" if width >= 1024 else "base"
+        if encoder_config.model_type in ("beit", "data2vec-vision"):
+            return FinetuneRecipe(f"finetune_beit_vit-{size}", 383)
+        return FinetuneRecipe(f"finetune_mae_vit-{'huge' if width >= 1280 else size}", 224)
 
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in fields(self)}
@@ -73,7 +137,7 @@ class MimConfig(PreTrainedConfig):
         if not isinstance(self.encoder_config, PreTrainedConfig):
             given, defaults = self.encoder_config or {}, self.encoder_defaults
             if given.get("model_type", defaults["model_type"]) != defaults["model_type"]:
-                defaults = {}  # they are of another kind of encoder
+                defaults = {}  # they are for another type of encoder
             self.encoder_config = AutoConfig.for_model(**{**defaults, **given})
         super().__post_init__(**kwargs)
         if self.encoder_config.model_type not in self.encoder_types:
@@ -83,29 +147,44 @@ class MimConfig(PreTrainedConfig):
             )
         if len(self.image_mean) != len(self.image_std) or len(self.image_mean) != self.encoder_config.num_channels:
             raise ValueError(
-                f"image_mean {tuple(self.image_mean)} and image_std {tuple(self.image_std)} need one number for each "
+                f"image_mean {tuple(self.image_mean)} and image_std {tuple(self.image_std)} need one value for each "
                 f"of the encoder's {self.encoder_config.num_channels} channels"
             )
 
 
 @dataclass
 class MimOutput(ModelOutput):
-    """What a head returns.
+    """Output of a pre-training model.
 
-    `loss`: scalar, float32. `logits` (B, M, K): predictions at the M hidden patches of each image, row-major, or (sum
-    of M, K) where images may hide unequal numbers. `accuracy`: share of hidden patches whose token was predicted.
+    Args:
+        loss: Scalar, float32: the weighted sum of `losses`.
+        losses: By name, where there is more than one: the mean of each loss over its items (`loss_counts`), a scalar.
+        logits: Predictions at the masked patches, row-major: (B, M, K), or (sum of M, K) where M differs by image.
+        metrics: Tensors that are summed over micro-batches and processes and then read by `summarize_metrics`.
     """
 
     loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
     logits: torch.Tensor | None = None
-    accuracy: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] | None = None
+
+
+def mean_metric(value: torch.Tensor, count: int) -> torch.Tensor:
+    """Return a metric (2,), sum and count, from a mean over `count` items."""
+    value = value.detach().float()
+    return torch.stack([value * count, torch.full_like(value, count)])
+
+
+def summarize_means(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Turn metrics (2,), sum and count, into means."""
+    return {name: (total[0] / total[1]).item() for name, total in sums.items()}
 
 
 class InitializesEveryModule:
-    """Mix-in for our models: `_init_weights` is called for every module, blocks included.
+    """Mix-in that calls `_init_weights` for every module, blocks included.
 
-    In code that is not its own, transformers passes over modules that own no tensor directly, lest loaded weights be
-    drawn anew; a block could not redraw its projections. `transformers.initialization` spares loaded weights anyway.
+    For code that is not its own, transformers skips modules that own no tensor directly, so that a block could not
+    initialize its projections. `transformers.initialization` spares loaded weights anyway.
     """
 
     def _initialize_weights(self, module: torch.nn.Module, is_custom_code: bool = False) -> None:
@@ -113,10 +192,15 @@ class InitializesEveryModule:
 
 
 class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
-    """Base of the heads. A head is `encoder` plus what goes away after pre-training, and never draws a mask itself.
+    """Base class of the pre-training models: an `encoder` and what is dropped after pre-training.
 
-    `frozen_parameters` are names (of this model) that must never train. With `needs_equal_num_masked`
-    all images of a batch must hide equally many patches; with `needs_tokenizer` it predicts `labels`, visual tokens.
+    A model never draws a mask itself. Class attributes:
+
+    - `frozen_parameters`: prefixes of parameter names that never train.
+    - `no_weight_decay`: suffixes of parameter names without weight decay, beside biases and one-dimensional tensors.
+    - `needs_equal_num_masked`: all images of a batch must have equally many masked patches.
+    - `targets`: kind of targets that the batch must hold, see `training.targets`; None if the images are enough.
+    - `exported`: name of the submodule that leaves as the native encoder.
     """
 
     config: MimConfig
@@ -128,45 +212,97 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
-    # Without it, Trainer takes a head with `labels` for one that divides by num_items_in_batch, and accumulates sums.
+    # Otherwise Trainer assumes that a model with `labels` divides by num_items_in_batch, and accumulates sums.
     accepts_loss_kwargs = False
     needs_equal_num_masked: ClassVar[bool] = False
-    needs_tokenizer: ClassVar[bool] = False
+    targets: ClassVar[str | None] = None
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
+    exported: ClassVar[str] = "encoder"
+
+    # ---- training ----
+
+    def loss_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        """Return the number of items that each loss is a mean over, by name.
+
+        The trainer weighs the losses with it, so that every item of an optimizer step counts alike however the items
+        are spread over micro-batches and processes. Runs on the collator's batch: nothing may wait for the device.
+        """
+        return {"loss": batch["num_masked_patches"]} if "num_masked_patches" in batch else {}
+
+    @property
+    def loss_weights(self) -> Mapping[str, float]:
+        """The weight of each of the named losses; 1 where there is none."""
+        return {}
+
+    def weighted_sum(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return the scalar loss of the named ones."""
+        terms = [self.loss_weights.get(name, 1.0) * loss for name, loss in losses.items()]
+        return torch.stack(terms).sum()
+
+    def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
+        """Return the numbers that change during training, by name.
+
+        A value whose name is an argument of `forward` is passed to it in training; `weight_decay` sets the
+        optimizer's; the hooks find all of them in `Progress.values`, and the log shows them.
+        """
+        return {}
+
+    def before_step(self, progress: Progress) -> None:
+        """Run before the first micro-batch of each optimizer step."""
+
+    def before_update(self, progress: Progress) -> None:
+        """Run when the gradients of a step are complete, before the optimizer uses them."""
+
+    def after_step(self, progress: Progress) -> None:
+        """Run after the optimizer has updated the weights, as for a teacher that follows its student."""
+
+    def after_loading_encoder(self) -> None:
+        """Run when weights of another model were loaded into `encoder`."""
+
+    # ---- what people see ----
+
+    def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Turn the summed `MimOutput.metrics` into numbers for the log."""
+        return summarize_means(sums)
+
+    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
+        """Return phrases about this model's metrics for one line of the log; evaluation prefixes names by `eval_`."""
+        return []
+
+    def panel_problem(self, targets: Any = None) -> str | None:
+        """Return why there is nothing to draw, or None if `panel` draws."""
+        return f"{type(self).__name__} draws no predictions" if type(self).panel is MimPreTrainedModel.panel else None
+
+    def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
+        """Return labeled images (B, C, H, W) in [0, 1], the columns of the panel that shows what the model predicts.
+
+        Args:
+            batch: A batch of the collator on the model's device.
+            targets: What makes the targets of the run, if the method has such.
+        """
+        raise NotImplementedError
+
+    # ---- weights ----
+
+    @property
+    def exported_encoder(self) -> PreTrainedModel:
+        """The encoder that users keep."""
+        return self.get_submodule(self.exported)  # type: ignore[return-value]
 
     def post_init(self) -> None:
         super().post_init()
         self.freeze()
 
     def freeze(self) -> None:
-        for name in self.frozen_parameters:
-            self.get_parameter(name).requires_grad_(False)
-
-    def standardize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) uint8 -> float32, zero mean and unit deviation; float images are taken as standardized."""
-        if pixel_values.dtype != torch.uint8:
-            return pixel_values
-        mean = pixel_values.new_tensor(self.config.image_mean, dtype=torch.float32).view(-1, 1, 1) * 255
-        std = pixel_values.new_tensor(self.config.image_std, dtype=torch.float32).view(-1, 1, 1) * 255
-        return (pixel_values - mean) / std
-
-    def masked_units(self, bool_masked_pos: torch.Tensor) -> torch.Tensor:
-        """(B, N) -> (B, cells): the mask on the squares that single predictions fill, usually the patches."""
-        encoder_config = self.config.encoder_config
-        step = self.config.prediction_side // encoder_config.patch_size
-        if step == 1:
-            return bool_masked_pos
-        return coarsen_mask(bool_masked_pos, patch_grid(encoder_config.image_size, encoder_config.patch_size), step)
-
-    def predicted_units(self, logits: torch.Tensor, masked_units: torch.Tensor) -> torch.Tensor:
-        """Predictions at hidden cells -> (B, cells, K) in target space, zero at visible ones: what pictures show."""
-        predicted = logits.new_zeros(masked_units.numel(), logits.shape[-1])
-        predicted[masked_indices(masked_units)] = logits.flatten(0, -2)
-        return predicted.view(*masked_units.shape, -1)
+        """Exclude `frozen_parameters` from training."""
+        prefixes = tuple(f"{prefix}." for prefix in self.frozen_parameters)
+        for name, parameter in self.named_parameters():
+            if f"{name}.".startswith(prefixes):
+                parameter.requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """As in transformers, which makes every float parameter trainable; fixed tables are frozen again here."""
+        """As in transformers, which makes every float parameter trainable; frozen ones are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
@@ -174,7 +310,31 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any):
         """As in transformers, but with today's key names.
 
-        The default writes the v4 names of the native encoder inside, which `Trainer` reads back with
+        The default writes v4 names of the native encoder inside, which `Trainer` reads back with
         `load_state_dict(strict=False)`: a resumed run would silently lose every transformer block.
         """
         return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+
+    # ---- pixels and masks ----
+
+    def standardize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Standardize uint8 images (B, C, H, W) to float32; float images are taken as standardized."""
+        if pixel_values.dtype != torch.uint8:
+            return pixel_values
+        mean = pixel_values.new_tensor(self.config.image_mean, dtype=torch.float32).view(-1, 1, 1) * 255
+        std = pixel_values.new_tensor(self.config.image_std, dtype=torch.float32).view(-1, 1, 1) * 255
+        return (pixel_values - mean) / std
+
+    def masked_units(self, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        """(B, N) -> (B, units): the mask on the squares that single predictions cover, usually the patches."""
+        encoder_config = self.config.encoder_config
+        step = self.config.prediction_side // encoder_config.patch_size
+        if step == 1:
+            return bool_masked_pos
+        return coarsen_mask(bool_masked_pos, patch_grid(encoder_config.image_size, encoder_config.patch_size), step)
+
+    def predicted_units(self, logits: torch.Tensor, masked_units: torch.Tensor) -> torch.Tensor:
+        """Scatter predictions at masked units to (B, units, K), with zeros at visible ones."""
+        predicted = logits.new_zeros(masked_units.numel(), logits.shape[-1])
+        predicted[masked_indices(masked_units)] = logits.flatten(0, -2)
+        return predicted.view(*masked_units.shape, -1)

@@ -8,8 +8,9 @@ Shapes: B images, C channels, H W pixels, h w codes (H = h * stride), K codes in
 
 import math
 from collections import OrderedDict
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class DvaeConfig(PreTrainedConfig):
     num_groups: int = 4
     num_blocks_per_group: int = 2
     decoder_input_size: int = 128
-    keys_to_ignore_at_inference = ["codes"]  # noqa: RUF012 - Trainer wants a list
+    keys_to_ignore_at_inference = ["codes", "metrics"]  # noqa: RUF012 - Trainer wants a list
 
     def __post_init__(self, **kwargs: Any):
         super().__post_init__(**kwargs)
@@ -66,15 +67,38 @@ class DvaeConfig(PreTrainedConfig):
 
 @dataclass
 class DvaeOutput(ModelOutput):
-    """`loss`: what is minimized. `reconstruction_loss`: mean negative log density of a pixel channel, in nats.
+    """Output of the tokenizer.
 
-    `kl`: mean over positions of the divergence from a uniform choice of codes, in nats. `codes` (B, h, w), int64.
+    Args:
+        loss: What is minimized.
+        reconstruction_loss: Mean negative log density of a pixel channel, in nats.
+        kl: Mean over positions of the divergence from a uniform choice of codes, in nats.
+        codes: (B, h, w), int64.
+        metrics: As in `MimOutput`.
     """
 
     loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
     kl: torch.Tensor | None = None
     codes: torch.Tensor | None = None
+    metrics: dict[str, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class CodebookUse:
+    """How many different codes occur among `num_tokens`, and the exponential of the entropy of their frequencies."""
+
+    num_tokens: int
+    num_alive: int
+    perplexity: float
+
+    @classmethod
+    def of(cls, histogram: torch.Tensor) -> "CodebookUse":
+        """Compute it from counts (K,)."""
+        num_tokens = int(histogram.sum())
+        frequencies = histogram[histogram > 0].double() / num_tokens
+        entropy = -(frequencies * frequencies.log()).sum().item()
+        return cls(num_tokens, len(frequencies), math.exp(entropy))
 
 
 class DvaeBlock(nn.Module):
@@ -154,7 +178,40 @@ class DvaeModel(PreTrainedModel):
         loss = reconstruction_loss + kl_weight * kl / (self.config.num_channels * self.config.stride**2)
         if usage_weight:
             loss = loss + usage_weight * kl_of_mean_from_uniform(logits)
-        return DvaeOutput(loss=loss, reconstruction_loss=reconstruction_loss.detach(), kl=kl.detach(), codes=codes)
+        reconstruction_loss, kl = reconstruction_loss.detach(), kl.detach()
+        metrics = {"losses": torch.stack([reconstruction_loss, kl, torch.ones_like(kl)])}
+        if not self.training:
+            metrics["code_counts"] = torch.bincount(codes.flatten(), minlength=self.vocab_size)
+        return DvaeOutput(loss=loss, reconstruction_loss=reconstruction_loss, kl=kl, codes=codes, metrics=metrics)
+
+    def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Return the mean losses and, in evaluation, the use of the codebook."""
+        reconstruction_loss, kl, count = sums["losses"].tolist()
+        if "code_counts" in sums:
+            return {"kl": kl / count, **asdict(CodebookUse.of(sums["code_counts"]))}
+        return {"reconstruction_loss": reconstruction_loss / count, "kl": kl / count}
+
+    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
+        """Return phrases about the schedules and the use of the codebook."""
+        phrases = []
+        if "temperature" in logs:
+            phrases.append(f"KL {logs['kl']:.2f} x {logs['kl_weight']:.2g}  temperature {logs['temperature']:.3f}")
+        for prefix in ("eval_", "codebook_"):
+            if f"{prefix}perplexity" in logs:
+                alive, tokens = logs[f"{prefix}num_alive"], logs[f"{prefix}num_tokens"]
+                phrases.append(f"{alive:,} codes in {tokens:,} tokens, perplexity {logs[f'{prefix}perplexity']:.1f}")
+        return phrases
+
+    def panel(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return each image, what its codes decode to, and what the probabilities before the choice decode to."""
+        pixels = batch["pixel_values"]
+        codes = self.get_codebook_indices(pixels)
+        views = {
+            "input": pixels / 255,
+            f"from {codes[0].numel()} codes": self.decode(codes),
+            "from their probabilities": self.decode_soft(self.encode(map_pixels(pixels)).softmax(dim=1)),
+        }
+        return {label: view.float().cpu() for label, view in views.items()}
 
     @torch.no_grad()
     def get_codebook_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,15 @@
-"""MAE: encode only the visible patches, then predict the pixels of the hidden ones.
+"""MAE: encode only the visible patches, then predict the pixels of the masked ones.
 
 Paper: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377, Sec. 3 and App. A.1.
 Code: facebookresearch/mae at efb2a80.
-Differs: tokens stay in the order (visible, hidden) through the decoder instead of being shuffled back; attention does
-not see order, so with each token's own position added the result is the same and the un-shuffle is saved.
-Shapes: B images, C channels, H W pixels, N patches = V visible + M hidden, D encoder width, E decoder width,
-P = p*p*C numbers in a patch.
+Differs: Tokens stay in the order (visible, masked) through the decoder instead of being unshuffled. Attention does not
+depend on the order, so with each token's own position added the result is the same and the unshuffling is saved.
+Shapes: B images, C channels, H W pixels, N patches = V visible + M masked, D encoder width, E decoder width,
+P = p*p*C values of a patch.
 """
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -15,7 +18,7 @@ from transformers import ViTConfig, ViTModel
 from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTLayer
 
-from .base import InitializesEveryModule, MimConfig, MimOutput, MimPreTrainedModel
+from .base import InitializesEveryModule, MimConfig, MimOutput, MimPreTrainedModel, Paper
 from .patches import (
     init_like_mae,
     normalize_patches,
@@ -25,13 +28,22 @@ from .patches import (
     take_tokens,
     visible_and_masked_indices,
 )
+from .reconstruction import pixel_panel
 
 
 @strict
 class MaeConfig(MimConfig):
-    """`encoder_config` is a plain ViT; `norm_pix_loss` predicts pixels standardized within each patch (Table 1d)."""
+    """Configuration of an MAE around a plain ViT; `norm_pix_loss` predicts pixels normalized per patch (Table 1d)."""
 
     model_type = "mim_mae"
+    transformers_model_types: ClassVar[tuple[str, ...]] = ("vit_mae",)
+    paper: ClassVar[Paper | None] = Paper(
+        "Masked Autoencoders Are Scalable Vision Learners",
+        "Kaiming He and Xinlei Chen and Saining Xie and Yanghao Li and Piotr Doll{\\'a}r and Ross Girshick",
+        2021,
+        "2111.06377",
+    )
+
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
@@ -43,7 +55,7 @@ class MaeConfig(MimConfig):
         patch_grid(self.encoder_config.image_size, self.encoder_config.patch_size)
 
     def decoder_config(self) -> ViTConfig:
-        """The decoder's blocks are ViT blocks too."""
+        """Return the configuration of the decoder, whose blocks are ViT blocks too."""
         return ViTConfig(
             hidden_size=self.decoder_hidden_size,
             num_hidden_layers=self.decoder_num_hidden_layers,
@@ -54,9 +66,9 @@ class MaeConfig(MimConfig):
 
 
 class MaeEncoder(InitializesEveryModule, ViTModel):
-    """A ViTModel, name for name; it only starts differently and can be given a part of the patches."""
+    """A ViTModel with the same parameter names, initialized as in MAE, that can encode a part of the patches."""
 
-    # Initialization lives here because transformers never runs a parent's `_init_weights` on a nested model.
+    # Initialization is defined here because transformers never runs a parent's `_init_weights` on a nested model.
     @torch.no_grad()
     def _init_weights(self, module):
         init_like_mae(module)
@@ -66,7 +78,7 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
             init.copy_(module.position_embeddings, sincos_positions(grid, self.config.hidden_size))
 
     def encode(self, patches: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """(B, V, P) visible patches and their places (B, V) -> (B, 1+V, D), the class token first."""
+        """Encode visible patches (B, V, P) with indices (B, V) to (B, 1+V, D), the class token first."""
         projection = self.embeddings.patch_embeddings.projection
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the order inside a patch is `patchify`'s
         positions = self.embeddings.position_embeddings[0]  # (1+N, D), fixed
@@ -79,7 +91,7 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
 
 
 class MaeForPreTraining(MimPreTrainedModel):
-    """The asymmetric autoencoder of Sec. 3; `.encoder` is what users keep."""
+    """The asymmetric autoencoder of Sec. 3."""
 
     config: MaeConfig
     encoder: MaeEncoder
@@ -93,7 +105,7 @@ class MaeForPreTraining(MimPreTrainedModel):
         encoder_config, decoder_config = config.encoder_config, config.decoder_config()
         self.grid = patch_grid(encoder_config.image_size, encoder_config.patch_size)
         self.encoder = MaeEncoder(encoder_config, add_pooling_layer=False)
-        # Bare blocks are not told which attention the model uses; unset, they fall back to eager.
+        # Bare blocks do not know which attention the model uses; unset, they fall back to eager.
         decoder_config._attn_implementation = self.encoder.config._attn_implementation
         self.decoder_embed = nn.Linear(encoder_config.hidden_size, decoder_config.hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_config.hidden_size))
@@ -120,47 +132,60 @@ class MaeForPreTraining(MimPreTrainedModel):
         num_masked_patches: int | None = None,
         return_loss: bool = True,
     ) -> MimOutput:
-        """(B, C, H, W) images, uint8 or standardized; (B, N) bool, True = hidden; every image hides equally many."""
+        """Predict the masked patches.
+
+        Args:
+            pixel_values: (B, C, H, W), uint8 or standardized.
+            bool_masked_pos: (B, N), True = masked; equally many in every image.
+            num_masked_patches: Number of masked patches in the batch.
+        """
         patches = patchify(self.standardize(pixel_values), self.config.encoder_config.patch_size)  # (B, N, P)
-        visible, hidden = visible_and_masked_indices(bool_masked_pos, num_masked_patches)  # (B, V), (B, M)
+        visible, masked = visible_and_masked_indices(bool_masked_pos, num_masked_patches)  # (B, V), (B, M)
         latent = self.encoder.encode(take_tokens(patches, visible), visible)  # (B, 1+V, D)
-        logits = self.decode(latent, visible, hidden)[:, -hidden.shape[1] :]  # (B, M, P)
-        loss = self.pixel_loss(logits, take_tokens(patches, hidden)) if return_loss else None
+        logits = self.decode(latent, visible, masked)[:, -masked.shape[1] :]  # (B, M, P)
+        loss = self.pixel_loss(logits, take_tokens(patches, masked)) if return_loss else None
         return MimOutput(loss=loss, logits=logits)
 
-    def decode(self, latent: torch.Tensor, visible: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, 1+V, D) -> predictions (B, V+M, P), the visible patches first, then the hidden ones."""
+    def decode(self, latent: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+        """Decode (B, 1+V, D) to predictions (B, V+M, P), the visible patches first, then the masked ones."""
         x = self.decoder_embed(latent)  # (B, 1+V, E)
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(*hidden.shape, -1)], dim=1)  # (B, 1+N, E)
-        places = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1, hidden + 1], dim=1)  # (B, 1+N)
-        x = x + self.decoder_positions[0, places]
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(*masked.shape, -1)], dim=1)  # (B, 1+N, E)
+        indices = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1, masked + 1], dim=1)  # (B, 1+N)
+        x = x + self.decoder_positions[0, indices]
         for layer in self.decoder_layers:
             x = layer(x)
         return self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, N, P)
 
     def pixel_loss(self, logits: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Mean squared error of the hidden patches (B, M, P), in float32 (Sec. 3, "Reconstruction target")."""
+        """Return the mean squared error of the masked patches (B, M, P), in float32 (Sec. 3)."""
         target = patches.float()
         if self.config.norm_pix_loss:
             target = normalize_patches(target)
         return nn.functional.mse_loss(logits.float(), target)
 
+    def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
+        """Return the input, the masked input and the predicted pixels."""
+        return pixel_panel(self, batch)
+
 
 @strict
 class SimMimAsymmetricConfig(MaeConfig):
-    """An MAE with raw pixels as target; `recipes/simmim-asymmetric.yaml` hides 40 % of the patches."""
+    """Configuration of an MAE with raw pixels as targets; its recipe masks 40 % of the patches."""
 
     model_type = "mim_simmim_asymmetric"
+    transformers_model_types = ()
+    paper = None  # nobody has published it
+
     norm_pix_loss: bool = False
 
 
 class SimMimAsymmetricForPreTraining(MaeForPreTraining):
     """The asymmetric variant that some overviews call SimMIM. It is NOT the published SimMIM (`modeling/simmim.py`):
-    this encoder sees the visible patches only, a transformer decodes, and nobody has published a result for it.
+    this encoder sees the visible patches only, a transformer decodes, and there are no published results.
 
-    It is an MAE whose mask token starts from N(0, 1/E) and whose target is raw pixels. The text it follows sums the
-    squared error over a batch; `pixel_loss` is that sum divided by its B * M * P terms (ViT-B/16 at 40 %: 79 * 768 an
-    image), so that the learning rate does not depend on the batch and the image size.
+    It is an MAE whose mask token is initialized from N(0, 1/E) and whose targets are raw pixels. Its description sums
+    the squared error over a batch; `pixel_loss` is that sum divided by its B * M * P terms (ViT-B/16 at 40 %: 79 * 768
+    per image), so that the learning rate depends on neither batch nor image size.
     """
 
     config: SimMimAsymmetricConfig

@@ -1,7 +1,8 @@
-"""Images to patches and back, picking tokens, fixed positions, and the MAE initialization.
+"""Images to patches and back, masks and their indices, fixed positions, and the initialization of MAE.
 
-Shapes: B images, C channels, H W pixels, h w patches per column and row (N = h * w), p patch side, D width,
-V visible and M hidden patches (V + M = N).
+Leaf mathematics: every folder may import it.
+Shapes: B images, C channels, H W pixels, h w patches per column and row (N = h * w), p side of a patch, P values of a
+patch, D width, V visible and M masked patches (V + M = N).
 """
 
 import math
@@ -11,26 +12,35 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTAttention
 
+PatchSize = int | tuple[int, int]  # one side, or height and width
 
-def patchify(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, C, H, W) -> (B, N, p*p*C); inside a patch: row, column, channel, the channel fastest (authors' order)."""
+
+def patchify(pixel_values: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:
+    """(B, C, H, W) -> (B, N, P); inside a patch: row, column, channel, the channel fastest (authors' order)."""
+    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     batch, channels, height, width = pixel_values.shape
-    h, w = height // patch_size, width // patch_size
-    x = pixel_values.reshape(batch, channels, h, patch_size, w, patch_size)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, patch_size**2 * channels)
+    if height % ph or width % pw:
+        raise ValueError(f"images of {height} x {width} pixels cannot be divided into patches of {ph} x {pw}")
+    x = pixel_values.reshape(batch, channels, height // ph, ph, width // pw, pw)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, (height // ph) * (width // pw), ph * pw * channels)
 
 
-def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, N, p*p*C) -> (B, C, H, W), the exact inverse of `patchify` for a grid of (h, w) patches."""
+def unpatchify(patches: torch.Tensor, patch_size: PatchSize, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, N, P) -> (B, C, H, W), the exact inverse of `patchify` for a grid of (h, w) patches."""
+    ph, pw = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     batch, _, dim = patches.shape
     h, w = grid
-    channels = dim // patch_size**2
-    x = patches.reshape(batch, h, w, patch_size, patch_size, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, h * patch_size, w * patch_size)
+    channels = dim // (ph * pw)
+    x = patches.reshape(batch, h, w, ph, pw, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, h * ph, w * pw)
 
 
 def patch_grid(image_size: int | tuple[int, int] | list[int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches. ValueError when the patch size does not divide the image size."""
+    """Return the rows and columns of patches.
+
+    Raises:
+        ValueError: If the patch size does not divide the image size.
+    """
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
         down, up = (
@@ -46,13 +56,14 @@ def patch_grid(image_size: int | tuple[int, int] | list[int], patch_size: int) -
 def visible_and_masked_indices(
     bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, N) mask -> indices of the visible (B, V) and of the hidden (B, M) patches, each in row-major order.
+    """Return the indices of the visible (B, V) and of the masked (B, M) patches of masks (B, N), in row-major order.
 
-    `num_masked_patches`, of the whole batch, comes from the collator; without it the mask is counted, which on an
-    accelerator waits for the device.
+    Args:
+        num_masked_patches: Number of masked patches in the batch, from the collator; counting them here would wait for
+            the device.
 
     Raises:
-        ValueError: the images hide unequal numbers of patches, or none.
+        ValueError: If the images have unequal numbers of masked patches, or none.
     """
     num_patches = bool_masked_pos.shape[1]
     if num_masked_patches is None:
@@ -60,41 +71,45 @@ def visible_and_masked_indices(
         fewest, most = counts.aminmax()
         if fewest != most or most == 0:
             raise ValueError(
-                f"every image of a batch must hide the same number of patches, at least one; got {counts.tolist()}: "
-                "use a mask strategy with exact counts"
+                "every image of a batch must have the same number of masked patches, at least one; got "
+                f"{counts.tolist()}: use a mask strategy with exact counts"
             )
         num_masked_patches = int(most) * len(bool_masked_pos)
-    num_hidden = num_masked_patches // len(bool_masked_pos)
+    num_masked = num_masked_patches // len(bool_masked_pos)
     order = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N): False sorts before True
-    return order.split([num_patches - num_hidden, num_hidden], dim=1)
+    return order.split([num_patches - num_masked, num_masked], dim=1)
 
 
 def masked_indices(bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None) -> torch.Tensor:
-    """(B, N) mask -> places of the hidden patches in the flattened batch, row-major; counts may differ.
+    """Return the indices of the masked patches of masks (B, N) in the flattened batch; counts may differ by image.
 
-    `num_masked_patches` as in `visible_then_hidden`. ValueError if nothing is hidden: there would be no loss.
+    Args:
+        num_masked_patches: As in `visible_and_masked_indices`.
+
+    Raises:
+        ValueError: If no patch is masked, so that there would be no loss.
     """
     if num_masked_patches is None:
         num_masked_patches = int(bool_masked_pos.sum())
     if num_masked_patches == 0:
-        raise ValueError("no image of the batch hides a patch, so there is nothing to predict: raise --mask_ratio")
-    shown_last = (~bool_masked_pos).flatten().to(torch.uint8)
-    return shown_last.argsort(stable=True)[:num_masked_patches]
+        raise ValueError("no patch of the batch is masked, so there is nothing to predict: raise mask_ratio")
+    visible_last = (~bool_masked_pos).flatten().to(torch.uint8)
+    return visible_last.argsort(stable=True)[:num_masked_patches]
 
 
 def coarsen_mask(bool_masked_pos: torch.Tensor, grid: tuple[int, int], step: int) -> torch.Tensor:
-    """(B, h*w) -> (B, h*w / step**2): the mask on cells of step x step patches, each wholly hidden or wholly visible.
+    """(B, h*w) -> (B, h*w / step**2): the mask on units of step x step patches, masked or visible as a whole.
 
     Raises:
-        ValueError: a cell is hidden in part; looked at on the CPU only, an accelerator would have to wait.
+        ValueError: If a unit is masked in part; checked on the CPU only, an accelerator would have to wait.
     """
     h, w = grid
-    cells = bool_masked_pos.reshape(-1, h // step, step, w // step, step)
-    first = cells[:, :, :1, :, :1]
-    if bool_masked_pos.device.type == "cpu" and not torch.compiler.is_compiling() and (cells != first).any():
+    units = bool_masked_pos.reshape(-1, h // step, step, w // step, step)
+    first = units[:, :, :1, :, :1]
+    if bool_masked_pos.device.type == "cpu" and not torch.compiler.is_compiling() and (units != first).any():
         raise ValueError(
-            f"the encoder merges {step} x {step} patches into one token, and a mask hides such a cell in part: draw "
-            f"masks with the strategy random-unit and cells of {step} x {step} patches, or a multiple"
+            f"the encoder merges {step} x {step} patches into one token, and a mask covers such a unit in part: draw "
+            f"masks with the strategy random-unit and units of {step} x {step} patches, or a multiple"
         )
     return first.flatten(1)
 
@@ -104,25 +119,20 @@ def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def put_tokens(x: torch.Tensor, indices: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """(B, N, D) with `tokens` (B, K, D) in the places `indices` (B, K); `x` itself is not changed."""
-    return x.scatter(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]), tokens.to(x.dtype))
-
-
 def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
-    """(B, N, P) -> the same with each patch's mean 0 and deviation 1; unbiased, as in the MAE authors' code."""
+    """Normalize each patch of (B, N, P) to mean 0 and standard deviation 1; unbiased, as in the MAE authors' code."""
     var, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> torch.Tensor:
-    """Fixed 2-D sine-cosine table (1, 1+N, D); row 0, the class token's, is zero.
+    """Return the fixed 2-D sine-cosine table (1, 1+N, D); row 0, the class token's, is zero.
 
-    The first half of D encodes the column and the second half the row: the authors' code builds its mesh width first
+    The first half of D encodes the column and the second half the row: the authors' code builds its mesh width first,
     and released weights depend on it (transformers' `build_2d_sinusoidal_position_embedding` has the halves swapped).
 
     Raises:
-        ValueError: D is not a multiple of 4.
+        ValueError: If D is not a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, got {dim}")
@@ -139,7 +149,7 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> torch.Tensor:
 def init_like_mae(module: nn.Module) -> None:
     """Initialize one module as MAE's authors do: Xavier-uniform Linear, zero bias, LayerNorm 1 and 0.
 
-    Tensors that were loaded from a checkpoint are left alone (`transformers.initialization`).
+    Tensors that were loaded from a checkpoint are kept (`transformers.initialization`).
     """
     if isinstance(module, nn.Linear):
         init.xavier_uniform_(module.weight)

@@ -1,14 +1,15 @@
-"""SimMIM: show the encoder every patch, the hidden ones as a mask token, and predict their pixels by one linear layer.
+"""SimMIM: encode all patches, the masked ones replaced by a mask token, and predict their pixels by one linear layer.
 
 Paper: Xie et al. 2021, "SimMIM: A Simple Framework for Masked Image Modeling", arXiv:2111.09886, Sec. 3 and 4.1.
 Code: microsoft/SimMIM at d3e29bc.
-Differs: the linear layer (there a 1 x 1 convolution and a pixel shuffle) runs at hidden cells only, as the loss does;
-the numbers of a cell lie in `patchify`'s order, the channel last.
-Shapes: B images, C channels, H W pixels, N patches, S pixels along the side of a cell, the square of one output token
-(ViT: a patch; Swin: 8 x 8 patches), L cells, M hidden cells of the whole batch, D width, P = S*S*C numbers in a cell.
+Differs: The linear layer (there a 1 x 1 convolution and a pixel shuffle) runs on masked units only, as the loss does,
+and the values of a unit are in `patchify`'s order, channel last.
+Shapes: B images, C channels, H W pixels, N patches, S pixels along the side of a mask unit, the square of one output
+token (ViT: a patch; Swin: 8 x 8 patches), L units, M masked units in the batch, D width, P = S*S*C values of a unit.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +17,10 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, SwinConfig
 
-from .base import MimConfig, MimOutput, MimPreTrainedModel
+from .base import FinetuneRecipe, MimConfig, MimOutput, MimPreTrainedModel, Paper
 from .encoders import BEIT_DEFAULTS, SWIN_DEFAULTS, BeitEncoder, DeitEncoder, SwinEncoder, init_like_pytorch
 from .patches import masked_indices, normalize_patches, patch_grid, patchify
+from .reconstruction import pixel_panel
 
 ENCODERS = {"beit": BeitEncoder, "deit": DeitEncoder, "swin": SwinEncoder}
 PIXEL_LOSSES = {
@@ -30,12 +32,18 @@ PIXEL_LOSSES = {
 
 @strict
 class SimMimConfig(MimConfig):
-    """`encoder_config` is a BEiT (a ViT with LayerScale and one relative position table), a Swin or a DeiT.
+    """Configuration of a SimMIM around a BEiT (a ViT with LayerScale and one relative position table), Swin or DeiT.
 
-    `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels standardized within each cell.
+    `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels normalized within each unit.
     """
 
     model_type = "mim_simmim"
+    paper = Paper(
+        "SimMIM: A Simple Framework for Masked Image Modeling",
+        "Zhenda Xie and Zheng Zhang and Yue Cao and Yutong Lin and Jianmin Bao and Zhuliang Yao and Qi Dai and Han Hu",
+        2021,
+        "2111.09886",
+    )
     encoder_defaults: ClassVar[dict[str, Any]] = BEIT_DEFAULTS
     encoder_families = ("vit", "swin")
     encoder_types = tuple(ENCODERS)
@@ -53,14 +61,21 @@ class SimMimConfig(MimConfig):
 
     @property
     def prediction_side(self) -> int:
-        """S: a patch, doubled by each merging of a Swin."""
+        """S: the side of a patch, doubled by each patch merging of a Swin."""
         encoder = self.encoder_config
         merges = len(encoder.depths) - 1 if isinstance(encoder, SwinConfig) else 0
         return encoder.patch_size * 2**merges
 
+    @classmethod
+    def finetune_recipe(cls, encoder_config: Any) -> FinetuneRecipe:
+        """Return the paper's own settings; there are none for other sizes of a ViT than base."""
+        if encoder_config.model_type == "swin":
+            return super().finetune_recipe(encoder_config)
+        return FinetuneRecipe("finetune_simmim_vit-base", float("inf"))
+
 
 class SimMimForPreTraining(MimPreTrainedModel):
-    """Encoder and one-layer prediction head (Sec. 3.3); `.encoder` is what users keep."""
+    """An encoder and a one-layer prediction head (Sec. 3.3)."""
 
     config: SimMimConfig
     encoder: BeitEncoder | DeitEncoder | SwinEncoder
@@ -87,29 +102,38 @@ class SimMimForPreTraining(MimPreTrainedModel):
         num_masked_patches: int | None = None,
         return_loss: bool = True,
     ) -> MimOutput:
-        """(B, C, H, W) images, uint8 or standardized; (B, N) bool, True = hidden; images may hide unequal numbers.
+        """Predict the masked units.
+
+        Args:
+            pixel_values: (B, C, H, W), uint8 or standardized.
+            bool_masked_pos: (B, N), True = masked; the number may differ by image.
+            num_masked_patches: Number of masked patches in the batch.
 
         Raises:
-            ValueError: nothing is hidden, or a cell is hidden in part (see `coarsen_mask`).
+            ValueError: If nothing is masked, or a unit is masked in part (see `coarsen_mask`).
         """
         pixels = self.standardize(pixel_values)
-        cells = self.masked_units(bool_masked_pos)  # (B, L)
-        patches_in_cell = bool_masked_pos.shape[1] // cells.shape[1]
-        hidden = masked_indices(cells, num_masked_patches and num_masked_patches // patches_in_cell)  # (M,)
+        units = self.masked_units(bool_masked_pos)  # (B, L)
+        patches_per_unit = bool_masked_pos.shape[1] // units.shape[1]
+        masked = masked_indices(units, num_masked_patches and num_masked_patches // patches_per_unit)  # (M,)
         features = self.encoder(pixels, bool_masked_pos=bool_masked_pos).last_hidden_state
-        features = features[:, -cells.shape[1] :]  # (B, L, D), without the tokens that lead the patches
-        logits = self.decoder(features.flatten(0, 1)[hidden])  # (M, P)
+        features = features[:, -units.shape[1] :]  # (B, L, D), without the tokens in front of the patches
+        logits = self.decoder(features.flatten(0, 1)[masked])  # (M, P)
         if not return_loss:
             return MimOutput(logits=logits)
-        targets = patchify(pixels, self.config.prediction_side).flatten(0, 1)[hidden]  # (M, P)
+        targets = patchify(pixels, self.config.prediction_side).flatten(0, 1)[masked]  # (M, P)
         return MimOutput(loss=self.pixel_loss(logits, targets), logits=logits)
 
-    def pixel_loss(self, logits: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-        """Error summed over hidden cells (M, P), over hidden pixels and channels, in float32 (Sec. 3.4)."""
-        targets = cells.float()
+    def pixel_loss(self, logits: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
+        """Return the error summed over masked units (M, P), per masked pixel and channel, in float32 (Sec. 3.4)."""
+        targets = units.float()
         if self.config.norm_pix_loss:
             targets = normalize_patches(targets)
         error = PIXEL_LOSSES[self.config.pixel_loss](logits.float(), targets, reduction="sum")
         num_channels = self.config.encoder_config.num_channels
         num_pixels = math.prod(targets.shape) / num_channels
         return error / (num_pixels + 1e-5) / num_channels  # the small number as in the authors' code
+
+    def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
+        """Return the input, the masked input and the predicted pixels."""
+        return pixel_panel(self, batch)

@@ -12,13 +12,14 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from data.augmentations import RandomResizedCrop
+from data.augmentations import RandomResizedCrop, single_view
 from data.collators import MaskingCollator
-from data.images import PretrainingImages
+from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
 from modeling import MODELS, MimPreTrainedModel
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import patch_grid
+from training.targets import TokenizerTargets
 
 ROOT = Path(__file__).parent.parent
 # In 5.17 AutoImageProcessor cannot be used without torchvision, whatever the folder holds.
@@ -74,24 +75,36 @@ def tiny_model(variant: str, **encoder: Any) -> MimPreTrainedModel:
     return model_class(variant)(model_class(variant).config_class(**settings))
 
 
-def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = True) -> PretrainingImages:
+def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = True) -> ImageDataset:
     """Bundled photographs as training items of 32 px."""
     source = open_source("sample")
     chosen = np.linspace(0, len(source) - 1, num_images).astype(np.int64)
     crop = RandomResizedCrop((SIZE, SIZE), (0.2, 1.0), (3 / 4, 4 / 3))
-    return PretrainingImages(source, chosen, crop, 3, 0, images_per_step, None, train)
+    samples = SourceSamples(source, chosen)
+    return ImageDataset(samples, single_view(crop, 3), train=train, images_per_step=images_per_step)
+
+
+def tiny_tokenizer() -> DvaeModel:
+    """A small, untrained image tokenizer of ours with one code for each patch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_groups": 4, "num_blocks_per_group": 1, "decoder_input_size": 16}
+        return DvaeModel(DvaeConfig(image_size=SIZE, vocab_size=16, **sizes)).eval()
+
+
+def tiny_targets(variant: str) -> TokenizerTargets | None:
+    if model_class(variant).targets != "tokenizer":
+        return None
+    return TokenizerTargets(tiny_tokenizer(), (SIZE // PATCH, SIZE // PATCH))
 
 
 class LabeledByTokenizer:
-    """A collator's batch with the `labels` of a small, untrained image tokenizer of ours, one code for each patch."""
+    """A collator's batch with the `labels` of `tiny_tokenizer`."""
 
     def __init__(self, collator: MaskingCollator) -> None:
         self.collator = collator
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            sizes = {"hidden_size": 16, "num_groups": 4, "num_blocks_per_group": 1, "decoder_input_size": 16}
-            # Not `tokenizer`: Trainer would save that into every checkpoint, over the head's own weights.
-            self.image_tokenizer = DvaeModel(DvaeConfig(image_size=SIZE, vocab_size=16, **sizes)).eval()
+        # Not `tokenizer`: Trainer would save that into every checkpoint, over the model's own weights.
+        self.image_tokenizer = tiny_tokenizer()
 
     def __call__(self, features: Any) -> dict[str, Any]:
         batch = self.collator(features)
@@ -113,7 +126,7 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
         equal_num_masked=needs_equal,
         with_image_index=with_image_index,
     )
-    return LabeledByTokenizer(collator) if model_class(variant).needs_tokenizer else collator
+    return LabeledByTokenizer(collator) if model_class(variant).targets == "tokenizer" else collator
 
 
 def tiny_batch(variant: str = "mae", num_images: int = 8) -> dict[str, Any]:

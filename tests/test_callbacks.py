@@ -29,7 +29,7 @@ def test_log_line__has_units_and_only_what_is_there():
         "eta_seconds": 90,
     }
     assert describe_log(logs) == "loss 0.5123  lr 1.50e-04  412 images/s  waits 3% for data  1 min 30 s left"
-    assert describe_log({"eval_loss": 0.5}) == "held-out loss 0.5000"
+    assert describe_log({"eval_loss": 0.5}) == "validation loss 0.5000"
     assert describe_log({"train_runtime": 3.0}) == ""
 
 

@@ -9,17 +9,16 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import ViTImageProcessorPil
 
-from data.augmentations import RandomResizedCrop
+from data.augmentations import RandomResizedCrop, single_view
 from data.classification import (
     CROP_SHARE,
-    ClassificationImages,
     EvalView,
-    StackedImages,
     TrainView,
-    collate_classification,
     eval_view,
     train_view,
 )
+from data.collators import stack_items
+from data.images import ImageDataset, StackedImages
 from data.labeled import LabeledSplit, open_labeled
 from data.randaugment import RandAugment
 from data.sampling import EpochSampler
@@ -105,21 +104,21 @@ def test_views__small_gray_pictures_in_one_or_three_channels(clothes, num_channe
 
 
 def test_items__carry_the_label_of_their_own_image(clothes):
-    images = ClassificationImages(clothes, train_view((28, 28)), 3, seed=5, train=True)
+    images = ImageDataset(clothes, single_view(train_view((28, 28)), 3), seed=5, train=True)
     epoch = [images[3 * len(images) + position] for position in range(len(images))]
     assert sorted(item["image_index"] for item in epoch) == list(range(40))
     assert [item["image_index"] for item in epoch] != list(range(40))
     assert all(item["labels"] == clothes.labels[item["image_index"]] for item in epoch)
-    evaluated = ClassificationImages(clothes, eval_view((28, 28), 1.0), 3)
+    evaluated = ImageDataset(clothes, single_view(eval_view((28, 28), 1.0), 3))
     assert [evaluated[index]["image_index"] for index in range(40)] == list(range(40))
-    assert evaluated.labels.tolist() == [evaluated[index]["labels"] for index in range(40)]
+    assert clothes.labels.tolist() == [evaluated[index]["labels"] for index in range(40)]
     assert set(epoch[0]) == {"pixel_values", "labels", "image_index"}
 
 
 def test_items__of_an_image_that_cannot_be_read_are_another_with_its_label(clothes, tmp_path):
     broken = clothes.select(np.arange(40))
     part = LabeledSplit(_Broken(broken.source, broken.indices[7]), broken.indices, broken.labels)
-    images = ClassificationImages(part, eval_view((28, 28), 1.0), 3, bad_images_file=tmp_path / "bad.jsonl")
+    images = ImageDataset(part, single_view(eval_view((28, 28), 1.0), 3), bad_images_file=tmp_path / "bad.jsonl")
     item = images[7]
     assert item["image_index"] != 7
     assert item["labels"] == clothes.labels[item["image_index"]]
@@ -127,13 +126,13 @@ def test_items__of_an_image_that_cannot_be_read_are_another_with_its_label(cloth
 
 
 def test_items__depend_on_seed_epoch_and_image_only(clothes):
-    images = ClassificationImages(clothes, train_view((28, 28), RandAugment(MEAN)), 3, seed=1, train=True)
+    images = ImageDataset(clothes, single_view(train_view((28, 28), RandAugment(MEAN)), 3), seed=1, train=True)
     sampler = EpochSampler(len(images))
     sampler.set_epoch(2)
 
     def epoch(num_workers: int) -> list[dict[str, torch.Tensor]]:
         torch.manual_seed(num_workers)
-        return list(DataLoader(images, 8, sampler=sampler, num_workers=num_workers, collate_fn=collate_classification))
+        return list(DataLoader(images, 8, sampler=sampler, num_workers=num_workers, collate_fn=stack_items))
 
     for alone, with_workers in zip(epoch(0), epoch(2), strict=True):
         assert all(torch.equal(alone[name], with_workers[name]) for name in alone)
@@ -142,8 +141,8 @@ def test_items__depend_on_seed_epoch_and_image_only(clothes):
 
 
 def test_collator__stacks(clothes):
-    images = ClassificationImages(clothes, eval_view((28, 28), 1.0), 3)
-    batch = collate_classification([images[index] for index in (4, 2)])
+    images = ImageDataset(clothes, single_view(eval_view((28, 28), 1.0), 3))
+    batch = stack_items([images[index] for index in (4, 2)])
     assert batch["pixel_values"].shape == (2, 3, 28, 28)
     assert batch["pixel_values"].dtype == torch.uint8
     assert batch["labels"].tolist() == clothes.labels[[4, 2]].tolist()
@@ -152,15 +151,15 @@ def test_collator__stacks(clothes):
 
 
 def test_stacked__has_the_same_items_and_refuses_training_views(clothes):
-    images = ClassificationImages(clothes, eval_view((28, 28), CROP_SHARE), 3)
+    images = ImageDataset(clothes, single_view(eval_view((28, 28), CROP_SHARE), 3))
     stacked = StackedImages(images, num_threads=2)
     assert len(stacked) == 40
     for index in (0, 17, 39):
         assert torch.equal(stacked[index]["pixel_values"], images[index]["pixel_values"])
         assert stacked[index]["labels"] == images[index]["labels"]
         assert stacked[index]["image_index"] == index
-    with pytest.raises(ValueError, match="differ in each epoch, and cannot be kept"):
-        StackedImages(ClassificationImages(clothes, train_view((28, 28)), 3, train=True))
+    with pytest.raises(ValueError, match="differ in each epoch and cannot be kept"):
+        StackedImages(ImageDataset(clothes, single_view(train_view((28, 28)), 3), train=True))
 
 
 class _Broken:

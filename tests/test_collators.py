@@ -184,7 +184,7 @@ def test_collator__refuses_wrong_settings_before_training(arguments, message):
 
 def test_collator__names_the_item_that_is_wrong():
     collate = MaskingCollator(GRID, 0.75, with_image_index=True)
-    with pytest.raises(ValueError, match=r"Item 1 .* no 'pixel_values', only \['image'\]"):
+    with pytest.raises(ValueError, match=r"item 1 .* no 'pixel_values', only \['image'\]"):
         collate([make_item(0), {"image": torch.zeros(3, 8, 12)}])
     with pytest.raises(ValueError, match=r"item 1 .*image_index 9.* \(1, 8, 12\), but item 0 .* \(3, 8, 12\)"):
         collate([make_item(0), make_item(9, size=(1, 8, 12))])

@@ -19,10 +19,12 @@ from conftest import (
     tiny_collator,
     tiny_images,
     tiny_model,
+    tiny_targets,
 )
 from torch.testing import assert_close
 from transformers import AutoModel, Trainer, TrainerCallback
 
+from evaluation.panels import panel_drawer
 from hub.export.native import export
 from modeling import MODELS
 from training.checkpoints import last_whole_checkpoint
@@ -76,20 +78,34 @@ def test_predictions__do_not_see_hidden_pixels(variant):
 
 
 @torch.no_grad()
-def test_predictions__can_be_drawn(variant):
-    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
-    logits, cells = head(**batch).logits, head.masked_units(batch["bool_masked_pos"])
-    predicted = head.predicted_units(logits, cells)
-    assert (SIZE // head.config.prediction_side) ** 2 == cells.shape[1]
-    assert torch.equal(predicted[cells], logits.flatten(0, -2))
-    assert not predicted[~cells].any()
+def test_predictions__belong_to_mask_units(variant):
+    model, batch = tiny_model(variant).eval(), tiny_batch(variant)
+    logits, units = model(**batch).logits, model.masked_units(batch["bool_masked_pos"])
+    predicted = model.predicted_units(logits, units)
+    assert (SIZE // model.config.prediction_side) ** 2 == units.shape[1]
+    assert torch.equal(predicted[units], logits.flatten(0, -2))
+    assert not predicted[~units].any()
+
+
+@torch.no_grad()
+def test_panel__is_drawn_or_says_why_not(variant):
+    model, batch, targets = tiny_model(variant).eval(), tiny_batch(variant), tiny_targets(variant)
+    if problem := model.panel_problem(targets):
+        assert len(problem) > 10
+        return
+    if targets is not None:
+        batch[targets.view.name] = batch["pixel_values"]
+    panel = panel_drawer("tiny", lambda model, batch: model.panel(batch, targets))(model, batch, 7, 0.5)
+    assert panel.width > 200
+    assert len(panel.getcolors(maxcolors=2**24)) > 100
 
 
 def test_frozen__stays_frozen_after_a_reload_and_keeps_its_values(variant, tmp_path):
     head = tiny_model(variant)
     head.save_pretrained(tmp_path)
     again = model_class(variant).from_pretrained(tmp_path)
-    assert {n for n, p in again.named_parameters() if not p.requires_grad} == set(head.frozen_parameters)
+    frozen = {n for n, p in again.named_parameters() if not p.requires_grad}
+    assert frozen == {n for n, p in head.named_parameters() if n.startswith(head.frozen_parameters or ("none",))}
     for (name, before), (_, after) in zip(head.state_dict().items(), again.state_dict().items(), strict=True):
         assert torch.equal(before, after), name
 
@@ -255,7 +271,7 @@ def opened_elsewhere(tmp_path_factory):
         standardized = head.standardize(batch["pixel_values"])
         torch.save(batch | {"standardized": standardized}, folder / f"{variant}.batch")
         with torch.no_grad():
-            features = head.encoder(standardized).last_hidden_state
+            features = head.exported_encoder(standardized).last_hidden_state
         expected[variant] = {"features": features, "loss": head(**batch).loss.item()}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}

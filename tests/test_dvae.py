@@ -12,6 +12,7 @@ from transformers import AutoModel, FlavaImageCodebook, FlavaImageCodebookConfig
 
 from data.seeds import seeded_generator
 from modeling.dvae import (
+    CodebookUse,
     DvaeBlock,
     DvaeConfig,
     DvaeModel,
@@ -22,9 +23,8 @@ from modeling.dvae import (
     map_pixels,
     unmap_pixels,
 )
+from modeling.schedules import Schedule
 from training.codebook_start import start_from_images
-from training.tokenizer_schedules import TokenizerSchedules, half_cosine
-from training.tokenizer_trainer import CodebookUse
 from training.weight_average import WeightAverage
 
 TINY = {"image_size": 32, "vocab_size": 16, "hidden_size": 8, "num_blocks_per_group": 1, "decoder_input_size": 8}
@@ -94,13 +94,14 @@ def test_gumbel_softmax__draws_codes_with_their_probabilities():
 
 
 def test_schedules__start_end_and_pass_the_middle_like_a_cosine():
-    schedules = TokenizerSchedules(6.6, 5000, 1 / 16, 150_000)
-    assert schedules.at(0) == {"kl_weight": 0.0, "temperature": 1.0, "usage_weight": 0.0}
-    assert schedules.at(2500)["kl_weight"] == pytest.approx(3.3)
-    assert schedules.at(75_000)["temperature"] == pytest.approx((1 + 1 / 16) / 2)
-    assert schedules.at(150_000) == schedules.at(10**7) == {"kl_weight": 6.6, "temperature": 1 / 16, "usage_weight": 0}
-    assert half_cosine(25, 100, 1.0, 0.0) == pytest.approx((1 + math.sqrt(0.5)) / 2)
-    assert half_cosine(0, 0, 0.0, 6.6) == 6.6
+    kl_weight, temperature = Schedule(0.0, 6.6, 5000), Schedule(1.0, 1 / 16, 150_000)
+    assert (kl_weight.at(0), temperature.at(0)) == (0.0, 1.0)
+    assert kl_weight.at(2500) == pytest.approx(3.3)
+    assert temperature.at(75_000) == pytest.approx((1 + 1 / 16) / 2)
+    assert (kl_weight.at(150_000), temperature.at(150_000)) == (6.6, 1 / 16)
+    assert (kl_weight.at(10**7), temperature.at(10**7)) == (6.6, 1 / 16)
+    assert Schedule(1.0, 0.0, 100).at(25) == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert Schedule(0.0, 6.6, 0).at(0) == 6.6
 
 
 def test_codebook_use__counts_codes_and_their_perplexity():
@@ -221,7 +222,7 @@ def test_training__lowers_the_loss_of_picked_codes():
     model.train()
     for step in range(60):
         torch.manual_seed(step)
-        model(pixels, temperature=half_cosine(step, 40, 1.0, 1 / 16)).loss.backward()
+        model(pixels, temperature=Schedule(1.0, 1 / 16, 40).at(step)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     assert model.eval()(pixels).loss.item() < before - 0.2

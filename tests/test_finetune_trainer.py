@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 from train_classifiers import ENCODERS, NUM_CLASSES, few_clothes, tiny_classifier, tiny_finetune_trainer
 
-from data.classification import ClassificationImages, collate_classification, eval_view
+from data.augmentations import single_view
+from data.classification import eval_view
+from data.collators import stack_items
+from data.images import ImageDataset
 from training.finetune_trainer import freeze
 from training.mixing import Mixing
 
@@ -62,8 +65,7 @@ def test_checkpoint__has_the_names_that_the_model_has(kind, tmp_path):
 
 
 def test_rates__are_decayed_by_layer_and_tokens_positions_and_norms_are_not_decayed_in_weight(tmp_path):
-    trainer = tiny_finetune_trainer("vit", tmp_path, learning_rate=0.1)
-    trainer.layer_decay = 0.5
+    trainer = tiny_finetune_trainer("vit", tmp_path, layer_decay=0.5, learning_rate=0.1)
     groups = trainer.create_optimizer().param_groups
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
@@ -90,8 +92,8 @@ def test_mixing__happens_in_training_only_and_the_same_after_a_resume(tmp_path):
     trainer.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True
     )
-    images = ClassificationImages(few_clothes(), eval_view((32, 32), 1.0), 3)
-    batch = collate_classification([images[index] for index in range(8)])
+    images = ImageDataset(few_clothes(), single_view(eval_view((32, 32), 1.0), 3))
+    batch = stack_items([images[index] for index in range(8)])
     plain = (batch["pixel_values"] / 255 - 0.5) / 0.5
     trainer.model.eval()
     trainer.compute_loss(trainer.model, dict(batch))

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.augmentations import CenterCrop, RandomResizedCrop
+from data.augmentations import CenterCrop, RandomResizedCrop, single_view
 from data.decoding import BadImage
-from data.images import PretrainingImages, count_bad_images, measure_image_stats, split_validation
+from data.images import ImageDataset, SourceSamples, count_bad_images, measure_image_stats, split_validation
 from data.sampling import EpochSampler
 from data.sources import open_source
 
@@ -30,13 +30,20 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def make_images(folder: Path, *, train: bool = True, seed: int = 5, file: Path | None = None) -> PretrainingImages:
+def make_images(
+    folder: Path,
+    *,
+    train: bool = True,
+    seed: int = 5,
+    file: Path | None = None,
+    chosen: list[int] | None = None,
+    num_channels: int = 3,
+) -> ImageDataset:
     source = open_source(str(folder))
-    return PretrainingImages(
-        source,
-        np.arange(len(source)),
-        RandomResizedCrop((24, 32)) if train else CenterCrop((24, 32)),
-        num_channels=3,
+    crop = RandomResizedCrop((24, 32)) if train else CenterCrop((24, 32))
+    return ImageDataset(
+        SourceSamples(source, np.arange(len(source)) if chosen is None else np.array(chosen)),
+        single_view(crop, num_channels),
         seed=seed,
         images_per_step=4,
         bad_images_file=file,
@@ -111,8 +118,7 @@ def test_evaluation__shows_the_same_central_crops_in_plain_order(folder: Path) -
 
 
 def test_indices__choose_the_images_of_the_source(folder: Path) -> None:
-    images = make_images(folder, train=False)
-    images.indices = np.array([3, 8])
+    images = make_images(folder, train=False, chosen=[3, 8])
     assert len(images) == 2
     assert images.name(1) == str(folder / "08.jpg")
     assert torch.equal(images[1]["pixel_values"], make_images(folder, train=False)[8]["pixel_values"])
@@ -165,7 +171,7 @@ def test_count_bad_images__is_empty_without_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_images", "fraction", "num_held_out"),
+    ("num_images", "fraction", "num_validation_images"),
     [(100, 0.1, 10), (100, 0.001, 1), (2, 0.9, 1), (1, 0.5, 0), (10, 0.0, 0), (10, 0.99, 9)],
 )
 def test_split_held_out__parts_every_image_once(num_images: int, fraction: float, num_validation_images: int) -> None:
@@ -187,9 +193,8 @@ def test_split_held_out__follows_its_seed() -> None:
 
 @pytest.mark.parametrize("num_channels", [1, 3])
 def test_image_stats__equal_those_of_all_pixels(folder: Path, num_channels: int) -> None:
-    images = make_images(folder)
-    images.num_channels = num_channels
-    crops = torch.stack([images.at_center()[index]["pixel_values"] for index in range(NUM_IMAGES)])  # (B, C, H, W)
+    images = make_images(folder, train=False, num_channels=num_channels)
+    crops = torch.stack([images[index]["pixel_values"] for index in range(NUM_IMAGES)])  # (B, C, H, W)
     pixels = crops.transpose(0, 1).flatten(1).double() / 255
     mean, std = measure_image_stats(images)
     assert mean == pytest.approx(pixels.mean(1).tolist())
@@ -199,11 +204,11 @@ def test_image_stats__equal_those_of_all_pixels(folder: Path, num_channels: int)
 
 def test_image_stats__of_one_color_have_no_spread(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40), (255, 0, 51)).save(tmp_path / "a.png")
-    mean, std = measure_image_stats(make_images(tmp_path))
+    mean, std = measure_image_stats(make_images(tmp_path, train=False))
     assert mean == pytest.approx([1, 0, 0.2])
     assert std == pytest.approx([0, 0, 0], abs=1e-6)
 
 
 def test_no_images__is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="no image is left"):
-        PretrainingImages(open_source(str(folder)), np.array([]), CenterCrop((8, 8)), 3, 0, 1, None, train=True)
+        ImageDataset(SourceSamples(open_source(str(folder)), np.array([])), single_view(CenterCrop((8, 8)), 3))

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.classification import ClassificationImages, collate_classification, eval_view
+from data.augmentations import single_view
+from data.classification import eval_view
+from data.collators import stack_items
+from data.images import ImageDataset
 from data.labeled import open_labeled
 from training.mixing import Mixing, smoothed_targets
 
@@ -16,8 +19,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     """Eight standardized pictures of clothes in three channels, of different classes."""
     part = open_labeled("sample-fashion").test
     assert part is not None
-    images = ClassificationImages(part, eval_view((SIDE, SIDE), 1.0), 3)
-    found = collate_classification([images[index] for index in range(8)])
+    images = ImageDataset(part, single_view(eval_view((SIDE, SIDE), 1.0), 3))
+    found = stack_items([images[index] for index in range(8)])
     return (found["pixel_values"].float() / 255 - 0.5) / 0.5, found["labels"]
 
 

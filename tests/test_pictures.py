@@ -7,22 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.pictures import (
-    estimate_statistics,
-    patchify,
-    reconstruction_panel,
-    reconstruction_views,
-    target_statistics,
-    training_curve,
-    unnormalize,
-    unpatchify,
-)
+from evaluation.panels import panel_drawer
+from evaluation.pictures import training_curve
+from modeling.patches import patchify, unpatchify
+from modeling.reconstruction import estimate_statistics, reconstruction_views, target_statistics, unnormalize
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data/samples/photographs/train").glob("*.jpg"))
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 FROM_ORIGINAL = "prediction, patch mean and std taken from the original"
 FROM_VISIBLE = "prediction, statistics estimated from visible patches"
-PASTED_ESTIMATED = "pasted, hidden patches predicted, statistics estimated"
+PASTED_ESTIMATED = "pasted, masked patches predicted, statistics estimated"
 
 # height, width, channels, patch size
 SHAPES = [(96, 96, 3, (16, 16)), (64, 96, 3, (8, 16)), (48, 32, 1, (16, 8))]
@@ -56,7 +50,8 @@ def setup(height, width, num_channels, patch_size):
 
 def hidden_pixels(masks, images, patch_size):
     num_values = patch_size[0] * patch_size[1] * images.shape[1]
-    return unpatchify(masks[..., None].expand(-1, -1, num_values), patch_size, images.shape)
+    grid = (images.shape[2] // patch_size[0], images.shape[3] // patch_size[1])
+    return unpatchify(masks[..., None].expand(-1, -1, num_values), patch_size, grid)
 
 
 def normalized_target(images, patch_size):
@@ -71,7 +66,7 @@ def test_patchify__puts_rows_then_columns_then_channels():
     assert patches.shape == (3, 8 * 6, 8 * 16 * 3)
     second_of_row_one = images[1, :, 8:16, 16:32]  # (C, ph, pw)
     torch.testing.assert_close(patches[1, 6 + 1], second_of_row_one.permute(1, 2, 0).flatten(), rtol=0, atol=0)
-    assert torch.equal(unpatchify(patches, (8, 16), images.shape), images)
+    assert torch.equal(unpatchify(patches, (8, 16), (8, 6)), images)
 
 
 @pytest.mark.parametrize(("height", "width", "num_channels", "patch_size"), SHAPES)
@@ -164,20 +159,17 @@ def test_whole_image_predictions__are_drawn_like_patches():
         assert torch.equal(view, from_patches[label])
 
 
+def draw_panel(views, masks) -> Image.Image:
+    draw = panel_drawer("mae", lambda model, batch: views)
+    return draw(None, {"bool_masked_pos": masks}, 1200, 0.4)
+
+
 @pytest.mark.parametrize(("height", "width", "num_channels", "patch_size"), [*SHAPES, (512, 256, 3, (16, 16))])
 def test_panel__has_a_column_for_each_view_and_starts_with_the_input(height, width, num_channels, patch_size):
     images, masks, options = setup(height, width, num_channels, patch_size)
+    target = normalized_target(images, patch_size)
     panels = [
-        reconstruction_panel(
-            images,
-            masks,
-            normalized_target(images, patch_size),
-            norm_pix_loss=norm_pix_loss,
-            method="mae",
-            step=1200,
-            eval_loss=0.4,
-            **options,
-        )
+        draw_panel(reconstruction_views(images, masks, target, norm_pix_loss=norm_pix_loss, **options), masks)
         for norm_pix_loss in (False, True)
     ]
     assert panels[1].width - panels[0].width >= 128  # the fifth column
@@ -190,19 +182,11 @@ def test_panel__has_a_column_for_each_view_and_starts_with_the_input(height, wid
 def test_panel__shows_at_most_eight_images():
     images = photographs(32, 32, 3, count=12)
     masks, predictions = random_masks(12, 4), torch.zeros(12, 4, 768)
+    views = reconstruction_views(
+        images, masks, predictions, patch_size=(16, 16), norm_pix_loss=True, image_mean=MEAN, image_std=STD
+    )
     heights = [
-        reconstruction_panel(
-            images[:count],
-            masks[:count],
-            predictions[:count],
-            patch_size=(16, 16),
-            norm_pix_loss=True,
-            image_mean=MEAN,
-            image_std=STD,
-            method="mae",
-            step=0,
-            eval_loss=None,
-        ).height
+        draw_panel({label: view[:count] for label, view in views.items()}, masks[:count]).height
         for count in (7, 8, 12)
     ]
     assert heights[0] < heights[1] == heights[2]
@@ -217,7 +201,7 @@ def test_views__refuse_what_has_no_picture():
         reconstruction_views(images, masks, target[:, 1:], norm_pix_loss=True, **options)
     with pytest.raises(ValueError, match="NaN"):
         reconstruction_views(images, masks, target / 0, norm_pix_loss=True, **options)
-    with pytest.raises(ValueError, match="7x16 patches"):
+    with pytest.raises(ValueError, match="patches of 7 x 16"):
         reconstruction_views(images, masks, target, norm_pix_loss=True, **{**options, "patch_size": (7, 16)})
 
 

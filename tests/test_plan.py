@@ -157,7 +157,7 @@ def test_precision__asked_for_and_not_there_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("machine", "workers"),
+    ("hardware", "workers"),
     [
         (Hardware("cpu", 1), 0),
         (Hardware("cpu", 2), 0),

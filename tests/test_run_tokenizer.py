@@ -15,10 +15,11 @@ from transformers import AutoModel
 import run_tokenizer
 from commands.launch import has_accelerator, run
 from commands.settings import RECIPES
+from commands.targets import load_tokenizer
 from commands.tokenizer_plan import Hardware, make_tokenizer_plan
 from commands.tokenizer_settings import build_tokenizer_parser, load_tokenizer_settings, tokenizer_sizes
 from modeling.dvae import DvaeConfig
-from training.targets import load_tokenizer, tokenizer_view
+from training.targets import TokenizerTargets
 
 PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
 SIZES = ["--model", "dvae-nano", "--image_size", "32", "--vocab_size", "32"]
@@ -90,7 +91,8 @@ def test_run__logs_the_parts_of_the_loss_and_the_schedules(finished):
 
 def test_run__is_a_tokenizer_that_pretraining_takes(finished):
     tokenizer = load_tokenizer(str(finished))
-    assert tokenizer_view(tokenizer, str(finished), (4, 4)) == ((32, 32), 32)
+    targets = TokenizerTargets(tokenizer, (4, 4))
+    assert (targets.view.image_size, targets.config_settings) == ((32, 32), {"vocab_size": 32})
 
 
 def test_run__saves_the_average_and_not_the_last_weights(finished):
@@ -214,8 +216,9 @@ def test_dvae__has_the_published_objective():
 def test_long_run__keeps_the_published_schedules():
     settings = load_tokenizer_settings(["--max_steps", "3000000"])
     plan = make_tokenizer_plan(settings, Hardware("cuda", 16), 10**6, 1000, 1, 1, (14, 14), "images")
-    assert plan.schedules.at(5000)["kl_weight"] == 6.6
-    assert plan.schedules.at(150_000)["temperature"] == 1 / 16 < plan.schedules.at(149_000)["temperature"]
+    temperature = plan.schedules["temperature"]
+    assert plan.schedules["kl_weight"].at(5000) == 6.6
+    assert temperature.at(150_000) == 1 / 16 < temperature.at(149_000)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)

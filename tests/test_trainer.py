@@ -13,9 +13,9 @@ from conftest import ROOT, tiny_arguments, tiny_collator, tiny_images, tiny_mode
 from safetensors.torch import load_file
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from data.augmentations import CenterCrop
+from data.augmentations import CenterCrop, single_view
 from data.collators import MaskingCollator
-from data.images import PretrainingImages
+from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
 from modeling.mae import MaeConfig, MaeForPreTraining
 from modeling.patches import patchify, take_tokens, visible_and_masked_indices
@@ -94,17 +94,17 @@ def test_checkpoint__holds_no_training_arguments(tmp_path):
 # ---- NaN ----
 
 
-class PoisonedImages(PretrainingImages):
+class PoisonedImages(ImageDataset):
     """One image's standardized tensor holds a NaN."""
 
     poisoned = 13
 
     def _load(self, image_index, epoch):
-        image_index, pixels = super()._load(image_index, epoch)
-        pixels = pixels.float() / 255
+        image_index, views = super()._load(image_index, epoch)
+        pixels = views["pixel_values"].float() / 255
         if image_index == self.poisoned:
             pixels[0, 3, 5] = float("nan")
-        return image_index, pixels
+        return image_index, {"pixel_values": pixels}
 
 
 def finite_weights(checkpoint: Path) -> bool:
@@ -115,7 +115,7 @@ def test_nan__in_one_image_stops_the_run_and_names_step_and_file(tmp_path):
     images = tiny_images()
     images.__class__ = PoisonedImages
     trainer = make_trainer(tmp_path, images, logging_steps=6, save_strategy="steps", save_steps=2, max_steps=12)
-    order = [images._locate(counter)[1] for counter in range(48)]
+    order = [images._order.locate(counter)[0] for counter in range(48)]
     bad_step = order.index(PoisonedImages.poisoned) // 8  # 0-based
     with pytest.raises(NonFiniteError) as caught:
         trainer.train()
@@ -131,7 +131,7 @@ def test_nan__in_one_image_stops_the_run_and_names_step_and_file(tmp_path):
 def test_nan__no_weight_moves_from_the_bad_step_on(tmp_path):
     images = tiny_images()
     images.__class__ = PoisonedImages
-    order = [images._locate(counter)[1] for counter in range(48)]
+    order = [images._order.locate(counter)[0] for counter in range(48)]
     bad_step = order.index(PoisonedImages.poisoned) // 8
     clean = make_trainer(tmp_path / "clean", max_steps=12)
     seen = {}
@@ -214,14 +214,15 @@ def test_evaluation__counts_every_image_though_training_drops_the_last_batch(tmp
 # ---- learning ----
 
 
-def fashion(train: bool, num_images: int, seed: int = 0) -> PretrainingImages:
+def fashion(train: bool, num_images: int, seed: int = 0) -> ImageDataset:
     source = open_source("sample-fashion")
     source = source if train else source.validation()
     indices = np.arange(min(num_images, len(source)))
-    return PretrainingImages(source, indices, CenterCrop((28, 28)), 1, seed, 128, None, train)
+    samples, transform = SourceSamples(source, indices), single_view(CenterCrop((28, 28)), 1)
+    return ImageDataset(samples, transform, seed=seed, train=train, images_per_step=128)
 
 
-def mean_of_visible_loss(images: PretrainingImages, collator: MaskingCollator, model: MaeForPreTraining) -> float:
+def mean_of_visible_loss(images: ImageDataset, collator: MaskingCollator, model: MaeForPreTraining) -> float:
     """Held-out loss of predicting, for every hidden pixel, the mean of the image's visible pixels."""
     batch = collator([images[index] for index in range(len(images))])
     patches = patchify(model.standardize(batch["pixel_values"]), 7)
@@ -289,8 +290,14 @@ def test_positions__stock_zero_tables_give_one_prediction_for_all_hidden_patches
 
 
 def test_lr_drop__is_constant_after_warm_up_and_then_a_tenth(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=8, warmup_steps=2, lr_scheduler_type="constant_with_warmup")
-    trainer.lr_drop_step = 5
+    schedule = {"warmup_steps": 2, "lr_scheduler_type": "constant_with_warmup"}
+    trainer = MimTrainer(
+        model=tiny_model("mae"),
+        args=tiny_arguments(tmp_path, max_steps=8, **schedule),
+        train_dataset=tiny_images(),
+        data_collator=tiny_collator(with_image_index=True),
+        lr_drop_step=5,
+    )
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])

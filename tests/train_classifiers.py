@@ -10,7 +10,10 @@ import torch
 from conftest import SIZE, TINY_MODELS, tiny_arguments
 from transformers import BeitConfig, SwinConfig, ViTConfig
 
-from data.classification import ClassificationImages, collate_classification, train_view
+from data.augmentations import single_view
+from data.classification import train_view
+from data.collators import stack_items
+from data.images import ImageDataset
 from data.labeled import LabeledSplit, open_labeled
 from modeling.image_classification import build_classifier, random_encoder
 from training.finetune_trainer import FinetuneTrainer
@@ -42,19 +45,22 @@ def tiny_classifier(kind: str, drop_path_rate: float = 0.0) -> Any:
     return classifier
 
 
-def tiny_finetune_trainer(kind: str, folder: Path, mixing: Mixing | None = None, **arguments: Any) -> FinetuneTrainer:
+def tiny_finetune_trainer(
+    kind: str, folder: Path, mixing: Mixing | None = None, layer_decay: float = 1.0, **arguments: Any
+) -> FinetuneTrainer:
     part = few_clothes()
     weights = torch.linspace(0.5, 2, NUM_CLASSES)
     off = {"mixup_alpha": 0.0, "cutmix_alpha": 0.0, "erasing_prob": 0.0}
     return FinetuneTrainer(
         model=tiny_classifier(kind),
         args=tiny_arguments(folder, prediction_loss_only=False, **arguments),
-        train_dataset=ClassificationImages(part, train_view((SIZE, SIZE)), 3, train=True),
-        data_collator=collate_classification,
+        train_dataset=ImageDataset(part, single_view(train_view((SIZE, SIZE)), 3), train=True),
+        data_collator=stack_items,
         mixing=mixing or Mixing(NUM_CLASSES, label_smoothing=0.1, **off),
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
         class_weights=weights,
+        layer_decay=layer_decay,
     )
 
 

@@ -43,7 +43,7 @@ def show_panels(
     batch: dict[str, Any],
     draw: Callable[[Any, dict[str, Any], int, float | None], Image.Image],
 ) -> None:
-    """`ReconstructionPanels`, in TensorBoard too where the run writes to it."""
+    """Add `ReconstructionPanels`, which are also written to TensorBoard if the run reports to it."""
     boards = [each for each in trainer.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
     trainer.add_callback(ReconstructionPanels(folder, batch, draw, boards[0] if boards else None))
 
@@ -64,10 +64,12 @@ class MimProgress(ProgressCallback):
         if sys.stderr.isatty():
             super().on_prediction_step(*args, **kwargs)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **kwargs: Any
+    ) -> None:
         if self.training_bar is None or not logs:
             return
-        text = describe_log(logs)
+        text = describe_log(logs, getattr(model, "describe_metrics", None))
         if not text:
             return
         if not self.training_bar.disable and "loss" in logs:
@@ -76,31 +78,21 @@ class MimProgress(ProgressCallback):
             self.training_bar.write(f"step {state.global_step}/{state.max_steps}  {text}", file=sys.stderr)
 
 
-def describe_log(logs: dict[str, Any]) -> str:
-    """One line a person reads: only what is there, with units."""
-    parts = []
+def describe_log(logs: dict[str, Any], describe_metrics: Callable[[dict[str, Any]], list[str]] | None = None) -> str:
+    """Return one line of those that are there: losses, what the model says of its metrics, and speed."""
+    phrases = []
     if "loss" in logs:
-        parts.append(f"loss {logs['loss']:.4f}")
-        parts.append(f"lr {logs.get('learning_rate', 0):.2e}")
+        phrases.append(f"loss {logs['loss']:.4f}")
+        phrases.append(f"lr {logs.get('learning_rate', 0):.2e}")
     if "eval_loss" in logs:
-        parts.append(f"held-out loss {logs['eval_loss']:.4f}")
-    for prefix, name in (("", ""), ("eval_", "held-out ")):
-        if f"{prefix}accuracy" in logs:
-            of_what = "" if "eval_macro_f1" in logs else "token "  # of a classifier, or of masked image modeling
-            parts.append(f"{name}{of_what}accuracy {logs[f'{prefix}accuracy']:.1%}")
-    if "eval_most_frequent_share" in logs:
-        parts.append(f"(the most frequent token: {logs['eval_most_frequent_share']:.1%})")
-    if "temperature" in logs:  # of an image tokenizer
-        parts.append(f"KL {logs['kl']:.2f} x {logs['kl_weight']:.2g}  temperature {logs['temperature']:.3f}")
-    for prefix in ("eval_", "codebook_"):
-        if f"{prefix}perplexity" in logs:
-            alive, tokens = logs[f"{prefix}num_alive"], logs[f"{prefix}num_tokens"]
-            parts.append(f"{alive:,} codes in {tokens:,} tokens, perplexity {logs[f'{prefix}perplexity']:.1f}")
+        phrases.append(f"validation loss {logs['eval_loss']:.4f}")
+    if describe_metrics is not None:
+        phrases += describe_metrics(logs)
     if "images_per_second" in logs:
-        parts.append(f"{logs['images_per_second']:.3g} images/s")
-        parts.append(f"waits {logs['data_wait_share']:.0%} for data")
-        parts.append(f"{duration(logs['eta_seconds'])} left")
-    return "  ".join(parts)
+        phrases.append(f"{logs['images_per_second']:.3g} images/s")
+        phrases.append(f"waits {logs['data_wait_share']:.0%} for data")
+        phrases.append(f"{duration(logs['eta_seconds'])} left")
+    return "  ".join(phrases)
 
 
 def duration(seconds: float) -> str:

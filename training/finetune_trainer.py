@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from training.layer_decay import depths_of, layer_id, layer_ids
 from training.mixing import Mixing
 from training.trainer import MimTrainer
-from training.weight_average import AveragesWeights
 
 # Not decayed beside 1-D tensors, as in the authors' code; of BEiT's bias tables it decays the weights.
 _NO_WEIGHT_DECAY = ("cls_token", "distillation_token", "position_embeddings")
@@ -49,7 +48,7 @@ def balanced_weights(labels: np.ndarray) -> torch.Tensor:
     return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32)
 
 
-class FinetuneTrainer(AveragesWeights, MimTrainer):  # type: ignore[misc]
+class FinetuneTrainer(MimTrainer):
     """`MimTrainer` for a native classifier and batches of uint8 `pixel_values` and `labels`.
 
     The loss is computed here and is a mean over the images, so that it does not grow with accumulation or processes,

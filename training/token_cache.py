@@ -1,6 +1,6 @@
-"""Tokens made once and kept in a file, for images that training shows uncropped and unmirrored (`--cache_tokens`).
+"""Targets computed once and kept in a file, for images that training shows without random crops or flips.
 
-Shapes: I images, B of them at a time, C channels, H W pixels of the tokenizer's view, N tokens.
+Shapes: I images, B of them at a time, N targets per image.
 """
 
 import hashlib
@@ -13,57 +13,56 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from data.decoding import BadImage
-from data.images import PretrainingImages
-from training.targets import TokenizerLabels
+from data.images import ImageDataset
+from training.targets import Targets
 
-_NO_TOKENS = -1
+_NO_TARGETS = -1
 _BATCH = 32
 
 
-def cached_tokens(
-    images: PretrainingImages, labels: TokenizerLabels, folder: Path, log: Callable[[str], None]
-) -> Path:
-    """A file of (I, N) int32 tokens of `images` in their own order; -1, which is told, where one cannot be read.
+def cached_targets(images: ImageDataset, targets: Targets, folder: Path, log: Callable[[str], None]) -> Path:
+    """Return a file with the int32 targets (I, N) of `images` in their own order, -1 where one cannot be read.
 
-    The file's name depends on the tokenizer's weights, its view and the images' names: another tokenizer, or other
-    images, never find these tokens.
+    The file's name depends on the weights of the targets' model, the transform and the images' names, so that targets
+    of another model or of other images are never found.
     """
-    file = folder / f"tokens-{_fingerprint(images, labels)}.npy"
+    file = folder / f"tokens-{_fingerprint(images, targets)}.npy"
     if not file.exists():
-        tokens = np.concatenate(list(_in_batches(images, labels)))  # (I, N)
+        values = np.concatenate(list(_in_batches(images, targets)))  # (I, N)
         partial = file.with_suffix(".part.npy")
-        np.save(partial, tokens)
+        np.save(partial, values)
         partial.replace(file)
-    tokens = np.load(file, mmap_mode="r")
-    num_without = int((tokens[:, 0] == _NO_TOKENS).sum())
-    log(f"{file.name}: {tokens.shape[1]} tokens of each of {len(tokens) - num_without:,} images")
+    values = np.load(file, mmap_mode="r")
+    num_without = int((values[:, 0] == _NO_TARGETS).sum())
+    log(f"{file.name}: {values.shape[1]} tokens for each of {len(values) - num_without:,} images")
     return file
 
 
-def _in_batches(images: PretrainingImages, labels: TokenizerLabels) -> Iterator[np.ndarray]:
-    device = labels.tokenizer.device
-    numbers = range(0, len(images), _BATCH)
-    for start in tqdm(numbers, desc="tokens", unit=f" x {_BATCH} images", disable=len(numbers) < 2):
-        views: list[torch.Tensor] = []
+def _in_batches(images: ImageDataset, targets: Targets) -> Iterator[np.ndarray]:
+    device = targets.model.device
+    starts = range(0, len(images), _BATCH)
+    for start in tqdm(starts, desc="tokens", unit=f" x {_BATCH} images", disable=len(starts) < 2):
+        views: list[dict[str, torch.Tensor]] = []
         readable: list[int] = []
         members = range(start, min(start + _BATCH, len(images)))
-        for place, index in enumerate(members):
+        for position, index in enumerate(members):
             try:
-                views.append(images.view(index)["tokenizer_pixel_values"])
-                readable.append(place)
+                views.append(images.view(index))
+                readable.append(position)
             except BadImage as error:
                 images.report(index, str(error))
         if not views:
             raise BadImage(f"none of {len(members)} images from {images.name(start)} on can be read")
-        found = labels(default_collate(views).to(device)).cpu().numpy().astype(np.int32)  # (<= B, N)
-        tokens = np.full((len(members), found.shape[1]), _NO_TOKENS, np.int32)
-        tokens[readable] = found
-        yield tokens
+        batch = {key: value.to(device) for key, value in default_collate(views).items()}
+        found = targets(batch)[targets.output].cpu().numpy().astype(np.int32)  # (<= B, N)
+        values = np.full((len(members), found.shape[1]), _NO_TARGETS, np.int32)
+        values[readable] = found
+        yield values
 
 
-def _fingerprint(images: PretrainingImages, labels: TokenizerLabels) -> str:
+def _fingerprint(images: ImageDataset, targets: Targets) -> str:
     digest = hashlib.blake2b(repr(images.transform).encode(), digest_size=6)
-    for name, weight in labels.tokenizer.state_dict().items():
+    for name, weight in targets.model.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for index in range(len(images)):

@@ -1,13 +1,14 @@
 """A thin layer over `Trainer`: parameter groups, exact resume, a guard against NaN, and speed in the log.
 
-Heads train under the stock `Trainer` too; what is added here is listed in `MimTrainer`.
+The models train under the stock `Trainer` too; what is added here is listed in `MimTrainer`.
 Shapes: B images of a micro-batch.
 """
 
+import inspect
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,44 +17,61 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from data.classification import ClassificationImages
-from data.images import PretrainingImages
+from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
+from modeling.schedules import Progress, Schedule
 from training.checkpoints import last_whole_checkpoint
 from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
 from training.layer_decay import layer_decay_groups
+from training.weight_average import WeightAverage
+
+_DROP_FACTOR = 0.1
 
 
 class MimTrainer(Trainer):
-    """`Trainer` for the heads in `modeling`.
+    """`Trainer` for the models in `modeling`.
 
-    - no weight decay on 1-D tensors, biases and the head's `no_weight_decay` (the authors' groups), decay on the rest;
-    - the data's counters and a torch seed per (seed, rank, step) make a resumed run equal to an undisturbed one;
-    - a non-finite loss, gradient or weight stops the run before anything is saved (`training.guard`);
-    - a checkpoint is written before the first step: there always is a good one, and a full disk shows at once;
-    - images per second, the share of time spent waiting for data, images seen and time left are logged with the loss;
-    - a head with `update_teacher(progress)` is called after each optimizer step;
-    - where images may hide unequal numbers of patches, every hidden patch of a step counts alike, however they lie in
-      micro-batches and processes;
-    - with `layer_decay` below 1, each layer of the encoder learns that much slower than the one above it;
-    - with `lr_drop_step`, the learning rate is constant after warm-up, and a tenth of it from that step on (SimMIM);
-    - `make_labels` (`training.targets`) turns the batch's `tokenizer_pixel_values` into `labels`, on the device.
+    - No weight decay on 1-D tensors, biases and the model's `no_weight_decay`, as in the authors' code.
+    - The data's counters and a torch seed per (seed, rank, step) make a resumed run equal to an undisturbed one.
+    - A non-finite loss, gradient or weight stops the run before anything is saved (`training.guard`).
+    - A checkpoint is written before the first step: there always is a good one, and a full disk shows at once.
+    - Images per second, the share of time spent waiting for data, images seen and time left are logged with the loss.
+    - Every item of a named loss counts alike in a step, however the items are spread over micro-batches and processes
+      (`loss_counts`); metrics are summed over both.
+    - The model's schedules are followed, and its hooks called around each step.
+
+    Args:
+        targets: Adds targets to a batch on the device (`training.targets`).
+        schedules: Numbers that change during training, beside the model's own (`modeling.schedules`).
+        layer_decay: Factor between the learning rates of a layer of the encoder and the one above it.
+        lr_drop_step: First step with a tenth of the learning rate, which is otherwise constant after warm-up (SimMIM).
+        ema_decay: Decay of a moving average of the weights, which is evaluated and saved; 0 for none.
     """
 
     model: PreTrainedModel
     train_dataset: Any
     optimizer: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        targets: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+        schedules: Mapping[str, Schedule] | None = None,
+        layer_decay: float = 1.0,
+        lr_drop_step: int | None = None,
+        ema_decay: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.output_dir = Path(str(self.args.output_dir))
         self.guard = NonFiniteGuard(self.args.device, gradients_may_overflow=self.args.fp16)
-        self.make_labels: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self.lr_drop_step: int | None = None
-        self.layer_decay = 1.0
-        self._num_masked_in_step: torch.Tensor | None = None  # over all micro-batches and processes
-        self._meter, self._accuracy = _Meter(), _AccuracyMeter()
+        self.targets, self.layer_decay, self.lr_drop_step = targets, layer_decay, lr_drop_step
+        self.schedules: dict[str, Schedule] = dict(schedules or {})
+        self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
+        self._forward_arguments = frozenset(inspect.signature(self.model.forward).parameters)
+        self._total_counts: dict[str, torch.Tensor] = {}  # of this step, over all micro-batches and processes
+        self._meter, self._metrics = _Meter(), {True: _MetricSums(), False: _MetricSums()}  # by model.training
         self._micro_step = 0
         self.add_callback(_StepHooks(self))
 
@@ -61,19 +79,13 @@ class MimTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not isinstance(dataset, (PretrainingImages, ClassificationImages)):
+        if not isinstance(dataset, NamedItems):
             return super()._get_train_sampler(train_dataset)
         self._epoch_sampler = EpochSampler(len(dataset))
         return self._epoch_sampler
 
-    def evaluate_at_the_end(self) -> None:
-        """Once more, if there is something to evaluate on and the last time was at an earlier step."""
-        evaluated = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
-        if self.eval_dataset is not None and self.state.global_step not in evaluated:
-            self.evaluate()
-
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """With the last, smaller batch: dropping it is for training, `Trainer` does it here too."""
+        """As in `Trainer`, but with the last, smaller batch: `dataloader_drop_last` is meant for training."""
         drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -84,20 +96,33 @@ class MimTrainer(Trainer):
         start = time.perf_counter()
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         self._meter.seconds_waiting += time.perf_counter() - start
-        self._num_masked_in_step = self._count_masked(batches)
+        self._total_counts = self._count_losses(batches)
         return batches, num_items
 
-    def _count_masked(self, batches: list[dict[str, Any]]) -> torch.Tensor | None:
-        if getattr(self.model, "needs_equal_num_masked", True) or "num_masked_patches" not in batches[0]:
-            return None
-        count = torch.tensor(float(sum(batch["num_masked_patches"] for batch in batches)), device=self.args.device)
-        return self.accelerator.reduce(count, reduction="sum")
+    def _count_losses(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        counts = [self._loss_counts(batch) for batch in batches]
+        totals = {
+            name: torch.tensor(float(sum(count[name] for count in counts)), device=self.args.device)
+            for name in counts[0]
+        }
+        return self.accelerator.reduce(totals, reduction="sum") if totals else {}
+
+    def _loss_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
+        count = getattr(self.model, "loss_counts", None)
+        return count(batch) if count else {}
 
     # ---- one step ----
 
+    @property
+    def progress(self) -> Progress:
+        """The state of the training, with the values of the schedules."""
+        step = self.state.global_step
+        values = {name: schedule.at(step) for name, schedule in self.schedules.items()}
+        return Progress(step, self.state.max_steps, self.steps_per_epoch, values)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         image_index = inputs.pop("image_index", None)  # (B,)
-        inputs = self._with_labels(inputs)
+        inputs = self._with_targets(inputs)
         self._reseed()
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.guard.watch_loss(loss, image_index, self.state.global_step)
@@ -105,14 +130,10 @@ class MimTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         inputs.pop("image_index", None)
-        return super().prediction_step(model, self._with_labels(inputs), *args, **kwargs)
+        return super().prediction_step(model, self._with_targets(inputs), *args, **kwargs)
 
-    def _with_labels(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        if self.make_labels is None or "labels" in inputs:
-            return inputs
-        inputs = self._prepare_inputs(inputs)
-        inputs["labels"] = self.make_labels(inputs.pop("tokenizer_pixel_values"))
-        return inputs
+    def _with_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return inputs if self.targets is None else self.targets(self._prepare_inputs(inputs))
 
     def compute_loss(
         self,
@@ -121,16 +142,28 @@ class MimTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        num_masked = inputs.get("num_masked_patches")
+        scheduled = self.progress.values if model.training else {}
+        inputs = inputs | {name: value for name, value in scheduled.items() if name in self._forward_arguments}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if outputs.get("accuracy") is not None and num_masked is not None:
-            self._accuracy.add(model.training, outputs["accuracy"], num_masked, inputs)
-        if model.training and self._num_masked_in_step is not None:
-            # The head's mean over its own hidden patches -> this micro-batch's share of the whole step's mean; Trainer
-            # and DDP will divide by the numbers of micro-batches and processes.
-            num_shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
-            loss = loss * (num_masked * num_shares / self._num_masked_in_step)
+        self._metrics[model.training].add(outputs.get("metrics") or {})
+        if model.training and self._total_counts:
+            loss = self._share_of_step(loss, outputs.get("losses"), self._loss_counts(inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def _share_of_step(
+        self, loss: torch.Tensor, losses: Mapping[str, torch.Tensor] | None, counts: Mapping[str, int]
+    ) -> torch.Tensor:
+        """Weigh each mean over this micro-batch by its share of the step's items.
+
+        Trainer and DDP will divide by the numbers of micro-batches and processes.
+        """
+        num_shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+        factors = {name: counts[name] * num_shares / total for name, total in self._total_counts.items()}
+        if losses is None:
+            (factor,) = factors.values()
+            return loss * factor
+        model: Any = self.model
+        return model.weighted_sum({name: value * factors[name] for name, value in losses.items()})
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         if self.layer_decay != 1 and self.optimizer is None:
@@ -146,13 +179,13 @@ class MimTrainer(Trainer):
         warmup_steps, drop_step = self.args.get_warmup_steps(num_training_steps), self.lr_drop_step
 
         def factor(step: int) -> float:
-            return min(1.0, step / max(1, warmup_steps)) * (0.1 if step >= drop_step else 1.0)
+            return min(1.0, step / max(1, warmup_steps)) * (_DROP_FACTOR if step >= drop_step else 1.0)
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 
     def _reseed(self) -> None:
-        """Dropout and drop path draw from the global generator: tie it to the step, or a resumed run draws anew."""
+        """Tie dropout and drop path, which draw from the global generator, to the step: a resumed run draws alike."""
         key = (self.args.seed, "step", self.args.process_index, self.state.global_step, self._micro_step)
         torch.manual_seed(seeded_generator(*key).initial_seed())
         self._micro_step += 1
@@ -174,7 +207,23 @@ class MimTrainer(Trainer):
             if parameter.ndim > 1 and not name.endswith((".bias", *exempt))
         ]
 
-    # ---- looking at the flag ----
+    # ---- averaged weights ----
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Give the model the averaged weights inside a block, if there are any."""
+        return self.average.in_place_of_weights() if self.average else nullcontext()
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.averaged():
+            return super().evaluate(*args, **kwargs)
+
+    def evaluate_at_the_end(self) -> None:
+        """Evaluate once more if there are validation images and the last evaluation was at an earlier step."""
+        evaluated = {entry["step"] for entry in self.state.log_history if "eval_loss" in entry}
+        if self.eval_dataset is not None and self.state.global_step not in evaluated:
+            self.evaluate()
+
+    # ---- non-finite values ----
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.control.should_log or self.control.should_save or self.control.should_evaluate:
@@ -182,10 +231,10 @@ class MimTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def stop_if_not_finite(self) -> None:
-        """Waits for the device.
+        """Check the guard and the weights; waits for the device.
 
         Raises:
-            NonFiniteError: the flag of `training.guard` is raised in some process, or a weight is not finite.
+            NonFiniteError: If the guard was raised in some process, or a weight is not finite.
         """
         if self.guard.is_raised_anywhere():
             step, culprits, batch = self.guard.first_bad_step(), *self._bad_images()
@@ -210,9 +259,9 @@ class MimTrainer(Trainer):
             )
 
     def _bad_images(self) -> tuple[list[str], list[str]]:
-        """Names of the images that alone give a non-finite loss, and of the whole bad batch, over all processes."""
+        """Return the names of the images that alone give a non-finite loss, and of the whole bad batch."""
         dataset, indices = self.train_dataset, [i for i in self.guard.image_index.tolist() if i >= 0]
-        if not isinstance(dataset, (PretrainingImages, ClassificationImages)):
+        if not isinstance(dataset, NamedItems):
             indices = []
         micro_batches_per_epoch = len(self.callback_handler.train_dataloader)
         epoch = int(self.guard.step) * self.args.gradient_accumulation_steps // micro_batches_per_epoch
@@ -222,16 +271,16 @@ class MimTrainer(Trainer):
 
     @torch.no_grad()
     def _has_finite_loss(self, item: dict[str, Any]) -> bool:
-        batch = self._with_labels(self._prepare_inputs(self.data_collator([item])))
+        batch = self._prepare_inputs(self.data_collator([item]))
         batch.pop("image_index", None)
         with self.compute_loss_context_manager():
-            return bool(torch.isfinite(self.model(**batch).loss))
+            return bool(torch.isfinite(self.model(**self._with_targets(batch)).loss))
 
     def _last_good(self) -> str:
         checkpoint, _ = last_whole_checkpoint(self.output_dir)
         return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written."
 
-    # ---- saving ----
+    # ---- checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
@@ -242,8 +291,21 @@ class MimTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.output_dir)
         # It holds a Hub token and the user's paths in clear, and nothing reads it.
-        (Path(output_dir or self.output_dir) / "training_args.bin").unlink(missing_ok=True)
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        if self.average and self.args.should_save:  # Trainer comes here in every process
+            self.average.save(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average:
+            self.average.load(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.average:
+            self.average.load(Path(str(self.state.best_model_checkpoint)))
 
     # ---- the log ----
 
@@ -252,20 +314,38 @@ class MimTrainer(Trainer):
             images_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps_left = self.state.max_steps - self.state.global_step
             logs.update(self._meter.read(self.state.global_step, images_per_step, steps_left))
-            logs.update(self._accuracy.read(self.accelerator, training=True))
+            logs.update(self._summarize(training=True))
+            last_step = max(self.state.global_step - 1, 0)
+            logs.update({name: schedule.at(last_step) for name, schedule in self.schedules.items()})
         elif "eval_loss" in logs:
-            logs.update(self._accuracy.read(self.accelerator, training=False))
+            logs.update({f"eval_{name}": value for name, value in self._summarize(training=False).items()})
         super().log(logs, *args, **kwargs)
+
+    def _summarize(self, training: bool) -> dict[str, float]:
+        sums = self._metrics[training].read(self.accelerator)
+        model: Any = self.model
+        return model.summarize_metrics(sums) if sums else {}
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """For what is not training, and should not be counted in images per second."""
+        """Exclude a block that is not training from the images per second."""
         start = time.perf_counter()
         yield
         self._meter.started += time.perf_counter() - start
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # Trainer counts pixels as tokens, which says nothing about a vision model
+        return 0  # Trainer counts pixels as tokens, which is meaningless for a vision model
+
+    @property
+    def steps_per_epoch(self) -> int:
+        micro_batches = len(self.callback_handler.train_dataloader)
+        return max(1, -(-micro_batches // self.args.gradient_accumulation_steps))
+
+    def call_hook(self, name: str) -> None:
+        """Call a hook of the model, if it has it."""
+        hook = getattr(self.model, name, None)
+        if hook is not None:
+            hook(self.progress)
 
 
 class _StepHooks(TrainerCallback):
@@ -275,9 +355,13 @@ class _StepHooks(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._meter.start(state.global_step)
-        if args.save_strategy != "no" and last_whole_checkpoint(self.trainer.output_dir)[0] is None:
-            self.trainer._save_checkpoint(self.trainer.model, trial=None)
+        trainer = self.trainer
+        own = getattr(trainer.model, "schedules", None)
+        if own is not None:
+            trainer.schedules = {**own(state.max_steps, trainer.steps_per_epoch), **trainer.schedules}
+        trainer._meter.start(state.global_step)
+        if args.save_strategy != "no" and last_whole_checkpoint(trainer.output_dir)[0] is None:
+            trainer._save_checkpoint(trainer.model, trial=None)
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Not left to accelerate: it does not reach the sampler of a resumed, sharded loader.
@@ -285,7 +369,14 @@ class _StepHooks(TrainerCallback):
             self.trainer._epoch_sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._micro_step = 0
+        trainer = self.trainer
+        trainer._micro_step = 0
+        weight_decay = trainer.progress.values.get("weight_decay")
+        if weight_decay is not None:
+            for group in trainer.optimizer.param_groups:
+                if group.setdefault("is_decayed", group["weight_decay"] > 0):
+                    group["weight_decay"] = weight_decay
+        trainer.call_hook("before_step")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -295,10 +386,12 @@ class _StepHooks(TrainerCallback):
         optimizer = self.trainer.optimizer
         if not self.trainer.guard.skip_update_if_raised(getattr(optimizer, "optimizer", optimizer)):
             self.trainer.stop_if_not_finite()  # only fused optimizers can skip on the device
+        self.trainer.call_hook("before_update")
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if hasattr(model, "update_teacher"):
-            model.update_teacher((state.global_step + 1) / state.max_steps)
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.call_hook("after_step")
+        if self.trainer.average:
+            self.trainer.average.update(state.global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._meter.start(state.global_step)
@@ -307,30 +400,19 @@ class _StepHooks(TrainerCallback):
         self.trainer._meter.start(state.global_step)
 
 
-class _AccuracyMeter:
-    """Share of hidden patches whose token was predicted; in evaluation also that of the most frequent token."""
+class _MetricSums:
+    """Metrics by name, summed on the device over the micro-batches since the last reading."""
 
     def __init__(self) -> None:
-        self._sums: dict[bool, list[torch.Tensor]] = {True: [], False: []}  # training or not -> (2,) correct, counted
-        self._histogram: torch.Tensor | None = None  # (K,) tokens of hidden patches, in evaluation
+        self.sums: dict[str, torch.Tensor] = {}
 
-    def add(self, training: bool, accuracy: torch.Tensor, num_masked: int, inputs: dict[str, Any]) -> None:
-        """Waits for nothing in training."""
-        sums = torch.stack([accuracy.detach() * num_masked, torch.full_like(accuracy, num_masked)])
-        self._sums[training] = [sums + before for before in self._sums[training]] or [sums]
-        if not training:
-            tokens = torch.bincount(inputs["labels"][inputs["bool_masked_pos"]], minlength=65536)
-            self._histogram = tokens if self._histogram is None else self._histogram + tokens
+    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def read(self, accelerator: Any, training: bool) -> dict[str, float]:
-        if not self._sums[training]:
-            return {}
-        correct, counted = accelerator.reduce(self._sums[training].pop(), reduction="sum").tolist()
-        if training:
-            return {"accuracy": correct / counted}
-        assert self._histogram is not None
-        tokens, self._histogram = accelerator.reduce(self._histogram, reduction="sum"), None
-        return {"eval_accuracy": correct / counted, "eval_most_frequent_share": (tokens.max() / tokens.sum()).item()}
+    def read(self, accelerator: Any) -> dict[str, torch.Tensor]:
+        sums, self.sums = self.sums, {}
+        return accelerator.reduce(sums, reduction="sum") if sums else {}
 
 
 class _Meter:

@@ -1,0 +1,68 @@
+"""Open the frozen model whose outputs a method predicts, as the command line names it."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModel, FlavaImageCodebook, PreTrainedConfig, PreTrainedModel
+
+from commands.settings import Settings
+from modeling import MimPreTrainedModel
+from training.targets import Targets, TokenizerTargets
+
+CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --tokenizer one of
+  1. your own, trained on your images:
+       python run_tokenizer.py --dataset {dataset} --output_dir tokenizer
+       accelerate launch run_pretraining.py --method beit --tokenizer tokenizer ...
+  2. the public DALL-E encoder (8,192 tokens of 8 x 8 pixels), from the Hub or a folder:
+       --tokenizer facebook/flava-image-codebook
+  3. any model with get_codebook_indices(pixel_values) -> (B, h, w) by folder or Hub id
+"""
+
+
+def open_targets(settings: Settings, model_class: type[MimPreTrainedModel], grid: tuple[int, int]) -> Targets | None:
+    """Return the targets that the method needs, or None.
+
+    Raises:
+        ValueError: If the method needs a source of targets that is not given, does not need it, or it does not fit.
+    """
+    if model_class.targets is None:
+        for flag in ("tokenizer", "cache_tokens"):
+            if settings[flag]:
+                raise ValueError(f"--{flag} has no effect with --method {settings['method']}; leave it out")
+        return None
+    return _OPENERS[model_class.targets](settings, grid)
+
+
+def _open_tokenizer(settings: Settings, grid: tuple[int, int]) -> Targets:
+    name = settings["tokenizer"]
+    if not name:
+        raise ValueError(CHOICES.format(dataset=shlex.join(settings["dataset"])))
+    return TokenizerTargets(load_tokenizer(name), grid, f"--tokenizer {name}")
+
+
+# By `MimPreTrainedModel.targets`.
+_OPENERS: dict[str, Callable[[Settings, tuple[int, int]], Targets]] = {"tokenizer": _open_tokenizer}
+
+
+def load_tokenizer(name: str) -> PreTrainedModel:
+    """Open an image tokenizer from a folder or the Hub.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1 or name.startswith(".")):
+        raise ValueError(f"--tokenizer {name}: there is no such folder, and no Hub model is called so (org/name)")
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"--tokenizer {name}: this folder has no config.json, so it is no saved model")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name)
+        # Not asked of AutoConfig: its own config of this class was saved without a model type before 5.23.
+        is_dalle = FlavaImageCodebook.__name__ in (config.get("architectures") or ())
+        loader: Any = FlavaImageCodebook if is_dalle else AutoModel
+        return loader.from_pretrained(name, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"--tokenizer {name} cannot be opened as a model: {reason}") from error
