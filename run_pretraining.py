@@ -29,7 +29,7 @@ from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, SourceSamples, Transform, measure_image_stats
 from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
 from evaluation.online import OnlineEvaluation, open_online_evaluation
-from evaluation.online_history import summary as features_in_words
+from evaluation.online_history import summarize
 from evaluation.panels import panel_drawer
 from evaluation.pictures import panel_indices
 from hub.export.native import PRETRAINING, native_root_problem
@@ -88,9 +88,9 @@ def main(argv: list[str]) -> None:
         hub_push = build_hub_push(repository, artifacts, settings, log)
         trainer.add_callback(hub_push)
     if online_evaluation is not None:
-        log(f"features watched: {online_evaluation.describe()}")
+        log(f"online evaluation: {online_evaluation.describe()}")
         every = int(plan.training_arguments()["eval_steps"])
-        trainer.add_callback(EvaluateOnline(trainer, every, online_evaluation, features_in_words))
+        trainer.add_callback(EvaluateOnline(trainer, every, online_evaluation, summarize))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     artifacts.finish()
     log(

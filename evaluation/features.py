@@ -201,7 +201,7 @@ def _load(name: str, model_type: str) -> tuple[Any, set[str]]:
     elif model_type.startswith("mim_"):
         model_class = AutoModelForPreTraining
     model, info = model_class.from_pretrained(name, **kwargs)
-    return model.encoder if model_class is AutoModelForPreTraining else model, info["missing_keys"]
+    return model.exported_encoder if model_class is AutoModelForPreTraining else model, info["missing_keys"]
 
 
 def _open_config(name: str) -> PreTrainedConfig:

@@ -1,7 +1,8 @@
-"""Frozen features while an encoder is trained: the same few labeled images at every look.
+"""Online evaluation: measure frozen features during pre-training, each time on the same few labeled images.
 
-The classifiers' settings are fixed, so that two looks differ by the encoder alone; `run_evaluation.py` tunes them.
-Shapes: N training images, Q test images, C channels, H W pixels, D width.
+The hyperparameters of the classifiers are fixed, so that only the encoder differs between two evaluations;
+`run_evaluation.py` tunes them.
+Shapes: N images, D feature dimension.
 """
 
 import os
@@ -23,25 +24,29 @@ from evaluation.quality import rankme
 
 _NUM_NEIGHBORS, _TEMPERATURE, _C = 20, 0.07, 1e-2
 _BATCH_SIZE = 64
-_NUM_TRAIN, _NUM_TEST = 2_000, 1_000  # a look takes seconds, and 1,000 images tell 3 points apart
-_NUM_PER_CLASS = 10  # more images where there are more classes than that allows
+_NUM_TRAIN, _NUM_TEST = 2_000, 1_000  # takes seconds, and 1,000 images resolve about 3 points of accuracy
+_NUM_PER_CLASS = 10  # at least, if there are many classes
 _TEST_FRACTION = 0.2
 
 
 @dataclass(frozen=True)
 class OnlineEvaluation:
-    """Measures a head's encoder on `train` and `test`; draws no random number and leaves the head as it was."""
+    """Measures the features of a model's encoder, without drawing random numbers or changing the model."""
 
     train: StackedImages
     test: StackedImages
     num_classes: int
 
-    def __call__(self, head: Any) -> dict[str, float]:
-        """`head` has an `encoder`, and a `standardize` for uint8 images. Nothing if its features are not finite."""
-        train, test = (self._features(head, part.pixel_values) for part in (self.train, self.test))
+    def __call__(self, model: Any) -> dict[str, float]:
+        """Return the metrics of `model.exported_encoder`; empty if its features are not finite.
+
+        Args:
+            model: A pre-training model whose `standardize` takes uint8 images.
+        """
+        train, test = (self._features(model, split.pixel_values) for split in (self.train, self.test))
         if not (train.isfinite().all() and test.isfinite().all()):
-            return {}  # the run is lost, which the guard of the training says better
-        labels, truth = (part.labels.to(train.device) for part in (self.train, self.test))
+            return {}  # training has diverged, which the trainer reports itself
+        labels, truth = (split.labels.to(train.device) for split in (self.train, self.test))
         bank = torch.nn.functional.normalize(train, dim=1)
         knn = Knn(bank, labels, self.num_classes, min(_NUM_NEIGHBORS, len(bank)), _TEMPERATURE, None)
         linear = fit_logistic_at(train, labels, self.num_classes, _C)
@@ -53,26 +58,26 @@ class OnlineEvaluation:
 
     def describe(self) -> str:
         return (
-            f"mean of patches, {len(self.train.labels):,} labeled images and {len(self.test.labels):,} to test on, "
+            f"mean of patches, {len(self.train.labels):,} training and {len(self.test.labels):,} validation images, "
             f"{self.num_classes} classes"
         )
 
-    def _features(self, head: Any, images: Tensor) -> Tensor:
-        encoder = FrozenEncoder(head.exported_encoder, head.exported_encoder.config)
-        batches = (head.standardize(batch.to(encoder.device)) for batch in images.split(_BATCH_SIZE))
+    def _features(self, model: Any, images: Tensor) -> Tensor:
+        encoder = FrozenEncoder(model.exported_encoder, model.exported_encoder.config)
+        batches = (model.standardize(batch.to(encoder.device)) for batch in images.split(_BATCH_SIZE))
         return torch.cat([encoder(batch).mean for batch in batches])  # (N, D)
 
 
 def open_online_evaluation(
     dataset: Sequence[str], size: tuple[int, int], num_channels: int, seed: int, label_column: str | None = None
 ) -> OnlineEvaluation:
-    """Reads a seeded share of each class of a labeled data set and keeps it, cut to `size` (height, width).
+    """Load a seeded subset of each class of a labeled dataset into memory, cropped to `size` (height, width).
 
-    Judged on the validation part, or a share of the training part: people stop a run, or choose one, by what they see
-    here, and the test part is for the end.
+    Evaluates on the validation split, or on a part of the training split if there is none, but never on the test
+    split: the results influence which runs are stopped or selected.
 
     Raises:
-        ValueError: there is no such data set, or it has no labels to learn from.
+        ValueError: If the dataset cannot be opened or has no usable labels.
     """
     images = open_labeled(dataset, label_column)
     train, test = images.train, images.validation
@@ -80,11 +85,9 @@ def open_online_evaluation(
         kept, validation = split_stratified(train.labels, _TEST_FRACTION, seed, images.class_names)
         train, test = train.select(kept), train.select(validation)
 
-    def kept_in_memory(part: LabeledSplit, num_images: int) -> StackedImages:
-        wanted = max(num_images, _NUM_PER_CLASS * len(images.class_names))
-        few = part.select(labeled_subset(part.labels, fraction=min(1.0, wanted / len(part)), seed=seed))
-        return StackedImages(ImageDataset(few, single_view(CenterCrop(size), num_channels)), os.cpu_count() or 1)
+    def load(split: LabeledSplit, num_images: int) -> StackedImages:
+        num_images = max(num_images, _NUM_PER_CLASS * len(images.class_names))
+        subset = split.select(labeled_subset(split.labels, fraction=min(1.0, num_images / len(split)), seed=seed))
+        return StackedImages(ImageDataset(subset, single_view(CenterCrop(size), num_channels)), os.cpu_count() or 1)
 
-    return OnlineEvaluation(
-        kept_in_memory(train, _NUM_TRAIN), kept_in_memory(test, _NUM_TEST), len(images.class_names)
-    )
+    return OnlineEvaluation(load(train, _NUM_TRAIN), load(test, _NUM_TEST), len(images.class_names))

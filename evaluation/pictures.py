@@ -1,11 +1,6 @@
-"""Pictures of a pre-training run: what was hidden, what the model predicts there, and how the loss fell.
+"""Figures of a run: grids of labeled images, and training curves.
 
-Paper: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377, Sec. 3.
-Differs: a normalized target has lost each patch's mean and std. The usual picture takes them from the original,
-    hidden patches included, and so looks better than what the model knows; a second view estimates them from the
-    visible patches.
-Shapes: B images, C channels, H W pixels, h w patches down and across, N = h * w patches (row-major), ph pw pixels of a
-    patch, P = ph * pw * C values of a patch, ordered row, column, channel (channel fastest).
+Shapes: B images, C channels, H, W height and width in pixels.
 """
 
 import math
@@ -20,43 +15,42 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from evaluation.online_history import KNN, LINEAR, RANKME, draw_looks, trend
+from evaluation.online_history import KNN, LINEAR, RANKME, describe_trend, draw_history
 
 MAX_ROWS = 8
 
-_ENLARGE_TO, _SHRINK_TO, _MIN_COLUMN_WIDTH = 224, 256, 128  # pixels of a cell
+_ENLARGE_TO, _SHRINK_TO, _MIN_COLUMN_WIDTH = 224, 256, 128  # pixels
 _MARGIN, _GAP, _FONT_SIZE, _LINE_HEIGHT = 16, 8, 14, 18  # pixels
 _INK, _PALE_INK = "#1a1a1a", "#595959"
-_BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: told apart by color-blind readers
-_MEDIAN_FROM_POINTS = 60  # shorter curves are readable as they are
+_BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: distinguishable for color-blind readers
+_MEDIAN_FROM_POINTS = 60  # shorter curves need no smoothing
 
 
 def panel_indices(num_images: int) -> list[int]:
-    """Up to eight images, spread evenly, so that neighbors of one scene are not all that is seen."""
+    """Return the indices of up to eight evenly spaced images, since neighbors may show the same scene."""
     return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
 
 
 def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of training and held-out loss and the learning rate, from the `log_history` of a Trainer's state.
+    """Plot the losses and the learning rate of a trainer's `log_history`, and the online evaluation if there was one.
 
-    Below, how the features did on labeled images, where that was looked at (`evaluation.online`).
+    Raises:
+        ValueError: If no loss was logged.
     """
     train, validation = _series(log_history, "loss"), _series(log_history, "eval_loss")
     if not len(train[0]) and not len(validation[0]):
-        raise ValueError(
-            'The log history has no entry with "loss" or "eval_loss" and "step"; log at least once first.'
-        )
-    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # no pyplot: it keeps figures and picks a display
-    looks = {key: _series(log_history, key) for key in (LINEAR, KNN, RANKME)}
-    if len(looks[LINEAR][0]):
+        raise ValueError('the log history has no entry with "step" and "loss" or "eval_loss"; log at least once first')
+    figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # pyplot would keep figures alive
+    history = {key: _series(log_history, key) for key in (LINEAR, KNN, RANKME)}
+    if len(history[LINEAR][0]):
         figure.set_size_inches(8, 7.5)
         axes, feature_axes = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-        draw_looks(feature_axes, looks, trend(*looks[LINEAR]))
+        draw_history(feature_axes, history, describe_trend(*history[LINEAR]))
     else:
         axes = feature_axes = figure.subplots()
     rate_axes = _draw_learning_rate(axes, *_series(log_history, "learning_rate"))
     _draw_training_loss(axes, *train)
-    _draw_held_out_loss(axes, *validation)
+    _draw_validation_loss(axes, *validation)
     axes.set(ylabel="loss")
     feature_axes.set(xlabel="step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -72,7 +66,7 @@ def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
 
 
 def labeled_grid(views: dict[str, Tensor], footer: str) -> Image.Image:
-    """Label -> images (B, C, H, W) in [0, 1]; labels go on top of the columns, the footer below."""
+    """Draw images (B, C, H, W) in [0, 1] in a column per label, with the labels on top and the footer below."""
     rows = list(zip(*(map(_to_cell, view) for view in views.values()), strict=True))
     cell_width, cell_height = rows[0][0].size
     column_width = max(cell_width, _MIN_COLUMN_WIDTH)
@@ -96,7 +90,7 @@ def labeled_grid(views: dict[str, Tensor], footer: str) -> Image.Image:
 
 
 def _to_cell(image: Tensor) -> Image.Image:
-    """(C, H, W) in [0, 1] -> picture of a comfortable size; scaled by whole factors, so that pixels stay square."""
+    """Convert an image (C, H, W) in [0, 1] for display, scaled by an integer factor to keep pixels sharp."""
     array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()  # (H, W, C)
     cell = Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array)
     longest = max(cell.size)
@@ -127,16 +121,16 @@ def _draw_training_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> No
     if len(steps) < _MEDIAN_FROM_POINTS:
         axes.plot(steps, losses, color=_BLUE, linewidth=1.6, marker="o", markersize=3, label="training loss")
         return
-    window = min(len(steps) // 20, 100) | 1  # odd, so that the median sits on its middle point
+    window = min(len(steps) // 20, 100) | 1  # odd, so that it has a middle point
     medians = np.median(np.lib.stride_tricks.sliding_window_view(losses, window), axis=1)
     middle = steps[window // 2 : window // 2 + len(medians)]
-    axes.plot(steps, losses, color=_BLUE, alpha=0.35, linewidth=0.7, label="training loss, as logged")
-    axes.plot(middle, medians, color=_BLUE, linewidth=1.8, label=f"its median over {window} log entries")
+    axes.plot(steps, losses, color=_BLUE, alpha=0.35, linewidth=0.7, label="training loss")
+    axes.plot(middle, medians, color=_BLUE, linewidth=1.8, label=f"running median over {window} log entries")
 
 
-def _draw_held_out_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
+def _draw_validation_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
     if len(steps):
-        label = f"held-out loss (last: {losses[-1]:.4g})"
+        label = f"validation loss (last: {losses[-1]:.4g})"
         axes.plot(
             steps, losses, color=_VERMILLION, linewidth=1.6, linestyle="--", marker="s", markersize=4, label=label
         )
@@ -153,6 +147,6 @@ def _draw_learning_rate(axes: Axes, steps: np.ndarray, rates: np.ndarray) -> Axe
     rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.1e}" if rate else "0"))
     rate_axes.tick_params(axis="y", colors=_GRAY)
     rate_axes.spines[["top", "left", "right"]].set_visible(False)
-    axes.set_zorder(rate_axes.get_zorder() + 1)  # the loss lies over the learning rate
+    axes.set_zorder(rate_axes.get_zorder() + 1)  # draw the loss above the learning rate
     axes.patch.set_visible(False)
     return rate_axes

@@ -1,4 +1,4 @@
-"""Frozen features looked at while pre-training: the same weights with and without, logged, drawn, put in words."""
+"""Online evaluation: the same weights with and without it, and its log entries, figures and messages."""
 
 import json
 
@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.labeled import open_labeled
 from evaluation.online import OnlineEvaluation, open_online_evaluation
-from evaluation.online_history import KNN, LINEAR, RANKME, results_at, summary, trend
+from evaluation.online_history import KNN, LINEAR, RANKME, describe_trend, results_at, summarize
 from evaluation.pictures import training_curve
 from hub.card_results import NOT_MEASURED
 
@@ -45,11 +45,11 @@ def plain(tmp_path_factory):
     return folder
 
 
-def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_path, capsys):
+def test_pretraining__has_the_same_weights_with_and_without_online_evaluation(plain, tmp_path, capsys):
     folder = tmp_path / "out"
     assert pretrain([*SMALL, "--output_dir", str(folder), "--eval_dataset", "sample-fashion"]) == 0
     said = capsys.readouterr()
-    assert "features watched: mean of patches, 100 labeled images and 100 to test on, 10 classes" in said.out
+    assert "online evaluation: mean of patches, 100 training and 100 validation images, 10 classes" in said.out
     assert "step 4/4  linear probe" in said.err
     ours, theirs = weights(folder), weights(plain)
     assert ours.keys() == theirs.keys()
@@ -58,13 +58,13 @@ def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_pa
     moments = [[state["exp_avg"] for state in optimizer["state"].values()] for optimizer in optimizers]
     assert all(torch.equal(one, other) for one, other in zip(*moments, strict=True))
 
-    looks = [entry for entry in history(folder) if LINEAR in entry]
-    assert [entry["step"] for entry in looks] == [0, 2, 4]
-    assert all(0 <= entry[key] <= 1 for entry in looks for key in (LINEAR, KNN))
+    entries = [entry for entry in history(folder) if LINEAR in entry]
+    assert [entry["step"] for entry in entries] == [0, 2, 4]
+    assert all(0 <= entry[key] <= 1 for entry in entries for key in (LINEAR, KNN))
     losses = [[entry["loss"] for entry in history(each) if "loss" in entry] for each in (folder, plain)]
     assert losses[0] == losses[1]
     cards = [(each / "README.md").read_text() for each in (folder, plain)]
-    assert f"| linear probe, mean of patches, seen in training | accuracy | {looks[-1][LINEAR]:.4g} |" in cards[0]
+    assert f"| online linear probe, mean of patches | accuracy | {entries[-1][LINEAR]:.4g} |" in cards[0]
     assert [NOT_MEASURED in card for card in cards] == [False, True]
     events = EventAccumulator(str(next(folder.glob("runs/events*"))))
     events.Reload()
@@ -73,7 +73,7 @@ def test_pretraining__has_the_same_weights_with_and_without_a_look(plain, tmp_pa
         assert with_panel.height > 1.4 * without.height
 
 
-def test_pretraining__looks_where_nothing_is_held_out_and_after_a_resume(tmp_path):
+def test_pretraining__evaluates_online_without_a_validation_split_and_after_a_resume(tmp_path):
     folder, flags = tmp_path / "out", ["--validation_fraction", "0", "--eval_dataset", "sample-fashion"]
     command = [*SMALL, *flags, "--output_dir", str(folder)]
     assert pretrain(command) == 0
@@ -87,7 +87,7 @@ def test_pretraining__looks_where_nothing_is_held_out_and_after_a_resume(tmp_pat
     assert [(e["step"], e[LINEAR], e[KNN], e[RANKME]) for e in history(folder) if LINEAR in e] == before
 
 
-def test_pretraining__a_look_at_nothing_is_refused_before_training(tmp_path, capsys):
+def test_pretraining__a_dataset_that_cannot_be_opened_is_refused_before_training(tmp_path, capsys):
     photographs = str(ROOT / "data" / "samples" / "photographs")
     for dataset, words in ((photographs, "directly in"), (str(tmp_path / "nowhere"), "nowhere")):
         assert pretrain([*SMALL, "--output_dir", str(tmp_path / "o"), "--eval_dataset", dataset]) == 2
@@ -95,7 +95,7 @@ def test_pretraining__a_look_at_nothing_is_refused_before_training(tmp_path, cap
     assert not (tmp_path / "o").exists()
 
 
-def test_watch__judges_by_held_out_training_images_and_never_by_the_test_part(monkeypatch):
+def test_online_evaluation__uses_a_part_of_the_training_split_and_never_the_test_split(monkeypatch):
     opened = open_labeled("sample-fashion")
     assert opened.validation is None
     shown = []
@@ -106,7 +106,7 @@ def test_watch__judges_by_held_out_training_images_and_never_by_the_test_part(mo
     assert not (files[0] | files[1]) & {opened.test.name(index) for index in range(len(opened.test))}
 
 
-def test_watch__a_label_column_can_be_named(tmp_path, capsys):
+def test_online_evaluation__takes_a_label_column(tmp_path, capsys):
     features = {name: datasets.ClassLabel(names=["a", "b"]) for name in ("fine_label", "coarse_label")}
     pictures = [Image.new("RGB", (32, 32), (10 * number, 0, 0)) for number in range(20)]
     rows = {"image": pictures, "fine_label": [0, 1] * 10, "coarse_label": [0] * 10 + [1] * 10}
@@ -121,27 +121,27 @@ def test_watch__a_label_column_can_be_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("variant", ["mae", "simmim", "simmim+swin", "beit"])
-def test_watch__leaves_every_head_as_it_was(variant):
-    head = tiny_model(variant).train()
-    next(head.encoder.children()).eval()
-    before = {name: module.training for name, module in head.named_modules()}
+def test_online_evaluation__does_not_change_the_model(variant):
+    model = tiny_model(variant).train()
+    next(model.encoder.children()).eval()
+    before = {name: module.training for name, module in model.named_modules()}
     online_evaluation, state = open_online_evaluation(["sample-fashion"], (32, 32), 3, seed=0), torch.get_rng_state()
-    first, second = online_evaluation(head), online_evaluation(head)
+    first, second = online_evaluation(model), online_evaluation(model)
     assert first == second
     assert set(first) == {LINEAR, KNN, RANKME}
-    assert {name: module.training for name, module in head.named_modules()} == before
+    assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in head.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_watch__a_diverged_head_is_not_measured():
-    head = tiny_model("mae")
+def test_online_evaluation__a_diverged_model_is_not_measured():
+    model = tiny_model("mae")
     with torch.no_grad():
-        head.encoder.layernorm.weight.fill_(float("nan"))
-    assert open_online_evaluation(["sample-fashion"], (32, 32), 3, seed=0)(head) == {}
+        model.encoder.layernorm.weight.fill_(float("nan"))
+    assert open_online_evaluation(["sample-fashion"], (32, 32), 3, seed=0)(model) == {}
 
 
-def test_watch__keeps_the_same_images_of_every_class():
+def test_online_evaluation__keeps_the_same_images_of_every_class():
     online_evaluation = open_online_evaluation(["sample-fashion"], (32, 32), 1, seed=0)
     assert isinstance(online_evaluation, OnlineEvaluation)
     assert online_evaluation.train.pixel_values.shape == (100, 1, 32, 32)
@@ -150,50 +150,50 @@ def test_watch__keeps_the_same_images_of_every_class():
     assert torch.equal(online_evaluation.train.pixel_values, again.train.pixel_values)
 
 
-# ---- in words ----
+# ---- summary and results ----
 
 
 @pytest.mark.parametrize(
     ("accuracies", "words"),
     [
-        ([0.5, 0.6], "too early to say"),
+        ([0.5, 0.6], "too few evaluations for a trend"),
         ([0.30, 0.45, 0.55, 0.61, 0.66, 0.70], "still improving"),
-        ([0.3, 0.6, 0.70, 0.701, 0.699, 0.70, 0.702, 0.698, 0.70, 0.70], "no clear improvement"),
+        ([0.3, 0.6, 0.70, 0.701, 0.699, 0.70, 0.702, 0.698, 0.70, 0.70], "no significant improvement"),
         ([0.7, 0.7, 0.7, 0.68, 0.65, 0.61], "getting worse"),
-        ([0.7] * 8, "no clear improvement"),
+        ([0.7] * 8, "no significant improvement"),
     ],
 )
-def test_trend__is_put_in_words(accuracies, words):
-    assert words in trend(list(range(0, 100 * len(accuracies), 100)), accuracies)
+def test_trend__is_described(accuracies, words):
+    assert words in describe_trend(list(range(0, 100 * len(accuracies), 100)), accuracies)
 
 
 def test_trend__scatter_alone_is_rarely_called_improvement():
     generator = np.random.default_rng(0)
-    said = [trend(range(12), 0.7 + 0.01 * generator.standard_normal(12)) for _ in range(400)]
+    said = [describe_trend(range(12), 0.7 + 0.01 * generator.standard_normal(12)) for _ in range(400)]
     assert np.mean(["still improving" in text for text in said]) < 0.08
 
 
-def test_summary__is_one_line():
+def test_summarize__is_one_line():
     entries = [{"step": s, LINEAR: 0.5 + s / 1000, KNN: 0.4, RANKME: 12.34} for s in (0, 100, 200, 300)]
-    text = summary([{"loss": 1.0, "step": 5}, *entries])
+    text = summarize([{"loss": 1.0, "step": 5}, *entries])
     assert text.startswith(
         "linear probe 80.0% (untrained 50.0%), kNN 40.0%, RankMe 12.3: still improving (+30.0 points over"
     )
     assert "\n" not in text
-    assert "not looked at" in summary([{"loss": 1.0, "step": 5}])
+    assert "no online evaluation yet" in summarize([{"loss": 1.0, "step": 5}])
 
 
 def test_results__are_those_of_the_step_itself_and_not_of_an_older_model():
-    looks = [{"step": step, LINEAR: 0.5 + step / 1000, KNN: 0.4, RANKME: 12.34} for step in (0, 100)]
-    assert [entry["value"] for entry in results_at(looks, 100, "photos")] == [0.6, 0.4, 12.34]
-    assert results_at(looks, 150, "photos") == []
+    entries = [{"step": step, LINEAR: 0.5 + step / 1000, KNN: 0.4, RANKME: 12.34} for step in (0, 100)]
+    assert [entry["value"] for entry in results_at(entries, 100, "photos")] == [0.6, 0.4, 12.34]
+    assert results_at(entries, 150, "photos") == []
 
 
 def test_training_curve__has_a_second_panel(tmp_path):
     entries = [{"loss": 1 / (1 + s / 50), "learning_rate": 1e-3, "step": s} for s in range(0, 300, 10)]
     training_curve(entries, tmp_path / "one.png")
-    looks = [{"step": s, LINEAR: 0.5 + 0.2 * (1 - 0.99**s), KNN: 0.4, RANKME: 12.0} for s in range(0, 300, 30)]
-    training_curve(entries + looks, tmp_path / "two.png")
+    online = [{"step": s, LINEAR: 0.5 + 0.2 * (1 - 0.99**s), KNN: 0.4, RANKME: 12.0} for s in range(0, 300, 30)]
+    training_curve(entries + online, tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert two.width == one.width
         assert two.height > one.height
