@@ -101,7 +101,7 @@ def test_online_evaluation__uses_a_part_of_the_training_split_and_never_the_test
     shown = []
     monkeypatch.setattr("evaluation.online.StackedImages", lambda images, num_threads: shown.append(images) or images)
     open_online_evaluation(["sample-fashion"], (28, 28), 1, seed=0)
-    files = [{images.part.name(index) for index in range(len(images.part))} for images in shown]
+    files = [{images.name(index) for index in range(len(images))} for images in shown]
     assert not files[0] & files[1]
     assert not (files[0] | files[1]) & {opened.test.name(index) for index in range(len(opened.test))}
 
