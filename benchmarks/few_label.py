@@ -1,13 +1,13 @@
-"""Few labels: fine-tuning after pre-training, from random weights, and frozen features against raw pixels.
+"""Few-label benchmark: fine-tuning after pre-training and from random weights, and frozen features against raw pixels.
 
-    python -m benchmarks.few_label                                             # the bundled part of Fashion-MNIST
+    python -m benchmarks.few_label                                             # the bundled subset of Fashion-MNIST
     python -m benchmarks.few_label --dataset /usr/share/datasets/fashion-mnist # all of it
 
-For each of three seeds: pre-train without labels, fine-tune with 20 labels a class, and fine-tune the same
-architecture from random weights. Both get the same grid of learning rates and layer decays, searched with seed 0 on
-200 labels a class of the training part (20 to train and 180 to choose by, among them the 20 of seed 0's final run), or
-on --tuning_dataset; the test part is looked at once for each final run. Every step is one of the commands of the
-README, as a user types them. Writes benchmarks/<name>_<hardware>_<date>.md. After an interruption it goes on.
+For each of three seeds: pre-train without labels, fine-tune with 20 labels per class, and fine-tune the same
+architecture from random weights. Both use the same grid of learning rates and layer decays, searched with seed 0 on
+200 labels per class of the training split (20 for training and 180 for validation, which include the 20 of the final
+run with seed 0), or on --tuning_dataset; each final run uses the test split once. Every step is one of the commands in
+the README. Writes benchmarks/<name>_<hardware>_<date>.md. An interrupted benchmark can be continued.
 
     python -m benchmarks.tuxstamps && python -m benchmarks.efficientnet_lite0 outputs/efficientnet-lite0
     python -m benchmarks.few_label --dataset outputs/tuxstamps/stamps --tuning_dataset outputs/tuxstamps/tuning \\
@@ -32,16 +32,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 LABELS_PER_CLASS = 20
-LABELS_TO_TUNE, SHARE_TO_CHOOSE_BY = 200, 0.9  # of each class: 20 train, 180 choose
-_WRITTEN_AT_THE_END = ("README.md", "report.html")  # by a training, by an evaluation
-_seconds: list[float] = []  # of each command, of an earlier start too
+TUNING_LABELS_PER_CLASS, VALIDATION_FRACTION = 200, 0.9  # 20 for training, 180 for validation
+_WRITTEN_LAST = ("README.md", "report.html")  # by training, by evaluation
+_seconds: list[float] = []  # of each command, including earlier starts
 ARMS = {"pre-trained": [], "from random weights": ["--from_scratch"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", default="sample-fashion", help="with labels and a test part")
-    parser.add_argument("--tuning_dataset", help="with labels and a val part, none of it from the test part")
+    parser.add_argument("--dataset", default="sample-fashion", help="with labels and a test split")
+    parser.add_argument("--tuning_dataset", help="with labels and a val split, disjoint from the test split")
     parser.add_argument("--unlabeled", nargs="+", help="images to pre-train on (default: those of --dataset)")
     parser.add_argument("--pretraining", nargs="+", default=["mae_vit-nano_fashion"], help="recipes to compare")
     parser.add_argument("--finetuning", default="finetune_fashion_few", help="recipe")
@@ -50,20 +50,20 @@ def main() -> None:
     parser.add_argument(
         "--labels_per_class", type=lambda text: None if text == "all" else int(text), default=LABELS_PER_CLASS
     )
-    parser.add_argument("--reference", type=Path, help="folder of an encoder to compare frozen features with")
+    parser.add_argument("--reference", type=Path, help="folder of an encoder whose frozen features are compared")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/few_label"))
     parser.add_argument("--name", default="few_label", help="of the result file")
     options = parser.parse_args()
     options.grid = [(rate, decay) for rate in options.learning_rates for decay in options.layer_decays]
     if options.labels_per_class is None and options.tuning_dataset is None:
-        parser.error("--labels_per_class all leaves no labels to choose settings by: name a --tuning_dataset")
-    parts = [compare(recipe, options) for recipe in options.pretraining]
+        parser.error("--labels_per_class all leaves no labels for tuning: add a --tuning_dataset")
+    comparisons = [compare(recipe, options) for recipe in options.pretraining]
     reference = measure_reference(options) if options.reference else {}
-    write(options, parts, reference)
+    write(options, comparisons, reference)
 
 
 def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All runs of one pre-training recipe."""
+    """Do all runs of one pre-training recipe."""
     folder = options.output_dir / recipe
     encoders, frozen, seconds = [], [], []
     for seed in SEEDS:
@@ -86,19 +86,19 @@ def compare(recipe: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def tune(arm: str, encoder: Path, folder: Path, options: argparse.Namespace) -> dict[tuple[float, float], float]:
-    """Accuracy on the labels to choose by, for each learning rate and layer decay."""
+    """Return the validation accuracy for each learning rate and layer decay."""
     if options.tuning_dataset:
         data = [options.tuning_dataset]
     else:
-        number = ["--labels_per_class", str(LABELS_TO_TUNE)]
-        data = [options.dataset, *number, "--validation_fraction", str(SHARE_TO_CHOOSE_BY)]
-    found = {}
+        number = ["--labels_per_class", str(TUNING_LABELS_PER_CLASS)]
+        data = [options.dataset, *number, "--validation_fraction", str(VALIDATION_FRACTION)]
+    accuracies = {}
     for rate, decay in options.grid:
         out = folder / f"tune-{arm.replace(' ', '-')}-{rate}-{decay}"
         finetune(arm, encoder, out, 0, (rate, decay), data, options)
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-        found[rate, decay] = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry][-1]
-    return found
+        accuracies[rate, decay] = [entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry][-1]
+    return accuracies
 
 
 def finetune(
@@ -113,7 +113,7 @@ def finetune(
 
 
 def evaluate(encoder: Path, out: Path, seed: int, options: argparse.Namespace) -> dict[str, float]:
-    """Accuracy by name of simple classifiers on frozen features, those of an untrained encoder, and pixels."""
+    """Return the accuracies of classifiers on frozen features, an untrained encoder's features, and raw pixels."""
     run(
         "run_evaluation.py", "--model", str(encoder), "--dataset", options.dataset, "--output_dir", str(out),
         "--probes", "knn", "logistic", "--seed", str(seed), *labels(options),
@@ -123,22 +123,22 @@ def evaluate(encoder: Path, out: Path, seed: int, options: argparse.Namespace) -
 
 
 def _row(name: str) -> str:
-    """Of an untrained encoder there is the kind of features that is best trained, which differs from seed to seed."""
+    """Drop the kind of features of an untrained encoder: it is the best one of the trained encoder, which varies."""
     return f"{name.split(', ')[0]}, untrained encoder" if name.endswith(", untrained") else name
 
 
 def measure_reference(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Accuracies by name for each seed, or for one where no labels are drawn: little else depends on it."""
+    """Return the accuracies by name for each seed; only seed 0 if all labels are used, as it hardly matters then."""
     seeds = SEEDS if options.labels_per_class else SEEDS[:1]
     name = options.reference.name
-    found = [evaluate(options.reference, options.output_dir / f"{name}-{seed}", seed, options) for seed in seeds]
-    mine = [row for row in found[0] if not row.endswith(("raw pixels", "untrained encoder"))]
-    told = "" if options.labels_per_class else ", seed 0"
-    return {f"{name}: {row}{told}": [seed[row] for seed in found] for row in mine}
+    by_seed = [evaluate(options.reference, options.output_dir / f"{name}-{seed}", seed, options) for seed in seeds]
+    rows = [row for row in by_seed[0] if not row.endswith(("raw pixels", "untrained encoder"))]
+    suffix = "" if options.labels_per_class else ", seed 0"
+    return {f"{name}: {row}{suffix}": [accuracies[row] for accuracies in by_seed] for row in rows}
 
 
 def labels(options: argparse.Namespace, *otherwise: str) -> list[str]:
-    """The flag for so many labels a class, or what stands for all."""
+    """Return the flags for the number of labels per class, or `otherwise` for all labels."""
     return ["--labels_per_class", str(options.labels_per_class)] if options.labels_per_class else [*otherwise]
 
 
@@ -147,18 +147,19 @@ def results_of(folder: Path) -> dict[str, float]:
 
 
 def run(script: str, *flags: str) -> float:
-    """Seconds that the command took; what it prints goes into a file beside its results.
+    """Run a command unless it has finished before, with its output in a file next to its results.
 
-    Not run again where it was finished; an interrupted one goes on.
+    Returns:
+        The seconds that the command took, including interrupted runs.
     """
     out = Path(flags[flags.index("--output_dir") + 1])
-    command, note = [script, *flags], out.parent / f"{out.name}.json"
+    command, record = [script, *flags], out.parent / f"{out.name}.json"
     done: dict[str, Any] = {"command": command, "seconds": 0.0, "finished": False}
-    if note.exists():
-        done = json.loads(note.read_text())
+    if record.exists():
+        done = json.loads(record.read_text())
     if done["command"] != command:
-        raise SystemExit(f"{out} is of another command, {' '.join(done['command'])}: name another --output_dir")
-    if done["finished"] and any((out / name).exists() for name in _WRITTEN_AT_THE_END):
+        raise SystemExit(f"{out} belongs to another command, {' '.join(done['command'])}: use another --output_dir")
+    if done["finished"] and any((out / name).exists() for name in _WRITTEN_LAST):
         _seconds.append(done["seconds"])
         return done["seconds"]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def run(script: str, *flags: str) -> float:
         done["finished"] = result.returncode == 0
     finally:
         done["seconds"] += time.perf_counter() - started
-        note.write_text(json.dumps(done) + "\n")
+        record.write_text(json.dumps(done) + "\n")
     if not done["finished"]:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
     print(f"{done['seconds']:6.0f} s  {out.name}", flush=True)
@@ -183,50 +184,50 @@ def run(script: str, *flags: str) -> float:
 # ---- the result file ----
 
 
-def write(options: argparse.Namespace, parts: list[dict[str, Any]], reference: dict[str, list[float]]) -> None:
+def write(options: argparse.Namespace, comparisons: list[dict[str, Any]], reference: dict[str, list[float]]) -> None:
     hardware = f"{platform.machine()}-cpu{os.cpu_count()}"
     date = datetime.date.today().isoformat()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "datasets", "scikit-learn"))
     command = " ".join(["python -m benchmarks.few_label", *sys.argv[1:]])
     lines = [
-        f"# {f'{options.labels_per_class} labels a class' if options.labels_per_class else 'Few labels'}, {date}",
+        f"# {f'{options.labels_per_class} labels per class' if options.labels_per_class else 'Few labels'}, {date}",
         "",
         f"Command: `{command}`",
         f"Hardware: {os.cpu_count()} cores, {platform.machine()}, no GPU. {versions}, Python "
         f"{platform.python_version()}.",
-        f"Time: {sum(_seconds) / 60:.0f} minutes, all commands together. Data: {options.dataset}, its test part. "
-        f"Settings: recipes/{options.finetuning}.yaml and those named below.",
-        "Accuracy: mean over seeds 0, 1, 2 +- standard deviation. A seed draws "
-        f"{'the labels, ' if options.labels_per_class else ''}the weights and the order, of pre-training too.",
+        f"Time: {sum(_seconds) / 60:.0f} minutes for all commands. Data: the test split of {options.dataset}. "
+        f"Settings: recipes/{options.finetuning}.yaml and the ones below.",
+        "Accuracy: mean +- standard deviation over seeds 0, 1, 2. The seed determines "
+        f"{'the labels, ' if options.labels_per_class else ''}the initial weights and the order, also in pre-training.",
         "",
     ]
-    for part in parts:
-        lines += table(part, reference, options)
+    for comparison in comparisons:
+        lines += table(comparison, reference, options)
     file = ROOT / "benchmarks" / f"{options.name}_{hardware}_{date}.md"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{file.name}\n\n" + "\n".join(lines))
 
 
-def table(part: dict[str, Any], reference: dict[str, list[float]], options: argparse.Namespace) -> list[str]:
-    lines = [f"## recipes/{part['recipe']}.yaml", "", "| | accuracy | each seed |", "|---|---|---|"]
-    rows = {f"fine-tuned, {arm}": values for arm, values in part["accuracies"].items()}
-    rows |= {name: [seed[name] for seed in part["frozen"]] for name in part["frozen"][0]} | reference
+def table(comparison: dict[str, Any], reference: dict[str, list[float]], options: argparse.Namespace) -> list[str]:
+    lines = [f"## recipes/{comparison['recipe']}.yaml", "", "| | accuracy | each seed |", "|---|---|---|"]
+    rows = {f"fine-tuned, {arm}": values for arm, values in comparison["accuracies"].items()}
+    rows |= {name: [seed[name] for seed in comparison["frozen"]] for name in comparison["frozen"][0]} | reference
     for name, values in rows.items():
         each = ", ".join(f"{value:.4f}" for value in values)
         spread = f" +- {statistics.stdev(values):.4f}" if len(values) > 1 else ""
         lines.append(f"| {name} | {statistics.mean(values):.4f}{spread} | {each} |")
     lines += [
         "",
-        "Accuracy on the labels to choose by, seed 0:",
+        "Validation accuracy, seed 0:",
         "",
         "| learning rate, layer decay | " + " | ".join(ARMS) + " |",
     ]
     lines.append("|---" * (1 + len(ARMS)) + "|")
     for rate, decay in options.grid:
-        values = " | ".join(f"{part['tuned'][arm][rate, decay]:.4f}" for arm in ARMS)
+        values = " | ".join(f"{comparison['tuned'][arm][rate, decay]:.4f}" for arm in ARMS)
         lines.append(f"| {rate:g}, {decay:g} | {values} |")
-    shown = ", ".join(f"{value:.0f}" for value in part["seconds"])
-    return [*lines, "", f"Pre-training took {shown} seconds.", ""]
+    seconds = ", ".join(f"{value:.0f}" for value in comparison["seconds"])
+    return [*lines, "", f"Pre-training took {seconds} seconds.", ""]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""Training steps of our MAE against those of `ViTMAEForPreTraining`, side by side: `python -m benchmarks.throughput`.
+"""Compare the speed of our MAE with `ViTMAEForPreTraining`: `python -m benchmarks.throughput`.
 
-Both get the same sizes, batch, masks and AdamW, and take turns, so that what else the machine does hits both. The
-stock model's zero position tables are left as they are: they cost nothing and speed is all that is asked here.
+Both use the same sizes, batch, masks and AdamW, and their steps alternate, so that other load affects both alike.
 Writes benchmarks/throughput_<hardware>_<date>.md.
 """
 
@@ -74,7 +73,7 @@ def main() -> None:
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if round_number >= 2:  # the first two warm up
+            if round_number >= 2:  # after two warm-up rounds
                 seconds[name].append(time.perf_counter() - start)
     report(options, seconds)
 
@@ -88,12 +87,12 @@ def report(options: argparse.Namespace, seconds: dict[str, list[float]]) -> None
     flags = f"--model {options.model} --batch_size {options.batch_size} --num_rounds {options.num_rounds}"
     today = datetime.date.today()
     lines = [
-        "# One training step of MAE, ours against transformers' own class",
+        "# MAE training step, ours against the class of transformers",
         "",
         f"{today}, {hardware}, torch {torch.__version__}, transformers {transformers.__version__}:",
         f"`python -m benchmarks.throughput {flags}{' --bf16' if options.bf16 else ''}`",
         "",
-        "| | median s a step | fastest, slowest | images/s |",
+        "| | median s per step | fastest, slowest | images/s |",
         "|---|---|---|---|",
         *(
             f"| {name} | {median[name]:.3f} | {spread[name][0]:.3f}, {spread[name][1]:.3f} "

@@ -1,20 +1,20 @@
-"""Objects to recognize with few labels: Tux Paint's photographed stamps on photographs, 64 pixels, 16 classes.
+"""Create a few-label dataset: Tux Paint's photographed stamps on photographs, 64 pixels, 16 classes.
 
     sudo apt-get install tuxpaint-stamps-default lomiri-wallpapers-16.04 mate-backgrounds plasma-workspace-wallpapers
     pip install --no-deps mvtb-data==1.6.1 pixit scikit-image
     python -m benchmarks.tuxstamps                                  # or --root DIR, where the packages are unpacked
 
-The images are composed: a real cut-out object on a crop of a real photograph of somewhere else. A stamp, and every
-series of alike stamps of a class, is on one side of a split only. The photographs behind the test images are others
-too; the two parts for tuning share theirs. Stamps of a class whose names begin with a number are one series: of the
-planets, the test part has the moons. Writes
+Each image is a cut-out photograph of an object, pasted on a crop of another photograph. A stamp, and every series of
+similar stamps of a class, is in one split only. The test images have other background photographs than the training
+images; the two splits for tuning share theirs. Stamps of a class whose names start with a number form one series: of
+the planets, the test split contains the moons. Writes
 
-    outputs/tuxstamps/photographs/            crops without labels, none from a photograph behind a test image
+    outputs/tuxstamps/photographs/            unlabeled crops, none from a background photograph of the test images
     outputs/tuxstamps/stamps/{train,test}/    12 views of each of 179 stamps, 4 views of each of 115 others
-    outputs/tuxstamps/tuning/{train,val}/     the training views again, two thirds of the stamps and the others
+    outputs/tuxstamps/tuning/{train,val}/     the training views, split into two thirds of the stamps and the rest
 
-The same bytes every time for the same packages and the same Pillow. The stamps are under GPL-2, the photographs under
-GPL-2, MIT, CC BY, CC BY-SA or in the public domain: none of them is in this repository.
+The files are identical every time for the same packages and Pillow version. The stamps are licensed under GPL-2, the
+photographs under GPL-2, MIT, CC BY, CC BY-SA or in the public domain; none of them is in this repository.
 """
 
 import argparse
@@ -32,13 +32,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SIZE = 64  # pixels, of a view
+SIZE = 64  # pixels of a view
 _NUM_CROPS, _CROP_SIZE, _MAX_SCALE, _STRIDE = 10_000, 96, 16, 0.5
 _NUM_VIEWS = {"train": 12, "test": 4}
-_HELD_OUT_SHARE, _TUNING_SHARE = 0.4, 1 / 3  # of the stamps of a class
+_TEST_SHARE, _TUNING_SHARE = 0.4, 1 / 3  # of the stamps of a class
 
 _STAMPS = "usr/share/tuxpaint/stamps"
-_CLASSES = {  # a class and where its stamps begin; the first that fits
+_CLASSES = {  # class: path prefixes of its stamps; the first match counts
     "bird": ["animals/birds/"],
     "sea-animal": ["animals/fish/", "animals/mammals/aquatic/", "animals/shellfish/"],
     "insect": ["animals/insects/"],
@@ -66,7 +66,7 @@ _DRAWN = re.compile(
     r"cartoon|/toys/|plastic|_mirror|/(fly|hedgehog|echidna|tooth|rugby_goal_posts|trophy_cup|tennis_racket|7spoke256|"
     r"wheel_tractor|0_sun|cementmixer|pinecone|garbagecan|paintbrush_large|balloon360)\.png"
 )
-_NO_SERIES = ("flower", "grave", "tree")  # a name that they share does not mean the same object
+_NO_SERIES = ("flower", "grave", "tree")  # generic names, which do not identify an object
 
 _BACKGROUNDS, _WALLPAPERS = "usr/share/backgrounds", "usr/share/wallpapers"
 _OF_LOMIRI = "Bridge Dragonfly Picture_* Wine aitzgorri free friends greentock life picosdeeuropa seeding sunset"
@@ -76,7 +76,7 @@ _OF_DEBIAN = {
     "mate": [f"{_BACKGROUNDS}/mate/nature/*.jpg"],
     "plasma": [f"{_WALLPAPERS}/{name}/contents/images/*.jpg" for name in _OF_PLASMA.split()],
 }
-_OF_PYTHON = {  # package: folder in it, and files; drawings, renderings and second shots of a scene are left out
+_OF_PYTHON = {  # package: its folder and files, without drawings, renderings and second shots of a scene
     "mvtbdata": (
         "images",
         "campus/P*.png campus/holdout/*.png flowers*.png butterfly.jpg building2-3.png castle.png church.jpg "
@@ -101,35 +101,35 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tuxstamps"))
     options = parser.parse_args()
     if options.output_dir.exists():
-        raise SystemExit(f"{options.output_dir} is there already; remove it, or name another --output_dir")
+        raise SystemExit(f"{options.output_dir} already exists; remove it or use another --output_dir")
     stamps, files = find_stamps(options.root), find_photographs(options.root)
     if not stamps or len(files) < 2:
         raise SystemExit(
-            f"{len(stamps)} stamps and {len(files)} photographs under {options.root}; install the packages named in "
-            "--help, or name the folder that they are unpacked in with --root"
+            f"{len(stamps)} stamps and {len(files)} photographs under {options.root}; install the packages listed in "
+            "--help, or give the folder with the unpacked packages as --root"
         )
     crops = {name: list(tiles(file)) for name, file in files.items()}
     validation = {name for name in crops if _number(_place(name)) % 6 == 0}
-    sides = {
-        "train": in_turn({name: crops[name] for name in crops if name not in validation}, _NUM_CROPS),
-        "test": in_turn({name: crops[name] for name in validation}, _NUM_CROPS // 4),
+    splits = {
+        "train": interleave({name: crops[name] for name in crops if name not in validation}, _NUM_CROPS),
+        "test": interleave({name: crops[name] for name in validation}, _NUM_CROPS // 4),
     }
     folder = options.output_dir / "photographs"
     folder.mkdir(parents=True)
-    for crop in sides["train"]:
+    for crop in splits["train"]:
         crop.image.save(folder / f"{crop.name}.jpg", quality=92)
     num_train = len(crops) - len(validation)
-    print(f"{len(sides['train'])} crops of {num_train} photographs; {len(validation)} others behind the test images")
-    for side in ("train", "test"):
-        backgrounds = [crop.image for crop in sides[side]]
-        mine = [stamp for stamp in stamps if stamp.is_held_out == (side == "test")]
-        for stamp in mine:
-            into = options.output_dir / "stamps" / side / stamp.class_name
+    print(f"{len(splits['train'])} crops of {num_train} photographs; {len(validation)} more for the test backgrounds")
+    for split in ("train", "test"):
+        backgrounds = [crop.image for crop in splits[split]]
+        of_split = [stamp for stamp in stamps if stamp.is_for_test == (split == "test")]
+        for stamp in of_split:
+            into = options.output_dir / "stamps" / split / stamp.class_name
             into.mkdir(parents=True, exist_ok=True)
-            for view in range(_NUM_VIEWS[side]):
+            for view in range(_NUM_VIEWS[split]):
                 draw(stamp, view, backgrounds).save(into / f"{stamp.file.stem}_{view:02d}.png")
-        print(f"{side}: {_NUM_VIEWS[side]} views of each of {len(mine)} stamps, {_by_class(mine)}")
-    write_tuning(options.output_dir, [stamp for stamp in stamps if not stamp.is_held_out])
+        print(f"{split}: {_NUM_VIEWS[split]} views of each of {len(of_split)} stamps, {_by_class(of_split)}")
+    write_tuning(options.output_dir, [stamp for stamp in stamps if not stamp.is_for_test])
 
 
 # ---- photographs without labels ----
@@ -142,7 +142,7 @@ class Crop:
 
 
 def find_photographs(root: Path) -> dict[str, Path]:
-    """Files by a name that says where they are from; what is not installed is left out."""
+    """Return the photographs by a name with their origin; packages that are not installed are skipped."""
     found = {}
     for package, patterns in _OF_DEBIAN.items():
         for file in itertools.chain.from_iterable(sorted(root.glob(pattern)) for pattern in patterns):
@@ -161,12 +161,12 @@ def find_photographs(root: Path) -> dict[str, Path]:
 
 
 def tiles(file: Path) -> Iterator[Crop]:
-    """Squares of a photograph at its own size, at 2/3 of it, and so on, but for those with nothing to see."""
-    picture = Image.open(file).convert("RGB")
+    """Yield squares of a photograph at full size, at 2/3 of it, and so on, except for those without content."""
+    photograph = Image.open(file).convert("RGB")
     stride, scale = round(_STRIDE * _CROP_SIZE), 1.0
-    while min(picture.size) / scale >= _CROP_SIZE and scale <= _MAX_SCALE:
-        size = round(picture.width / scale), round(picture.height / scale)
-        smaller = picture if scale == 1 else picture.resize(size, Image.Resampling.LANCZOS)
+    while min(photograph.size) / scale >= _CROP_SIZE and scale <= _MAX_SCALE:
+        size = round(photograph.width / scale), round(photograph.height / scale)
+        smaller = photograph if scale == 1 else photograph.resize(size, Image.Resampling.LANCZOS)
         across, down = ((length - _CROP_SIZE) // stride for length in smaller.size)
         left, top = (
             (length - _CROP_SIZE - n * stride) // 2 for length, n in zip(smaller.size, (across, down), strict=True)
@@ -181,8 +181,8 @@ def tiles(file: Path) -> Iterator[Crop]:
         scale *= 1.5
 
 
-def in_turn(crops: Mapping[str, Sequence[Crop]], num_crops: int) -> list[Crop]:
-    """One crop of each photograph after the other, so that a large one does not swamp the rest."""
+def interleave(crops: Mapping[str, Sequence[Crop]], num_crops: int) -> list[Crop]:
+    """Take one crop of each photograph in turn, so that large photographs do not dominate."""
     queues = [
         [Crop(f"{name}_{crop.name}", crop.image) for crop in sorted(crops[name], key=lambda each: _number(each.name))]
         for name in sorted(crops)
@@ -192,7 +192,7 @@ def in_turn(crops: Mapping[str, Sequence[Crop]], num_crops: int) -> list[Crop]:
 
 
 def _place(photograph: str) -> str:
-    """Of several photographs of one place or walk the same name: they stay on one side."""
+    """Return the same name for all photographs of a place, which must be in the same split."""
     package, name = photograph.split("_", 1)
     series = re.match(r"[A-Za-z]+", name) if package == "mvtbdata" else None
     return f"{package}_{series.group() if series else name}"
@@ -206,7 +206,7 @@ class Stamp:
     class_name: str
     file: Path
     series: str
-    is_held_out: bool
+    is_for_test: bool
 
     @property
     def key(self) -> str:
@@ -218,48 +218,48 @@ def find_stamps(root: Path) -> list[Stamp]:
     found = []
     for file in sorted(folder.rglob("*.png")):
         key = file.relative_to(folder).as_posix()
-        name = next((name for name, begins in _CLASSES.items() if key.startswith(tuple(begins))), None)
+        name = next((name for name, prefixes in _CLASSES.items() if key.startswith(tuple(prefixes))), None)
         if name and not _DRAWN.search("/" + key):
             stem = re.split(r"[-_0-9]", file.stem)[0].lower()
-            found.append(Stamp(name, file, file.stem.lower() if stem in _NO_SERIES else stem, is_held_out=False))
-    validation = hold_out(found, _HELD_OUT_SHARE, "")
-    return [Stamp(each.class_name, each.file, each.series, each in validation) for each in found]
+            found.append(Stamp(name, file, file.stem.lower() if stem in _NO_SERIES else stem, is_for_test=False))
+    test = hold_out(found, _TEST_SHARE, "")
+    return [Stamp(each.class_name, each.file, each.series, each in test) for each in found]
 
 
 def hold_out(stamps: Sequence[Stamp], share: float, salt: str) -> set[Stamp]:
-    """About this share of each class, and whole series."""
-    validation: set[Stamp] = set()
+    """Return about this share of the stamps of each class, in whole series."""
+    held_out: set[Stamp] = set()
     for name in _CLASSES:
-        mine = [stamp for stamp in stamps if stamp.class_name == name]
-        room = round(share * len(mine))
-        for series in sorted({stamp.series for stamp in mine}, key=lambda each: _number(f"{salt}{name}/{each}")):
-            members = {stamp for stamp in mine if stamp.series == series}
+        of_class = [stamp for stamp in stamps if stamp.class_name == name]
+        room = round(share * len(of_class))
+        for series in sorted({stamp.series for stamp in of_class}, key=lambda each: _number(f"{salt}{name}/{each}")):
+            members = {stamp for stamp in of_class if stamp.series == series}
             if len(members) <= room:
                 room -= len(members)
-                validation |= members
-    return validation
+                held_out |= members
+    return held_out
 
 
 def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image]) -> Image.Image:
-    """A stamp somewhere on one of the backgrounds, (SIZE, SIZE), drawn at twice the size."""
+    """Paste a stamp at a random position on a random background; drawn at twice the size, then reduced to SIZE."""
     rng = np.random.RandomState(_number(f"{stamp.key}|{view}") % 2**32)
     side = 2 * SIZE
-    behind = backgrounds[rng.randint(len(backgrounds))]
-    shown = rng.uniform(0.5, 1) * min(behind.size)
-    x, y = rng.uniform(0, behind.width - shown), rng.uniform(0, behind.height - shown)
-    picture = behind.resize((side, side), Image.Resampling.BILINEAR, box=(x, y, x + shown, y + shown))
-    picture = _perhaps_mirrored(picture, rng)
+    background = backgrounds[rng.randint(len(backgrounds))]
+    crop = rng.uniform(0.5, 1) * min(background.size)
+    x, y = rng.uniform(0, background.width - crop), rng.uniform(0, background.height - crop)
+    image = background.resize((side, side), Image.Resampling.BILINEAR, box=(x, y, x + crop, y + crop))
+    image = _flip_randomly(image, rng)
     cut_out = Image.open(stamp.file).convert("RGBA")
     cut_out = cut_out.crop(cut_out.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())
     scale = rng.uniform(0.6, 0.98) * side / max(cut_out.size)
     size = max(2, round(cut_out.width * scale)), max(2, round(cut_out.height * scale))
-    cut_out = _perhaps_mirrored(cut_out.resize(size, Image.Resampling.LANCZOS), rng)
-    picture.paste(cut_out, (rng.randint(side - size[0] + 1), rng.randint(side - size[1] + 1)), cut_out)
-    return picture.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    cut_out = _flip_randomly(cut_out.resize(size, Image.Resampling.LANCZOS), rng)
+    image.paste(cut_out, (rng.randint(side - size[0] + 1), rng.randint(side - size[1] + 1)), cut_out)
+    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
 def write_tuning(folder: Path, stamps: Sequence[Stamp]) -> None:
-    """The training views once more, split by stamp, to choose settings by."""
+    """Copy the training views, split by stamp, for tuning."""
     validation = hold_out(stamps, _TUNING_SHARE, "tuning ")
     for stamp in stamps:
         into = folder / "tuning" / ("val" if stamp in validation else "train") / stamp.class_name
@@ -268,11 +268,11 @@ def write_tuning(folder: Path, stamps: Sequence[Stamp]) -> None:
             name = f"{stamp.file.stem}_{view:02d}.png"
             shutil.copyfile(folder / "stamps" / "train" / stamp.class_name / name, into / name)
     num_train = len(stamps) - len(validation)
-    print(f"tuning: {num_train} stamps to train, {len(validation)} to choose by, {_by_class(validation)}")
+    print(f"tuning: {num_train} training stamps and {len(validation)} validation stamps, {_by_class(validation)}")
 
 
-def _perhaps_mirrored(picture: Image.Image, rng: Any) -> Image.Image:
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else picture
+def _flip_randomly(image: Image.Image, rng: Any) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.rand() < 0.5 else image
 
 
 def _by_class(stamps: Sequence[Stamp] | set[Stamp]) -> str:
@@ -281,7 +281,7 @@ def _by_class(stamps: Sequence[Stamp] | set[Stamp]) -> str:
 
 
 def _number(text: str) -> int:
-    """The same for the same text, everywhere and always."""
+    """Hash a text to a number, the same on every platform."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 
 

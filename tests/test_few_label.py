@@ -1,4 +1,4 @@
-"""The few-label benchmark: what it may reuse, and rows that all seeds have."""
+"""Few-label benchmark: which results are reused, and rows that exist for all seeds."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def test_run__a_finished_command_is_not_run_again_and_another_one_is_refused(tmp
     seconds = few_label.run("count.py", *flags)
     assert few_label.run("count.py", *flags) == seconds
     assert (tmp_path / "ran").read_text() == "x"
-    with pytest.raises(SystemExit, match="is of another command"):
+    with pytest.raises(SystemExit, match="belongs to another command"):
         few_label.run("count.py", *flags[:-1], "1")
     shutil.rmtree(tmp_path / "results" / "out")
     few_label.run("count.py", *flags)
@@ -64,4 +64,4 @@ def test_all_labels__need_a_tuning_dataset(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["few_label", "--labels_per_class", "all"])
     with pytest.raises(SystemExit):
         few_label.main()
-    assert "name a --tuning_dataset" in capsys.readouterr().err
+    assert "add a --tuning_dataset" in capsys.readouterr().err
