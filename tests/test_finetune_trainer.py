@@ -126,7 +126,7 @@ def test_freeze__leaves_the_rest_out_and_drops_paths_only_where_something_trains
 
 
 def test_freeze__more_blocks_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="--num_trained_blocks 3: this encoder has 2"):
+    with pytest.raises(ValueError, match="num_trained_blocks is 3, but this encoder has 2 blocks"):
         freeze(tiny_classifier("vit"), "partial", 3)
 
 

@@ -1,4 +1,4 @@
-"""Trains a classifier: what stays frozen, mixed images with soft targets, and checkpoints that load what they saved.
+"""The trainer of classifiers: frozen layers, mixed images with soft targets, and checkpoints with current key names.
 
 Shapes: B images of a micro-batch, C channels, H W pixels, K classes.
 """
@@ -16,34 +16,34 @@ from training.layer_decay import depths_of, layer_id, layer_ids
 from training.mixing import Mixing
 from training.trainer import MimTrainer
 
-# Not decayed beside 1-D tensors, as in the authors' code; of BEiT's bias tables it decays the weights.
+# No weight decay, beside 1-D tensors, as in the authors' code (which decays the bias tables of a BEiT).
 _NO_WEIGHT_DECAY = ("cls_token", "distillation_token", "position_embeddings")
 _NO_WEIGHT_DECAY_IN_SWIN = ("relative_position_bias_table",)
 
 
 def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
-    """Let only the head train ("linear"), or the last blocks and what follows them too ("partial").
+    """Freeze everything but the classification head ("linear"), or everything below the last blocks ("partial").
 
     Raises:
-        ValueError: more blocks than there are.
+        ValueError: If the encoder has fewer than `num_trained_blocks` blocks.
     """
     ids = layer_ids(model)
     num_blocks = max(ids.values()) - 1
     if mode == "partial" and num_trained_blocks > num_blocks:
-        raise ValueError(f"--num_trained_blocks {num_trained_blocks}: this encoder has {num_blocks}; give fewer")
+        raise ValueError(f"num_trained_blocks is {num_trained_blocks}, but this encoder has {num_blocks} blocks")
     last_frozen = {"finetune": -1, "partial": num_blocks - num_trained_blocks, "linear": num_blocks + 1}[mode]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(ids[name] > last_frozen or name.startswith("classifier."))
     encoder: Any = model.base_model
     depths = depths_of(encoder.config)
     for name, module in encoder.named_modules():
-        # A frozen block that is skipped now and then would only blur what the blocks above it see.
+        # Dropping the path of a frozen block would only add noise to the input of the blocks that train.
         if hasattr(module, "drop_prob") and layer_id(f"{name}.", depths) <= last_frozen:
             module.drop_prob = 0.0
 
 
 def balanced_weights(labels: np.ndarray) -> torch.Tensor:
-    """(K,): as if each class had equally many images; 1 on average over the images."""
+    """Return weights (K,) that balance the classes, with a mean of 1 over the images."""
     counts = np.bincount(labels)
     return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32)
 
@@ -51,13 +51,12 @@ def balanced_weights(labels: np.ndarray) -> torch.Tensor:
 class FinetuneTrainer(MimTrainer):
     """`MimTrainer` for a native classifier and batches of uint8 `pixel_values` and `labels`.
 
-    The loss is computed here and is a mean over the images, so that it does not grow with accumulation or processes,
-    as that of some native classes does.
+    The loss is a mean over the images: some native classes sum it over accumulation steps or processes.
 
     Args:
-        mixing: what is done to training batches; evaluation sees plain images and labels.
-        image_mean, image_std: of each channel in [0, 1].
-        class_weights: (K,), by which the targets are multiplied in training.
+        mixing: Augmentation of training batches; evaluation uses plain images and labels.
+        image_mean, image_std: Mean and standard deviation of each channel, in [0, 1].
+        class_weights: (K,), the weight of each class in the training loss.
     """
 
     model: Any
@@ -99,7 +98,7 @@ class FinetuneTrainer(MimTrainer):
         return (loss, {"logits": outputs.logits}) if return_outputs else loss
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        return self.get_eval_dataloader(test_dataset)  # `Trainer` would leave out the last, smaller batch
+        return self.get_eval_dataloader(test_dataset)  # `Trainer` would drop the last, smaller batch
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         is_swin = self.model.config.model_type == "swin"
@@ -112,8 +111,8 @@ class FinetuneTrainer(MimTrainer):
             return bool(torch.isfinite(self.compute_loss(self.model, batch)))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # By default native models are saved under the names of transformers 4, which `Trainer` then reads back with
-        # strict=False: a resumed run, or the best weights, would silently lose every transformer block.
+        # By default native models are saved with the key names of transformers 4, which `Trainer` then loads with
+        # strict=False: resuming, or loading the best weights, would silently lose every transformer block.
         self.model.save_pretrained = partial(self.model.save_pretrained, save_original_format=False)
         try:
             super()._save(output_dir, state_dict)
