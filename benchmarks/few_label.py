@@ -197,8 +197,8 @@ def write(options: argparse.Namespace, comparisons: list[dict[str, Any]], refere
         f"{platform.python_version()}.",
         f"Time: {sum(_seconds) / 60:.0f} minutes for all commands. Data: the test split of {options.dataset}. "
         f"Settings: recipes/{options.finetuning}.yaml and the ones below.",
-        "Accuracy: mean +- standard deviation over seeds 0, 1, 2. The seed determines "
-        f"{'the labels, ' if options.labels_per_class else ''}the initial weights and the order, also in pre-training.",
+        "Accuracy: mean +- standard deviation over seeds 0, 1, 2. The seed determines the "
+        f"{'labels, ' if options.labels_per_class else ''}initial weights and the order, also in pre-training.",
         "",
     ]
     for comparison in comparisons:
