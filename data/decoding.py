@@ -1,8 +1,9 @@
-"""Encoded bytes to upright 8-bit pixels, decoding no more than the wanted crop needs.
+"""Decode images into upright 8-bit pixels, decoding no more than the requested crop needs.
 
-Every picture becomes mode RGB or L: transparency is laid on white; 16-bit pixels keep the high byte, one fixed scale
-for all images, so that brightness stays comparable; float pixels are stretched from their minimum to their maximum;
-the EXIF orientation is applied; an animation gives its first frame. What cannot be read raises `BadImage`.
+Every image is converted to mode RGB or L: transparency is composited on white; 16-bit pixels keep their high byte, the
+same scale for all images, so that brightness stays comparable; float pixels are scaled from their minimum and maximum
+to 0 and 255; the EXIF orientation is applied; only the first frame of an animation is read. Unreadable images raise
+`BadImage`.
 """
 
 import math
@@ -17,8 +18,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright picture
-View = tuple[tuple[int, int], Image.Resampling]  # (height, width) and the filter that resizes to it
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
+View = tuple[tuple[int, int], Image.Resampling]  # (height, width) and the resampling filter
 
 EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -33,7 +34,7 @@ EXTENSIONS = {
     "TGA": (".tga",),
 }
 FORMATS = tuple(EXTENSIONS)
-# Pillow's own hard limit, fixed here because other libraries switch Pillow's off for the whole process.
+# Pillow's own hard limit, repeated here because other libraries disable Pillow's for the whole process.
 MAX_PIXELS = 2 * 89_478_485
 
 _TRANSPOSE = {
@@ -45,20 +46,20 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_INVERSE_ORIENTATION = {6: 8, 8: 6}  # every other one undoes itself
+_INVERSE_ORIENTATION = {6: 8, 8: 6}  # all others are their own inverse
 _TAIL_BYTES = 512
 
-# Pillow warns at every odd file (large size, damaged EXIF), which would bury what check_images has to say.
+# Pillow warns about every unusual file (large size, damaged EXIF), which would bury the report of check_images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-class BadImage(ValueError):  # noqa: N818  (it describes the picture, and is caught as often as it is shown)
-    """A picture that cannot be read; the message is the reason in plain words."""
+class BadImage(ValueError):  # noqa: N818  (it describes the image, and is caught as often as it is shown)
+    """An image that cannot be read; the message is the reason in plain words."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says about itself before any pixel is decoded; width and height are those of the upright picture."""
+    """Properties of an image file that are known without decoding pixels; width and height of the upright image."""
 
     width: int
     height: int
@@ -67,14 +68,12 @@ class Header:
     orientation: int
 
 
-def read_header(data: bytes | Path) -> Header:
-    """Size, mode and format, without decoding pixels."""
-    with _opened(data) as image:
-        return _header(image)
-
-
 def check(data: bytes | Path) -> Header:
-    """Header plus a look at the file's last bytes; only a file whose end looks wrong is decoded to decide."""
+    """Read the header and check the last bytes; only a file that seems truncated is decoded to be sure.
+
+    Raises:
+        BadImage: If the image is unreadable.
+    """
     with _opened(data) as image:
         header = _header(image)
         with _pillow_errors_as_bad_image():
@@ -84,12 +83,12 @@ def check(data: bytes | Path) -> Header:
 
 
 def decode(data: bytes | Path, num_channels: int) -> Image.Image:
-    """The whole upright picture, mode RGB for 3 channels and L for 1."""
+    """Decode the whole upright image, in mode RGB for 3 channels and L for 1."""
     with _opened(data) as image:
         header = _header(image)
         with _pillow_errors_as_bad_image():
             image.load()
-            pixels = _to_eight_bit(_stretched(image), num_channels)
+            pixels = _to_eight_bit(_scale_float_pixels(image), num_channels)
             return pixels.transpose(_TRANSPOSE[header.orientation]) if header.orientation > 1 else pixels
 
 
@@ -100,10 +99,10 @@ def load_crop(
     num_channels: int,
     resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> Image.Image:
-    """Crop and resize to `size` (height, width), asking `choose_box(width, height)` once the header is known.
+    """Decode, crop and resize to `size` (height, width); `choose_box(width, height)` is called with the image's size.
 
-    The order matters for speed: knowing the crop first, a JPEG is decoded at 1/2, 1/4 or 1/8 scale whenever that still
-    has at least the wanted pixels, and only the crop is converted, turned upright and resized.
+    The order matters for speed: because the crop is known first, a JPEG is decoded at 1/2, 1/4 or 1/8 scale whenever
+    that leaves enough pixels, and only the crop is converted, turned upright and resized.
     """
     return load_views(data, choose_box, [(size, resample)], num_channels)[0]
 
@@ -114,7 +113,7 @@ def load_views(
     views: Sequence[View],
     num_channels: int,
 ) -> list[Image.Image]:
-    """As `load_crop`, the crop resized to each of `views` ((height, width), filter); decoded once, for the largest."""
+    """Like `load_crop`, but resize the crop to each of `views`; the image is decoded once, for the largest view."""
     with _opened(data) as image:
         header = _header(image)
         box = choose_box(header.width, header.height)
@@ -123,7 +122,11 @@ def load_views(
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a file, or a `BadImage` that says why not."""
+    """Return the content of a file.
+
+    Raises:
+        BadImage: If the file cannot be opened.
+    """
     with _opened_file(path) as stream:
         return stream.read()
 
@@ -138,7 +141,7 @@ def _opened(data: bytes | Path) -> Iterator[ImageFile.ImageFile]:
             image = Image.open(stream, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(
-                f"too large: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}; cut it in tiles"
+                f"too large: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}; split it into tiles"
             )
         yield image
 
@@ -163,8 +166,8 @@ def _pillow_errors_as_bad_image() -> Iterator[None]:
         raise BadImage(f"not an image in a format that can be read ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError as error:
         raise BadImage(f"too large: {error}") from error
-    # Pillow's readers raise a dozen types on damaged files (SyntaxError, struct.error, IndexError, ...). Only what
-    # works on the picture stands inside this block, never the caller's code.
+    # Pillow's readers raise a dozen types on damaged files (SyntaxError, struct.error, IndexError, ...). Only code
+    # that reads the image runs inside this context, never the caller's.
     except Exception as error:
         raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
@@ -176,21 +179,21 @@ def _header(image: Image.Image) -> Header:
 
 
 def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # Pillow turns TIFF pictures upright by itself
+    if image.format == "TIFF":  # Pillow turns TIFF images upright by itself
         return 1
     with _pillow_errors_as_bad_image():
         try:
-            # The base class's method: PNG's own would decode every pixel to look for EXIF behind them.
+            # The base class's method: PNG's own decodes all pixels to look for EXIF data behind them.
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
-        except (SyntaxError, ValueError, OSError):  # damaged EXIF says nothing about the pixels
+        except (SyntaxError, ValueError, OSError):  # damaged EXIF data do not affect the pixels
             return 1
     return orientation if orientation in _TRANSPOSE else 1
 
 
 def _ends_well(image: ImageFile.ImageFile) -> bool:
-    """Whether the file ends as a complete one of its format does; False where that is not known cheaply."""
+    """Return whether the file ends like a complete file of its format; False if only decoding can tell."""
     stream = image.fp
-    if stream is None:  # WebP and AVIF were read whole to open them, and say so themselves when cut
+    if stream is None:  # WebP and AVIF are read completely when opened, and fail then if truncated
         return True
     position = stream.tell()
     length = stream.seek(0, 2)
@@ -225,11 +228,11 @@ def _resized_crops(
 ) -> list[Image.Image]:
     height, width = (max(size[axis] for size, _ in views) for axis in (0, 1))
     orientation = header.orientation
-    image = _stretched(image)
+    image = _scale_float_pixels(image)
     box = _orient_box(box, header.width, header.height, _INVERSE_ORIENTATION.get(orientation, orientation))
     num_times_smaller = _draft(image, box, (width, height) if orientation < 5 else (height, width), num_channels)
     left, top, right, bottom = (edge / num_times_smaller for edge in box)
-    # Whole pixels around the box, so that the color conversion and the turn touch no more than the crop.
+    # Whole pixels around the box, so that only the crop is converted and rotated.
     origin_x, origin_y = math.floor(left), math.floor(top)
     crop = image.crop((origin_x, origin_y, min(math.ceil(right), image.width), min(math.ceil(bottom), image.height)))
     box = (left - origin_x, top - origin_y, min(right - origin_x, crop.width), min(bottom - origin_y, crop.height))
@@ -241,21 +244,21 @@ def _resized_crops(
 
 
 def _draft(image: Image.Image, box: Box, size: tuple[int, int], num_channels: int) -> int:
-    """Sets the scale at which a JPEG will be decoded, and returns how many times smaller that is."""
+    """Set the scale at which a JPEG will be decoded, and return how many times smaller it is."""
     if image.format not in ("JPEG", "MPO"):
         return 1
     scale = min((box[2] - box[0]) / size[0], (box[3] - box[1]) / size[1])
     num_times_smaller = next((times for times in (8, 4, 2) if times <= scale), 1)
     width, height = image.size
-    # draft() takes a size and picks the largest of 1, 2, 4, 8 that still gives it: this size gives exactly ours.
+    # draft() takes a size and picks the largest of 1, 2, 4, 8 that still reaches it: this size selects ours.
     image.draft("L" if num_channels == 1 else None, (width // num_times_smaller, height // num_times_smaller))
     return num_times_smaller
 
 
 def _orient_box(box: Box, width: float, height: float, orientation: int) -> Box:
-    """Where `box` of a width x height picture lies after the turn that `orientation` asks for."""
+    """Return the position of `box` in a width x height image after applying the EXIF `orientation`."""
     left, top, right, bottom = box
-    if orientation >= 5:  # 5 to 8 swap the axes, and are then a mirroring like 1 to 4
+    if orientation >= 5:  # 5 to 8 swap the axes, then mirror like 1 to 4
         left, top, right, bottom = top, left, bottom, right
         width, height = height, width
     if orientation in (2, 3, 6, 7):
@@ -265,8 +268,8 @@ def _orient_box(box: Box, width: float, height: float, orientation: int) -> Box:
     return left, top, right, bottom
 
 
-def _stretched(image: Image.Image) -> Image.Image:
-    """Float pixels to 8 bits, from the whole picture's minimum and maximum; other modes as they are."""
+def _scale_float_pixels(image: Image.Image) -> Image.Image:
+    """Scale float pixels to 8 bits by the minimum and maximum of the whole image; return other modes unchanged."""
     if image.mode != "F":
         return image
     pixels = np.asarray(image)
@@ -280,10 +283,10 @@ def _stretched(image: Image.Image) -> Image.Image:
 
 def _to_eight_bit(image: Image.Image, num_channels: int) -> Image.Image:
     mode = "RGB" if num_channels == 3 else "L"
-    if image.mode.startswith("I"):  # I;16, I;16B, and I, in which Pillow keeps other 16-bit files
+    if image.mode.startswith("I"):  # I;16, I;16B, and I, Pillow's mode for other 16-bit files
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     elif image.has_transparency_data:
-        picture = image.convert("RGBA")
-        image = Image.new("RGBA", picture.size, "white")
-        image.alpha_composite(picture)
+        foreground = image.convert("RGBA")
+        image = Image.new("RGBA", foreground.size, "white")
+        image.alpha_composite(foreground)
     return image if image.mode == mode else image.convert(mode)

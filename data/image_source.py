@@ -1,4 +1,4 @@
-"""Numbered collections of encoded images: files, a column of a table, pictures in memory, or several of these.
+"""Indexed collections of encoded images: files, a table column, an array in memory, or several of these.
 
 Shapes: N images, H W pixels.
 """
@@ -15,11 +15,11 @@ import numpy as np
 import pyarrow as pa
 
 from data.decoding import BadImage, read_bytes
-from data.tables import image_column
+from data.tables import find_image_column
 
 
 class ImageSource(ABC):
-    """A numbered collection of encoded images; knows nothing of pixels."""
+    """An indexed collection of encoded images; it does not decode them."""
 
     def __init__(self, description: str, open_validation: "Callable[[], ImageSource] | None" = None) -> None:
         self._description = description
@@ -30,18 +30,18 @@ class ImageSource(ABC):
 
     @abstractmethod
     def entry(self, index: int) -> bytes | Path:
-        """The image where it lies: a path for a file, so that a check need not read all of it."""
+        """Return the encoded image, or its path if it is a file, so that a check need not read all of it."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What a person needs to find the image again: its path, or dataset/split#row."""
+        """Return what identifies the image to a user: its path, or dataset/split#row."""
 
     def read(self, index: int) -> bytes:
         entry = self.entry(index)
         return entry if isinstance(entry, bytes) else read_bytes(entry)
 
     def validation(self) -> "ImageSource | None":
-        """The part that the dataset itself keeps apart for validation, if it has one."""
+        """Open the dataset's own validation split, if it has one."""
         return self._open_validation() if self._open_validation else None
 
     def describe(self) -> str:
@@ -51,7 +51,7 @@ class ImageSource(ABC):
 class FileSource(ImageSource):
     """Image files; the paths are one arrow array, which worker processes share instead of copying.
 
-    `folder` is what they were found in, None for a list of paths.
+    `folder` is the folder that was searched, None for a list of paths.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FileSource(ImageSource):
     ) -> None:
         super().__init__(description, open_validation)
         self.folder = folder
-        self._paths = pa.array(paths, pa.large_binary())  # binary: a file name need not be valid unicode
+        self._paths = pa.array(paths, pa.large_binary())  # binary, because a file name need not be valid Unicode
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -76,12 +76,12 @@ class FileSource(ImageSource):
 
 
 class TableSource(ImageSource):
-    """The image column of a `datasets.Dataset`; `table` keeps the other columns too."""
+    """The image column of a `datasets.Dataset`; `table` has all columns."""
 
     def __init__(
         self, table: datasets.Dataset, title: str, open_validation: Callable[[], ImageSource] | None = None
     ) -> None:
-        column = image_column(table.features, title)
+        column = find_image_column(table.features, title)
         super().__init__(f"{title}: {len(table):,} rows, image column {column!r}", open_validation)
         self.table = table
         self._images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
@@ -102,60 +102,60 @@ class TableSource(ImageSource):
 
 
 class ArraySource(ImageSource):
-    """Equally large gray pictures (N, H, W) uint8, held in memory; `labels` (N,) where they came with any."""
+    """Grayscale images (N, H, W) of type uint8 in memory, with `labels` (N,) if there are any."""
 
     def __init__(
         self,
-        pictures: np.ndarray,
+        images: np.ndarray,
         labels: np.ndarray | None,
         title: str,
         open_validation: Callable[[], ImageSource] | None = None,
     ) -> None:
-        count, height, width = pictures.shape
-        super().__init__(f"{title}: {count:,} gray pictures of {width}x{height} px", open_validation)
+        num_images, height, width = images.shape
+        super().__init__(f"{title}: {num_images:,} grayscale images of {width}x{height} px", open_validation)
         self.labels = labels
-        self._pictures = pictures
+        self._images = images
         self._title = title
         self._header = f"P5 {width} {height} 255\n".encode()
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def entry(self, index: int) -> bytes:
-        return self._header + self._pictures[index].tobytes()  # a PGM file: the only encoding that costs nothing
+        return self._header + self._images[index].tobytes()  # as a PGM file, which needs no compression
 
     def name(self, index: int) -> str:
         return f"{self._title}#{index}"
 
 
 class JoinedSource(ImageSource):
-    """Several sources, one after the other."""
+    """The concatenation of several sources."""
 
-    def __init__(self, parts: Sequence[ImageSource]) -> None:
-        super().__init__("; ".join(part.describe() for part in parts))
-        self._parts = tuple(parts)
-        self._starts = (0, *accumulate(len(part) for part in parts))
+    def __init__(self, sources: Sequence[ImageSource]) -> None:
+        super().__init__("; ".join(source.describe() for source in sources))
+        self._sources = tuple(sources)
+        self._starts = (0, *accumulate(len(source) for source in sources))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
     def entry(self, index: int) -> bytes | Path:
-        part, index = self._locate(index)
-        return part.entry(index)
+        source, index = self._locate(index)
+        return source.entry(index)
 
     def name(self, index: int) -> str:
-        part, index = self._locate(index)
-        return part.name(index)
+        source, index = self._locate(index)
+        return source.name(index)
 
     def validation(self) -> ImageSource | None:
-        validation = [part for part in (part.validation() for part in self._parts) if part is not None]
-        return joined(validation) if validation else None
+        splits = [split for source in self._sources if (split := source.validation()) is not None]
+        return join_sources(splits) if splits else None
 
     def _locate(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._starts, index) - 1
-        return self._parts[number], index - self._starts[number]
+        return self._sources[number], index - self._starts[number]
 
 
-def joined(parts: Sequence[ImageSource]) -> ImageSource:
-    """One source of several, or the only one as it is."""
-    return parts[0] if len(parts) == 1 else JoinedSource(parts)
+def join_sources(sources: Sequence[ImageSource]) -> ImageSource:
+    """Concatenate sources; a single one is returned unchanged."""
+    return sources[0] if len(sources) == 1 else JoinedSource(sources)

@@ -1,4 +1,4 @@
-"""The label of each image of a source: the class folder that it lies in, a column of its table, or its idx file.
+"""Read the label of each image of a source: its class folder, a column of its table, or its idx file.
 
 Shapes: N labeled images of a source.
 """
@@ -18,17 +18,17 @@ from data.tables import VALIDATION_NAMES
 
 logger = logging.getLogger(__name__)
 
-# Names that the Hub's image data sets use; the first that exists is taken.
+# Names used by image datasets on the Hub, by priority.
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "category", "target", "class_name", "label_name", "y")
 _WHOLE = ("int", "uint", "bool", "string", "large_string")
 
 
 @dataclass(frozen=True)
 class RawLabels:
-    """Labels as they lie there: image `indices[i]` of `source` is of the class called `values[i]`.
+    """Labels as stored: image `indices[i]` of `source` has the class `values[i]`.
 
-    Images without a label are left out, and counted in `num_missing` where they should have one. `class_names` is set
-    where the data set itself orders its classes. `hint` is added to what is said when there is but one class.
+    Images without a label are left out; `num_missing` counts those that should have one. `class_names` is set if the
+    dataset itself defines the order of its classes. `hint` completes the error message about a single class.
     """
 
     source: ImageSource
@@ -42,15 +42,16 @@ class RawLabels:
         return len(self.values)
 
 
-def raw_labels(source: ImageSource, label_column: str | None) -> RawLabels:
-    """The labels of a source.
+def read_labels(source: ImageSource, label_column: str | None) -> RawLabels:
+    """Read the labels of a source.
 
-    Raises: ValueError if it can have none, or they are no classes.
+    Raises:
+        ValueError: If the source has no labels, or they are not classes.
     """
     if isinstance(source, TableSource):
         return _table_labels(source, label_column)
     if label_column is not None:
-        raise ValueError(f"a label column {label_column!r} was named, but {source.describe()} is no table")
+        raise ValueError(f"label_column is {label_column!r}, but {source.describe()} is not a table")
     if isinstance(source, FileSource):
         return _folder_labels(source)
     if isinstance(source, ArraySource):
@@ -65,14 +66,14 @@ def _folder_labels(source: FileSource) -> RawLabels:
         )
     root = source.folder
     classes = _first_folders(source, root)
-    if set(classes) == {"train"}:  # a folder of parts with the training part only
+    if set(classes) == {"train"}:  # a folder of splits with the training split only
         root = root / "train"
         classes = _first_folders(source, root)
     inside = [index for index, name in enumerate(classes) if name is not None]
     if not inside:
         raise ValueError(
-            f"the images lie directly in {root}, which says nothing of their classes; expected a folder for each "
-            f"class: {root / 'some class' / 'image.jpg'}"
+            f"the images are directly in {root}, so their classes are unknown; expected a folder for each class: "
+            f"{root / 'some class' / 'image.jpg'}"
         )
     if {classes[index] for index in inside} <= set(VALIDATION_NAMES):
         raise ValueError(
@@ -80,13 +81,15 @@ def _folder_labels(source: FileSource) -> RawLabels:
         )
     if len(inside) < len(classes):
         first = source.name(classes.index(None))
-        logger.warning("images beside the class folders are left aside: %d, as %s", len(classes) - len(inside), first)
+        logger.warning(
+            "%d images outside the class folders are ignored, such as %s", len(classes) - len(inside), first
+        )
     hint = f"; expected a folder for each class in {root}, which has {_folders(root)}"
     return RawLabels(source, np.array(inside, np.int64), [name for name in classes if name is not None], hint=hint)
 
 
 def _first_folders(source: FileSource, root: Path) -> list[str | None]:
-    """The folder below `root` that each image is in; None for images in `root` itself."""
+    """Return the subfolder of `root` that contains each image; None for images in `root` itself."""
     start = len(os.path.join(root, ""))
     found = (source.name(index)[start:].split(os.sep, 1) for index in range(len(source)))
     return [parts[0] if len(parts) == 2 else None for parts in found]
@@ -104,7 +107,7 @@ def _table_labels(source: TableSource, label_column: str | None) -> RawLabels:
     feature = features[column]
     values: Sequence[Any] = source.table.with_format(None)[column][:]
     if isinstance(feature, datasets.ClassLabel):
-        # -1 is how published test parts say that their labels are secret.
+        # Published test splits mark secret labels by -1.
         labeled = [index for index, value in enumerate(values) if value is not None and value >= 0]
         names = [feature.int2str(values[index]) for index in labeled]
         return RawLabels(source, np.array(labeled, np.int64), names, tuple(feature.names), len(values) - len(names))
@@ -134,12 +137,12 @@ def _check_type(column: str, feature: Any, values: Sequence[Any], title: str) ->
     example = next((value for value in values if value is not None), None)
     if dtype.startswith(("float", "double", "decimal")):
         raise ValueError(
-            f"column {column!r} of {title} holds {dtype} numbers such as {example}: a regression target, no class. "
-            "Make whole numbers or strings of them if they are class numbers"
+            f"column {column!r} of {title} holds {dtype} numbers such as {example}: a regression target, not a "
+            "class. Convert them to integers or strings if they are class numbers"
         )
     raise ValueError(
-        f"column {column!r} of {title} is of type {dtype} (such as {example!r}); expected one class for each image: "
-        "ClassLabel, whole number or string"
+        f"column {column!r} of {title} is of type {dtype} (such as {example!r}); expected one class per image: "
+        "ClassLabel, integer or string"
     )
 
 

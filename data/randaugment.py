@@ -1,9 +1,9 @@
-"""RandAugment, in the variant that fine-tuning recipes call `rand-m9-mstd0.5-inc1`, with Pillow's own operations.
+"""RandAugment in the variant that fine-tuning recipes call `rand-m9-mstd0.5-inc1`, with Pillow's operations.
 
 Paper: Cubuk et al. 2019, "RandAugment: Practical automated data augmentation with a reduced search space",
-arXiv:1909.13719.  Differs as timm does, on which MAE, SimMIM and BEiT rely: each of the two operations is applied half
-the time only, the strength varies from image to image, every operation grows with it, and what turns into view from
-outside the picture has the mean color.
+arXiv:1909.13719.  Differs from the paper in the same ways as timm's version, which MAE, SimMIM and BEiT use: each of
+the two operations is applied with probability 0.5, the magnitude varies from image to image, every operation gets
+stronger with the magnitude, and areas outside the image are filled with the mean color.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 Fill = int | tuple[int, ...]
-Argument = float | int | None  # of an operation: degrees, factor, threshold, ...
+Argument = float | int | None  # degrees, factor, threshold, ... of an operation
 
 _LARGEST_MAGNITUDE = 10.0
 _APPLY_PROBABILITY = 0.5
-_MIN_FACTOR = 0.1  # of an enhancement: a factor of 0 leaves a picture of one color
+_MIN_FACTOR = 0.1  # of an enhancement: a factor of 0 leaves a single color
 _SOLARIZE_ADD_BELOW = 128
 
 
 @dataclass(frozen=True)
 class RandAugment:
-    """Two operations, drawn with replacement, on a picture of mode RGB or L.
+    """Apply two operations, drawn with replacement, to an image of mode RGB or L.
 
     Args:
-        image_mean: of each channel in [0, 1]; the color of what lies outside the picture.
-        magnitude: mean strength, 0 to 10.
-        magnitude_std: of the strength, from one operation to the next.
+        image_mean: Mean of each channel in [0, 1], the color of areas outside the image.
+        magnitude: Mean magnitude of the operations, 0 to 10.
+        magnitude_std: Standard deviation of the magnitude.
     """
 
     image_mean: tuple[float, ...]
@@ -38,9 +38,9 @@ class RandAugment:
 
     def __post_init__(self) -> None:
         if not 0 <= self.magnitude <= _LARGEST_MAGNITUDE:
-            raise ValueError(f"the magnitude of RandAugment is {self.magnitude}, expected 0 to 10; 9 is usual")
+            raise ValueError(f"the magnitude of RandAugment is {self.magnitude}, expected 0 to 10 (9 is usual)")
         if self.num_operations < 1:
-            raise ValueError(f"RandAugment is to apply {self.num_operations} operations, expected at least 1")
+            raise ValueError(f"num_operations of RandAugment is {self.num_operations}, expected at least 1")
 
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
         for name, argument in self.choose(generator):
@@ -48,14 +48,14 @@ class RandAugment:
         return image
 
     def choose(self, generator: torch.Generator) -> list[tuple[str, Argument]]:
-        """The operations for one picture and their arguments; always as many draws, whatever is chosen."""
+        """Draw the operations for one image, with their arguments; the number of draws does not depend on them."""
         numbers = torch.rand(self.num_operations, 3, generator=generator).tolist()
         noise = torch.randn(self.num_operations, generator=generator).tolist()
         chosen = []
-        for (for_name, for_apply, for_sign), deviation in zip(numbers, noise, strict=True):
+        for (for_name, for_apply, for_sign), z in zip(numbers, noise, strict=True):
             if for_apply >= _APPLY_PROBABILITY:
                 continue
-            magnitude = min(max(self.magnitude + self.magnitude_std * deviation, 0.0), _LARGEST_MAGNITUDE)
+            magnitude = min(max(self.magnitude + self.magnitude_std * z, 0.0), _LARGEST_MAGNITUDE)
             name = NAMES[int(for_name * len(NAMES))]
             chosen.append((name, ARGUMENT[name](magnitude / _LARGEST_MAGNITUDE, -1.0 if for_sign < 0.5 else 1.0)))
         return chosen
@@ -74,24 +74,24 @@ def _shift(image: Image.Image, coefficients: tuple[float, ...], fill: Fill) -> I
 
 
 def _solarize_add(image: Image.Image, add: int) -> Image.Image:
-    """Brightens what is dark, and leaves what is bright."""
+    """Brighten dark pixels and keep bright ones."""
     table = [min(255, level + add) if level < _SOLARIZE_ADD_BELOW else level for level in range(256)]
     return image.point(table * len(image.getbands()))
 
 
 def _enhancement(strength: float, sign: float) -> float:
-    """A factor away from 1, which changes nothing, in either direction."""
+    """Return an enhancement factor above or below 1, the identity."""
     return max(_MIN_FACTOR, 1.0 + sign * 0.9 * strength)
 
 
-# By operation: strength in [0, 1] and sign (-1 or 1) -> its argument.
+# By operation: strength (magnitude / 10) and sign (-1 or 1) -> argument.
 ARGUMENT: dict[str, Callable[[float, float], Argument]] = {
     "AutoContrast": lambda strength, sign: None,
     "Equalize": lambda strength, sign: None,
     "Invert": lambda strength, sign: None,
     "Rotate": lambda strength, sign: sign * strength * 30.0,  # degrees
-    "Posterize": lambda strength, sign: max(1, 4 - int(strength * 4)),  # bits that are kept; Pillow refuses 0, black
-    "Solarize": lambda strength, sign: 256 - int(strength * 256),  # level above which to invert
+    "Posterize": lambda strength, sign: max(1, 4 - int(strength * 4)),  # bits to keep; Pillow refuses 0
+    "Solarize": lambda strength, sign: 256 - int(strength * 256),  # threshold above which pixels are inverted
     "SolarizeAdd": lambda strength, sign: int(strength * 110),
     "Color": _enhancement,
     "Contrast": _enhancement,
@@ -99,10 +99,10 @@ ARGUMENT: dict[str, Callable[[float, float], Argument]] = {
     "Sharpness": _enhancement,
     "ShearX": lambda strength, sign: sign * strength * 0.3,
     "ShearY": lambda strength, sign: sign * strength * 0.3,
-    "TranslateX": lambda strength, sign: sign * strength * 0.45,  # share of the width
+    "TranslateX": lambda strength, sign: sign * strength * 0.45,  # fraction of the width
     "TranslateY": lambda strength, sign: sign * strength * 0.45,
 }
-# By operation: picture, argument and fill -> picture.
+# By operation: image, argument and fill color -> image.
 APPLY: dict[str, Callable[..., Image.Image]] = {
     "AutoContrast": lambda image, _, fill: ImageOps.autocontrast(image),
     "Equalize": lambda image, _, fill: ImageOps.equalize(image),

@@ -1,7 +1,7 @@
-"""Where the images come from: opens whatever the dataset argument names and gives each image's encoded bytes.
+"""Open a dataset by name as a source of encoded images.
 
-It may name a bundled sample, a folder of images (any nesting), a text file of paths, a parquet or arrow file, a folder
-of those or of `save_to_disk`, a folder of MNIST's idx files, or a dataset of the Hub; or several of these.
+A dataset is a bundled sample, a folder of images (with any nesting), a text file of paths, a parquet or arrow file, a
+folder of these or written by `save_to_disk`, a folder of MNIST's idx files, a dataset on the Hub, or a list of these.
 """
 
 import difflib
@@ -15,9 +15,9 @@ from pathlib import Path
 import datasets
 
 from data.decoding import EXTENSIONS
-from data.idx import idx_files, read_idx
-from data.image_source import ArraySource, FileSource, ImageSource, TableSource, joined
-from data.tables import TABLE_EXTENSIONS, VALIDATION_NAMES, load_tables, tables_by_split
+from data.idx import find_idx_files, read_idx
+from data.image_source import ArraySource, FileSource, ImageSource, TableSource, join_sources
+from data.tables import TABLE_EXTENSIONS, VALIDATION_NAMES, group_by_split, load_tables
 
 _SAMPLES = Path(__file__).parent / "samples"
 BUNDLED = {"sample": _SAMPLES / "photographs", "sample-fashion": _SAMPLES / "fashion_mnist"}
@@ -28,11 +28,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def open_source(dataset: str | list[str], split: str | None = "train") -> ImageSource:
-    """Opens what `dataset` names; `split` picks a part where there are parts (None: all of them together)."""
+    """Open a split of a dataset, or all images if `split` is None or the dataset has no splits.
+
+    Raises:
+        ValueError: If there is no such dataset or split, or it has no images.
+    """
     if not dataset:
-        raise ValueError("no dataset was named; name a folder of images, or 'sample' for the bundled photographs")
+        raise ValueError("the dataset is missing; name a folder of images, or 'sample' for the bundled photographs")
     if not isinstance(dataset, str):
-        return joined([open_source(one, split) for one in dataset])
+        return join_sources([open_source(name, split) for name in dataset])
     if dataset in BUNDLED:
         return _open_folder(BUNDLED[dataset], split)
     path = Path(dataset).expanduser()
@@ -42,11 +46,11 @@ def open_source(dataset: str | list[str], split: str | None = "train") -> ImageS
         return _open_file(path)
     if _HUB_ID.fullmatch(dataset) and path.suffix.lower() not in IMAGE_EXTENSIONS | TABLE_EXTENSIONS | LIST_EXTENSIONS:
         return _open_hub(dataset, split)
-    raise ValueError(f"dataset {dataset!r}: {_nothing_there(path)}, and this is not the form of a Hub id (owner/name)")
+    raise ValueError(f"dataset {dataset!r}: {_describe_missing(path)}, and this is not a valid Hub id (owner/name)")
 
 
 def split_names(dataset: str) -> list[str]:
-    """The parts that `open_source` can open of one dataset; "train" alone where it is not in parts."""
+    """Return the splits of a dataset that `open_source` can open; only "train" if it has no splits."""
     folder = BUNDLED.get(dataset, Path(dataset).expanduser())
     if folder.is_file():
         return ["train"]
@@ -54,13 +58,13 @@ def split_names(dataset: str) -> list[str]:
         return _hub_split_names(dataset)
     if (folder / "dataset_dict.json").exists():
         return list(datasets.load_from_disk(str(folder)))
-    if idx_files(folder):
-        return list(idx_files(folder))
+    if files := find_idx_files(folder):
+        return list(files)
     if _choose_subfolder(folder, "train")[1] is not None:
         subfolders = {path.name.lower() for path in folder.iterdir() if path.is_dir()}
         return [name for name in ("train", *VALIDATION_NAMES) if name in subfolders]
     images, tables, _ = _list_files(folder)
-    return ["train"] if images or not tables else list(tables_by_split(tables, folder))
+    return ["train"] if images or not tables else list(group_by_split(tables, folder))
 
 
 def _open_file(path: Path) -> ImageSource:
@@ -71,40 +75,40 @@ def _open_file(path: Path) -> ImageSource:
         lines = [line.strip() for line in path.read_bytes().splitlines()]
         paths = [os.path.join(os.fsencode(path.parent), line) for line in lines if line]
         if not paths:
-            raise ValueError(f"{path} is empty, expected one image path a line, relative to the folder of this file")
+            raise ValueError(f"{path} is empty; expected one image path per line, relative to the folder of this file")
         return FileSource(paths, f"{path}: a list of {len(paths):,} image files")
     raise ValueError(
         f"dataset {str(path)!r} is a single file; expected a folder of images, a {_or(LIST_EXTENSIONS)} file with one "
-        f"image path a line, or a {_or(TABLE_EXTENSIONS)} file with an image column"
+        f"image path per line, or a {_or(TABLE_EXTENSIONS)} file with an image column"
     )
 
 
 def _open_folder(folder: Path, split: str | None) -> ImageSource:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, split)
-    if idx_files(folder):
+    if find_idx_files(folder):
         return _open_idx(folder, split)
-    part, validation = _choose_subfolder(folder, split)
-    images, tables, others = _list_files(part)
+    subfolder, validation = _choose_subfolder(folder, split)
+    images, tables, others = _list_files(subfolder)
     if images:
-        if split not in (None, "train") and part == folder:
-            raise ValueError(f"there is no folder {split!r} in {folder}; its images are one part: use split 'train'")
-        description = f"{part}: {len(images):,} image files"
+        if split not in (None, "train") and subfolder == folder:
+            raise ValueError(f"there is no folder {split!r} in {folder}, which has no splits; use split 'train'")
+        description = f"{subfolder}: {len(images):,} image files"
         if validation is None:
-            return FileSource(images, description, folder=part)
-        description += f" ({validation.name}/ beside it is held out)"
-        return FileSource(images, description, partial(_open_folder, validation, None), folder=part)
+            return FileSource(images, description, folder=subfolder)
+        description += f" ({validation.name}/ beside it is for validation)"
+        return FileSource(images, description, partial(_open_folder, validation, None), folder=subfolder)
     if tables:
-        return _open_tables(part, tables, split, validation)
+        return _open_tables(subfolder, tables, split, validation)
     found = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5)) or "nothing"
     raise ValueError(
-        f"no image files in {part} (found {found}); expected {_or(IMAGE_EXTENSIONS)} files, "
+        f"no image files in {subfolder} (found {found}); expected {_or(IMAGE_EXTENSIONS)} files, "
         f"or tables in {_or(TABLE_EXTENSIONS)} files"
     )
 
 
 def _choose_subfolder(folder: Path, split: str | None) -> tuple[Path, Path | None]:
-    """The folder to read and the held-out one: parts are recognized only where a training and a held-out one exist."""
+    """Return the folder to read and its validation folder; training images need both to be recognized as splits."""
     subfolders = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     validation = next((subfolders[name] for name in VALIDATION_NAMES if name in subfolders), None)
     if split == "train":
@@ -115,14 +119,14 @@ def _choose_subfolder(folder: Path, split: str | None) -> tuple[Path, Path | Non
 
 
 def _list_files(folder: Path) -> tuple[list[bytes], list[Path], Counter[str]]:
-    """Image files, table files, and how many of every other extension; broken links count as files, to be reported."""
+    """Return image files, table files, and the number of files with any other extension; includes broken links."""
     images: list[bytes] = []
     tables: list[Path] = []
     others: Counter[str] = Counter()
     seen: set[tuple[int, int]] = set()
     for root, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
         status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a folder above would go round for ever
+        if (status.st_dev, status.st_ino) in seen:  # a link to a parent folder would never end
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -139,17 +143,16 @@ def _list_files(folder: Path) -> tuple[list[bytes], list[Path], Counter[str]]:
 
 
 def _raise(error: OSError) -> None:
-    raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}); fix its permissions or move it")
+    raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}); check its permissions")
 
 
 def _open_tables(folder: Path, tables: list[Path], split: str | None, validation: Path | None) -> ImageSource:
-    """Parquet or arrow files; those whose path names a split (train-00000.parquet, data/test.parquet) belong to it."""
-    by_split = tables_by_split(tables, folder)
+    by_split = group_by_split(tables, folder)
     if folder.name == split:  # the folder itself is the split: train/part.parquet
         by_split = {split: tables}
     chosen = tables if split is None else by_split.get(split)
     if chosen is None:
-        raise ValueError(f"no split {split!r} in {folder}; its tables are of: {', '.join(sorted(by_split))}")
+        raise ValueError(f"no split {split!r} in {folder}; its tables are named after: {', '.join(sorted(by_split))}")
     name = next((name for name in VALIDATION_NAMES if name in by_split), None)
     open_validation = None
     if validation is not None:
@@ -167,11 +170,11 @@ def _open_saved(folder: Path, split: str | None) -> ImageSource:
 
 
 def _open_idx(folder: Path, split: str | None) -> ImageSource:
-    files = idx_files(folder)
+    files = find_idx_files(folder)
     if split is None:
-        return joined([_open_idx(folder, part) for part in files])
+        return join_sources([_open_idx(folder, name) for name in files])
     if split not in files:
-        raise ValueError(f"no split {split!r} in {folder}; its idx files are of: {', '.join(files)}")
+        raise ValueError(f"no split {split!r} in {folder}; its idx files are for: {', '.join(files)}")
     open_validation = partial(_open_idx, folder, "test") if split == "train" and "test" in files else None
     return ArraySource(*read_idx(*files[split]), f"{folder}/{split}", open_validation)
 
@@ -187,7 +190,7 @@ def _hub_split_names(name: str) -> list[str]:
     except Exception as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
-            f"dataset {name!r}: {_nothing_there(Path(name))}, and the Hub gives no dataset of this name ({reason})"
+            f"dataset {name!r}: {_describe_missing(Path(name))}, and the Hub has no dataset of this name ({reason})"
         ) from error
 
 
@@ -203,7 +206,7 @@ def _from_splits(
     load: Callable[[str], datasets.Dataset],
 ) -> ImageSource:
     if split is None:
-        return joined([TableSource(load(each), f"{title}/{each}") for each in splits])
+        return join_sources([TableSource(load(name), f"{title}/{name}") for name in splits])
     if split not in splits:
         raise ValueError(f"no split {split!r} in {title}; it has: {', '.join(splits)}")
     validation = next((name for name in VALIDATION_NAMES if name in splits), None)
@@ -211,8 +214,8 @@ def _from_splits(
     return TableSource(load(split), f"{title}/{split}", open_validation)
 
 
-def _nothing_there(path: Path) -> str:
-    """Says that nothing lies at `path`, and what lies nearby under a similar name."""
+def _describe_missing(path: Path) -> str:
+    """Say that `path` does not exist, and suggest files beside it with similar names."""
     parent = path.absolute().parent
     while not parent.is_dir():
         parent, path = parent.parent, parent

@@ -1,4 +1,4 @@
-"""Parquet and arrow files with an image column, as `datasets.Dataset`."""
+"""Open parquet and arrow files with an image column as a `datasets.Dataset`."""
 
 import re
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any
 import datasets
 
 TABLE_EXTENSIONS = frozenset({".parquet", ".arrow"})
-VALIDATION_NAMES = ("validation", "valid", "val", "held_out", "test")  # the first that exists is the held-out part
+VALIDATION_NAMES = ("validation", "valid", "val", "held_out", "test")  # by priority
 
 
 def load_tables(paths: list[Path]) -> datasets.Dataset:
-    """All rows of the files; parquet goes through the datasets cache, so that rows are read at random quickly."""
+    """Load all rows of the files; parquet goes through the datasets cache, which makes random access fast."""
     parquet = [str(path) for path in paths if path.suffix.lower() == ".parquet"]
     tables = [datasets.Dataset.from_file(str(path)) for path in paths if path.suffix.lower() == ".arrow"]
     if parquet:
@@ -20,8 +20,8 @@ def load_tables(paths: list[Path]) -> datasets.Dataset:
     return datasets.concatenate_datasets(tables)
 
 
-def tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
-    """Groups files by the split that their path names (train-00000.parquet, data/test.parquet); train if none."""
+def group_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """Group files by the split named in their path (train-00000.parquet, data/test.parquet); train if none is."""
     groups: dict[str, list[Path]] = {}
     for table in tables:
         words = re.split(r"[^a-z0-9]+", str(table.relative_to(folder)).lower().replace("held_out", "heldout"))
@@ -30,8 +30,8 @@ def tables_by_split(tables: list[Path], folder: Path) -> dict[str, list[Path]]:
     return groups
 
 
-def image_column(features: datasets.Features, title: str) -> str:
-    """The first column of images by its type: declared as such, else {bytes, path}, else plain bytes."""
+def find_image_column(features: datasets.Features, title: str) -> str:
+    """Return the first column of type Image, else of type {bytes, path}, else of type binary."""
     tests: list[Callable[[Any], bool]] = [
         lambda feature: isinstance(feature, datasets.Image),
         lambda feature: isinstance(feature, dict) and {"bytes", "path"} <= feature.keys(),

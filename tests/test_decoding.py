@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from data import decoding
-from data.decoding import BadImage, check, decode, load_crop, read_header
+from data.decoding import BadImage, check, decode, load_crop
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))
@@ -20,7 +20,7 @@ ORIENTATION = 0x0112
 
 @pytest.fixture(scope="module")
 def photograph() -> Image.Image:
-    """A real photograph that is not square: rotations and mixed-up axes show."""
+    """A photograph that is not square, so that rotations and swapped axes show."""
     image = Image.open(PHOTOGRAPHS[0]).convert("RGB")
     return image.resize((256, 192), box=(0, 0, image.width, image.height * 0.75))
 
@@ -51,7 +51,7 @@ def difference(first: Image.Image, second: Image.Image) -> float:
 
 
 def displacement(first: Image.Image, second: Image.Image) -> np.ndarray:
-    """Pixels down and right between two nearly equal pictures, by least squares on the gradient."""
+    """Return the shift down and right in pixels between two similar images, by least squares on the gradient."""
     moved, still = (np.asarray(image.convert("L"), np.float64) for image in (first, second))
     gradients = np.stack([gradient.ravel() for gradient in np.gradient(still)], 1)
     return np.linalg.lstsq(gradients, (moved - still).ravel(), rcond=None)[0]
@@ -121,7 +121,7 @@ def test_decode__scales_sixteen_bits_alike_in_every_image(photograph: Image.Imag
     gray = np.asarray(photograph.convert("L"))
     for strength in (257, 64):  # full range, and a dark picture that must stay dark
         data = encoded(Image.fromarray(gray.astype(np.uint16) * strength), format_name)
-        assert read_header(data).mode.startswith("I")
+        assert check(data).mode.startswith("I")
         expected = (gray.astype(np.int32) * strength) >> 8
         assert np.abs(np.asarray(decode(data, 1)).astype(np.int32) - expected).max() <= 1
 
@@ -130,7 +130,7 @@ def test_decode__reads_big_endian_sixteen_bits(photograph: Image.Image) -> None:
     gray = np.asarray(photograph.convert("L"))
     image = Image.frombytes("I;16B", photograph.size, (gray.astype(">u2") * 257).astype(">u2").tobytes())
     data = encoded(image, "TIFF")
-    assert read_header(data).mode == "I;16B"
+    assert check(data).mode == "I;16B"
     assert difference(decode(data, 1), photograph.convert("L")) == 0
 
 
@@ -167,7 +167,7 @@ def test_decode__reads_a_single_pixel(num_channels: int) -> None:
 def test_exif_orientation__gives_the_crop_of_the_upright_picture(photograph: Image.Image, orientation: int) -> None:
     data = rotated_by_exif(photograph, orientation)
     upright = ImageOps.exif_transpose(Image.open(BytesIO(data)))
-    header = read_header(data)
+    header = check(data)
     assert (header.width, header.height) == upright.size
     assert difference(decode(data, 3), upright) == 0
     box = (31, 17, 31 + 96, 17 + 120)
@@ -255,7 +255,7 @@ def test_check__decodes_suspects_only(
     check(data)
     assert loaded == []
     if format_name == "JPEG":
-        check(data + b"a trailer that some cameras append")  # looks cut, is not
+        check(data + b"a trailer that some cameras append")  # seems truncated but is not
         assert loaded
 
 
@@ -272,7 +272,7 @@ def test_no_image__is_a_bad_image_with_a_reason(tmp_path: Path, data: bytes, rea
     path = tmp_path / "ümlaut and space.jpg"
     path.write_bytes(data)
     for argument in (data, path):
-        for read in (read_header, check, lambda data: decode(data, 3)):
+        for read in (check, lambda data: decode(data, 3)):
             with pytest.raises(BadImage, match=reason):
                 read(argument)
 
@@ -291,7 +291,7 @@ def test_large_but_allowed__gives_no_warning(tmp_path: Path) -> None:
     # In a process of its own, because pytest manages the warnings of this one.
     path = tmp_path / "large.png"
     path.write_bytes(png_bomb(12_000, 8_000))  # above Pillow's warning, below its refusal
-    code = "import sys, pathlib, data.decoding as d; print(d.read_header(pathlib.Path(sys.argv[1])).width)"
+    code = "import sys, pathlib, data.decoding as d; print(d.check(pathlib.Path(sys.argv[1])).width)"
     command = [sys.executable, "-c", code, str(path)]
     outcome = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert (outcome.stdout, outcome.stderr) == ("12000\n", "")

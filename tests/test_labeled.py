@@ -1,4 +1,4 @@
-"""Labeled data sets of every form, seeded splits and few-label subsets, and what is said when labels are wrong."""
+"""Tests of labeled datasets of every form, seeded splits, few-label subsets, and error messages about labels."""
 
 import gzip
 import logging
@@ -75,7 +75,7 @@ def test_class_folders__without_parts(clothes, tmp_path):
 
 
 @pytest.mark.parametrize("validation", ["val", "validation"])
-def test_class_folders__with_parts(clothes, tmp_path, validation):
+def test_class_folders__with_splits(clothes, tmp_path, validation):
     for part in ("train", validation, "test"):
         write_folders(clothes["train" if part == "train" else "test"], tmp_path / part)
     images = open_labeled(str(tmp_path))
@@ -105,7 +105,7 @@ def test_class_folders__images_beside_them_are_left_aside_and_named(clothes, tmp
     with caplog.at_level(logging.WARNING):
         images = open_labeled(str(tmp_path))
     assert len(images.train) == 18
-    assert "images beside the class folders are left aside: 1" in caplog.text
+    assert "1 images outside the class folders are ignored" in caplog.text
     assert "overview.png" in caplog.text
     assert not any("overview" in images.train.name(index) for index in range(18))
 
@@ -192,21 +192,21 @@ def test_readable__a_broken_image_is_left_out_with_its_label(clothes, tmp_path):
         assert Path(part.name(index)).parent.name == images.class_names[label]
     for file in (tmp_path / "shirt").iterdir():
         file.write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"of 1 classes not one image can be read, such as that of .*shirt"):
+    with pytest.raises(ValueError, match=r"all images of 1 classes are unreadable, such as .*shirt"):
         open_labeled(str(tmp_path)).train.readable(0.5, num_threads=1)
 
 
 def test_mistake__one_class(clothes, tmp_path):
     write_folders(clothes["train"].filter(lambda row: row["label"] == 0), tmp_path)
-    with pytest.raises(ValueError, match="are of one class, 'shirt'; classification needs at least two"):
+    with pytest.raises(ValueError, match="have the class 'shirt'; classification needs at least two"):
         open_labeled(str(tmp_path))
 
 
 def test_mistake__images_without_class_folders(clothes, tmp_path):
     clothes["train"][0]["image"].save(tmp_path / "1.png")
-    with pytest.raises(ValueError, match=r"the images lie directly in .* expected a folder for each class"):
+    with pytest.raises(ValueError, match=r"the images are directly in .* expected a folder for each class"):
         open_labeled(str(tmp_path))
-    with pytest.raises(ValueError, match="the images lie directly in"):
+    with pytest.raises(ValueError, match="the images are directly in"):
         open_labeled("sample")
 
 
@@ -219,7 +219,7 @@ def test_mistake__a_list_of_paths(clothes, tmp_path):
 def test_mistake__a_class_with_one_image_cannot_be_split(clothes, tmp_path):
     write_folders(clothes["train"].select(range(13)), tmp_path)  # 6, 6 and 1
     images = open_labeled(str(tmp_path))
-    with pytest.raises(ValueError, match="class 'pullover' has one image, which cannot be both trained on"):
+    with pytest.raises(ValueError, match="class 'pullover' has one image, which cannot be used for both training and"):
         with_validation(images, 0.1, 0)
 
 
@@ -228,43 +228,43 @@ def test_mistake__empty_folder(tmp_path):
         open_labeled(str(tmp_path))
 
 
-def test_mistake__classes_that_differ_between_the_parts(clothes, tmp_path):
+def test_mistake__classes_that_differ_between_splits(clothes, tmp_path):
     write_folders(clothes["train"], tmp_path / "train")
     write_folders(clothes["test"], tmp_path / "val", ("shirt", "trouser", "hat"))
-    with pytest.raises(ValueError, match=r"validation part has classes that the training part lacks: hat"):
+    with pytest.raises(ValueError, match=r"validation split has classes that the training split does not have: hat"):
         open_labeled(str(tmp_path))
 
 
-def test_mistake__a_held_out_part_may_lack_a_class_but_it_is_said(clothes, tmp_path, caplog):
+def test_mistake__a_class_missing_from_validation_is_reported(clothes, tmp_path, caplog):
     write_folders(clothes["train"], tmp_path / "train")
     write_folders(clothes["test"].select(range(4)), tmp_path / "val")
     with caplog.at_level(logging.WARNING):
         assert len(open_labeled(str(tmp_path)).validation) == 4
-    assert "the validation part has no image of: pullover" in caplog.text
+    assert "the validation split has no images of: pullover" in caplog.text
 
 
 def test_mistake__labels_in_the_wrong_split(clothes, tmp_path):
     secret = with_labels(clothes["train"], clothes["train"].features["label"], [-1] * 18)
     datasets.DatasetDict(train=secret, test=clothes["test"]).save_to_disk(tmp_path)
-    with pytest.raises(ValueError, match=r"the training part of .* has no labels; the test part has labels: is"):
+    with pytest.raises(ValueError, match=r"the training split of .* has no labels, but the test split has: are"):
         open_labeled(str(tmp_path))
 
 
-def test_mistake__secret_test_labels_are_left_aside_and_that_is_said(clothes, tmp_path, caplog):
+def test_mistake__secret_test_labels_are_ignored_with_a_warning(clothes, tmp_path, caplog):
     feature = datasets.ClassLabel(names=["a", "b", "c"])
     train = with_labels(clothes["train"], feature, clothes["train"]["label"])
     secret = with_labels(clothes["test"], feature, [-1] * 6)
     datasets.DatasetDict(train=train, test=secret).save_to_disk(tmp_path)
     with caplog.at_level(logging.WARNING):
         assert open_labeled(str(tmp_path)).test is None
-    assert "the test part of" in caplog.text
-    assert "has no labels, and is left aside" in caplog.text
+    assert "the test split of" in caplog.text
+    assert "has no labels and is ignored" in caplog.text
 
 
 def test_mistake__some_training_labels_are_missing(clothes, tmp_path):
     rows = with_labels(clothes["train"], datasets.Value("string"), [None, *["a", "b"] * 8, "a"])
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"1 of the 18 training images of .* lack a label"):
+    with pytest.raises(ValueError, match=r"1 of the 18 training images of .* have no label"):
         open_labeled(str(tmp_path))
 
 
@@ -278,7 +278,7 @@ def test_mistake__regression_column(clothes, tmp_path):
 def test_mistake__several_labels_for_an_image(clothes, tmp_path):
     rows = with_labels(clothes["train"], datasets.Sequence(datasets.Value("int64")), [[0, 1]] * 18, "labels")
     rows.to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match=r"column 'labels' .* \(such as \[0, 1\]\); expected one class for"):
+    with pytest.raises(ValueError, match=r"column 'labels' .* \(such as \[0, 1\]\); expected one class per image"):
         open_labeled(str(tmp_path))
 
 
@@ -293,22 +293,22 @@ def test_mistake__no_label_column(clothes, tmp_path):
         open_labeled(str(tmp_path), label_column="kind")
 
 
-def test_mistake__declared_classes_without_an_image_are_left_out_and_that_is_said(clothes, tmp_path, caplog):
+def test_mistake__declared_classes_without_images_are_ignored_with_a_warning(clothes, tmp_path, caplog):
     clothes["train"].to_parquet(tmp_path / "train.parquet")
     with caplog.at_level(logging.WARNING):
         assert open_labeled(str(tmp_path)).class_names == ("T-shirt/top", "Trouser", "Pullover")
     assert "7 of the 10 classes of" in caplog.text
-    assert "have no training image, and are left out: Dress, Coat" in caplog.text
+    assert "have no training images and are ignored: Dress, Coat" in caplog.text
 
 
-def test_mistake__held_out_folders_are_not_taken_for_classes(clothes, tmp_path):
+def test_mistake__validation_folders_are_not_taken_for_classes(clothes, tmp_path):
     for part in ("val", "test"):
         write_folders(clothes["test"], tmp_path / part)
     with pytest.raises(ValueError, match=r"there is no train folder in .*, which has 'test', 'val'"):
         open_labeled(str(tmp_path))
 
 
-def test_mistake__no_training_part(clothes, tmp_path):
+def test_mistake__no_training_split(clothes, tmp_path):
     datasets.DatasetDict(test=clothes["test"]).save_to_disk(tmp_path)
     with pytest.raises(ValueError, match=r"no split 'train' in .*; it has: test"):
         open_labeled(str(tmp_path))
@@ -317,14 +317,14 @@ def test_mistake__no_training_part(clothes, tmp_path):
 def test_mistake__idx_files_that_do_not_fit(clothes, tmp_path):
     pictures = np.stack([np.asarray(image) for image in clothes["train"]["image"]])
     write_idx(tmp_path, "train", pictures, np.zeros(17, np.uint8))
-    with pytest.raises(ValueError, match=r"has 17 labels and train-images-idx3-ubyte.gz 18 pictures"):
+    with pytest.raises(ValueError, match=r"has 17 labels, but train-images-idx3-ubyte.gz has 18 images"):
         open_labeled(str(tmp_path))
     write_idx(tmp_path, "train", pictures, None)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(ValueError, match=r"the training part of .* has no labels"):
+    with pytest.raises(ValueError, match=r"the training split of .* has no labels"):
         open_labeled(str(tmp_path))
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"\0\0\x08\x03" + b"\0\0\0\x02" * 3 + b"1"))
-    with pytest.raises(ValueError, match="has 17 bytes, its header says 24; copy it again"):
+    with pytest.raises(ValueError, match="has 17 bytes, but its header says 24; copy it again"):
         open_labeled(str(tmp_path))
     whole = gzip.compress(np.random.default_rng(0).bytes(1000))
     for damaged in (b"\x1f\x8b broken", whole[:500] + bytes(255 - byte for byte in whole[500:520]) + whole[520:]):
@@ -341,15 +341,15 @@ def test_split__is_stratified_seeded_and_complete():
     assert np.array_equal(split_stratified(labels, 0.1, seed=0)[1], validation)
     assert not np.array_equal(split_stratified(labels, 0.1, seed=1)[1], validation)
     assert np.bincount(labels[split_stratified(labels, 0.9, 0)[0]]).tolist() == [10, 5, 1]
-    with pytest.raises(ValueError, match="held-out fraction is 1, expected more than 0 and less than 1"):
+    with pytest.raises(ValueError, match="validation_fraction is 1, expected more than 0 and less than 1"):
         split_stratified(labels, 1, 0)
 
 
-def test_with_validation__says_what_it_held_out_and_leaves_a_given_part_alone(caplog):
+def test_with_validation__reports_what_it_takes_and_keeps_an_existing_split(caplog):
     images = open_labeled("sample-fashion")
     with caplog.at_level(logging.WARNING):
         split = with_validation(images, 0.1, 0)
-    assert "500 of the 5000 training images are held out for it, 10% of each class" in caplog.text
+    assert "500 of the 5000 training images, 10% of each class, are used for validation" in caplog.text
     assert np.bincount(split.validation.labels).tolist() == [50] * 10
     assert not set(split.train.indices) & set(split.validation.indices)
     assert with_validation(split, 0.5, 1) is split
@@ -374,15 +374,15 @@ def test_subset__a_fraction_keeps_every_class_and_nests_too():
     assert len(labeled_subset(labels, fraction=1, seed=0)) == len(labels)
 
 
-def test_subset__mistakes_are_told():
+def test_subset__mistakes_are_reported():
     labels = np.repeat([0, 1], [30, 12])
-    with pytest.raises(ValueError, match="labels_per_class is 20, but class 'dog' has 12 images"):
+    with pytest.raises(ValueError, match="labels_per_class is 20, but class 'dog' has only 12 training images"):
         labeled_subset(labels, num_per_class=20, seed=0, class_names=("cat", "dog"))
     with pytest.raises(ValueError, match="labels_per_class is 0, expected at least 1"):
         labeled_subset(labels, num_per_class=0, seed=0)
     with pytest.raises(ValueError, match="label_fraction is 20, expected more than 0 and at most 1"):
         labeled_subset(labels, fraction=20, seed=0)
-    with pytest.raises(ValueError, match="not both or neither"):
+    with pytest.raises(ValueError, match="either num_per_class or fraction, not both or neither"):
         labeled_subset(labels, seed=0)
 
 

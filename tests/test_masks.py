@@ -1,4 +1,4 @@
-"""Masks: exact counts, the papers' statistics, and numbers that depend on their counters only."""
+"""Tests of masks: exact counts, the papers' statistics, and random numbers that depend on their counters only."""
 
 import math
 import os
@@ -70,20 +70,20 @@ def test_random_mask__hides_every_patch_equally_often_and_independently():
     ("grid", "unit", "num_masked"),
     [((14, 14), 2, 120), ((48, 48), 8, 22 * 64), ((4, 6), 2, 4 * 4), ((7, 10), 1, 42)],
 )
-def test_random_unit_mask__hides_whole_cells_counted_as_in_the_simmim_code(grid, unit, num_masked):
+def test_random_unit_mask__masks_whole_units_counted_as_in_the_simmim_code(grid, unit, num_masked):
     for mask in draw_masks("random-unit", grid, 0.6, 20, unit=unit):
         assert mask.sum() == num_masked
-        cells = mask.view(grid[0] // unit, unit, grid[1] // unit, unit)
-        assert (cells == cells[:, :1, :, :1]).all()
+        units = mask.view(grid[0] // unit, unit, grid[1] // unit, unit)
+        assert (units == units[:, :1, :, :1]).all()
 
 
-def test_random_unit_mask__hides_every_cell_equally_often():
+def test_random_unit_mask__masks_every_unit_equally_often():
     rates = draw_masks("random-unit", (4, 6), 0.5, 4000, unit=2).float().mean(0)
     assert rates.sub(0.5).abs().max() < 0.04  # standard error 0.008
 
 
 def test_random_unit_mask__names_the_units_that_divide_the_grid():
-    with pytest.raises(ValueError, match=r"14x21 .* cells of 4x4 .*\[1, 7\]"):
+    with pytest.raises(ValueError, match=r"14x21 .* mask units of 4x4 .*\[1, 7\]"):
         random_unit_mask((14, 21), 0.6, seeded_generator(0), unit=4)
 
 
@@ -198,7 +198,7 @@ def test_grid_mask__names_the_possible_ratios(grid, mask_ratio, message):
 @pytest.mark.parametrize("strategy", [name for name in MASK_STRATEGIES if name != "grid"])
 @pytest.mark.parametrize("mask_ratio", [0.0, 1.0])
 def test_every_strategy__refuses_to_hide_nothing_or_everything(strategy, mask_ratio):
-    with pytest.raises(ValueError, match=f"mask_ratio {mask_ratio} hides .* at least one"):
+    with pytest.raises(ValueError, match=f"mask_ratio {mask_ratio} masks .* at least one"):
         MASK_STRATEGIES[strategy]((4, 4), mask_ratio, seeded_generator(0))
 
 
@@ -206,7 +206,7 @@ def test_every_strategy__refuses_to_hide_nothing_or_everything(strategy, mask_ra
 def test_blocks__refuse_what_they_cannot_do(draw):
     with pytest.raises(ValueError, match="at least 2x2 patches, got 1x8"):
         draw((1, 8), 0.5, seeded_generator(0))
-    with pytest.raises(ValueError, match="num_masked 16 hides 16 of 16"):
+    with pytest.raises(ValueError, match="num_masked 16 masks 16 of 16"):
         draw((4, 4), 0.5, seeded_generator(0), num_masked=16)
     with pytest.raises(ValueError, match="max_block_area must be at least 1 patch, got 0"):
         draw((4, 4), 0.5, seeded_generator(0), max_block_area=0)

@@ -245,9 +245,12 @@ def write_images(folder: Path, counts: dict[str, int]) -> Path:
 @pytest.mark.parametrize(
     ("counts", "message"),
     [
-        ({"cat": 4}, "of one class, 'cat'"),
+        ({"cat": 4}, "have the class 'cat'"),
         ({"cat": 4, "dog": 1}, "class 'dog' has one image"),
-        ({"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/owl": 2}, "classes that the training part lacks: owl"),
+        (
+            {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/owl": 2},
+            "classes that the training split does not have: owl",
+        ),
     ],
 )
 def test_data__that_cannot_be_learned_from_is_refused(counts, message, encoders, tmp_path, capsys):
@@ -294,7 +297,7 @@ def test_finished__folder_is_not_touched_and_a_label_count_too_large_names_the_c
     argv = ("--model", str(encoders["mae"]), "--dataset", str(labeled))
     assert "--overwrite" in refusal(capsys, *argv, "--output_dir", str(out))
     message = refusal(capsys, *argv, "--output_dir", str(tmp_path / "more"), "--labels_per_class", "9")
-    assert "labels_per_class is 9, but class 'small' has 8 images" in message
+    assert "labels_per_class is 9, but class 'small' has only 8 training images" in message
 
 
 def test_encoder__of_a_kind_that_cannot_be_tuned_or_with_lost_weights_is_refused(encoders, labeled, tmp_path, capsys):

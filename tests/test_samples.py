@@ -1,4 +1,4 @@
-"""The bundled images are what their README says, and each has a license that allows them to be here."""
+"""Tests that the bundled images match their README and have licenses that allow redistribution."""
 
 import json
 import re
@@ -26,7 +26,7 @@ def test_sizes__stay_within_what_a_repository_should_carry():
     assert sum(path.stat().st_size for path in (SAMPLES / "fashion_mnist").glob("*.parquet")) < 4e6
 
 
-def test_photographs__are_held_out_whole():
+def test_photographs__of_the_two_splits_differ():
     train, validation = ({photograph_of(path) for path in CROPS[split]} for split in ("train", "held_out"))
     assert not train & validation
     assert len(validation) >= 3

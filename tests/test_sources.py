@@ -77,27 +77,27 @@ def test_folder__follows_links_but_not_in_circles(tmp_path: Path, photograph: by
     assert checked.bad == [(str(photos / "broken.jpg"), f"broken link to {tmp_path / 'gone.jpg'}")]
 
 
-@pytest.mark.parametrize("held_out_name", ["val", "valid", "validation", "test", "held_out", "Val"])
-def test_folder__keeps_its_own_held_out_part_apart(tmp_path: Path, photograph: bytes, held_out_name: str) -> None:
-    fill(tmp_path, ["train/x/1.jpg", "train/y/2.jpg", f"{held_out_name}/x/3.jpg"], photograph)
+@pytest.mark.parametrize("validation_name", ["val", "valid", "validation", "test", "held_out", "Val"])
+def test_folder__keeps_its_own_validation_split_apart(tmp_path: Path, photograph: bytes, validation_name: str) -> None:
+    fill(tmp_path, ["train/x/1.jpg", "train/y/2.jpg", f"{validation_name}/x/3.jpg"], photograph)
     source = open_source(str(tmp_path))
     validation = source.validation()
     assert names_in(source, tmp_path) == ["train/x/1.jpg", "train/y/2.jpg"]
     assert validation is not None
-    assert names_in(validation, tmp_path) == [f"{held_out_name}/x/3.jpg"]
-    assert f"{held_out_name}/ beside it is held out" in source.describe()
+    assert names_in(validation, tmp_path) == [f"{validation_name}/x/3.jpg"]
+    assert f"{validation_name}/ beside it is for validation" in source.describe()
     assert len(open_source(str(tmp_path), split=None)) == 3
-    assert len(open_source(str(tmp_path), split=held_out_name.lower())) == 1
+    assert len(open_source(str(tmp_path), split=validation_name.lower())) == 1
 
 
-def test_folder__takes_train_for_a_class_when_nothing_is_held_out(tmp_path: Path, photograph: bytes) -> None:
+def test_folder__takes_train_for_a_class_without_a_validation_folder(tmp_path: Path, photograph: bytes) -> None:
     fill(tmp_path, ["train/1.jpg", "car/2.jpg"], photograph)  # a folder of vehicles
     assert len(open_source(str(tmp_path))) == 2
     with pytest.raises(ValueError, match="no folder 'val'"):
         open_source(str(tmp_path), split="val")
 
 
-def test_several_folders__are_joined_with_their_held_out_parts(tmp_path: Path, photograph: bytes) -> None:
+def test_several_folders__are_joined_with_their_validation_splits(tmp_path: Path, photograph: bytes) -> None:
     fill(tmp_path, ["a/1.jpg", "a/2.jpg", "b/train/3.jpg", "b/val/4.jpg"], photograph)
     source = open_source([str(tmp_path / "a"), str(tmp_path / "b")])
     assert names_in(source, tmp_path) == ["a/1.jpg", "a/2.jpg", "b/train/3.jpg"]
@@ -183,7 +183,7 @@ def test_hub_dataset__is_loaded_with_its_validation_split(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("dataset", ["sample", "sample-fashion"])
-def test_bundled_samples__open_by_name_with_a_held_out_part(dataset: str) -> None:
+def test_bundled_samples__open_by_name_with_a_validation_split(dataset: str) -> None:
     source = open_source(dataset)
     validation = source.validation()
     assert validation is not None
@@ -220,14 +220,14 @@ def test_wrong_names__say_what_was_looked_for_and_what_would_work(
     for dataset, message in {
         "texts": r"no image files in texts \(found 2 \.txt\)",
         "empty": r"no image files in empty \(found nothing\)",
-        "empty.txt": "expected one image path a line",
+        "empty.txt": "expected one image path per line",
         "one.jpg": "is a single file; expected a folder",
-        "fotos": r"no 'fotos' in .*did you mean photos.* and the Hub gives no dataset .*doesn't exist on the Hub",
-        "./fotos": r"did you mean photos\?\), and this is not the form of a Hub id",
+        "fotos": r"no 'fotos' in .*did you mean photos.* and the Hub has no dataset .*doesn't exist on the Hub",
+        "./fotos": r"did you mean photos\?\), and this is not a valid Hub id",
         "photos/2.jpg": r"no '2\.jpg' in .*did you mean 1\.jpg",
         "far/away/from/here": r"no 'far' in",
         "smaple": "did you mean sample",
-        "": "no dataset was named",
+        "": "the dataset is missing",
     }.items():
         with pytest.raises(ValueError, match=message):
             open_source(dataset)

