@@ -77,10 +77,10 @@ def run(arguments):
 
 
 def converted(content, method, tmp_path, *flags, name="file.pth"):
-    """(what was written, what was said)."""
+    """(what was written, what was printed)."""
     torch.save(content, tmp_path / name)
-    said = run(["--from", method, tmp_path / name, "--to", tmp_path / "out", *flags])
-    return tmp_path / "out", said
+    printed = run(["--from", method, tmp_path / name, "--to", tmp_path / "out", *flags])
+    return tmp_path / "out", printed
 
 
 def refusal(content, method, tmp_path, *flags):
@@ -95,13 +95,13 @@ def patches_before_norm(encoder, pixel_values):
 
 
 def test_every_form__is_checked_against_the_weights_by_the_command_itself(tmp_path):
-    _, said = converted({"model": mae_encoder()}, "mae", tmp_path, *MODELS)
-    assert re.search(r"checked: its output is that of the file's weights, to \de-0[678]", said)
+    _, printed = converted({"model": mae_encoder()}, "mae", tmp_path, *MODELS)
+    assert re.search(r"verified against the file's weights: relative error \de-0[678]", printed)
 
 
 @torch.no_grad()
 def test_check__finds_a_weight_in_the_wrong_place(tmp_path, monkeypatch):
-    build = convert.convert_mae.convert
+    build = convert.mae.convert
 
     def swapped(state, options):
         result = build(state, options)
@@ -109,8 +109,8 @@ def test_check__finds_a_weight_in_the_wrong_place(tmp_path, monkeypatch):
         mlp.fc1.bias += 1.0
         return result
 
-    monkeypatch.setattr(convert.convert_mae, "convert", swapped)
-    assert "computed something else than the file" in refusal(mae_encoder(), "mae", tmp_path, *MODELS)
+    monkeypatch.setattr(convert.mae, "convert", swapped)
+    assert "outputs have a relative error" in refusal(mae_encoder(), "mae", tmp_path, *MODELS)
 
 
 @pytest.mark.parametrize(
@@ -147,12 +147,12 @@ def test_mae__fine_tuned_is_a_classifier_with_the_logits_of_the_encoder_and_its_
     encoder = AutoModel.from_pretrained(whole).eval()
     state = classifier(mae_encoder(), norm)
     torch.save({"model": state}, tmp_path / "tuned.pth")
-    said = run(["--from", "mae", tmp_path / "tuned.pth", "--to", tmp_path / "cls", *MODELS])
+    printed = run(["--from", "mae", tmp_path / "tuned.pth", "--to", tmp_path / "cls", *MODELS])
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "cls").eval()
     if norm == "fc_norm":
         mean = patches_before_norm(encoder, pixels).mean(1)
         pooled = F.layer_norm(mean, (64,), state["fc_norm.weight"], state["fc_norm.bias"], 1e-6)
-        assert "which the softmax takes out" in said
+        assert "which cancels in the softmax" in printed
     else:
         pooled = encoder(pixels).last_hidden_state[:, 0]
     expected = F.linear(pooled, state["head.weight"], state["head.bias"])
@@ -166,9 +166,9 @@ def test_mae__linear_probe_and_rest_of_a_decoder_are_dropped_with_the_reason(tmp
         "head.1.weight": drawn(5, 64),
         "mask_token": drawn(1, 1, 48),
     }
-    _, said = converted({"model": state}, "mae", tmp_path, *MODELS)
-    assert "dropped head.0.running_mean, head.1.weight: a linear probe" in said
-    assert "dropped mask_token: a part of the decoder" in said
+    _, printed = converted({"model": state}, "mae", tmp_path, *MODELS)
+    assert "dropped head.0.running_mean, head.1.weight: a linear probe" in printed
+    assert "dropped mask_token: part of the decoder" in printed
 
 
 @torch.no_grad()
@@ -181,15 +181,15 @@ def test_beit__fine_tuned_is_a_classifier_with_the_logits_of_the_encoder_and_its
     expected = F.linear(pooled, state["head.weight"], state["head.bias"])
     for method in ("beit", "simmim"):  # SimMIM's ViT is fine-tuned with the same code
         torch.save({"module": state}, tmp_path / "tuned.pth")  # DeepSpeed's name for it
-        said = run(["--from", method, tmp_path / "tuned.pth", "--to", tmp_path / method])
+        printed = run(["--from", method, tmp_path / "tuned.pth", "--to", tmp_path / method])
         model = AutoModelForImageClassification.from_pretrained(tmp_path / method).eval()
         assert_close(model(pixels).logits, expected, rtol=1e-4, atol=1e-5)
-        assert "dropped blocks.*.attn.relative_position_index: follows from the sizes" in said
+        assert "dropped blocks.*.attn.relative_position_index: computed from the sizes" in printed
 
 
 def test_beit__images_are_standardized_as_in_the_authors_runs_unless_said_otherwise(tmp_path):
-    out, said = converted({"model": weights_of("beit")}, "beit", tmp_path)
-    assert "--image_stats half, usual for such files" in said
+    out, printed = converted({"model": weights_of("beit")}, "beit", tmp_path)
+    assert "--image_stats half, the default for such files" in printed
     assert '"image_mean": [\n    0.5' in (out / "preprocessor_config.json").read_text()
     run(["--from", "beit", tmp_path / "file.pth", "--to", tmp_path / "other", "--image_stats", "imagenet"])
     assert (
@@ -199,9 +199,11 @@ def test_beit__images_are_standardized_as_in_the_authors_runs_unless_said_otherw
 
 def test_beit_v2__gives_its_encoder(tmp_path):
     state = weights_of("beit") | {"cls_pt_layers.0.norm1.weight": drawn(64)}
-    out, said = converted({"model": state}, "beit", tmp_path)
+    out, printed = converted({"model": state}, "beit", tmp_path)
     assert not (out / "pretraining").exists()
-    assert "dropped lm_head.weight, lm_head.bias, cls_pt_layers.0.norm1.weight: BEiT v2's second branch" in said
+    assert (
+        "dropped lm_head.weight, lm_head.bias, cls_pt_layers.0.norm1.weight: the second branch of BEiT v2" in printed
+    )
 
 
 @torch.no_grad()
@@ -210,7 +212,7 @@ def test_data2vec__student_and_teacher_give_the_authors_prediction_and_target(tm
     mask = expected["bool_masked_pos"].bool()
     for weights in ("student", "teacher"):
         arguments = ["--from", "data2vec", GOLDEN / "data2vec.pth", "--to", tmp_path / weights, "--weights", weights]
-        assert "left aside: model" in run(arguments)
+        assert "ignored: model" in run(arguments)
     student, teacher = (AutoModel.from_pretrained(tmp_path / name).eval() for name in ("student", "teacher"))
     state = weights_of("data2vec")
     features = student(expected["pixel_values"], bool_masked_pos=mask).last_hidden_state[:, 1:][mask]
@@ -226,13 +228,13 @@ def test_data2vec__student_and_teacher_give_the_authors_prediction_and_target(tm
 def test_ibot__teacher_student_and_backbone(tmp_path):
     pixels = load_file(GOLDEN / "mae_small_normpix.safetensors")["pixel_values"]
     checkpoint = ibot_checkpoint()
-    _, said = converted(checkpoint, "ibot", tmp_path, *MODELS)
-    assert "the weights under 'teacher' are taken; left aside: student, epoch, ibot_loss" in said
-    assert "dropped head.mlp.0.weight, head.last_layer.weight_g: the projection head" in said
-    said = run(
+    _, printed = converted(checkpoint, "ibot", tmp_path, *MODELS)
+    assert "reading the weights under 'teacher'; ignored: student, epoch, ibot_loss" in printed
+    assert "dropped head.mlp.0.weight, head.last_layer.weight_g: the projection head" in printed
+    printed = run(
         ["--from", "ibot", tmp_path / "file.pth", "--to", tmp_path / "student", "--weights", "student", *MODELS]
     )
-    assert "dropped masked_embed: AutoModel builds" in said
+    assert "dropped masked_embed: AutoModel builds" in printed
     backbone = {key.removeprefix("backbone."): t for key, t in checkpoint["teacher"].items() if "head" not in key}
     torch.save({"state_dict": backbone}, tmp_path / "teacher.pth")  # as checkpoint_teacher.pth
     run(["--from", "ibot", tmp_path / "teacher.pth", "--to", tmp_path / "backbone", *MODELS])
@@ -253,9 +255,9 @@ def test_ibot__swin_is_asked_for_its_size_and_said_to_be_near(tmp_path):
     arguments = ["--from", "ibot", tmp_path / "ibot.pth", "--to", tmp_path / "ibot"]
     with pytest.raises(SystemExit, match="--image_size 224"):
         run(arguments)
-    said = run([*arguments, "--image_size", "128"])
-    assert "near, not equal" in said
-    assert "dropped masked_embed" in said
+    printed = run([*arguments, "--image_size", "128"])
+    assert "close to iBOT's, not equal" in printed
+    assert "dropped masked_embed" in printed
     one, two = (AutoModel.from_pretrained(folder).eval()(pixels)[0] for folder in (whole, tmp_path / "ibot"))
     assert torch.equal(one, two)
 
@@ -275,8 +277,8 @@ def test_ibot__fine_tuned_with_beits_code_is_a_classifier(tmp_path):
     pixels = load_file(GOLDEN / "mae_small_normpix.safetensors")["pixel_values"]
     expected = AutoModelForImageClassification.from_pretrained(whole).eval()(pixels).logits
     for method in ("ibot", "beit"):
-        said = run(["--from", method, tmp_path / "tuned.pth", "--to", tmp_path / method, *MODELS])
-        assert "dropped" not in said
+        printed = run(["--from", method, tmp_path / "tuned.pth", "--to", tmp_path / method, *MODELS])
+        assert "dropped" not in printed
         model = AutoModelForImageClassification.from_pretrained(tmp_path / method).eval()
         assert model.config.model_type == "beit"
         assert_close(model(pixels).logits, expected, rtol=1e-4, atol=1e-5)
@@ -321,12 +323,12 @@ def test_half_precision__is_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "method", "message"),
     [
-        ("mae_small_normpix", "beit", r"no beit checkpoint but a MAE.*decoder_embed\.weight.*give --from mae"),
-        ("beit", "mae", r"no mae checkpoint but a data2vec.*lm_head\.weight"),
-        ("simmim_vit", "beit", r"no beit checkpoint but a SimMIM.*decoder\.0\.weight.*give --from simmim"),
-        ("simmim_swin", "ibot", r"no ibot checkpoint but a SimMIM"),
-        ("data2vec", "beit", r"no beit checkpoint but a data2vec.*model_ema.*give --from data2vec"),
-        ("mae_small_normpix", "timm", r"no timm checkpoint but a MAE"),
+        ("mae_small_normpix", "beit", r"not a checkpoint of beit but of MAE.*decoder_embed\.weight.*use --from mae"),
+        ("beit", "mae", r"not a checkpoint of mae but of data2vec.*lm_head\.weight"),
+        ("simmim_vit", "beit", r"not a checkpoint of beit but of SimMIM.*decoder\.0\.weight.*use --from simmim"),
+        ("simmim_swin", "ibot", r"not a checkpoint of ibot but of SimMIM"),
+        ("data2vec", "beit", r"not a checkpoint of beit but of data2vec.*model_ema.*use --from data2vec"),
+        ("mae_small_normpix", "timm", r"not a checkpoint of timm but of MAE"),
     ],
 )
 def test_wrong_kind__is_named_with_the_keys_that_tell(name, method, message, tmp_path):
@@ -336,13 +338,13 @@ def test_wrong_kind__is_named_with_the_keys_that_tell(name, method, message, tmp
 
 def test_wrong_kind__a_beit_is_no_data2vec(tmp_path):
     state = weights_of("beit") | {"lm_head.weight": drawn(32, 64), "lm_head.bias": drawn(32)}
-    assert "give --from beit" in refusal({"model": state}, "data2vec", tmp_path)
+    assert "use --from beit" in refusal({"model": state}, "data2vec", tmp_path)
 
 
 @pytest.mark.parametrize("method", ["mae", "simmim", "beit", "data2vec", "ibot", "timm"])
 def test_wrong_kind__something_else_altogether(method, tmp_path):
     message = refusal({"model": {"fc.weight": drawn(2, 2)}}, method, tmp_path)
-    assert f"is no {method} checkpoint" in message
+    assert f"is not a checkpoint of {method}" in message
     assert "fc.weight" in message
 
 
@@ -352,10 +354,10 @@ def test_wrong_kind__something_else_altogether(method, tmp_path):
         ({"blocks.1.mlp.fc2.bias": None}, "missing blocks.1.mlp.fc2.bias"),
         ({"blocks.1.attn.qkv.weight": None}, "missing blocks.1.attn.qkv.weight"),
         ({"patch_embed.proj.bias": None, "norm.bias": None}, "missing norm.bias, patch_embed.proj.bias"),
-        ({"surprise": drawn(1), "blocks.0.surprise": drawn(1)}, "not understood surprise, blocks.0.surprise"),
-        ({"blocks.0.mlp.fc2.bias": drawn(63)}, r"of another shape blocks.0.mlp.fc2.bias \(63,\), expected \(64,\)"),
-        ({"blocks.0.mlp.fc1.weight": None}, "lacks blocks.0.mlp.fc1.weight"),
-        ({"pos_embed": drawn(1, 20, 64)}, "no square"),
+        ({"surprise": drawn(1), "blocks.0.surprise": drawn(1)}, "unexpected surprise, blocks.0.surprise"),
+        ({"blocks.0.mlp.fc2.bias": drawn(63)}, r"mismatched shape blocks.0.mlp.fc2.bias \(63,\), expected \(64,\)"),
+        ({"blocks.0.mlp.fc1.weight": None}, "blocks.0.mlp.fc1.weight, which determines sizes, is missing"),
+        ({"pos_embed": drawn(1, 20, 64)}, "are not a square grid"),
     ],
 )
 @pytest.mark.parametrize("form", ["whole", "encoder"])
@@ -381,7 +383,7 @@ def test_pickle_that_runs_code__is_refused_and_does_not_run(arguments, new_forma
     content = {"model": mae_encoder(), "args": Malicious(tmp_path / "trace")}
     torch.save(content, tmp_path / "evil.pth", _use_new_zipfile_serialization=new_format)
     names = {"FILE": tmp_path / "evil.pth", "OUT": tmp_path / "out"}
-    with pytest.raises(SystemExit, match=rf"is refused: beside tensors it holds `{os.name}\.system`"):
+    with pytest.raises(SystemExit, match=rf"is refused: besides tensors it contains `{os.name}\.system`"):
         run([names.get(word, word) for word in arguments])
     assert not (tmp_path / "trace").exists()
     torch.load(tmp_path / "evil.pth", weights_only=False)  # it does run when read carelessly
@@ -389,17 +391,17 @@ def test_pickle_that_runs_code__is_refused_and_does_not_run(arguments, new_forma
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_cut_off_file__is_said_to_be_one(suffix, tmp_path):
+def test_truncated_file__is_reported_as_such(suffix, tmp_path):
     path = tmp_path / f"file{suffix}"
     if suffix == ".pth":
         torch.save({"model": mae_encoder()}, path)
     else:
         save_file(mae_encoder(), path)
     path.write_bytes(path.read_bytes()[:-5000])
-    with pytest.raises(SystemExit, match="cut off"):
+    with pytest.raises(SystemExit, match="truncated"):
         run(["--from", "mae", path, "--to", tmp_path / "out", *MODELS])
     path.write_text("no weights at all")
-    with pytest.raises(SystemExit, match="cut off"):
+    with pytest.raises(SystemExit, match="truncated"):
         run(["--inspect", path])
     with pytest.raises(SystemExit, match="no file"):
         run(["--inspect", tmp_path / "none.pth"])
@@ -439,12 +441,12 @@ FILES = {
 def test_inspect__says_what_a_file_is_and_its_command_works(name, tmp_path):
     content, method, opens_as = FILES[name]
     torch.save(content, tmp_path / "file.pth")
-    said = run(["--inspect", tmp_path / "file.pth"])
-    assert f"(--from {method}" in said
-    assert f"opens as {opens_as}: " in said
-    assert "patch_size" in said
+    printed = run(["--inspect", tmp_path / "file.pth"])
+    assert f"(--from {method}" in printed
+    assert f"opens as {opens_as}: " in printed
+    assert "patch_size" in printed
     assert not list(tmp_path.glob("DIR"))
-    command = re.search(r"convert it: python -m hub\.convert (.*)", said)[1]
+    command = re.search(r"convert it: python -m hub\.convert (.*)", printed)[1]
     command = command.replace("DIR", str(tmp_path / "out")).replace("NUMBER", "2").replace("true|false", "true")
     run(shlex.split(command))
     assert (tmp_path / "out" / "config.json").exists()
@@ -453,6 +455,6 @@ def test_inspect__says_what_a_file_is_and_its_command_works(name, tmp_path):
 def test_inspect__tells_a_beit_by_its_vocabulary(tmp_path):
     state = weights_of("beit") | {"lm_head.weight": drawn(32, 64), "lm_head.bias": drawn(32)}
     torch.save({"model": state}, tmp_path / "file.pth")
-    said = run(["--inspect", tmp_path / "file.pth"])
-    assert "BEiT in pre-training (--from beit)" in said
-    assert "vocab_size 32" in said
+    printed = run(["--inspect", tmp_path / "file.pth"])
+    assert "BEiT in pre-training (--from beit)" in printed
+    assert "vocab_size 32" in printed

@@ -27,7 +27,7 @@ from transformers import (
 from hub.convert import __main__ as convert
 from hub.export.__main__ import main
 from hub.export.native import export
-from hub.export.onnx import has_free_image_size
+from hub.export.onnx import has_dynamic_image_size
 from hub.export.timm import timm_state
 from hub.export.timm_shapes import timm_shapes
 
@@ -70,7 +70,7 @@ def native_models():
     }
 
 
-def said(command, *arguments):
+def output_of(command, *arguments):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         command([str(argument) for argument in arguments])
     return printed.getvalue()
@@ -118,10 +118,10 @@ FROM_TIMM = {
 @pytest.mark.parametrize("name", FROM_TIMM)
 def test_timm__and_back_is_bitwise(name, tmp_path):
     exported(name, tmp_path / "ours")
-    printed = said(main, tmp_path / "ours", "--timm", tmp_path / "timm.safetensors")
-    assert "checked " in printed
+    printed = output_of(main, tmp_path / "ours", "--timm", tmp_path / "timm.safetensors")
+    assert "verified " in printed
     arguments = ["--from", "timm", tmp_path / "timm.safetensors", "--to", tmp_path / "back", *FROM_TIMM[name]]
-    said(convert.main, *arguments, "--image_stats", "imagenet")
+    output_of(convert.main, *arguments, "--image_stats", "imagenet")
     before, after = (AutoModel.from_pretrained(tmp_path / name) for name in ("ours", "back"))
     weights = before.state_dict()
     lost = weights.keys() - after.state_dict().keys()
@@ -136,22 +136,22 @@ def test_timm__and_back_is_bitwise(name, tmp_path):
 
 def test_timm__a_rectangle_is_asked_for_and_returns(tmp_path):
     exported("mae", tmp_path / "ours", image_size=[32, 56])
-    said(main, tmp_path / "ours", "--timm", tmp_path / "timm.safetensors")
+    output_of(main, tmp_path / "ours", "--timm", tmp_path / "timm.safetensors")
     arguments = ["--from", "timm", tmp_path / "timm.safetensors", "--to", tmp_path / "back", "--image_stats", "half"]
-    assert "--image_size 32 56" in said(convert.main, "--inspect", tmp_path / "timm.safetensors")
+    assert "--image_size 32 56" in output_of(convert.main, "--inspect", tmp_path / "timm.safetensors")
     with pytest.raises(SystemExit, match="--image_size"):
-        said(convert.main, *arguments, "--num_attention_heads", 2)
-    said(convert.main, *arguments, "--num_attention_heads", 2, "--image_size", 32, 56)
+        output_of(convert.main, *arguments, "--num_attention_heads", 2)
+    output_of(convert.main, *arguments, "--num_attention_heads", 2, "--image_size", 32, 56)
     assert AutoModel.from_pretrained(tmp_path / "back").config.image_size == [32, 56]
 
 
 def test_timm__a_rectangle_that_could_be_a_square_is_told(tmp_path):
     """4 x 6 patches and the class token's position are as many as 5 x 5 without it."""
     exported("mae", tmp_path / "ours", image_size=[32, 48])
-    said(main, tmp_path / "ours", "--timm", tmp_path / "timm.safetensors")
+    output_of(main, tmp_path / "ours", "--timm", tmp_path / "timm.safetensors")
     arguments = ["--from", "timm", tmp_path / "timm.safetensors", "--image_stats", "half", "--num_attention_heads", 2]
-    assert "its 25 positions are taken for a square" in said(convert.main, *arguments, "--to", tmp_path / "square")
-    printed = said(convert.main, *arguments, "--to", tmp_path / "back", "--image_size", 32, 48)
+    assert "its 25 positions are read as a square" in output_of(convert.main, *arguments, "--to", tmp_path / "square")
+    printed = output_of(convert.main, *arguments, "--to", tmp_path / "back", "--image_size", 32, 48)
     assert "square" not in printed
     ours, back = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("ours", "back"))
     assert all(torch.equal(ours[key], tensor) for key, tensor in back.items())
@@ -171,8 +171,8 @@ def test_timm__layer_scale_and_a_class_token_without_position_are_held_by_a_beit
     state["pos_embed"] = state["pos_embed"][:, 1:]
     torch.save(state, tmp_path / "file.pth")
     flags = ["--num_attention_heads", 2, "--image_stats", "half"]
-    printed = said(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
-    assert "checked: its output is that of the file's weights" in printed
+    printed = output_of(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
+    assert "verified against the file's weights" in printed
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert isinstance(model, BeitModel)
     assert not model.embeddings.position_embeddings[0, 0].any()
@@ -183,8 +183,8 @@ def test_timm__layer_scale_of_a_rectangle_has_no_native_class(tmp_path):
     scales = {f"blocks.{b}.ls{i}.gamma": torch.rand(32) for b in range(2) for i in (1, 2)}
     torch.save(timm_vit(pos_embed=torch.rand(1, 29, 32), **scales), tmp_path / "file.pth")
     flags = ["--num_attention_heads", 2, "--image_stats", "half", "--image_size", 32, 56]
-    with pytest.raises(SystemExit, match=r"reads square images only, not \[32, 56\]"):
-        said(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
+    with pytest.raises(SystemExit, match=r"only accepts square images, not \[32, 56\]"):
+        output_of(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
 
 
 @torch.no_grad()
@@ -192,7 +192,7 @@ def test_timm__norm_behind_the_mean_becomes_the_poolers(tmp_path):
     norm = {"fc_norm.weight": 1 + torch.rand(32), "fc_norm.bias": torch.rand(32)}
     torch.save(timm_vit(**norm, **{"norm.weight": None, "norm.bias": None}), tmp_path / "file.pth")
     flags = ["--num_attention_heads", 2, "--image_stats", "half"]
-    said(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
+    output_of(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     output = AutoModel.from_pretrained(tmp_path / "out").eval()(pixels)
     mean = output.last_hidden_state[:, 1:].mean(1)
@@ -202,19 +202,19 @@ def test_timm__norm_behind_the_mean_becomes_the_poolers(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "part"),
-    [("reg_token", "register tokens"), ("dist_token", "distillation"), ("norm_pre.weight", "a norm in front")],
+    [("reg_token", "register tokens"), ("dist_token", "distillation"), ("norm_pre.weight", "a norm before")],
 )
 def test_timm__parts_that_no_native_class_has_are_named(key, part, tmp_path):
     torch.save(timm_vit(**{key: torch.zeros(1, 1, 32)}), tmp_path / "file.pth")
     flags = ["--num_attention_heads", 2, "--image_stats", "half"]
     with pytest.raises(SystemExit, match=rf"{part}.*{key}"):
-        said(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
+        output_of(convert.main, "--from", "timm", tmp_path / "file.pth", "--to", tmp_path / "out", *flags)
 
 
 def test_timm__another_activation_is_refused(tmp_path):
     moved(ViTModel(ViTConfig(**SIZES, hidden_act="relu"))).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="relu"):
-        said(main, tmp_path, "--timm", tmp_path / "timm.safetensors")
+        output_of(main, tmp_path, "--timm", tmp_path / "timm.safetensors")
     assert not (tmp_path / "timm.safetensors").exists()
 
 
@@ -233,8 +233,8 @@ def test_onnx__computes_the_same_at_other_batches_and_sizes(variant, is_free, tm
     pytest.importorskip("onnxscript")
     exported(variant, tmp_path / "ours")
     file = tmp_path / "encoder.onnx"
-    printed = said(main, tmp_path / "ours", "--onnx", file)
-    assert "checked with onnxruntime at 1 and 3 images" in printed
+    printed = output_of(main, tmp_path / "ours", "--onnx", file)
+    assert "verified with onnxruntime on 1 and 3 images" in printed
     assert ("any multiple of the patch" in printed) == is_free
     assert sorted(path.name for path in tmp_path.iterdir()) == ["encoder.onnx", "ours"]
     session = onnxruntime.InferenceSession(file)
@@ -252,13 +252,13 @@ def test_onnx__computes_the_same_at_other_batches_and_sizes(variant, is_free, tm
 
 
 def test_onnx__image_size_is_free_only_where_positions_can_be_interpolated():
-    free = {name for name, model in native_models().items() if has_free_image_size(model.config)}
+    free = {name for name, model in native_models().items() if has_dynamic_image_size(model.config)}
     assert free == {"vit", "vit_classifier", "beit_absolute"}
 
 
 def test_decoder__holds_all_but_the_encoder_and_says_what_it_is(variant, tmp_path):
     head = exported(variant, tmp_path / "ours")
-    said(main, tmp_path / "ours", "--decoder", tmp_path / "decoder")
+    output_of(main, tmp_path / "ours", "--decoder", tmp_path / "decoder")
     tensors = load_file(tmp_path / "decoder" / "decoder.safetensors")
     expected = {key: tensor for key, tensor in head.state_dict().items() if not key.startswith("encoder.")}
     assert tensors.keys() == expected.keys()
@@ -272,4 +272,4 @@ def test_decoder__holds_all_but_the_encoder_and_says_what_it_is(variant, tmp_pat
 def test_decoder__an_encoder_alone_has_none(tmp_path):
     ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path)
     with pytest.raises(SystemExit, match="an encoder alone has no decoder"):
-        said(main, tmp_path, "--decoder", tmp_path / "decoder")
+        output_of(main, tmp_path, "--decoder", tmp_path / "decoder")

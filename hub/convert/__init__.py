@@ -1,1 +1,1 @@
-"""Read checkpoints of the papers' authors and of timm, one module per format."""
+"""Convert checkpoints of the papers' authors and of timm, one module per format."""

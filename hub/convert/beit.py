@@ -1,25 +1,26 @@
-"""The authors' BEiT files (microsoft/unilm/beit): pre-training -> `BeitForPreTraining`; encoder, fine-tuned and
-BEiT v2 -> native.
+"""Convert the authors' BEiT files (microsoft/unilm/beit).
+
+Pre-training -> `BeitForPreTraining`; encoder, fine-tuned and BEiT v2 -> native.
 """
 
 import argparse
 
 from hub.convert.key_names import BEIT
-from hub.convert.native_models import DERIVED, Converted, State, beit_from, drop, fill, renamed
+from hub.convert.native_models import DERIVED, Converted, convert_beit, drop, load_weights, rename
 from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, beit_settings
-from hub.convert.weight_file import suggested_num_heads
+from hub.convert.weight_file import State, suggested_num_heads
 from modeling.beit import BeitForPreTraining, BeitMimConfig
 
-_SECOND_BRANCH = "BEiT v2's second branch, or the head that it shares: for pre-training with its own tokenizer"
+_SECOND_BRANCH = "the second branch of BEiT v2, or the head that it shares, which need the tokenizer of BEiT v2"
 _REASONS = {r"^cls_pt_layers\.|^lm_head\.": _SECOND_BRANCH}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_attention_heads", type=int, help="of a file without relative position tables")
+    parser.add_argument("--num_attention_heads", type=int, help="for a file without relative position tables")
 
 
-def asks(state: State) -> dict[str, str]:
-    """Flags that the file cannot answer, with what is usual."""
+def required_flags(state: State) -> dict[str, str]:
+    """Return the flags that the file does not answer, with the values of published files."""
     has_table = SHARED_TABLE in state or BLOCK_TABLE in state
     return {} if has_table else {"num_attention_heads": suggested_num_heads(state)}
 
@@ -29,11 +30,11 @@ def image_stats(state: State) -> str:
 
 
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Raises ValueError if the file is not a BEiT; the keys that say so are named."""
+    """Build the model. Raises ValueError, naming the keys, if this is not a BEiT."""
     if "lm_head.weight" not in state or any(key.startswith("cls_pt_layers.") for key in state):
-        return beit_from(state, options.num_attention_heads, reasons=_REASONS)
+        return convert_beit(state, options.num_attention_heads, reasons=_REASONS)
     if missing := [key for key in ("mask_token", "lm_head.bias") if key not in state]:
-        raise ValueError(f"no BEiT in pre-training: it lacks {', '.join(missing)}; it has {list(state)[:5]} ...")
+        raise ValueError(f"not a pre-trained BEiT: {', '.join(missing)} missing; its first keys are {list(state)[:5]}")
     state, dropped = drop(state, DERIVED)
     config = BeitMimConfig(
         encoder_config=beit_settings(state, options.num_attention_heads),
@@ -42,6 +43,6 @@ def convert(state: State, options: argparse.Namespace) -> Converted:
         vocab_size=state["lm_head.weight"].shape[0],
     )
     model = BeitForPreTraining(config)
-    fill(model, renamed(state, BEIT), BEIT)
+    load_weights(model, rename(state, BEIT), BEIT)
     encoder = {key: tensor for key, tensor in state.items() if not key.startswith("lm_head.")}
     return Converted(model.eval(), encoder, dropped)

@@ -1,34 +1,35 @@
-"""The authors' data2vec files for images (facebookresearch/data2vec_vision): student, teacher or fine-tuned -> native.
+"""Convert the authors' data2vec files for images (facebookresearch/data2vec_vision) to a native encoder or classifier.
 
-The encoder is a BEiT's in all but its keys' names, so it opens as a BeitModel.
+The encoder differs from BEiT's in the names of its keys only, so it opens as a BeitModel.
 """
 
 import argparse
 
-from hub.convert.native_models import Converted, State, beit_from
+from hub.convert.native_models import Converted, convert_beit
+from hub.convert.weight_file import State
 
-# Where the file has them; fine-tuning starts from the student.
+# The keys of the file that hold them; fine-tuning starts from the student.
 WEIGHTS = {"student": ("model", "module", ""), "teacher": ("model_ema",)}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """`--weights` is all there is to choose."""
+    """Add nothing: `--weights` is the only choice."""
 
 
-def asks(state: State) -> dict[str, str]:
+def required_flags(state: State) -> dict[str, str]:
     return {}
 
 
 def image_stats(state: State) -> str:
-    return "half" if "fc_norm.weight" in state else "imagenet"  # so the authors' commands for either stage
+    return "half" if "fc_norm.weight" in state else "imagenet"  # as in the authors' commands for either stage
 
 
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Raises ValueError if the file is not a data2vec; the keys that say so are named."""
+    """Build the model. Raises ValueError, naming the keys, if this is not a data2vec."""
     head = state.get("lm_head.weight")
     if head is not None and head.shape[0] != head.shape[1]:
         raise ValueError(
-            f"lm_head.weight predicts {head.shape[0]} codes, so this is a BEiT (--from beit): data2vec's predicts "
-            f"as many numbers as the encoder is wide, {head.shape[1]}"
+            f"lm_head.weight has {head.shape[0]} outputs, so this is a BEiT (use --from beit): data2vec's has as many "
+            f"as the encoder's hidden size, {head.shape[1]}"
         )
-    return beit_from(state, reasons={r"^lm_head\.": "the layer that predicts the teacher's features"})
+    return convert_beit(state, reasons={r"^lm_head\.": "the layer that predicts the teacher's features"})

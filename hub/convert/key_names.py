@@ -1,17 +1,18 @@
-"""The same weight by two names: as the papers' authors and timm call it, and as transformers calls it.
+"""Rename weights between the papers' authors or timm and transformers.
 
-One table for each kind of encoder, read in both directions: forwards by the converters, backwards by the timm export
-and by messages that name a missing weight as the file would have named it.
-Shapes: D width.
+There is one table per kind of encoder. The converters read it forwards; the timm export, and messages that name a
+missing weight as the file would, read it backwards.
+Shapes: D hidden size.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 
-State = Mapping[str, torch.Tensor]
-# (theirs, ours); "^" stands for the beginning of the name.
+from hub.convert.weight_file import State
+
+# (theirs, ours); "^" stands for the start of the name.
 Table = tuple[tuple[str, str], ...]
 
 _BLOCK: Table = (
@@ -46,7 +47,7 @@ SWIN: Table = (
     ("^patch_embed.norm.", "^embeddings.norm."),
 )
 TABLES: dict[str, Table] = {"vit": VIT, "beit": BEIT, "swin": SWIN}
-# A whole MAE: its mask token is the decoder's, and that has blocks like the encoder's.
+# A whole MAE: the mask token belongs to the decoder, whose blocks are like the encoder's.
 MAE: Table = (
     *(pair for pair in VIT if pair[0] != "^mask_token"),
     ("^decoder_blocks.", "^decoder_layers."),
@@ -58,7 +59,7 @@ _PROJECTION = re.compile(r"\.attention\.[qkv]_proj\.(weight|bias)$")
 
 
 def to_native(state: State, table: Table) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """(their key, our key, tensor) for each tensor; the fused qkv matrix (3D, D) becomes q, k and v."""
+    """Yield (their key, our key, tensor) for each tensor; the fused qkv matrix (3D, D) is split into q, k and v."""
     for key, tensor in state.items():
         if match := _QKV.search(key):
             name = _rename(key.removesuffix(match[0]), table)
@@ -69,7 +70,7 @@ def to_native(state: State, table: Table) -> Iterator[tuple[str, str, torch.Tens
 
 
 def from_native(state: State, table: Table) -> dict[str, torch.Tensor]:
-    """`to_native` undone: q, k and v are fused again; a BEiT's q and v biases stay apart, as its k has none."""
+    """Invert `to_native`: fuse q, k and v again. BEiT's q and v biases stay separate, because its k has none."""
     renamed: dict[str, torch.Tensor] = {}
     for key, tensor in state.items():
         if (match := _PROJECTION.search(key)) is None or (table is BEIT and match[1] == "bias"):
@@ -81,7 +82,7 @@ def from_native(state: State, table: Table) -> dict[str, torch.Tensor]:
 
 
 def native_to_theirs(key: str, table: Table) -> str:
-    """What the authors' file calls the tensor that holds this one."""
+    """Return the key in the authors' file of the tensor that contains this one."""
     name = _rename(key, tuple((theirs, ours) for ours, theirs in table))
     return _PROJECTION.sub(r".attn.qkv.\1", name)
 

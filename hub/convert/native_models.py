@@ -1,4 +1,4 @@
-"""From the authors' weights to transformers' own classes: a bare encoder, or, from a fine-tuned file, a classifier."""
+"""Build native transformers models from the authors' weights: an encoder, or a classifier from a fine-tuned file."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -22,42 +22,42 @@ from transformers import (
 
 from hub.convert.key_names import BEIT, TABLES, Table, native_to_theirs, to_native
 from hub.convert.sizes import beit_settings, swin_settings, vit_settings
+from hub.convert.weight_file import State
 from modeling.encoders import SwinEncoder
 
-State = Mapping[str, torch.Tensor]
-DERIVED = {r"relative_position_index$|attn_mask$": "follows from the sizes"}
+DERIVED = {r"relative_position_index$|attn_mask$": "computed from the sizes"}
+NO_MASK_TOKEN = "AutoModel builds this encoder without a mask token"
 _MODELS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
     "vit": (ViTModel, ViTForImageClassification),
     "beit": (BeitModel, BeitForImageClassification),
     "swin": (SwinModel, SwinForImageClassification),
 }
 _LAYER_SCALE = re.compile(r"\.ls([12])\.gamma$")
-_KEY_BIAS = "its part for the keys adds the same to all scores of a query, which the softmax takes out"
-_NO_MASK_TOKEN = "AutoModel builds this encoder without a mask token"
+_KEY_BIAS = "its key part adds the same number to all scores of a query, which cancels in the softmax"
 
 
 @dataclass
 class Converted:
-    """`model`: a head of ours, an encoder or a classifier. `weights`: the authors' names of what its encoder got.
+    """A converted model, and its encoder's weights under the authors' names.
 
-    `dropped`: key of the file -> why the model does without it. `remarks` are for the user to know.
+    `dropped` maps each unused key of the file to the reason; `notes` are lines for the report.
     """
 
     model: PreTrainedModel
     weights: State
     dropped: dict[str, str] = field(default_factory=dict)
-    remarks: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def open_native(folder: str | Path, **how: Any) -> PreTrainedModel:
-    """The encoder in a folder, or the classifier if it is one."""
+    """Open the encoder or classifier in a folder."""
     architectures = AutoConfig.from_pretrained(folder).architectures or [""]
     auto_class = AutoModelForImageClassification if "ImageClassification" in architectures[0] else AutoModel
     return auto_class.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
 def drop(state: State, reasons: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """What is left of the file, and why each other key is not; `reasons` by regular expression."""
+    """Remove the keys that match a regular expression of `reasons`; return the rest, and the reason by removed key."""
     dropped = {}
     for key in state:
         for pattern, reason in reasons.items():
@@ -66,19 +66,19 @@ def drop(state: State, reasons: Mapping[str, str]) -> tuple[dict[str, torch.Tens
     return {key: tensor for key, tensor in state.items() if key not in dropped}, dropped
 
 
-def vit_from(
+def convert_vit(
     state: State, num_attention_heads: int | None, image_size: list[int] | None = None, reasons: Any = None
 ) -> Converted:
-    """From a plain ViT.
+    """Convert a plain ViT to a ViTModel or ViTForImageClassification.
 
-    A ViTModel, or with a final norm and a classifier a ViTForImageClassification. What has LayerScale, no bias of the
-    keys, or its norm behind the mean of the patches becomes a BEiT with absolute positions, which computes the same.
+    With LayerScale, without key bias, or with its norm after mean pooling, it becomes a BEiT with absolute positions,
+    which computes the same function.
     """
     state, dropped = drop(state, {**DERIVED, **(reasons or {})})
     state = {_LAYER_SCALE.sub(r".gamma_\1", key): tensor for key, tensor in state.items()}
     if not {"fc_norm.weight", "blocks.0.gamma_1", "blocks.0.attn.q_bias"} & state.keys():
         if "mask_token" in state:
-            dropped["mask_token"] = _NO_MASK_TOKEN
+            dropped["mask_token"] = NO_MASK_TOKEN
             del state["mask_token"]
         return _build(state, vit_settings(state, num_attention_heads, image_size), dropped)
     if "mask_token" in state:
@@ -86,25 +86,25 @@ def vit_from(
     dropped |= {key: _KEY_BIAS for key in state if key.endswith(".attn.qkv.bias")}
     settings = beit_settings(state, num_attention_heads, image_size)
     if not isinstance(settings["image_size"], int):
-        raise ValueError(f"only a BeitModel can hold these weights, and it reads square images only, not {image_size}")
+        raise ValueError(f"these weights need a BeitModel, which only accepts square images, not {image_size}")
     return _build(state, settings, dropped)
 
 
-def beit_from(state: State, num_attention_heads: int | None = None, reasons: Any = None) -> Converted:
-    """From what BEiT, SimMIM or data2vec call a ViT: a BeitModel or a BeitForImageClassification."""
+def convert_beit(state: State, num_attention_heads: int | None = None, reasons: Any = None) -> Converted:
+    """Convert the ViT of BEiT, SimMIM or data2vec to a BeitModel or BeitForImageClassification."""
     state, dropped = drop(state, {**DERIVED, **(reasons or {})})
     return _build(state, beit_settings(state, num_attention_heads), dropped)
 
 
-def swin_from(state: State, image_size: int | None, reasons: Any = None) -> Converted:
-    """From a Swin: a SwinModel or a SwinForImageClassification."""
+def convert_swin(state: State, image_size: int | None, reasons: Any = None) -> Converted:
+    """Convert a Swin to a SwinModel or SwinForImageClassification."""
     settings = swin_settings(state, image_size)
-    state, dropped = drop(state, {**DERIVED, **(reasons or {}), r"^mask_token$": _NO_MASK_TOKEN})
+    state, dropped = drop(state, {**DERIVED, **(reasons or {}), r"^mask_token$": NO_MASK_TOKEN})
     config: Any = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         problem = SwinEncoder(config).native_root_problem
     if problem:
-        raise ValueError(f"no native Swin can hold these weights: {problem}")
+        raise ValueError(f"transformers' Swin cannot hold these weights: {problem}")
     return _build(state, settings, dropped)
 
 
@@ -116,45 +116,44 @@ def _build(state: State, settings: dict[str, Any], dropped: dict[str, str]) -> C
     model_class = _MODELS[family][is_classifier]
     config: Any = AutoConfig.for_model(**settings)
     model = ViTModel(config, add_pooling_layer=False) if model_class is ViTModel else model_class(config)
-    fill(model, renamed(state, TABLES[family]), TABLES[family])
+    load_weights(model, rename(state, TABLES[family]), TABLES[family])
     return Converted(model.eval(), state, dropped)
 
 
-def renamed(state: State, table: Table) -> Iterable[tuple[str, str, torch.Tensor]]:
-    """As `to_native`; a BEiT's keys have no bias, so one that the file has is left out."""
+def rename(state: State, table: Table) -> Iterable[tuple[str, str, torch.Tensor]]:
+    """Apply `to_native`, without the key biases that a BEiT cannot have."""
     for theirs, ours, tensor in to_native(state, table):
         if not (table is BEIT and ours.endswith(".k_proj.bias")):
             yield theirs, ours, tensor
 
 
-def fill(
+def load_weights(
     model: PreTrainedModel, weights: Iterable[tuple[str, str, torch.Tensor]], table: Table, their_prefix: str = ""
 ) -> None:
-    """Give `model` all its weights: (key of the file, key of the encoder or of what is around it, tensor).
+    """Load all weights of `model` from (key in the file, key in the model or in its encoder, tensor).
 
-    `their_prefix` is what stands before the encoder's keys in the file, so that messages name them in full.
+    `their_prefix` precedes the encoder's keys in the file.
 
     Raises:
-        ValueError: there is one too few or too many, or one has another shape; in the names of the file.
+        ValueError: If weights are missing, unexpected or of another shape; named as in the file.
     """
     expected = model.state_dict()
     prefix = model.base_model_prefix + "."
     found: dict[str, torch.Tensor] = {}
-    unknown, misshapen = [], []
+    unexpected, mismatched = [], []
     for theirs, ours, tensor in weights:
         name = next((name for name in (prefix + ours, ours) if name in expected), None)
         if name is None:
-            unknown.append(theirs)
+            unexpected.append(theirs)
         elif tensor.shape != expected[name].shape:
-            misshapen.append(f"{theirs} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
+            mismatched.append(f"{theirs} {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}")
         else:
             found[name] = tensor
-    lacking = [their_prefix + native_to_theirs(name.removeprefix(prefix), table) for name in expected.keys() - found]
-    lacking = sorted(set(lacking) - {word.split(" ")[0] for word in misshapen})
-    if unknown or misshapen or lacking:
-        problems = {"missing": lacking, "not understood": list(dict.fromkeys(unknown)), "of another shape": misshapen}
-        told = "; ".join(f"{what} {_shortened(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(f"the file does not fit a {type(model).__name__}: {told}")
+    missing = [their_prefix + native_to_theirs(name.removeprefix(prefix), table) for name in expected.keys() - found]
+    missing = sorted(set(missing) - {word.split(" ")[0] for word in mismatched})
+    problems = {"missing": missing, "unexpected": list(dict.fromkeys(unexpected)), "mismatched shape": mismatched}
+    if report := "; ".join(f"{problem} {_shortened(keys)}" for problem, keys in problems.items() if keys):
+        raise ValueError(f"the file does not fit a {type(model).__name__}: {report}")
     model.load_state_dict(found)
 
 

@@ -1,25 +1,29 @@
-"""Whose code wrote a file of weights, and which part of a model it holds, by the names in it."""
+"""Recognize which program wrote a file of weights, and which part of a model it holds, by the names in it."""
 
 from typing import NamedTuple
 
-from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, State, image_size_from_positions
-from hub.convert.weight_file import WeightFile
+from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, image_size_from_positions
+from hub.convert.weight_file import State, WeightFile
 
 
 class Kind(NamedTuple):
-    """`methods` that read it, the likeliest first: several write the same names. `signs` are keys that tell."""
+    """What a file is, the `methods` that read it (likeliest first), and the `keys` by which it was recognized."""
 
     form: str
     methods: tuple[str, ...]
-    signs: tuple[str, ...]
+    keys: tuple[str, ...]
 
 
-_ENCODER, _CLASSIFIER = "encoder only", "fine-tuned classifier"
 _PROJECTION_HEAD = "head.mlp.0.weight"
 
 
 def recognize(file: WeightFile, state: State) -> Kind | None:
-    """None if it is nothing that the converter reads. `state` is one of the file's, without prefixes."""
+    """Return the kind of `file`, or None if the converter cannot read it.
+
+    Args:
+        state: A state dict of the file, without prefixes.
+    """
+    form = "fine-tuned classifier" if {"head.weight", "head.fc.weight"} & state.keys() else "encoder only"
     if "decoder_embed.weight" in state:
         return Kind("MAE, encoder and decoder", ("mae",), ("decoder_embed.weight",))
     if simmim := [key for key in state if key.startswith("decoder.0.")]:
@@ -27,57 +31,51 @@ def recognize(file: WeightFile, state: State) -> Kind | None:
     if "patch_embed.proj.weight" not in state:
         return None
     if "layers.0.blocks.0.attn.qkv.weight" in state:
-        return _swin(file, state)
+        return _recognize_swin(file, state, form)
     if "blocks.0.attn.qkv.weight" not in state:
         return None
     if SHARED_TABLE in state or BLOCK_TABLE in state:
-        return _beit(file, state)
+        return _recognize_beit(file, state, form)
     if "blocks.0.attn.q_bias" in state:
-        form = _CLASSIFIER if "head.weight" in state else _ENCODER
         return Kind(f"BEiT with absolute positions, {form}", ("beit", "ibot", "timm"), ("blocks.0.attn.q_bias",))
-    return _plain_vit(file, state)
+    return _recognize_vit(file, state, form)
 
 
-def _swin(file: WeightFile, state: State) -> Kind:
+def _recognize_swin(file: WeightFile, state: State, form: str) -> Kind:
     if "masked_embed" in state or _PROJECTION_HEAD in state or {"teacher", "student"} <= set(file.states):
-        return Kind(f"Swin, {_ENCODER}", ("ibot",), _present(state, "masked_embed", _PROJECTION_HEAD))
-    if "layers.0.downsample.norm.weight" not in state:  # it stands at the beginning of the next stage
-        form = _CLASSIFIER if "head.fc.weight" in state else _ENCODER
+        return Kind("Swin, encoder only", ("ibot",), _present(state, "masked_embed", _PROJECTION_HEAD))
+    if "layers.0.downsample.norm.weight" not in state:  # it is at the start of the next stage
         return Kind(f"Swin, {form}", ("timm",), ("layers.1.downsample.norm.weight",))
-    form = _CLASSIFIER if "head.weight" in state else _ENCODER
     return Kind(f"Swin, {form}", ("simmim", "ibot"), ("layers.0.downsample.norm.weight",))
 
 
-def _beit(file: WeightFile, state: State) -> Kind:
+def _recognize_beit(file: WeightFile, state: State, form: str) -> Kind:
     tables = _present(state, SHARED_TABLE, BLOCK_TABLE)
     if "lm_head.weight" in state:
-        num_outputs, width = state["lm_head.weight"].shape
+        num_outputs, hidden_size = state["lm_head.weight"].shape
         if any(key.startswith("cls_pt_layers.") for key in state):
             return Kind("BEiT v2 in pre-training", ("beit",), ("lm_head.weight", "cls_pt_layers.0..."))
         if "model_ema" in file.states:
             return Kind("data2vec in pre-training", ("data2vec",), ("lm_head.weight", "model_ema"))
-        if num_outputs == width:  # as many codes as the encoder is wide would be a coincidence
+        if num_outputs == hidden_size:  # a vocabulary of exactly this size would be a coincidence
             return Kind("data2vec in pre-training", ("data2vec", "beit"), ("lm_head.weight", *tables))
         return Kind("BEiT in pre-training", ("beit",), ("lm_head.weight", *tables))
     if "head.weight" in state:
         methods = ("data2vec", "beit", "timm") if SHARED_TABLE in state else ("beit", "simmim", "data2vec", "timm")
-        return Kind(f"BEiT, {_CLASSIFIER}", methods, ("head.weight", *tables))
-    return Kind(f"BEiT, {_ENCODER}", ("beit", "simmim", "data2vec", "timm"), tables)
+        return Kind(f"BEiT, {form}", methods, ("head.weight", *tables))
+    return Kind(f"BEiT, {form}", ("beit", "simmim", "data2vec", "timm"), tables)
 
 
-def _plain_vit(file: WeightFile, state: State) -> Kind:
+def _recognize_vit(file: WeightFile, state: State, form: str) -> Kind:
     if "masked_embed" in state or _PROJECTION_HEAD in state or {"teacher", "student"} & set(file.states):
-        return Kind(f"iBOT, {_ENCODER}", ("ibot",), _present(state, "masked_embed", _PROJECTION_HEAD, "pos_embed"))
+        return Kind("iBOT, encoder only", ("ibot",), _present(state, "masked_embed", _PROJECTION_HEAD, "pos_embed"))
     if "pos_embed" in state and image_size_from_positions(state) is None:
-        form = _CLASSIFIER if "head.weight" in state else _ENCODER
-        return Kind(f"ViT, {form}, whose positions are no square and one more", ("timm",), ("pos_embed",))
+        return Kind(f"ViT, {form}, whose positions are not a square grid and a class token", ("timm",), ("pos_embed",))
     if "blocks.0.ls1.gamma" in state or "state_dict_ema" in file.states:
-        form = _CLASSIFIER if "head.weight" in state else _ENCODER
         return Kind(f"ViT, {form}", ("timm",), _present(state, "blocks.0.ls1.gamma", "head.weight"))
     if "fc_norm.weight" in state or "head.weight" in state:
-        form = _CLASSIFIER if "head.weight" in state else _ENCODER
         return Kind(f"ViT, {form}", ("mae", "timm", "ibot"), _present(state, "fc_norm.weight", "head.weight"))
-    return Kind(f"ViT, {_ENCODER}", ("mae", "ibot", "timm"), _present(state, "pos_embed", "norm.weight"))
+    return Kind(f"ViT, {form}", ("mae", "ibot", "timm"), _present(state, "pos_embed", "norm.weight"))
 
 
 def _present(state: State, *keys: str) -> tuple[str, ...]:

@@ -1,24 +1,21 @@
-"""What a ViT or BEiT computes, straight from the authors' weights: the converter compares its result with it.
+"""Run a ViT or BEiT directly on the authors' weights; the converter compares its result with this.
 
-Nothing of transformers and no renamed key takes part, so that a weight in the wrong place cannot go unnoticed.
-Code: facebookresearch/mae at efb2a80, microsoft/unilm/beit at 768a3c8 (written anew from what they compute).
-Shapes: B images, N patches, D width, A heads.
+It uses neither transformers nor renamed keys, so that a misplaced weight cannot go unnoticed.
+Code: facebookresearch/mae at efb2a80, microsoft/unilm/beit at 768a3c8 (reimplemented).
+Shapes: B images, N patches, D hidden size, A heads.
 """
-
-from collections.abc import Mapping
 
 import torch
 from torch.nn import functional as F
 
-from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, count
+from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, count_blocks
+from hub.convert.weight_file import State
 from modeling.encoders import relative_position_index
-
-State = Mapping[str, torch.Tensor]
 
 
 @torch.no_grad()
 def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int, eps: float = 1e-6) -> torch.Tensor:
-    """All tokens (B, 1+N, D), behind the final norm if there is one; of a classifier, its logits."""
+    """Return all tokens (B, 1+N, D) after the final norm, if there is one, or the logits of a classifier."""
     x = F.conv2d(
         pixel_values,
         state["patch_embed.proj.weight"],
@@ -30,7 +27,7 @@ def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int, e
     if "pos_embed" in state:
         x = x + state["pos_embed"]
     shared = _bias(state[SHARED_TABLE], grid) if SHARED_TABLE in state else 0.0
-    for block in range(count(state, r"^blocks\.(\d+)\.")):
+    for block in range(count_blocks(state, r"^blocks\.(\d+)\.")):
         prefix = f"blocks.{block}."
         weights = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
         table = weights.get(BLOCK_TABLE.removeprefix("blocks.0."))

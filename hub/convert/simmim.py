@@ -1,7 +1,7 @@
-"""The authors' SimMIM files (microsoft/SimMIM, ViT and Swin): pre-training -> `SimMimForPreTraining`; encoder or
-fine-tuned -> native.
+"""Convert the authors' SimMIM files (microsoft/SimMIM, ViT and Swin).
 
-Shapes: D width, S side of a cell in pixels, C channels.
+Pre-training -> `SimMimForPreTraining`; encoder or fine-tuned -> native.
+Shapes: D hidden size, S side of a mask unit in pixels, C channels.
 """
 
 import argparse
@@ -9,21 +9,20 @@ import argparse
 import torch
 
 from hub.convert.key_names import BEIT, SWIN
-from hub.convert.native_models import DERIVED, Converted, State, beit_from, drop, fill, renamed, swin_from
+from hub.convert.native_models import DERIVED, Converted, convert_beit, convert_swin, drop, load_weights, rename
 from hub.convert.sizes import beit_settings, swin_image_size, swin_settings
+from hub.convert.weight_file import State
 from modeling.simmim import PIXEL_LOSSES, SimMimConfig, SimMimForPreTraining
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--image_size", type=int, help="of a Swin without shifted windows, where the file does not say"
-    )
+    parser.add_argument("--image_size", type=int, help="for a Swin without shifted windows")
     parser.add_argument("--pixel_loss", choices=list(PIXEL_LOSSES), default="l1", help="l1 in every released file")
     parser.add_argument("--norm_pix_loss", choices=["true", "false"], default="false", help="false in released files")
 
 
-def asks(state: State) -> dict[str, str]:
-    """Flags that the file cannot answer, with what is usual."""
+def required_flags(state: State) -> dict[str, str]:
+    """Return the flags that the file does not answer, with the values of published files."""
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
     return {"image_size": "192|224"} if is_swin(encoder) and not swin_image_size(encoder) else {}
 
@@ -37,12 +36,12 @@ def is_swin(state: State) -> bool:
 
 
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Raises ValueError if the file is not a SimMIM; the keys that say so are named."""
+    """Build the model. Raises ValueError, naming the keys, if this is not a SimMIM."""
     if not any(key.startswith("decoder.0.") for key in state):
-        return swin_from(state, options.image_size) if is_swin(state) else beit_from(state)
+        return convert_swin(state, options.image_size) if is_swin(state) else convert_beit(state)
     needed = ("encoder.patch_embed.proj.weight", "encoder.mask_token", "decoder.0.weight", "decoder.0.bias")
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"no whole SimMIM: it lacks {', '.join(missing)}; it begins with {list(state)[:5]}")
+        raise ValueError(f"incomplete SimMIM: {', '.join(missing)} missing; its first keys are {list(state)[:5]}")
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in state.items() if key.startswith("encoder.")}
     swin = is_swin(encoder)
     config = SimMimConfig(
@@ -56,17 +55,17 @@ def convert(state: State, options: argparse.Namespace) -> Converted:
     table = SWIN if swin else BEIT
     state, dropped = drop(state, DERIVED)
     encoder, _ = drop(encoder, DERIVED)
-    weights = [(f"encoder.{theirs}", ours, tensor) for theirs, ours, tensor in renamed(encoder, table)]
+    weights = [(f"encoder.{theirs}", ours, tensor) for theirs, ours, tensor in rename(encoder, table)]
     for part in ("weight", "bias"):
         weights.append((f"decoder.0.{part}", f"decoder.{part}", _channels_last(state[f"decoder.0.{part}"], config)))
     others = [key for key in state if not key.startswith(("encoder.", "decoder.0."))]
-    fill(model, [*weights, *((key, key, state[key]) for key in others)], table, their_prefix="encoder.")
+    load_weights(model, [*weights, *((key, key, state[key]) for key in others)], table, their_prefix="encoder.")
     return Converted(model.eval(), encoder, dropped)
 
 
 def _channels_last(tensor: torch.Tensor, config: SimMimConfig) -> torch.Tensor:
-    """(C*S*S, D, 1, 1) or (C*S*S,), a pixel shuffle's order -> (S*S*C, D) or (S*S*C,), `patchify`'s order."""
+    """Reorder (C*S*S, D, 1, 1) or (C*S*S,), as pixel shuffle has it, to (S*S*C, D) or (S*S*C,), as `patchify`."""
     side, num_channels = config.prediction_side, config.encoder_config.num_channels
     if tensor.shape[0] != num_channels * side**2:
-        raise ValueError(f"decoder.0 predicts {tensor.shape[0]} numbers, expected {num_channels} x {side} x {side}")
+        raise ValueError(f"decoder.0 has {tensor.shape[0]} outputs, expected {num_channels} x {side} x {side}")
     return tensor.view(num_channels, side * side, -1).transpose(0, 1).reshape(tensor.shape[:2]).clone()

@@ -1,4 +1,4 @@
-"""Open a checkpoint of anybody's code without executing anything in it, and find the state dicts inside."""
+"""Open any program's checkpoint without executing code from it, and find the state dicts inside."""
 
 import argparse
 import pickle
@@ -12,25 +12,26 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-# What the authors' files hold beside the weights, read as plain containers and then left aside.
+State = Mapping[str, torch.Tensor]
+# Other classes in the authors' files, read as plain containers and then ignored.
 _OTHER_CONTENT: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgNode")]
-# Wrappers of training code, which say nothing about the model.
+# Wrappers of training code, which are not part of the model.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _ENCODERS = ("backbone.", "encoder.")
 
 
 class WeightFile(NamedTuple):
-    """`states` by the key under which each lies in the file, "" where the file is one; `others` lie beside them."""
+    """State dicts by their key in the file ("" if the file is one), and the `others` keys beside them."""
 
     path: Path
     states: dict[str, dict[str, torch.Tensor]]
     others: list[str]
 
     def state(self, *wanted: str) -> tuple[str, dict[str, torch.Tensor]]:
-        """The first of `wanted` that the file has, by its key, without the prefixes of wrappers.
+        """Return the first of `wanted` in the file, as (key, state dict without wrappers' prefixes).
 
         Raises:
-            ValueError: it has none of them, but others.
+            ValueError: If the file has none of them.
         """
         for name in wanted or ("", "model", "state_dict", "module", *self.states):
             if name in self.states:
@@ -39,7 +40,7 @@ class WeightFile(NamedTuple):
 
 
 def open_weights(path: str | Path) -> WeightFile:
-    """Raises ValueError on a file that is no checkpoint of plain tensors, and says what is wrong with it."""
+    """Read a checkpoint of plain tensors. Raises ValueError, with the reason, for any other file."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"no file {str(path)!r}")
@@ -49,7 +50,7 @@ def open_weights(path: str | Path) -> WeightFile:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
     states = {str(key): dict(value) for key, value in content.items() if _is_state(value)}
-    # A loss or an optimizer may keep tensors too.
+    # A loss or an optimizer may hold tensors too.
     states = {key: value for key, value in states.items() if any("patch_embed" in name for name in value)} or states
     if not states:
         raise ValueError(f"{path} holds no state dict (a dict of tensors): its keys are {list(content)[:8]}")
@@ -57,7 +58,7 @@ def open_weights(path: str | Path) -> WeightFile:
 
 
 def without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`module.`, `model.` and the like go; so does `backbone.`, and `encoder.` where every key has it."""
+    """Remove wrappers' prefixes such as `module.`, then `backbone.`, and `encoder.` where every key has it."""
     while prefix := next((wrapper for wrapper in _WRAPPERS if _all_start_with(state, wrapper)), None):
         state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     for prefix in _ENCODERS:
@@ -66,8 +67,8 @@ def without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return state
 
 
-def suggested_num_heads(state: Mapping[str, torch.Tensor]) -> str:
-    """No file says its number of attention heads; the published models of this width have so many."""
+def suggested_num_heads(state: State) -> str:
+    """Return the number of attention heads of published models of this hidden size; no file stores it."""
     width = state["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in state else 0
     return {192: "3", 384: "6", 768: "12", 1024: "16", 1280: "16"}.get(width, "NUMBER")
 
@@ -88,7 +89,7 @@ def _load_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is cut off or no safetensors file ({error})") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error})") from error
 
 
 def _unpickle(path: Path) -> Any:
@@ -98,9 +99,9 @@ def _unpickle(path: Path) -> Any:
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         if code := re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(error)):
             raise ValueError(
-                f"{path} is refused: beside tensors it holds `{code[1] or code[2]}`, and to read that would be to "
-                "execute what the file says. Nothing was executed. If you trust the file, load it with its own code "
-                "and save its state dict alone"
+                f"{path} is refused: besides tensors it contains `{code[1] or code[2]}`, which would execute "
+                "code from the file. Nothing was executed. If you trust the file, load it with its own code and save "
+                "only its state dict"
             ) from error
         reason = str(error).strip().split("\n")[0][:160] or type(error).__name__
-        raise ValueError(f"{path} cannot be read: it is cut off, or no checkpoint ({reason})") from error
+        raise ValueError(f"{path} cannot be read: it is truncated or not a checkpoint ({reason})") from error

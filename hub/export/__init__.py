@@ -1,1 +1,1 @@
-"""Write trained models: native folders for AutoModel, ONNX, timm's names, the decoder alone."""
+"""Export trained models: native folders for AutoModel, ONNX, timm's names, the decoder alone."""

@@ -1,4 +1,4 @@
-"""Write a trained model in another form: `python -m hub.export DIR --onnx FILE | --timm FILE | --decoder FOLDER`."""
+"""Export a trained model: `python -m hub.export DIR --onnx FILE | --timm FILE | --decoder FOLDER`."""
 
 import argparse
 import sys
@@ -13,18 +13,18 @@ from hub.export.timm import export_timm
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m hub.export", description="Write a model in another form.")
-    parser.add_argument("folder", help="what run_pretraining.py, run_finetune.py or hub.convert wrote")
-    parser.add_argument("--onnx", metavar="FILE", help="the encoder or classifier for onnxruntime")
-    parser.add_argument("--timm", metavar="FILE", help="the same under timm's names, as safetensors")
-    parser.add_argument("--decoder", metavar="FOLDER", help="all but the encoder, as safetensors with a README")
+    parser = argparse.ArgumentParser(prog="python -m hub.export", description="Export a trained model.")
+    parser.add_argument("folder", help="output folder of run_pretraining.py, run_finetune.py or hub.convert")
+    parser.add_argument("--onnx", metavar="FILE", help="write the encoder or classifier for onnxruntime")
+    parser.add_argument("--timm", metavar="FILE", help="write it as safetensors under timm's names")
+    parser.add_argument("--decoder", metavar="FOLDER", help="write all but the encoder as safetensors, with a README")
     options = parser.parse_args(arguments)
     folder = Path(options.folder)
     if not (options.onnx or options.timm or options.decoder):
-        parser.error("nothing to write: give --onnx, --timm or --decoder")
+        parser.error("nothing to write: add --onnx, --timm or --decoder")
     try:
         if (options.onnx or options.timm) and not (folder / "config.json").is_file():
-            raise ValueError(f"{folder} holds no model for AutoModel: it has no config.json")
+            raise ValueError(f"{folder} has no model for AutoModel: config.json is missing")
         if options.onnx:
             print("\n".join(export_onnx(folder, options.onnx)))
         if options.timm:

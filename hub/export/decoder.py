@@ -1,4 +1,4 @@
-"""What is left of a pre-training model without its encoder (decoder, prediction head, teacher) as plain weights."""
+"""Export what a pre-training model has besides its encoder (decoder, prediction head, teacher) as plain weights."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import AutoModelForPreTraining
 
-import modeling  # noqa: F401 - registers our heads with the Auto classes
+import modeling  # noqa: F401 - registers our models with the Auto classes
 
 _FILE = "decoder.safetensors"
 _README = """# {title}
 
-`{file}` holds the {number} tensors that pre-training needs beside the encoder, which is not in it. Method: {method}.
-The file `{module}.py`, in `pretraining/` of the same model, computes with them.
+`{file}` holds the {number} tensors of pre-training with {method}, without the encoder.
+The code that uses them is `{module}.py` in `pretraining/` of the same model.
 
 | setting | value |
 |---|---|
@@ -25,29 +25,29 @@ The file `{module}.py`, in `pretraining/` of the same model, computes with them.
 
 
 def export_decoder(folder: str | Path, target: str | Path) -> list[str]:
-    """Write `target/decoder.safetensors` and a README from the whole model in `folder`; returns what is to be said.
+    """Write `target/decoder.safetensors` and a README from the whole model in `folder`; return the report.
 
     Raises:
-        ValueError: `folder` holds no whole model.
+        ValueError: If `folder` has no whole model.
     """
     folder, target = Path(folder), Path(target)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"no whole model in {folder}: an encoder alone has no decoder")
-    head = AutoModelForPreTraining.from_pretrained(folder)
-    tensors = {key: tensor for key, tensor in head.state_dict().items() if not key.startswith("encoder.")}
+        raise ValueError(f"{folder} has no whole model: an encoder alone has no decoder")
+    model = AutoModelForPreTraining.from_pretrained(folder)
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("encoder.")}
     target.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / _FILE, {"format": "pt"})
-    config: Any = head.config
+    config: Any = model.config
     own = {key: value for key, value in config.to_diff_dict().items() if key not in ("encoder_config", "auto_map")}
     settings = own | {f"encoder: {key}": value for key, value in config.encoder_config.to_diff_dict().items()}
     text = _README.format(
-        title=f"{type(head).__name__}: all but the encoder",
+        title=f"{type(model).__name__} without its encoder",
         file=_FILE,
         number=len(tensors),
         method=config.model_type.removeprefix("mim_").replace("_", "-"),
-        module=type(head).__module__.rpartition(".")[2],
+        module=type(model).__module__.rpartition(".")[2],
         settings="\n".join(f"| {key} | {value} |" for key, value in sorted(settings.items())),
         tensors="\n".join(f"| `{key}` | {' x '.join(map(str, t.shape))} |" for key, t in tensors.items()),
     )
     (target / "README.md").write_text(text, encoding="utf-8")
-    return [f"{target / _FILE}: {len(tensors)} tensors of {type(head).__name__}, told in README.md beside it"]
+    return [f"{target / _FILE}: {len(tensors)} tensors of {type(model).__name__}, described in README.md"]

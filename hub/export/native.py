@@ -1,8 +1,8 @@
-"""Write a trained head as two artifacts: a native encoder at the root, the whole model in `pretraining/`.
+"""Export a trained model: a native encoder at the root, and the whole model in `pretraining/`.
 
-The root opens with plain `AutoModel.from_pretrained`, without this project and without a missing or unexpected key.
-Loading code remotely from a subfolder looks the files up at the root, so they lie in both places; only the config in
-`pretraining/` points to them.
+The root opens with plain `AutoModel.from_pretrained`, without this project and without missing or unexpected keys.
+Remote code of a subfolder is looked up at the root, so the code files are in both places; only the config in
+`pretraining/` refers to them.
 """
 
 import copy
@@ -24,22 +24,22 @@ PRETRAINING = "pretraining"
 
 
 def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[str, Any]) -> PreTrainedModel:
-    """The encoder as transformers' own class; the fine-tuner reads `mim_method` and `mim_recipe` from its config."""
+    """Return the encoder as a native class, with `mim_method` and `mim_recipe` in its config for fine-tuning."""
     config = copy.deepcopy(encoder.config)
-    _remember(config, method, recipe)
+    _record_origin(config, method, recipe)
     if config.model_type in ("vit", "deit"):
-        # AutoModel always builds a pooler. An identity leaves nothing random: pooler_output is the class token.
+        # AutoModel always builds a pooler. With an identity nothing is random: pooler_output is the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
     native = AutoModel.from_config(config, dtype=torch.float32)
     state = dict(encoder.state_dict())
     if config.model_type in ("vit", "deit"):
         state["pooler.dense.weight"] = torch.eye(config.hidden_size)
         state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
-    if getattr(config, "use_mean_pooling", False):  # a BEiT that was fine-tuned once: the last norm is its pooler's
+    if getattr(config, "use_mean_pooling", False):  # a BEiT that was fine-tuned once: the final norm is in the pooler
         state.setdefault("pooler.layernorm.weight", torch.ones(config.hidden_size))
         state.setdefault("pooler.layernorm.bias", torch.zeros(config.hidden_size))
     if config.model_type in ("swin", "deit"):
-        state.pop("embeddings.mask_token", None)  # AutoModel builds them without one; it stays in pretraining/
+        state.pop("embeddings.mask_token", None)  # AutoModel builds them without one; pretraining/ keeps it
     native.load_state_dict(state, strict=True)
     return native.eval()
 
@@ -52,9 +52,10 @@ def write_image_processor(
     resize_to: int | None = None,
     resample: int = PILImageResampling.BICUBIC,
 ) -> None:
-    """`preprocessor_config.json` of a native type, so that no code of ours is needed: short side, center crop, RGB.
+    """Write the `preprocessor_config.json` of a native image processor: resize the short side, center crop, RGB.
 
-    `resize_to`: what the short side becomes, if more than the crop.
+    Args:
+        resize_to: Size of the short side, if larger than the crop.
     """
     size = encoder_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -76,30 +77,31 @@ def write_image_processor(
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def native_root_problem(head: MimPreTrainedModel) -> str | None:
-    """Why the encoder cannot be opened as transformers' own class, if so; then there is no root."""
-    return getattr(head.encoder, "native_root_problem", None)
+def native_root_problem(model: MimPreTrainedModel) -> str | None:
+    """Return why no native class can hold the encoder, or None if one can; without it the root stays empty."""
+    return getattr(model.encoder, "native_root_problem", None)
 
 
-def export(head: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> str | None:
-    """Write both artifacts into `output_dir`; nothing there changes before the new encoder was opened and compared.
+def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> str | None:
+    """Write both artifacts to `output_dir`, which only changes after the new encoder was opened and compared.
 
-    Returns the `native_root_problem`; if there is one, only `pretraining/` and its code are written.
+    Returns:
+        The `native_root_problem`; if there is one, only `pretraining/` and its code are written.
 
     Raises:
-        RuntimeError: what AutoModel opens differs from the encoder in memory.
+        RuntimeError: If the model that AutoModel opens differs from the encoder in memory.
     """
     with _replacing(Path(output_dir)) as scratch:
-        stats = (head.config.image_mean, head.config.image_std)
-        if (problem := native_root_problem(head)) is None:
-            native_encoder(head.encoder, method, recipe).save_pretrained(scratch)
-            write_image_processor(scratch, head.config.encoder_config, *stats)
-        head.save_pretrained(scratch / PRETRAINING)
-        write_image_processor(scratch / PRETRAINING, head.config.encoder_config, *stats)
+        stats = (model.config.image_mean, model.config.image_std)
+        if (problem := native_root_problem(model)) is None:
+            native_encoder(model.encoder, method, recipe).save_pretrained(scratch)
+            write_image_processor(scratch, model.config.encoder_config, *stats)
+        model.save_pretrained(scratch / PRETRAINING)
+        write_image_processor(scratch / PRETRAINING, model.config.encoder_config, *stats)
         for code in (scratch / PRETRAINING).glob("*.py"):
             shutil.copy(code, scratch)
         if problem is None:
-            _verify(scratch, head.encoder)
+            _verify(scratch, model.encoder)
         shutil.rmtree(Path(output_dir) / PRETRAINING, ignore_errors=True)
     return problem
 
@@ -115,19 +117,20 @@ def export_native(
     resize_to: int | None = None,
     resample: int = PILImageResampling.BICUBIC,
 ) -> str:
-    """Write an encoder or a classifier of transformers alone; returns the name of the Auto class that opens it.
+    """Write a native encoder or classifier; return the name of the Auto class that opens it.
 
-    `resize_to`: what the processor makes of the short side, for a classifier by default what its authors do.
+    Args:
+        resize_to: Size of the short side in the image processor; for a classifier, the authors' by default.
 
     Raises:
-        RuntimeError: what that opens differs from the model in memory.
+        RuntimeError: If the model that the Auto class opens differs from the one in memory.
     """
     classifies = hasattr(model, "classifier")
     with _replacing(Path(output_dir)) as scratch:
         if classifies:
-            _remember(model.config, method, recipe)
+            _record_origin(model.config, method, recipe)
             model.save_pretrained(scratch)
-            resize_to = resize_to or _evaluated_size(model.config)
+            resize_to = resize_to or _evaluation_size(model.config)
         else:
             native_encoder(model, method, recipe).save_pretrained(scratch)
         write_image_processor(scratch, model.config, image_mean, image_std, resize_to, resample)
@@ -135,23 +138,23 @@ def export_native(
     return (AutoModelForImageClassification if classifies else AutoModel).__name__
 
 
-def _evaluated_size(config: Any) -> int | None:
-    """The authors of all these methods evaluate small images so: short side 256 for a crop of 224."""
+def _evaluation_size(config: Any) -> int | None:
+    """Return the size of the short side in the evaluation of all these methods' authors: 256 for a crop of 224."""
     return config.image_size * 256 // 224 if isinstance(config.image_size, int) and config.image_size < 384 else None
 
 
 @contextmanager
 def _replacing(output_dir: Path) -> Iterator[Path]:
-    """A folder to write into, whose content moves to `output_dir` at the end, unless something went wrong."""
+    """Yield a folder to write to, whose content moves to `output_dir` at the end unless there was an error."""
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as scratch_name:
         scratch = Path(scratch_name)
         yield scratch
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):  # the sign of a whole one
+        for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):  # marks a complete model
             path.replace(output_dir / path.name)
 
 
-def _remember(config: Any, method: str | None, recipe: dict[str, Any]) -> None:
+def _record_origin(config: Any, method: str | None, recipe: dict[str, Any]) -> None:
     if method is not None:
         config.mim_method = method
     config.mim_recipe = recipe
@@ -159,7 +162,7 @@ def _remember(config: Any, method: str | None, recipe: dict[str, Any]) -> None:
 
 @torch.no_grad()
 def _verify(folder: Path, ours: PreTrainedModel) -> None:
-    """Open the folder as a user would, and compare with the encoder or classifier in memory."""
+    """Open the folder as a user would and compare the outputs with those of the model in memory."""
     auto_class = AutoModelForImageClassification if hasattr(ours, "classifier") else AutoModel
     opened, info = auto_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     leftovers = {key: value for key, value in info.items() if value}
@@ -174,6 +177,6 @@ def _verify(folder: Path, ours: PreTrainedModel) -> None:
     tolerance = 1e-4 * max(expected.abs().max().item(), 1.0)
     if leftovers or not difference <= tolerance:
         raise RuntimeError(
-            f"the exported model is not the one in memory: outputs differ by {difference:.3g} "
-            f"(at most {tolerance:.3g} expected), left-over keys {leftovers}; nothing was written"
+            f"the exported model differs from the one in memory: outputs differ by {difference:.3g} "
+            f"(at most {tolerance:.3g} expected), mismatched keys {leftovers}; nothing was written"
         )

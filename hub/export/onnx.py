@@ -1,4 +1,4 @@
-"""The encoder as an ONNX file, checked with onnxruntime before it is left in its place."""
+"""Export a model to ONNX, verified with onnxruntime before the file is put in place."""
 
 import inspect
 import tempfile
@@ -12,50 +12,50 @@ from transformers import PreTrainedModel
 
 from hub.convert.native_models import open_native
 
-# A file of ONNX itself cannot be larger than 2 GB; weights beyond go into a second one beside it.
+# An ONNX file cannot exceed 2 GB; larger weights go to a second file next to it.
 _MOST_BYTES = 1_800_000_000
 
 
 class _Encoder(nn.Module):
-    """From images to tensors by position, as ONNX has it."""
+    """A wrapper that returns the outputs as a tuple, as ONNX needs them."""
 
-    def __init__(self, model: PreTrainedModel, output_names: list[str], **how: Any):
+    def __init__(self, model: PreTrainedModel, output_names: list[str], **options: Any):
         super().__init__()
-        self.model, self.output_names, self.how = model, output_names, how
+        self.model, self.output_names, self.options = model, output_names, options
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        output = self.model(pixel_values, **self.how)
+        output = self.model(pixel_values, **self.options)
         return tuple(output[name] for name in self.output_names)
 
 
 @torch.no_grad()
 def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
-    """Write `file` from the encoder, or the classifier, in `folder`; returns what is to be said about it.
+    """Write `file` from the encoder or classifier in `folder`; return the report.
 
-    The number of images is free; their size is where the encoder's positions can be interpolated.
+    The batch size is dynamic; the image size is dynamic if the encoder's positions can be interpolated.
 
     Raises:
-        ValueError: a library is missing, or onnxruntime computes something else than PyTorch.
+        ValueError: If a library is missing, or the outputs of onnxruntime differ from PyTorch's.
     """
     onnxruntime = _import_onnxruntime()
     file = Path(file)
-    # With the fused attention a bias between positions cannot be exported (transformers 5.23, torch 2.13).
+    # Fused attention with a relative position bias cannot be exported (transformers 5.23, torch 2.13).
     model = open_native(folder, attn_implementation="eager")
     config: Any = model.config
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     output_names = ["logits"] if hasattr(model, "classifier") else ["last_hidden_state", "pooler_output"]
-    is_free = has_free_image_size(config)
-    how = {"interpolate_pos_encoding": True} if is_free and _interpolates_on_request(model) else {}
+    is_dynamic = has_dynamic_image_size(config)
+    options = {"interpolate_pos_encoding": True} if is_dynamic and _interpolates_on_request(model) else {}
     axes: dict[int, Any] = {0: Dim("batch", min=1)}
-    if is_free:
+    if is_dynamic:
         axes |= {2: Dim("height", min=config.patch_size), 3: Dim("width", min=config.patch_size)}
-    # Any other size than its own: with its own, what is traced would be the way around the interpolation.
-    traced = (height + config.patch_size, width + 2 * config.patch_size) if is_free else (height, width)
+    # Not the model's own size, for which the interpolation would be skipped and missing from the trace.
+    traced = (height + config.patch_size, width + 2 * config.patch_size) if is_dynamic else (height, width)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".onnx-") as scratch:
         written = Path(scratch) / file.name
         torch.onnx.export(
-            _Encoder(model, output_names, **how).eval(),
+            _Encoder(model, output_names, **options).eval(),
             (torch.zeros(2, config.num_channels, *traced),),
             written,
             input_names=["pixel_values"],
@@ -65,24 +65,24 @@ def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
             dynamo=True,
             verbose=False,
         )
-        sizes = [(height, width), traced] if is_free else [(height, width)]
-        difference = _largest_difference(onnxruntime.InferenceSession(written), model, output_names, sizes, how)
+        sizes = [(height, width), traced] if is_dynamic else [(height, width)]
+        difference = _relative_error(onnxruntime.InferenceSession(written), model, output_names, sizes, options)
         if not difference < 1e-4:
-            raise ValueError(f"onnxruntime computes something else: off by {difference:.2g}; nothing was written")
+            raise ValueError(f"nothing was written: outputs of onnxruntime have a relative error of {difference:.2g}")
         for part in Path(scratch).iterdir():
             part.replace(file.parent / part.name)
-    told = "any multiple of the patch" if is_free else f"{height} x {width} only: {_why_fixed(config)}"
+    size = "any multiple of the patch size" if is_dynamic else f"{height} x {width} only: {_why_fixed(config)}"
     return [
-        f"{file}: pixel_values (batch, {config.num_channels}, height, width) float32, standardized as "
-        f"{Path(folder) / 'preprocessor_config.json'} says -> {', '.join(output_names)}",
-        f"  batch: any; image size: {told}",
-        f"  checked with onnxruntime at 1 and 3 images of {' and '.join(f'{h} x {w}' for h, w in sizes)}: off by "
-        f"{difference:.1g} of the largest number",
+        f"{file}: pixel_values (batch, {config.num_channels}, height, width) float32, standardized as in "
+        f"{Path(folder) / 'preprocessor_config.json'} -> {', '.join(output_names)}",
+        f"  batch size: any; image size: {size}",
+        f"  verified with onnxruntime on 1 and 3 images of {' and '.join(f'{h} x {w}' for h, w in sizes)}: relative "
+        f"error {difference:.1g}",
     ]
 
 
-def has_free_image_size(config: Any) -> bool:
-    """Absolute positions of a square image are interpolated; relative ones and windows do not survive free sizes."""
+def has_dynamic_image_size(config: Any) -> bool:
+    """Return whether positions can be interpolated: absolute ones of a square image, not relative ones or windows."""
     if not isinstance(config.image_size, int):
         return False
     if config.model_type == "beit":
@@ -94,8 +94,8 @@ def has_free_image_size(config: Any) -> bool:
 
 def _why_fixed(config: Any) -> str:
     if not isinstance(config.image_size, int):
-        return "positions of a rectangle cannot be interpolated"
-    return "its relative positions or windows are written into the file as numbers"
+        return "positions of a rectangular image cannot be interpolated"
+    return "relative positions and windows are stored in the file as constants"
 
 
 def _interpolates_on_request(model: PreTrainedModel) -> bool:
@@ -108,20 +108,20 @@ def _import_onnxruntime() -> Any:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
-        raise ValueError(f"{error.name} is missing: pip install onnx onnxscript onnxruntime") from error
+        raise ValueError(f"{error.name} is not installed: pip install onnx onnxscript onnxruntime") from error
     return onnxruntime
 
 
-def _largest_difference(
-    session: Any, model: PreTrainedModel, output_names: list[str], sizes: list[tuple[int, int]], how: dict[str, Any]
+def _relative_error(
+    session: Any, model: PreTrainedModel, output_names: list[str], sizes: list[tuple[int, int]], options: Any
 ) -> float:
-    """Over all outputs at 1 and 3 images of each size, as a share of the largest number."""
+    """Return the largest error of any output on 1 and 3 images of each size, relative to its largest value."""
     differences = []
     generator = torch.Generator().manual_seed(0)
     for size in sizes:
         for num_images in (1, 3):
             images = torch.randn(num_images, model.config.num_channels, *size, generator=generator)
-            ours = model(images, **(how if size != sizes[0] else {}))
+            ours = model(images, **(options if size != sizes[0] else {}))
             theirs = session.run(output_names, {"pixel_values": images.numpy()})
             for name, computed in zip(output_names, theirs, strict=True):
                 expected = ours[name]

@@ -1,6 +1,6 @@
-"""The encoder under timm's names, for people whose code is built on timm; mask tokens stay behind.
+"""Export a model under timm's names, without its mask token.
 
-Checked against timm's own model where timm can be imported, and always against the names and shapes that it has.
+It is verified against timm's model if timm can be imported, and always against the names and shapes of timm's weights.
 """
 
 import functools
@@ -23,10 +23,10 @@ _STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 
 @torch.no_grad()
 def export_timm(folder: str | Path, file: str | Path) -> list[str]:
-    """Write `file` (safetensors) from the native model in `folder`; returns what is to be said about it.
+    """Write `file` (safetensors) from the native model in `folder`; return the report.
 
     Raises:
-        ValueError: timm has no such model, or its own computes something else.
+        ValueError: If timm has no such model, or the outputs of timm's model differ.
     """
     model = open_native(folder)
     state, dropped = timm_state(model)
@@ -34,43 +34,43 @@ def export_timm(folder: str | Path, file: str | Path) -> list[str]:
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if found != expected:
         wrong = sorted({*found.items()} ^ {*expected.items()})
-        raise ValueError(f"timm's {_class_path(model)[1]} has other weights than these: {wrong[:6]}")
-    checked = _compare_with_timm(model, state)
+        raise ValueError(f"weights do not fit timm's {_class_path(model)[1]}: {wrong[:6]}")
+    verified = _compare_with_timm(model, state)
     module, name = _class_path(model)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, file, {"format": "pt"})
     return [
         f"{file}: {len(state)} tensors under timm's names",
-        *(f"  dropped {key}: timm's model has none" for key in dropped),
+        *(f"  dropped {key}: timm's model has no such weight" for key in dropped),
         f"  from {module} import {name}",
         f"  model = {name}({', '.join(f'{key}={value!r}' for key, value in timm_arguments(model).items())})",
-        f"  {checked}",
+        f"  {verified}",
     ]
 
 
 def timm_state(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The weights under timm's names, and the keys of `model` that have no place there."""
+    """Return the weights under timm's names, and the keys of `model` that timm does not have."""
     config: Any = model.config
     if config.model_type not in TABLES or config.hidden_act != "gelu":
         raise ValueError(
-            f"ViT, BEiT and Swin with gelu are exported under timm's names, not a {config.model_type} with "
-            f"{config.hidden_act}"
+            f"cannot export a {config.model_type} with {config.hidden_act} under timm's names: expected a ViT, BEiT "
+            "or Swin with gelu"
         )
     prefix = model.base_model_prefix + "."
     native = {key.removeprefix(prefix): tensor for key, tensor in model.state_dict().items()}
-    # An identity that `hub.export` adds, as AutoModel always builds a pooler for a ViT.
+    # The identity that `hub.export` adds because AutoModel always builds a pooler for a ViT.
     dropped = [key for key in native if key.startswith("pooler.dense.") or key == "embeddings.mask_token"]
     state = from_native({key: t for key, t in native.items() if key not in dropped}, TABLES[config.model_type])
     if config.model_type == "swin":
-        # timm merges patches at the beginning of a stage, transformers at the end of the one before
+        # timm merges patches at the start of a stage, transformers at the end of the previous one
         state = {_STAGE.sub(lambda m: f"layers.{int(m[1]) + 1}.downsample.", key): t for key, t in state.items()}
         state = {re.sub(r"^head\.", "head.fc.", key): tensor for key, tensor in state.items()}
     return state, dropped
 
 
 def timm_arguments(model: PreTrainedModel) -> dict[str, Any]:
-    """Keyword arguments with which timm builds the same model."""
+    """Return the keyword arguments that build the same model in timm."""
     config: Any = model.config
     arguments: dict[str, Any] = {
         "img_size": config.image_size,
@@ -114,19 +114,19 @@ def _class_path(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def _compare_with_timm(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> str:
-    """Raises ValueError if timm's model does not take the weights or computes something else."""
+    """Compare with timm's model. Raises ValueError if it rejects the weights or its outputs differ."""
     if importlib.util.find_spec("timm") is None:
-        return "checked against the names and shapes of timm 1.0.31 (timm is not installed)"
+        return "verified by names and shapes of timm 1.0.31 (timm is not installed)"
     try:
         import timm
-    except (ImportError, RuntimeError) as error:  # so where torchvision does not fit torch
-        return f"checked against the names and shapes of timm 1.0.31 (timm cannot be imported: {error})"
+    except (ImportError, RuntimeError) as error:  # if torchvision does not match torch
+        return f"verified by names and shapes of timm 1.0.31 (timm cannot be imported: {error})"
     module, name = _class_path(model)
     theirs = getattr(importlib.import_module(module), name)(**timm_arguments(model)).eval()
     try:
         theirs.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"timm {timm.__version__} does not take these weights: {error}") from error
+        raise ValueError(f"timm {timm.__version__} rejects these weights: {error}") from error
     size = model.config.image_size
     shape = (1, model.config.num_channels, *((size, size) if isinstance(size, int) else size))
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -134,5 +134,5 @@ def _compare_with_timm(model: PreTrainedModel, state: dict[str, torch.Tensor]) -
     computed = (theirs(images) if hasattr(model, "classifier") else theirs.forward_features(images)).view_as(expected)
     difference = ((computed - expected).abs().max() / expected.abs().max()).item()
     if not difference < 1e-4:
-        raise ValueError(f"timm {timm.__version__} computes something else: off by {difference:.2g}")
-    return f"checked with timm {timm.__version__}: off by {difference:.1g} of the largest number"
+        raise ValueError(f"outputs of timm {timm.__version__} have a relative error of {difference:.2g}")
+    return f"verified with timm {timm.__version__}: relative error {difference:.1g}"

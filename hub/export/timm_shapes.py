@@ -1,6 +1,6 @@
-"""Names and shapes of the weights of timm's ViT, BEiT and Swin (1.0.31), from the sizes alone.
+"""Compute names and shapes of the weights of timm's ViT, BEiT and Swin (1.0.31) from the sizes alone.
 
-Where timm cannot be imported, as beside a torch without torchvision, an export is checked against these.
+An export is verified against these, since timm cannot be imported without torchvision.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 
 def timm_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
-    """Of the model that `export_timm` writes for this one."""
+    """Return names and shapes of the weights that `export_timm` writes for `model`."""
     config: Any = model.config
     shapes = _swin_shapes(config) if config.model_type == "swin" else _vit_shapes(config)
     if hasattr(model, "classifier"):
