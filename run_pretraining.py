@@ -24,7 +24,7 @@ from commands.parsing import build_parser
 from commands.plan import Plan, default_output_dir, make_plan
 from commands.settings import Settings, load_settings
 from commands.targets import open_targets
-from data.augmentations import CenterCrop, Crop, CropView, OtherSize, Views, random_crop, single_view
+from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, SourceSamples, Transform, measure_image_stats
 from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
@@ -253,21 +253,18 @@ def build_trainer(
 
 
 def transform_of(settings: Settings, config: MimConfig, targets: Targets | None, train: bool) -> Views:
-    """Return the method's views: random crops in training, central ones in evaluation.
-
-    Views of several crops are random in evaluation too; their choice depends on the image only.
-    """
-    resampling = Image.Resampling[settings["interpolation"].upper()]
-    views = []
-    for number, view in enumerate(config.views):
-        size = view.image_size or settings.image_size
-        scale = view.crop_scale or tuple(settings["crop_scale"])
-        crop: Crop = CenterCrop(size, resampling)
-        if train or view.num_crops is not None:
-            crop = random_crop(size, scale, resampling, settings["color_jitter"])
-        extra = targets.view if targets is not None and number == 0 else None
-        views.append(CropView(crop, view.name, view.num_crops, extra and OtherSize(*extra)))
-    return Views(tuple(views), settings["num_channels"])
+    """Return the transform to the method's views, and to the one that the targets need."""
+    other_size = None if targets is None or targets.view is None else OtherSize(*targets.view)
+    return build_views(
+        config.views,
+        image_size=settings.image_size,
+        crop_scale=(settings["crop_scale"][0], settings["crop_scale"][1]),
+        num_channels=settings["num_channels"],
+        train=train,
+        interpolation=Image.Resampling[settings["interpolation"].upper()],
+        color_jitter=settings["color_jitter"],
+        other_size=other_size,
+    )
 
 
 if __name__ == "__main__":

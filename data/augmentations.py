@@ -6,7 +6,7 @@ Shapes: C channels, H W pixels of the crop.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -181,6 +181,35 @@ class Views:
         for view in self.views:
             found |= view(sample["image"], self.num_channels, generator)
         return found
+
+
+def build_views(
+    views: Iterable[Any],
+    *,
+    image_size: tuple[int, int],
+    crop_scale: tuple[float, float],
+    num_channels: int,
+    train: bool,
+    interpolation: Image.Resampling = Image.Resampling.BICUBIC,
+    color_jitter: float = 0.0,
+    other_size: OtherSize | None = None,
+) -> Views:
+    """Return the transform to a method's views: random crops in training, central ones in evaluation.
+
+    Views of several crops are random in evaluation too; the choice then depends on the image only.
+
+    Args:
+        views: What the method's config lists (`modeling.base.View`), with names, sizes and numbers of crops.
+        other_size: Second size of the first view.
+    """
+    found: list[CropView] = []
+    for view in views:
+        size = view.image_size or image_size
+        crop: Crop = CenterCrop(size, interpolation)
+        if train or view.num_crops is not None:
+            crop = random_crop(size, view.crop_scale or crop_scale, interpolation, color_jitter)
+        found.append(CropView(crop, view.name, view.num_crops, None if found else other_size))
+    return Views(tuple(found), num_channels)
 
 
 def single_view(crop: Crop, num_channels: int) -> Views:

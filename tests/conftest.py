@@ -12,11 +12,11 @@ import torch
 import transformers
 from transformers import TrainingArguments
 
-from data.augmentations import RandomResizedCrop, single_view
+from data.augmentations import build_views
 from data.collators import MaskingCollator
 from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
-from modeling import MODELS, MimPreTrainedModel
+from modeling import MODELS, MimConfig, MimPreTrainedModel
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import patch_grid
 from training.targets import TokenizerTargets
@@ -61,27 +61,38 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "simmim-asymmetric": _MAE,
     "beit": {"encoder_config": _BEIT, "vocab_size": 16},
 }
+# The methods of tests/toys, in a tree where they were added.
+_TOYS = {"hog": _MAE, "two-crops": {"encoder_config": _BEIT, "num_outputs": 16}}
+TINY_MODELS |= {method: settings for method, settings in _TOYS.items() if method in MODELS}
 
 
 def model_class(variant: str) -> type[MimPreTrainedModel]:
     return MODELS[variant.split("+")[0]]
 
 
-def tiny_model(variant: str, **encoder: Any) -> MimPreTrainedModel:
-    """The smallest model of a variant, the same weights at each call; `encoder` overrides the encoder's settings."""
+def tiny_config(variant: str, **encoder: Any) -> MimConfig:
+    """The smallest config of a variant; `encoder` overrides the encoder's settings."""
     settings = dict(TINY_MODELS[variant])
     settings["encoder_config"] = {**settings["encoder_config"], **encoder}
+    return model_class(variant).config_class(**settings)
+
+
+def tiny_model(variant: str, **encoder: Any) -> MimPreTrainedModel:
+    """The smallest model of a variant, the same weights at each call; `encoder` overrides the encoder's settings."""
+    config = tiny_config(variant, **encoder)
     torch.manual_seed(0)
-    return model_class(variant)(model_class(variant).config_class(**settings))
+    return model_class(variant)(config)
 
 
-def tiny_images(num_images: int = 48, images_per_step: int = 8, train: bool = True) -> ImageDataset:
-    """Bundled photographs as training items of 32 px."""
+def tiny_images(
+    num_images: int = 48, images_per_step: int = 8, train: bool = True, variant: str = "mae"
+) -> ImageDataset:
+    """Bundled photographs as training items of 32 px, with the views of the method."""
     source = open_source("sample")
-    chosen = np.linspace(0, len(source) - 1, num_images).astype(np.int64)
-    crop = RandomResizedCrop((SIZE, SIZE), (0.2, 1.0), (3 / 4, 4 / 3))
-    samples = SourceSamples(source, chosen)
-    return ImageDataset(samples, single_view(crop, 3), train=train, images_per_step=images_per_step)
+    samples = SourceSamples(source, np.linspace(0, len(source) - 1, num_images).astype(np.int64))
+    views = tiny_config(variant).views
+    transform = build_views(views, image_size=(SIZE, SIZE), crop_scale=(0.2, 1.0), num_channels=3, train=True)
+    return ImageDataset(samples, transform, train=train, images_per_step=images_per_step)
 
 
 def tiny_tokenizer() -> DvaeModel:
@@ -124,13 +135,14 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
         strategy="random" if patch_size == PATCH else "random-unit",
         mask_unit=PATCH // patch_size,
         equal_num_masked=needs_equal,
+        num_masks=tiny_config(variant).views[0].num_crops,
         with_image_index=with_image_index,
     )
     return LabeledByTokenizer(collator) if model_class(variant).targets == "tokenizer" else collator
 
 
 def tiny_batch(variant: str = "mae", num_images: int = 8) -> dict[str, Any]:
-    images = tiny_images()
+    images = tiny_images(variant=variant)
     return tiny_collator(variant)([images[index] for index in range(num_images)])
 
 

@@ -62,15 +62,15 @@ def test_predictions__differ_between_hidden_patches(variant):
     for parameter in head.parameters():
         if parameter.requires_grad:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    logits = head(**batch).logits
-    logits = logits.reshape(len(batch["pixel_values"]), -1, logits.shape[-1])  # (B, M, K)
-    assert (logits[:, :1] - logits[:, 1:]).abs().amax(-1).min() > 1e-3
+    counts = head.masked_units(batch["bool_masked_pos"]).flatten(0, -2).sum(dim=1).tolist()  # of each image or crop
+    for predictions in head(**batch).logits.flatten(0, -2).split(counts):  # (M, K)
+        assert (predictions[:1] - predictions[1:]).abs().amax(-1).min() > 1e-3
 
 
 @torch.no_grad()
 def test_predictions__do_not_see_hidden_pixels(variant):
     head, batch = tiny_model(variant).eval(), tiny_batch(variant)
-    hidden = head.masked_units(batch["bool_masked_pos"]).view(-1, 1, SIZE // PATCH, SIZE // PATCH)
+    hidden = head.masked_units(batch["bool_masked_pos"]).unflatten(-1, (1, SIZE // PATCH, SIZE // PATCH))
     hidden = hidden.repeat_interleave(PATCH, -1).repeat_interleave(PATCH, -2)
     changed = batch | {"pixel_values": torch.where(hidden, 255 - batch["pixel_values"], batch["pixel_values"])}
     assert not torch.equal(batch["pixel_values"], changed["pixel_values"])
@@ -82,7 +82,7 @@ def test_predictions__belong_to_mask_units(variant):
     model, batch = tiny_model(variant).eval(), tiny_batch(variant)
     logits, units = model(**batch).logits, model.masked_units(batch["bool_masked_pos"])
     predicted = model.predicted_units(logits, units)
-    assert (SIZE // model.config.prediction_side) ** 2 == units.shape[1]
+    assert (SIZE // model.config.prediction_side) ** 2 == units.shape[-1]
     assert torch.equal(predicted[units], logits.flatten(0, -2))
     assert not predicted[~units].any()
 
@@ -122,10 +122,11 @@ def test_images__may_be_rectangular_and_of_any_channel_count(variant):
     settings["encoder_config"] = settings["encoder_config"] | {"image_size": (32, 48), "num_channels": 1}
     head = model_class(variant)(model_class(variant).config_class(**settings))
     batch = tiny_batch(variant)
-    batch["pixel_values"] = batch["pixel_values"][:, :1].repeat(1, 1, 1, 2)[..., :48]
+    batch["pixel_values"] = torch.cat(2 * [batch["pixel_values"][..., :1, :, :]], dim=-1)[..., :48]
     cells = torch.tensor([[False] + 4 * [True] + [False]]).repeat(4, 1)  # (h, w) of PATCH x PATCH pixels
     step = PATCH // settings["encoder_config"]["patch_size"]
-    mask = cells.repeat_interleave(step, 0).repeat_interleave(step, 1).flatten().repeat(8, 1)
+    mask = cells.repeat_interleave(step, 0).repeat_interleave(step, 1).flatten()
+    mask = mask.expand(*batch["bool_masked_pos"].shape[:-1], -1)
     batch |= {"bool_masked_pos": mask, "num_masked_patches": int(mask.sum())}
     if "labels" in batch:
         batch["labels"] = torch.ones(mask.shape, dtype=torch.int64)
@@ -157,8 +158,8 @@ def test_training__lowers_the_loss_under_ours_and_under_the_stock_trainer(varian
         trainer = trainer_class(
             model=tiny_model(variant),
             args=tiny_arguments(tmp_path, max_steps=30, learning_rate=3e-3),
-            train_dataset=tiny_images(),
-            eval_dataset=tiny_images(train=False),
+            train_dataset=tiny_images(variant=variant),
+            eval_dataset=tiny_images(train=False, variant=variant),
             data_collator=tiny_collator(variant, with_image_index=trainer_class is MimTrainer),
         )
         before = trainer.evaluate()["eval_loss"]
@@ -180,7 +181,7 @@ def test_accumulation__of_4_batches_of_2_equals_one_of_8(variant, tmp_path):
                 optim="sgd",  # Adam divides by the gradient's size and would hide a wrong factor
                 learning_rate=0.1,
             ),
-            train_dataset=tiny_images(),
+            train_dataset=tiny_images(variant=variant),
             data_collator=tiny_collator(variant, with_image_index=True),
         )
         trainer.train()
@@ -212,7 +213,7 @@ def test_resume__gives_the_undisturbed_weights_bit_by_bit(variant, tmp_path):
                 save_strategy="steps",
                 save_steps=4,
             ),
-            train_dataset=tiny_images(),
+            train_dataset=tiny_images(variant=variant),
             data_collator=tiny_collator(variant, with_image_index=True),
             callbacks=[Interrupted()] if interrupted else [],
         )
@@ -268,7 +269,7 @@ def opened_elsewhere(tmp_path_factory):
     for variant in TINY_MODELS:
         head, batch = tiny_model(variant).eval(), tiny_batch(variant)
         export(head, folder / variant, method=variant, recipe={"mask_ratio": 0.75})
-        standardized = head.standardize(batch["pixel_values"])
+        standardized = head.standardize(batch["pixel_values"]).flatten(0, -4)
         torch.save(batch | {"standardized": standardized}, folder / f"{variant}.batch")
         with torch.no_grad():
             features = head.exported_encoder(standardized).last_hidden_state

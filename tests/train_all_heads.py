@@ -20,7 +20,7 @@ def main(folder: Path) -> None:
         trainer = MimTrainer(
             model=tiny_model(variant),
             args=arguments,
-            train_dataset=tiny_images(images_per_step=NUM_IMAGES),
+            train_dataset=tiny_images(images_per_step=NUM_IMAGES, variant=variant),
             data_collator=tiny_collator(variant, with_image_index=True),
         )
         trainer.train()

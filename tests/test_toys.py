@@ -1,0 +1,91 @@
+"""Toy methods and tasks are added as files of their own, without edits elsewhere, and work by the real commands."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import AutoModel
+
+SMALL = [*("--model", "vit-nano", "--image_size", "32", "--report_to", "none", "--use_cpu")]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """A copy of the project with the files of tests/toys in their places, as CONTRIBUTING.md says."""
+    tree = tmp_path_factory.mktemp("with_toys") / "project"
+    ignored = shutil.ignore_patterns(".*", "outputs", "__pycache__", "golden")
+    shutil.copytree(ROOT, tree, ignore=ignored)
+    for file in sorted((tree / "tests" / "toys").glob("*/*")):
+        target = tree / file.parent.name / file.name
+        assert not target.exists(), f"{target} would be edited, not added"
+        shutil.copy(file, target)
+    return tree
+
+
+def run(tree: Path, *words: str, returncode: int = 0) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == returncode, result.stdout[-2000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+def panel_is_drawn(folder: Path) -> bool:
+    with Image.open(folder / "reconstructions.png") as panel:
+        return panel.width > 200 and len(panel.convert("RGB").getcolors(maxcolors=2**24)) > 100
+
+
+def test_hog__is_pretrained_drawn_exported_and_fine_tuned(tree):
+    steps = ["--max_steps", "4", "--per_device_train_batch_size", "8"]
+    run(tree, "run_pretraining.py", "--method", "hog", *SMALL, *steps, "--output_dir", "out-hog")
+    out = tree / "out-hog"
+    assert panel_is_drawn(out)
+    assert type(AutoModel.from_pretrained(out)).__name__ == "ViTModel"
+    assert "Masked Feature Prediction" in (out / "README.md").read_text()
+    labeled = ["--dataset", "sample-fashion", "--labels_per_class", "4", "--use_cpu", "--report_to", "none"]
+    run(tree, "run_finetune.py", "--model", "out-hog", *labeled, *steps, "--output_dir", "out-hog-cls")
+    results = json.loads((tree / "out-hog-cls" / "metrics.json").read_text())["results"]
+    assert results[0]["metric"] == "accuracy"
+    assert "Masked Feature Prediction" in (tree / "out-hog-cls" / "README.md").read_text()
+
+
+def test_two_crops__equal_in_one_and_two_processes_and_export_the_teacher(tree):
+    flags = ["run_pretraining.py", "--method", "two-crops", *SMALL, "--max_steps", "6", "--optim", "sgd"]
+    flags += ["--gradient_accumulation_steps", "2", "--learning_rate", "0.05", "--warmup_steps", "0"]
+    one = run(tree, *flags, "--per_device_train_batch_size", "8", "--output_dir", "one")
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    run(tree, *launcher, *flags, "--per_device_train_batch_size", "4", "--output_dir", "two")
+    weights, other = (load_file(tree / name / "pretraining" / "model.safetensors") for name in ("one", "two"))
+    for name, expected in weights.items():
+        assert_close(other[name], expected, rtol=1e-4, atol=1e-5)
+    assert "teacher entropy" in one
+    history = json.loads((tree / "one" / "trainer_state.json").read_text())["log_history"]
+    logged = [entry for entry in history if "loss" in entry]
+    assert logged[0]["teacher_temperature"] == pytest.approx(0.04)
+    assert logged[-1]["momentum"] > 0.99
+    student, teacher = (
+        {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+        for prefix in ("encoder.", "teacher.")
+    )
+    assert not torch.equal(student["layers.0.mlp.fc1.weight"], teacher["layers.0.mlp.fc1.weight"])
+    exported = AutoModel.from_pretrained(tree / "one").state_dict()
+    assert torch.equal(exported["layers.0.mlp.fc1.weight"], teacher["layers.0.mlp.fc1.weight"])
+
+
+def test_contract__holds_for_the_toys(tree):
+    """The battery of test_contract.py, unchanged, in the tree that has the toys."""
+    only = "hog or two-crops or two_processes or tiny_configuration"
+    output = run(tree, "-m", "pytest", "tests/test_contract.py", "-p", "no:xdist", "-k", only)
+    assert "[100%]" in output
+    assert output.count(".") > 40
