@@ -11,7 +11,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedMode
 
 from commands.arithmetic import Hardware
 from commands.finetune_plan import FinetunePlan, make_finetune_plan
-from commands.finetune_settings import build_finetune_parser, load_finetune_settings, recipe_name
+from commands.finetune_settings import EncoderFacts, FinetuneSettings, load_finetune_settings, recipe_name
 from commands.hub_settings import open_repository
 from commands.launch import find_hardware, first_on_main, join, launcher, run, software_and_hardware
 from commands.memory import kept_bytes
@@ -36,10 +35,9 @@ from commands.output_folder import (
     logging_into,
     prepare_output_dir,
 )
-from commands.settings import Settings
+from commands.parsing import make_parser
 from data.augmentations import single_view
 from data.classification import (
-    CROP_SHARE,
     EvalView,
     eval_view,
     train_view,
@@ -85,23 +83,21 @@ _IN_WORDS = {
 
 
 def main(argv: list[str]) -> None:
-    settings = load_finetune_settings(argv, lambda name: recipe_of(encoder_config(name)))
-    state, log = join(settings["use_cpu"])
+    settings = load_finetune_settings(argv, lambda name: facts_of(open_config(name)))
+    state, log = join(settings.use_cpu)
     repository = open_repository(settings)
-    config = encoder_config(settings["model"])
-    check_family(settings["model"], config)
-    settings = with_encoders_values(settings, config)
-    stats, notes = image_stats(settings["model"])
+    config = encoder_config(settings.model)
+    stats, notes = image_stats(settings.model)
     parts = first_on_main(state, lambda: find_parts(settings))
     notes += channel_notes(config, parts)
-    set_seed(settings["seed"])
+    set_seed(settings.seed)
     classifier = make_classifier(settings, config, parts.images.class_names)
     plan = plan_run(settings, classifier, parts, find_hardware(state), notes)
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     for name, reason in parts.bad[:10]:
         log(f"note: left out {name}: {reason}")
-    if settings["dry_run"]:
+    if settings.dry_run:
         return
 
     def prepare() -> Path | None:
@@ -127,49 +123,39 @@ def main(argv: list[str]) -> None:
 # ---- the encoder and what follows from it ----
 
 
-def recipe_of(config: PreTrainedConfig) -> str:
-    return recipe_name(getattr(config, "mim_method", None), config.model_type, getattr(config, "hidden_size", 0))
+def open_config(name: str) -> PreTrainedConfig:
+    config = encoder_config(name)
+    check_family(name, config)
+    return config
 
 
-def with_encoders_values(settings: Settings, config: PreTrainedConfig) -> Settings:
-    """The settings with what was left open and follows from the encoder.
-
-    Raises:
-        ValueError: an image that is not square.
-    """
-    own = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    if settings["image_size"] is None and config.image_size not in (own, [own, own], (own, own)):
-        raise ValueError(
-            f"--model {settings['model']} is for images of {' x '.join(map(str, config.image_size))} pixels, and "
-            "classifiers of transformers are for square ones: give --image_size with one side"
-        )
-    size = settings["image_size"] or own
-    pooling, possible = settings["pooling"], POOLINGS.get(config.model_type, ())
-    drops_paths = config.model_type != "deit"
-    largest = _LARGEST_WITH_MARGIN[recipe_of(config).split("_")[1]]
-    follows = {
-        "image_size": size,
-        "eval_crop_share": settings["eval_crop_share"] or (CROP_SHARE if size <= largest else 1.0),
-        # A recipe's wish gives way to what there is; a user's is refused where it cannot be.
-        "pooling": pooling if settings.is_users("pooling") or pooling in possible else next(iter(possible), pooling),
-        "drop_path": settings["drop_path"] if drops_paths or settings.is_users("drop_path") else 0.0,
-    }
-    return replace(settings, values={**settings.values, **follows})
+def facts_of(config: PreTrainedConfig) -> EncoderFacts:
+    size = config.image_size
+    recipe = recipe_name(getattr(config, "mim_method", None), config.model_type, getattr(config, "hidden_size", 0))
+    return EncoderFacts(
+        recipe,
+        image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
+        poolings=POOLINGS[config.model_type],
+        has_drop_path=config.model_type != "deit",
+        largest_with_margin=_LARGEST_WITH_MARGIN[recipe.split("_")[1]],
+    )
 
 
-def make_classifier(settings: Settings, config: PreTrainedConfig, class_names: tuple[str, ...]) -> PreTrainedModel:
+def make_classifier(
+    settings: FinetuneSettings, config: PreTrainedConfig, class_names: tuple[str, ...]
+) -> PreTrainedModel:
     """With what is to stay as it is frozen."""
-    encoder = random_encoder(config) if settings["from_scratch"] else open_encoder(settings["model"], config)
+    encoder = random_encoder(config) if settings.from_scratch else open_encoder(settings.model, config)
     classifier = build_classifier(
         encoder,
         class_names,
-        image_size=settings["image_size"],
-        pooling=settings["pooling"],
-        drop_path_rate=settings["drop_path"],
+        image_size=settings.image_size,
+        pooling=settings.pooling,
+        drop_path_rate=settings.drop_path,
     )
-    if settings["mode"] == "linear":
+    if settings.mode == "linear":
         add_batch_norm(classifier)
-    freeze(classifier, settings["mode"], settings["num_trained_blocks"])
+    freeze(classifier, settings.mode, settings.num_trained_blocks)
     return classifier
 
 
@@ -198,22 +184,22 @@ def channel_notes(config: PreTrainedConfig, parts: LabeledSplits) -> list[str]:
 # ---- images ----
 
 
-def find_parts(settings: Settings) -> LabeledSplits:
+def find_parts(settings: FinetuneSettings) -> LabeledSplits:
     return open_labeled_splits(
-        settings["dataset"],
-        settings["label_column"],
-        num_per_class=settings["labels_per_class"],
-        label_fraction=settings["label_fraction"],
-        validation_fraction=settings["validation_fraction"],
-        max_bad_fraction=settings["max_bad_fraction"],
-        seed=settings["seed"],
+        settings.dataset,
+        settings.label_column,
+        num_per_class=settings.labels_per_class,
+        label_fraction=settings.label_fraction,
+        validation_fraction=settings.validation_fraction,
+        max_bad_fraction=settings.max_bad_fraction,
+        seed=settings.seed,
     )
 
 
 def plan_run(
-    settings: Settings, classifier: PreTrainedModel, parts: LabeledSplits, hardware: Hardware, notes: list[str]
+    settings: FinetuneSettings, classifier: PreTrainedModel, parts: LabeledSplits, hardware: Hardware, notes: list[str]
 ) -> FinetunePlan:
-    size, by_name = settings["image_size"], parts.by_name
+    size, by_name = settings.image_size, parts.by_name
     numbers = [(parameter.numel(), parameter.requires_grad) for parameter in classifier.parameters()]
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in by_name.items())
     return make_finetune_plan(
@@ -233,7 +219,7 @@ def plan_run(
 
 
 def build_trainer(
-    settings: Settings,
+    settings: FinetuneSettings,
     plan: FinetunePlan,
     classifier: PreTrainedModel,
     parts: LabeledSplits,
@@ -242,56 +228,56 @@ def build_trainer(
     """Everything of the run as objects: views, mixing, trainer and what a person sees."""
     output_dir, images = plan.output_dir, parts.images
     arguments = TrainingArguments(**plan.training_arguments())
-    size, magnitude = (settings["image_size"],) * 2, settings["rand_augment"]
+    size, magnitude = (settings.image_size,) * 2, settings.rand_augment
     augment = RandAugment(tuple(stats["image_mean"]), magnitude) if magnitude else None
-    view = train_view(size, augment, tuple(settings["crop_scale"]), _resampling(settings))
+    view = train_view(size, augment, settings.crop_scale, _resampling(settings))
     bad_images = output_dir / BAD_IMAGES_FILE
     num_classes = len(images.class_names)
     trainer = FinetuneTrainer(
         model=classifier,
         args=arguments,
         train_dataset=ImageDataset(
-            images.train, single_view(view, 3), seed=settings["seed"], train=True, bad_images_file=bad_images
+            images.train, single_view(view, 3), seed=settings.seed, train=True, bad_images_file=bad_images
         ),
         eval_dataset=None if images.validation is None else evaluated(images.validation, settings, bad_images),
         data_collator=stack_items,
         compute_metrics=lambda outputs: classification_metrics(outputs.predictions, outputs.label_ids),
         mixing=Mixing(
             num_classes,
-            mixup_alpha=settings["mixup"],
-            cutmix_alpha=settings["cutmix"],
-            label_smoothing=settings["label_smoothing_factor"],
-            erasing_prob=settings["erasing"],
-            seed=settings["seed"],
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            label_smoothing=settings.label_smoothing_factor,
+            erasing_prob=settings.erasing,
+            seed=settings.seed,
         ),
-        layer_decay=settings["layer_decay"],
-        ema_decay=settings["ema_decay"],
-        class_weights=balanced_weights(images.train.labels) if settings["class_weights"] == "balanced" else None,
+        layer_decay=settings.layer_decay,
+        ema_decay=settings.ema_decay,
+        class_weights=balanced_weights(images.train.labels) if settings.class_weights == "balanced" else None,
         **stats,
     )
-    show_progress(trainer, bad_images, parts.bad, settings["max_bad_fraction"], _SHORTER)
-    if settings["early_stopping_patience"]:
-        trainer.add_callback(EarlyStoppingCallback(settings["early_stopping_patience"]))
+    show_progress(trainer, bad_images, parts.bad, settings.max_bad_fraction, _SHORTER)
+    if settings.early_stopping_patience:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     if parts.has_subset and trainer.is_world_process_zero():
         write_subset(output_dir / SUBSET_FILE, images.train, images.class_names)
     return trainer
 
 
-def evaluated(part: LabeledSplit, settings: Settings, bad_images: Path) -> ImageDataset | StackedImages:
+def evaluated(part: LabeledSplit, settings: FinetuneSettings, bad_images: Path) -> ImageDataset | StackedImages:
     """A part as the image processor of the result will show it; kept in memory where it is small."""
     transform = single_view(evaluation_view(settings), 3)
-    images = ImageDataset(part, transform, seed=settings["seed"], bad_images_file=bad_images)
-    if len(images) * 3 * settings["image_size"] ** 2 > _MOST_KEPT_BYTES:
+    images = ImageDataset(part, transform, seed=settings.seed, bad_images_file=bad_images)
+    if len(images) * 3 * settings.image_size**2 > _MOST_KEPT_BYTES:
         return images
     return StackedImages(images, num_threads=min(8, os.cpu_count() or 1))
 
 
-def evaluation_view(settings: Settings) -> EvalView:
-    return eval_view((settings["image_size"],) * 2, settings["eval_crop_share"], _resampling(settings))
+def evaluation_view(settings: FinetuneSettings) -> EvalView:
+    return eval_view((settings.image_size,) * 2, settings.eval_crop_share, _resampling(settings))
 
 
-def _resampling(settings: Settings) -> Image.Resampling:
-    return Image.Resampling[settings["interpolation"].upper()]
+def _resampling(settings: FinetuneSettings) -> Image.Resampling:
+    return Image.Resampling[settings.interpolation.upper()]
 
 
 # ---- the end ----
@@ -299,7 +285,7 @@ def _resampling(settings: Settings) -> Image.Resampling:
 
 def finish(
     trainer: FinetuneTrainer,
-    settings: Settings,
+    settings: FinetuneSettings,
     config: PreTrainedConfig,
     parts: LabeledSplits,
     stats: dict[str, list[float]],
@@ -314,15 +300,15 @@ def finish(
         if measured is not None:
             outputs = trainer.predict(evaluated(measured, settings, output_dir / BAD_IMAGES_FILE))
             logits, labels = np.asarray(outputs.predictions), np.asarray(outputs.label_ids)
-            how = _IN_WORDS[settings["mode"]] + (", from random weights" if settings["from_scratch"] else "")
-            results = classification_results(logits, labels, how, settings["seed"])
+            how = _IN_WORDS[settings.mode] + (", from random weights" if settings.from_scratch else "")
+            results = classification_results(logits, labels, how, settings.seed)
             values = "  ".join(f"{entry['metric'].replace('_', ' ')} {entry['value']:.4f}" for entry in results)
             log(f"{name} part, {len(measured):,} images: {values}")
             if trainer.is_world_process_zero():
                 write_results(trainer, settings, parts, results, logits, labels)
         if trainer.is_world_process_zero():
             method, own_recipe = getattr(config, "mim_method", None), getattr(config, "mim_recipe", {})
-            if settings["from_scratch"]:
+            if settings.from_scratch:
                 method, own_recipe = None, {}
             write_card(trainer, settings, method or config.model_type, parts, argv)
             export_native(
@@ -339,7 +325,7 @@ def finish(
 
 def write_results(
     trainer: FinetuneTrainer,
-    settings: Settings,
+    settings: FinetuneSettings,
     parts: LabeledSplits,
     results: list[dict[str, Any]],
     logits: np.ndarray,
@@ -349,10 +335,10 @@ def write_results(
     name, class_names = parts.measured[0], parts.images.class_names
     chose = trainer.args.load_best_model_at_end
     content = {
-        "dataset": shorten_paths(" + ".join(settings["dataset"])),
+        "dataset": shorten_paths(" + ".join(settings.dataset)),
         "part": name,
         "num_labels": len(parts.images.train),
-        "seed": settings["seed"],
+        "seed": settings.seed,
         "weights": f"best {trainer.args.metric_for_best_model} on the validation part" if chose else "last step",
         "results": results,
     }
@@ -363,7 +349,7 @@ def write_results(
 
 
 def write_card(
-    trainer: FinetuneTrainer, settings: Settings, method: str, parts: LabeledSplits, argv: list[str]
+    trainer: FinetuneTrainer, settings: FinetuneSettings, method: str, parts: LabeledSplits, argv: list[str]
 ) -> None:
     folder, history = trainer.output_dir, trainer.state.log_history
     if any("loss" in entry or "eval_loss" in entry for entry in history):
@@ -372,8 +358,8 @@ def write_card(
         folder,
         command=shlex.join([*launcher(), "run_finetune.py", *argv]),
         method=method,
-        model_name=settings["hub_model_id"] or folder.name,
-        base_model=None if settings["from_scratch"] else settings["model"],
+        model_name=settings.hub_model_id or folder.name,
+        base_model=None if settings.from_scratch else settings.model,
         recipe=settings.as_recipe(),
         data_summary={
             "dataset": parts.images.train.source.describe(),
@@ -385,12 +371,12 @@ def write_card(
         versions=software_and_hardware(trainer),
         panel=CONFUSION_FILE if (folder / CONFUSION_FILE).is_file() else None,
         curve=CURVE_FILE if (folder / CURVE_FILE).is_file() else None,
-        license=settings["license"],
-        datasets=settings["dataset"],
+        license=settings.license,
+        datasets=settings.dataset,
         classes=parts.images.class_names,
-        from_scratch=settings["from_scratch"],
+        from_scratch=settings.from_scratch,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, build_finetune_parser))
+    sys.exit(run(sys.argv[1:], main, partial(make_parser, FinetuneSettings)))

@@ -20,9 +20,9 @@ from commands.artifacts import Artifacts
 from commands.hub_settings import bring_back, build_hub_push, open_repository
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
 from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
-from commands.parsing import build_parser
+from commands.parsing import make_parser
 from commands.plan import Plan, default_output_dir, make_plan
-from commands.settings import Settings, load_settings
+from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
 from commands.targets import open_targets
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
@@ -48,13 +48,20 @@ QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.y
 
 
 def main(argv: list[str]) -> None:
-    settings = load_settings(argv, CONFIGS, starting_point)
-    state, log = join(settings["use_cpu"])
+    settings = load_pretraining_settings(argv, CONFIGS, starting_point)
+    state, log = join(settings.use_cpu)
     repository = open_repository(settings)
-    grid = patch_grid(settings.image_size, settings["patch_size"])
-    targets = open_targets(settings, MODELS[settings["method"]], grid)
-    flags = {name: settings[name] for name in ("validation_fraction", "max_bad_fraction", "seed")}
-    parts = first_on_main(state, lambda: open_pretraining_splits(settings["dataset"], **flags))
+    grid = patch_grid(settings.image_size, settings.patch_size)
+    targets = open_targets(settings, MODELS[settings.method], grid)
+    parts = first_on_main(
+        state,
+        lambda: open_pretraining_splits(
+            settings.dataset,
+            validation_fraction=settings.validation_fraction,
+            max_bad_fraction=settings.max_bad_fraction,
+            seed=settings.seed,
+        ),
+    )
     config = model_config(settings, parts, targets)
     collator = build_collator(settings, config)
     blank = without_weights(config)
@@ -68,7 +75,7 @@ def main(argv: list[str]) -> None:
         log(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
     weights = initial_weights(settings, blank, log)
     online_evaluation = open_evaluation(settings, state)
-    if settings["dry_run"]:
+    if settings.dry_run:
         return
 
     def prepare() -> Path | None:
@@ -108,13 +115,14 @@ def main(argv: list[str]) -> None:
 
 def starting_point(chosen: Mapping[str, Any]) -> StartingModel:
     """What `--init_from` names; an interrupted run's own checkpoint tells as much, and the rest may be gone by now."""
-    checkpoint = interrupted_run(Path(chosen.get("output_dir") or default_output_dir(chosen)), chosen)
+    names = (chosen["model"], chosen["method"], chosen["dataset"])
+    checkpoint = interrupted_run(Path(chosen.get("output_dir") or default_output_dir(*names)), chosen)
     name = str(checkpoint or chosen["init_from"])
     return open_starting_model(name, chosen["method"], sizes_only=checkpoint is not None)
 
 
 def initial_weights(
-    settings: Settings, head: MimPreTrainedModel, log: Callable[[str], None]
+    settings: PretrainingSettings, head: MimPreTrainedModel, log: Callable[[str], None]
 ) -> Mapping[str, torch.Tensor]:
     """Of the model that the run begins from, by the names of `head`; nothing from scratch or for a continued run.
 
@@ -124,7 +132,7 @@ def initial_weights(
     start = settings.start
     if not isinstance(start, StartingModel) or start.sizes_only:
         return {}
-    weights = read_weights(start, head, settings["repair_positions"])
+    weights = read_weights(start, head, settings.repair_positions)
     for note in weights.notes:
         log(f"note: {note}")
     return weights.state
@@ -133,30 +141,30 @@ def initial_weights(
 # ---- images ----
 
 
-def open_evaluation(settings: Settings, state: PartialState) -> OnlineEvaluation | None:
+def open_evaluation(settings: PretrainingSettings, state: PartialState) -> OnlineEvaluation | None:
     """What `--eval_dataset` names, in the first process, which does the looking; a mistake is told to all."""
     opened: list[OnlineEvaluation] = []
-    if (dataset := settings["eval_dataset"]) is not None:
-        wanted = (settings.image_size, settings["num_channels"], settings["seed"], settings["eval_label_column"])
+    if (dataset := settings.eval_dataset) is not None:
+        wanted = (settings.image_size, settings.num_channels, settings.seed, settings.eval_label_column)
         with set_by(label_column="eval_label_column"):
             first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted)))
     return opened[0] if opened else None
 
 
-def model_config(settings: Settings, parts: PretrainingSplits, targets: Targets | None = None) -> MimConfig:
+def model_config(settings: PretrainingSettings, parts: PretrainingSplits, targets: Targets | None = None) -> MimConfig:
     """Return the method's config: the encoder's sizes, the method's settings, and how pixels are standardized."""
     derived: dict[str, Any] = dict(targets.config_settings) if targets is not None else {}
     for name, value in derived.items():
-        if settings.is_given(name) and settings[name] != value:
-            raise ValueError(f"--{name} {settings[name]}: the source of the targets has {value}; leave it out")
-    if settings["image_stats"] == "source" and settings.start is not None:
+        if settings.is_given(name) and settings.values[name] != value:
+            raise ValueError(f"--{name} {settings.values[name]}: the source of the targets has {value}; leave it out")
+    if settings.image_stats == "source" and settings.start is not None:
         derived |= settings.start.image_stats
-    if settings["image_stats"] == "auto":
-        transform = single_view(CenterCrop(settings.image_size), settings["num_channels"])
-        images = ImageDataset(SourceSamples(parts.source, parts.train), transform, seed=settings["seed"])
+    if settings.image_stats == "auto":
+        transform = single_view(CenterCrop(settings.image_size), settings.num_channels)
+        images = ImageDataset(SourceSamples(parts.source, parts.train), transform, seed=settings.seed)
         derived |= zip(("image_mean", "image_std"), measure_image_stats(images), strict=True)
-    return CONFIGS[settings["method"]](
-        encoder_config=settings.encoder_settings(), **{**settings.method_settings(), **derived}
+    return CONFIGS[settings.method](
+        encoder_config=settings.encoder_settings(), **{**settings.method_settings, **derived}
     )
 
 
@@ -169,32 +177,32 @@ def without_weights(config: MimConfig) -> MimPreTrainedModel:
 # ---- training ----
 
 
-def build_collator(settings: Settings, config: MimConfig) -> MaskingCollator:
+def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingCollator:
     """Return the collator that draws masks for the encoder's patches.
 
     Raises:
         ValueError: If masks could cover a part of what the encoder merges into one token.
     """
     side = config.prediction_side
-    if settings.mask_unit * settings["patch_size"] % side:
+    if settings.mask_unit * settings.patch_size % side:
         raise ValueError(
-            f"--model {settings['model']} makes one token of {side} x {side} pixels, which must be masked as a whole: "
+            f"--model {settings.model} makes one token of {side} x {side} pixels, which must be masked as a whole: "
             f"use --mask_strategy random-unit with a --mask_unit of {side} or a multiple"
         )
     return MaskingCollator(
         grid=patch_grid(config.encoder_config.image_size, config.encoder_config.patch_size),
         mask_ratio=settings.mask_ratio,
-        strategy=settings["mask_strategy"],
-        seed=settings["seed"],
+        strategy=settings.mask_strategy,
+        seed=settings.seed,
         mask_unit=settings.mask_unit,
-        equal_num_masked=MODELS[settings["method"]].needs_equal_num_masked,
+        equal_num_masked=MODELS[settings.method].needs_equal_num_masked,
         num_masks=config.views[0].num_crops,
         with_image_index=True,
     )
 
 
 def build_trainer(
-    settings: Settings,
+    settings: PretrainingSettings,
     plan: Plan,
     config: MimConfig,
     collator: MaskingCollator,
@@ -206,14 +214,14 @@ def build_trainer(
     arguments = TrainingArguments(**plan.training_arguments())
     if targets is not None:
         targets = targets.to(arguments.device)
-    set_seed(settings["seed"])
+    set_seed(settings.seed)
     model = AutoModelForPreTraining.from_config(config)
 
     def dataset(samples: Samples, transform: Transform, train: bool = False) -> ImageDataset:
         return ImageDataset(
             samples,
             transform,
-            seed=settings["seed"],
+            seed=settings.seed,
             train=train,
             images_per_step=plan.images_per_step,
             bad_images_file=output_dir / BAD_IMAGES_FILE,
@@ -221,9 +229,9 @@ def build_trainer(
 
     samples: Samples = SourceSamples(parts.source, parts.train)
     fixed = transform_of(settings, config, targets, train=False)
-    train_transform = fixed if settings["cache_tokens"] else transform_of(settings, config, targets, train=True)
+    train_transform = fixed if settings.cache_tokens else transform_of(settings, config, targets, train=True)
     central = dataset(samples, fixed)
-    if targets is not None and settings["cache_tokens"]:
+    if targets is not None and settings.cache_tokens:
         state = PartialState()
         file = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
         samples = SamplesWithTargets(samples, targets.output, np.load(file, mmap_mode="r"))  # shared by the workers
@@ -239,33 +247,33 @@ def build_trainer(
         data_collator=collator,
         targets=targets,
         lr_drop_step=plan.lr_drop_step,
-        layer_decay=settings["layer_decay"],
+        layer_decay=settings.layer_decay,
     )
-    show_progress(trainer, output_dir / BAD_IMAGES_FILE, parts.bad, settings["max_bad_fraction"], QUICKSTART)
+    show_progress(trainer, output_dir / BAD_IMAGES_FILE, parts.bad, settings.max_bad_fraction, QUICKSTART)
     if problem := model.panel_problem(targets):
         printer(PartialState())(f"note: there are no reconstruction panels: {problem}")
         return trainer
     shown = central if validation is None else validation
     batch = collator([shown[index] for index in panel_indices(len(shown))])
-    draw = panel_drawer(settings["method"], lambda model, batch: model.panel(batch, targets))
+    draw = panel_drawer(settings.method, lambda model, batch: model.panel(batch, targets))
     show_panels(trainer, output_dir / PANELS, batch, draw)
     return trainer
 
 
-def transform_of(settings: Settings, config: MimConfig, targets: Targets | None, train: bool) -> Views:
+def transform_of(settings: PretrainingSettings, config: MimConfig, targets: Targets | None, train: bool) -> Views:
     """Return the transform to the method's views, and to the one that the targets need."""
     other_size = None if targets is None or targets.view is None else OtherSize(*targets.view)
     return build_views(
         config.views,
         image_size=settings.image_size,
-        crop_scale=(settings["crop_scale"][0], settings["crop_scale"][1]),
-        num_channels=settings["num_channels"],
+        crop_scale=settings.crop_scale,
+        num_channels=settings.num_channels,
         train=train,
-        interpolation=Image.Resampling[settings["interpolation"].upper()],
-        color_jitter=settings["color_jitter"],
+        interpolation=Image.Resampling[settings.interpolation.upper()],
+        color_jitter=settings.color_jitter,
         other_size=other_size,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, partial(build_parser, CONFIGS)))
+    sys.exit(run(sys.argv[1:], main, partial(make_parser, PretrainingSettings, CONFIGS)))

@@ -11,6 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ from transformers import TrainingArguments, set_seed
 from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import kept_bytes
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
-from commands.settings import Settings
+from commands.parsing import make_parser
 from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
-from commands.tokenizer_settings import build_tokenizer_parser, load_tokenizer_settings, tokenizer_sizes
+from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
 from data.augmentations import CenterCrop, Crop, RandomResizedCrop, random_crop, single_view
 from data.collators import stack_items
 from data.images import ImageDataset, SourceSamples
@@ -47,10 +48,17 @@ _WRITTEN_LAST = "config.json"
 
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
-    state, log = join(settings["use_cpu"])
-    config = DvaeConfig(**tokenizer_sizes(settings))
-    flags = {name: settings[name] for name in ("validation_fraction", "max_bad_fraction", "seed")}
-    images = first_on_main(state, lambda: open_pretraining_splits(settings["dataset"], **flags))
+    state, log = join(settings.use_cpu)
+    config = DvaeConfig(**settings.config_settings())
+    images = first_on_main(
+        state,
+        lambda: open_pretraining_splits(
+            settings.dataset,
+            validation_fraction=settings.validation_fraction,
+            max_bad_fraction=settings.max_bad_fraction,
+            seed=settings.seed,
+        ),
+    )
     plan = make_tokenizer_plan(
         settings,
         find_hardware(state),
@@ -63,7 +71,7 @@ def main(argv: list[str]) -> None:
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     for name, reason in images.bad[:10]:
         log(f"note: left out {name}: {reason}")
-    if settings["dry_run"]:
+    if settings.dry_run:
         return
 
     checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, log, _WRITTEN_LAST))
@@ -89,17 +97,17 @@ def measure_model(config: DvaeConfig) -> tuple[int, int, tuple[int, int]]:
 
 
 def build_trainer(
-    settings: Settings, plan: TokenizerPlan, config: DvaeConfig, images: PretrainingSplits, is_new: bool
+    settings: TokenizerSettings, plan: TokenizerPlan, config: DvaeConfig, images: PretrainingSplits, is_new: bool
 ) -> MimTrainer:
     """Everything of the run as objects: data, tokenizer, trainer and what a person sees."""
     output_dir = plan.output_dir
     arguments = TrainingArguments(**plan.training_arguments())
-    set_seed(settings["seed"])
+    set_seed(settings.seed)
     tokenizer = DvaeModel(config)
     train = image_crops(settings, images.source, images.train, crop_of(settings), plan, train=True)
-    if is_new and settings["start_from_images"]:
+    if is_new and settings.start_from_images:
         some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
-        generator = seeded_generator(settings["seed"], "codebook_start")
+        generator = seeded_generator(settings.seed, "codebook_start")
         start_from_images(tokenizer, map_pixels(torch.stack(list(some))), generator)
     center, validation = CenterCrop(settings.image_size), None
     if len(images.validation):
@@ -111,9 +119,9 @@ def build_trainer(
         eval_dataset=validation,
         data_collator=stack_items,
         schedules=plan.schedules,
-        ema_decay=settings["ema_decay"],
+        ema_decay=settings.ema_decay,
     )
-    show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings["max_bad_fraction"], QUICKSTART)
+    show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings.max_bad_fraction, QUICKSTART)
     shown = image_crops(settings, images.source, images.train, center, plan) if validation is None else validation
     batch = stack_items([shown[index] for index in panel_indices(len(shown))])
     name = f"discrete VAE, {tokenizer.vocab_size:,} codes"
@@ -121,18 +129,23 @@ def build_trainer(
     return trainer
 
 
-def crop_of(settings: Settings) -> RandomResizedCrop:
-    return random_crop(settings.image_size, tuple(settings["crop_scale"]))
+def crop_of(settings: TokenizerSettings) -> RandomResizedCrop:
+    return random_crop(settings.image_size, settings.crop_scale)
 
 
 def image_crops(
-    settings: Settings, source: ImageSource, indices: np.ndarray, crop: Crop, plan: TokenizerPlan, train: bool = False
+    settings: TokenizerSettings,
+    source: ImageSource,
+    indices: np.ndarray,
+    crop: Crop,
+    plan: TokenizerPlan,
+    train: bool = False,
 ) -> ImageDataset:
     """Return the data set of the images `indices` of a source."""
     return ImageDataset(
         SourceSamples(source, indices),
-        single_view(crop, settings["num_channels"]),
-        seed=settings["seed"],
+        single_view(crop, settings.num_channels),
+        seed=settings.seed,
         train=train,
         images_per_step=plan.images_per_step,
         bad_images_file=plan.output_dir / BAD_IMAGES_FILE,
@@ -143,7 +156,7 @@ def image_crops(
 
 
 def finish(
-    trainer: MimTrainer, settings: Settings, images: PretrainingSplits, output_dir: Path, argv: list[str]
+    trainer: MimTrainer, settings: TokenizerSettings, images: PretrainingSplits, output_dir: Path, argv: list[str]
 ) -> None:
     """Check the weights, count the codes in use, and write the averaged tokenizer with its card."""
     trainer.stop_if_not_finite()
@@ -156,7 +169,7 @@ def finish(
 
 
 @torch.no_grad()
-def codebook_facts(trainer: MimTrainer, settings: Settings, images: PretrainingSplits) -> dict[str, Any]:
+def codebook_facts(trainer: MimTrainer, settings: TokenizerSettings, images: PretrainingSplits) -> dict[str, Any]:
     """The use of the codebook on random crops of the held-out images, as many as `MIN_TOKENS` takes; logged."""
     if not len(images.validation):
         return {}
@@ -164,8 +177,8 @@ def codebook_facts(trainer: MimTrainer, settings: Settings, images: PretrainingS
     samples = SourceSamples(images.validation_source, images.validation)
     crops = ImageDataset(
         samples,
-        single_view(crop_of(settings), settings["num_channels"]),
-        seed=settings["seed"],
+        single_view(crop_of(settings), settings.num_channels),
+        seed=settings.seed,
         train=True,
         bad_images_file=trainer.train_dataset.bad_images_file,
     )
@@ -241,4 +254,4 @@ def tokenizer_card(output_dir: Path, facts: dict[str, Any], eval_loss: float | N
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, build_tokenizer_parser))
+    sys.exit(run(sys.argv[1:], main, partial(make_parser, TokenizerSettings)))

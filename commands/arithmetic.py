@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from commands.settings import Settings
+from commands.pretraining_settings import PretrainingSettings
+from commands.settings import TrainingSettings
 from data.masks import MASK_STRATEGIES
 from data.seeds import seeded_generator
 
@@ -34,7 +35,7 @@ class Hardware:
 
 
 def training_schedule(
-    settings: Settings,
+    settings: TrainingSettings,
     hardware: Hardware,
     num_images: int,
     notes: list[str],
@@ -62,7 +63,7 @@ def training_schedule(
 
 
 def batch_size_and_accumulation(
-    settings: Settings, hardware: Hardware, num_images: int, notes: list[str], batch_on_cpu: int
+    settings: TrainingSettings, hardware: Hardware, num_images: int, notes: list[str], batch_on_cpu: int
 ) -> tuple[int, int]:
     """Images of a micro-batch, and micro-batches of a step."""
     if num_images < hardware.world_size:
@@ -72,28 +73,28 @@ def batch_size_and_accumulation(
         )
     wanted = batch_on_cpu if hardware.is_cpu else _BATCH_ON_GPU
     if settings.is_given("per_device_train_batch_size"):
-        wanted = settings["per_device_train_batch_size"]
+        wanted = settings.per_device_train_batch_size
     batch_size = min(wanted, num_images // hardware.world_size)
     if batch_size < wanted:
         notes.append(f"{batch_size} images a device instead of {wanted}: there are only {num_images:,}")
-    wanted = settings["gradient_accumulation_steps"]
+    wanted = settings.gradient_accumulation_steps
     accumulation = min(wanted, micro_batches(settings, num_images, batch_size, hardware))
     if accumulation < wanted:
         notes.append(f"accumulation over {accumulation} instead of {wanted} batches: an epoch has no more")
     return batch_size, accumulation
 
 
-def micro_batches(settings: Settings, num_images: int, batch_size: int, hardware: Hardware) -> int:
+def micro_batches(settings: TrainingSettings, num_images: int, batch_size: int, hardware: Hardware) -> int:
     """Of one process in one epoch, as accelerate deals them out."""
-    if settings["dataloader_drop_last"]:
+    if settings.dataloader_drop_last:
         return num_images // batch_size // hardware.world_size
     return math.ceil(math.ceil(num_images / batch_size) / hardware.world_size)
 
 
-def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str], min_steps: int) -> int:
+def number_of_steps(settings: TrainingSettings, steps_per_epoch: int, notes: list[str], min_steps: int) -> int:
     if settings.counts("max_steps"):
-        return settings["max_steps"]
-    num_epochs = settings["num_train_epochs"]
+        return settings.max_steps
+    num_epochs = settings.num_train_epochs
     num_steps = math.ceil(num_epochs * steps_per_epoch)
     if num_steps >= min_steps or settings.is_users("num_train_epochs"):
         return num_steps
@@ -105,19 +106,20 @@ def number_of_steps(settings: Settings, steps_per_epoch: int, notes: list[str], 
     return raised * steps_per_epoch
 
 
-def peak_learning_rate(settings: Settings, images_per_step: int) -> float:
+def peak_learning_rate(settings: TrainingSettings, images_per_step: int) -> float:
     if settings.counts("learning_rate"):
-        return settings["learning_rate"]
-    return settings["base_learning_rate"] * images_per_step / REFERENCE_BATCH
+        return settings.learning_rate
+    assert settings.base_learning_rate is not None, "one of the two rates is given"
+    return settings.base_learning_rate * images_per_step / REFERENCE_BATCH
 
 
-def number_of_warmup_steps(settings: Settings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int:
+def number_of_warmup_steps(settings: TrainingSettings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int:
     if settings.counts("warmup_steps"):
-        name, given = "warmup_steps", settings["warmup_steps"]
+        name, given = "warmup_steps", settings.warmup_steps
         wanted = math.ceil(given * num_steps) if given < 1 else int(given)  # below 1 a share, as in transformers
         most = num_steps
     else:
-        name, wanted = "warmup_epochs", round(settings["warmup_epochs"] * steps_per_epoch)
+        name, wanted = "warmup_epochs", round(settings.warmup_epochs * steps_per_epoch)
         most = num_steps if settings.is_on_command_line(name) else int(_MAX_WARMUP_SHARE * num_steps)
     if wanted > most:
         share = "all steps there are" if most == num_steps else "a tenth of the run"
@@ -125,39 +127,39 @@ def number_of_warmup_steps(settings: Settings, steps_per_epoch: int, num_steps: 
     return min(wanted, most)
 
 
-def lr_drop_step(settings: Settings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int | None:
+def lr_drop_step(settings: PretrainingSettings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int | None:
     """The first step with a tenth of the learning rate."""
-    if settings["lr_drop_epoch"] is None:
+    if settings.lr_drop_epoch is None:
         return None
-    step = round(settings["lr_drop_epoch"] * steps_per_epoch)
+    step = round(settings.lr_drop_epoch * steps_per_epoch)
     if step >= num_steps:
-        notes.append(f"the learning rate never drops: --lr_drop_epoch {settings['lr_drop_epoch']:g} is past the end")
+        notes.append(f"the learning rate never drops: --lr_drop_epoch {settings.lr_drop_epoch:g} is past the end")
     return step
 
 
-def precision_of(settings: Settings, hardware: Hardware) -> str:
-    if settings["fp16"]:
+def precision_of(settings: TrainingSettings, hardware: Hardware) -> str:
+    if settings.fp16:
         return "float16"
-    wanted = settings["bf16"] if settings.is_given("bf16") else hardware.has_bf16 and not hardware.is_cpu
+    wanted = settings.bf16 if settings.is_given("bf16") else hardware.has_bf16 and not hardware.is_cpu
     if wanted and not hardware.is_cpu and not hardware.has_bf16:
         raise ValueError("--bf16 is asked for, but this device has no bfloat16; use --fp16, or --bf16 false")
     return "bfloat16" if wanted else "float32"
 
 
-def number_of_workers(settings: Settings, hardware: Hardware) -> int:
+def number_of_workers(settings: TrainingSettings, hardware: Hardware) -> int:
     if settings.is_given("dataloader_num_workers"):
-        return settings["dataloader_num_workers"]
+        return settings.dataloader_num_workers
     cores = hardware.num_cpus // hardware.num_local_processes
     if not hardware.is_cpu:
         return min(_MAX_WORKERS_ON_GPU, cores)
     return min(_MAX_WORKERS_ON_CPU, cores - 1) if cores > 2 else 0  # on a CPU they take cores from the model
 
 
-def hidden_patches(settings: Settings) -> tuple[int, int]:
+def hidden_patches(settings: PretrainingSettings) -> tuple[int, int]:
     """Fewest and most hidden patches, counted on a mask of each ratio."""
     grid, ratio = settings.grid, settings.mask_ratio
-    unit = {"unit": settings.mask_unit} if settings["mask_strategy"] == "random-unit" else {}
-    draw = MASK_STRATEGIES[settings["mask_strategy"]]
+    unit = {"unit": settings.mask_unit} if settings.mask_strategy == "random-unit" else {}
+    draw = MASK_STRATEGIES[settings.mask_strategy]
     counts = [
         int(draw(grid, one, seeded_generator("plan"), **unit).sum())
         for one in (ratio if isinstance(ratio, tuple) else (ratio,))

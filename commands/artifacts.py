@@ -7,7 +7,7 @@ from pathlib import Path
 
 from commands.launch import launcher, software_and_hardware
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
-from commands.settings import Settings
+from commands.pretraining_settings import PretrainingSettings
 from data.images import count_bad_images
 from data.pretraining_splits import PretrainingSplits
 from evaluation.online_history import results_at
@@ -24,7 +24,7 @@ class Artifacts:
     """Of the run of `trainer`, as it is when they are written. `argv` is what followed the command's name."""
 
     trainer: MimTrainer
-    settings: Settings
+    settings: PretrainingSettings
     parts: PretrainingSplits
     argv: list[str]
 
@@ -49,13 +49,13 @@ class Artifacts:
     def write(self, folder: Path, unfinished: str | None = None) -> None:
         head = self.trainer.accelerator.unwrap_model(self.trainer.model)
         # Folders of the user's machine do not belong into a config that goes to the Hub.
-        export(head, folder, method=self.settings["method"], recipe=shorten_values(self.settings.as_recipe()))
+        export(head, folder, method=self.settings.method, recipe=shorten_values(self.settings.as_recipe()))
         self._write_card(folder, unfinished)
 
     def _write_card(self, folder: Path, unfinished: str | None) -> None:
         trainer, settings, parts, output_dir = self.trainer, self.settings, self.parts, self.trainer.output_dir
         head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
-        dataset = " + ".join(settings["eval_dataset"] or [])
+        dataset = " + ".join(settings.eval_dataset or [])
         curve = panel = None
         if any("loss" in entry or "eval_loss" in entry for entry in history):
             training_curve(history, folder / (curve := CURVE_FILE))
@@ -69,9 +69,9 @@ class Artifacts:
         write_model_card(
             folder,
             command=shlex.join([*launcher(), "run_pretraining.py", *self.argv]),
-            method=settings["method"],
-            model_name=settings["hub_model_id"] or output_dir.name,
-            base_model=settings["init_from"],
+            method=settings.method,
+            model_name=settings.hub_model_id or output_dir.name,
+            base_model=settings.init_from,
             recipe=settings.as_recipe(),
             data_summary={
                 "dataset": parts.source.describe(),
@@ -84,8 +84,8 @@ class Artifacts:
             versions=software_and_hardware(trainer),
             panel=panel,
             curve=curve,
-            license=settings["license"],
-            datasets=settings["dataset"],
+            license=settings.license,
+            datasets=settings.dataset,
             unfinished=unfinished,
             seen_in_training=results_at(history, trainer.state.global_step, dataset),
             num_extra_tokens=sum(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from commands.arithmetic import Hardware, training_schedule
+from commands.finetune_settings import FinetuneSettings
 from commands.memory import BYTES_PER_PARAMETER
 from commands.plan import Plan, data_name, in_millions
-from commands.settings import Settings
 
 _MIN_STEPS = 1000  # of a run whose length the user did not choose
 _BATCH_ON_CPU = 32
@@ -21,21 +21,22 @@ _TOP = 5
 class FinetunePlan(Plan):
     """`num_held_out` are the images that choose the best checkpoint; nothing is hidden."""
 
+    settings: FinetuneSettings
     num_classes: int
     num_trained_parameters: int
 
     def task_rows(self) -> dict[str, str]:
-        settings, size = self.settings, self.settings["image_size"]
+        settings, size = self.settings, self.settings.image_size
         what = {"finetune": "all of it", "linear": "the head"}.get(
-            settings["mode"], f"the last {settings['num_trained_blocks']} blocks and the head"
+            settings.mode, f"the last {settings.num_trained_blocks} blocks and the head"
         )
         grid = f"{self.grid[0]} x {self.grid[1]} patches"
-        decayed = f", each layer {settings['layer_decay']:g} of the one above" if settings["layer_decay"] < 1 else ""
+        decayed = f", each layer {settings.layer_decay:g} of the one above" if settings.layer_decay < 1 else ""
         return {
-            "model": f"{Path(settings['model']).name}{', random weights' if settings['from_scratch'] else ''}, "
+            "model": f"{Path(settings.model).name}{', random weights' if settings.from_scratch else ''}, "
             f"{in_millions(self.num_parameters)}",
             "what trains": f"{what}, {in_millions(self.num_trained_parameters)}{decayed}",
-            "input": f"{size} x {size} pixels, {grid}; the head reads the {settings['pooling']}",
+            "input": f"{size} x {size} pixels, {grid}; the head reads the {settings.pooling}",
             "classes": f"{self.num_classes:,}",
             "views": self._views(),
         }
@@ -44,11 +45,11 @@ class FinetunePlan(Plan):
         arguments = super().training_arguments()
         if not self.settings.is_given("save_steps"):
             arguments["save_steps"] = arguments["eval_steps"]  # the best weights must have been saved
-        metric = self.settings["metric_for_best_model"]
+        metric = self.settings.metric_for_best_model
         is_chosen = "no" not in (arguments["eval_strategy"], arguments["save_strategy"])
         return {
             **arguments,
-            "load_best_model_at_end": is_chosen and self.settings["load_best_model_at_end"],
+            "load_best_model_at_end": is_chosen and self.settings.load_best_model_at_end,
             "metric_for_best_model": metric,
             "greater_is_better": not metric.endswith(("loss", "error")),
             "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
@@ -57,14 +58,14 @@ class FinetunePlan(Plan):
     def _views(self) -> str:
         settings, views = self.settings, []
         for name in ("rand_augment", "mixup", "cutmix", "label_smoothing_factor", "erasing", "drop_path"):
-            if settings[name]:
-                views.append(f"{name.removesuffix('_factor').replace('_', ' ')} {settings[name]:g}")
-        low, high = settings["crop_scale"]
+            if value := getattr(settings, name):
+                views.append(f"{name.removesuffix('_factor').replace('_', ' ')} {value:g}")
+        low, high = settings.crop_scale
         return ", ".join([f"crops of {low:g} to {high:g} of the picture", "flipped half the time", *views])
 
 
 def make_finetune_plan(
-    settings: Settings,
+    settings: FinetuneSettings,
     hardware: Hardware,
     num_images: tuple[int, int],
     num_classes: int,
@@ -93,30 +94,29 @@ def make_finetune_plan(
         num_trained_parameters=num_parameters[1],
         num_classes=num_classes,
         grid=grid,
-        num_hidden=(0, 0),
         lr_drop_step=None,
         bytes_for_weights=num_parameters[1] * BYTES_PER_PARAMETER + num_frozen * _BYTES_PER_FROZEN_PARAMETER,
         bytes_for_activations=numbers["batch_size"] * bytes_per_image,
-        output_dir=Path(settings["output_dir"] or _output_dir(settings)),
+        output_dir=Path(settings.output_dir or _output_dir(settings)),
         notes=tuple(notes),
         **numbers,
     )
 
 
-def _check_choice(settings: Settings, num_validation_images: int, num_classes: int) -> None:
+def _check_choice(settings: FinetuneSettings, num_validation_images: int, num_classes: int) -> None:
     """What early stopping and the best checkpoint go by is there."""
-    if settings["early_stopping_patience"] and (not num_validation_images or settings["eval_strategy"] == "no"):
+    if settings.early_stopping_patience and (not num_validation_images or settings.eval_strategy == "no"):
         raise ValueError(
             "--early_stopping_patience needs images to evaluate on: hold some out with --validation_fraction 0.1, or "
             "leave it out"
         )
-    metric, possible = settings["metric_for_best_model"].removeprefix("eval_"), list(_METRICS)
+    metric, possible = settings.metric_for_best_model.removeprefix("eval_"), list(_METRICS)
     if num_classes <= _TOP:
         possible.remove("top5_accuracy")
     if metric not in possible:
         raise ValueError(f"--metric_for_best_model is {metric}, expected one of: {', '.join(possible)}")
 
 
-def _output_dir(settings: Settings) -> str:
-    start = "-scratch" if settings["from_scratch"] else ""
-    return f"outputs/{Path(settings['model']).name}-{settings['mode']}{start}-{data_name(settings)}"
+def _output_dir(settings: FinetuneSettings) -> str:
+    start = "-scratch" if settings.from_scratch else ""
+    return f"outputs/{Path(settings.model).name}-{settings.mode}{start}-{data_name(settings.dataset)}"

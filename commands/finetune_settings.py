@@ -1,28 +1,27 @@
-"""The flags of `run_finetune.py`: the encoder's own published recipe, which flags and --config change.
+"""Settings of `run_finetune.py`: the published recipe of the encoder, which --config and flags override.
 
 Lowest first: defaults, recipes/finetune_<...>.yaml chosen by the encoder and the mode, the recipe of --config, the
 command line.
 """
 
-from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from commands.flags import HELP_TEXTS, RANGES, RunFlags
-from commands.parsing import SettingsError, make_parser
-from commands.settings import (
-    RECIPES,
-    Origin,
-    Settings,
-    UsersLayers,
-    check_ranges,
-    label_of,
-    merged,
-    read_recipe,
-    refuse_hub_flags,
-    training_defaults,
+from transformers.trainer_utils import HubStrategy
+
+from commands.flags import (
+    BELOW_ONE,
+    COUNT,
+    FRACTION,
+    NOT_NEGATIVE,
+    POSITIVE_UP_TO_ONE,
+    SCALE,
+    Range,
+    flag,
 )
+from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings
+from data.classification import CROP_SHARE
 
 # Encoders that say nothing of a method of ours are fine-tuned as the method that made their kind.
 _METHOD_OF_FAMILY = {"beit": "beit", "data2vec-vision": "beit", "swin": "simmim"}
@@ -39,124 +38,153 @@ precedence: defaults < the encoder's recipe < --config < command line. --label-f
 """
 
 
-def _flag(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class FinetuneModelFlags:
-    _argument_group_name = "model"
+    title: ClassVar = "model"
 
-    model: str | None = None
-    mode: Literal["finetune", "linear", "partial", "attentive"] = _flag(
-        "finetune", "what trains: finetune, all of it; partial, the last blocks and the head; linear, the head alone"
+    model: str = flag(None, "folder or Hub id of a pre-trained encoder")
+    mode: Literal["finetune", "linear", "partial", "attentive"] = flag(
+        "finetune",
+        "what is trained: finetune, everything; partial, the last blocks and the head; linear, only the head",
     )
-    num_trained_blocks: int = _flag(4, "for --mode partial: blocks that train, counted from the head")
-    from_scratch: bool = _flag(False, "the same architecture and recipe with random weights, to compare with")
-    pooling: Literal["mean", "class"] | None = _flag(
-        None, "what the head reads: the mean of the patches or the class token (default: the recipe's)"
+    num_trained_blocks: int = flag(4, "for --mode partial: number of trained blocks, counted from the head", COUNT)
+    from_scratch: bool = flag(False, "the same architecture and recipe with random weights, for comparison")
+    pooling: Literal["mean", "class"] = flag(
+        None, "input of the head: the mean of the patches or the class token (default: the recipe's)"
     )
-    image_size: int | None = None
-    drop_path: float = _flag(
-        0.0, f"share of the images for which the last block is skipped; less in earlier blocks {_RECIPES}"
+    image_size: int = flag(
+        None, "side in pixels; position embeddings are resized to it (default: the encoder's)", COUNT
+    )
+    drop_path: float = flag(
+        0.0,
+        f"fraction of the images for which the last block is skipped; less in earlier blocks {_RECIPES}",
+        BELOW_ONE,
     )
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class FinetuneDataFlags:
-    _argument_group_name = "data"
+    title: ClassVar = "data"
 
-    dataset: list[str] = field(default_factory=list)
-    label_column: str | None = _flag(None, "of a table: where the classes are (default: found by type and name)")
-    label_fraction: float | None = _flag(None, "train on this share of the labels of each class (default: all)")
-    labels_per_class: int | None = _flag(None, "train on so many labels of each class (default: all)")
-    validation_fraction: float | None = _flag(
+    dataset: list[str] = flag(
+        [],
+        "a folder of class folders (with train/ beside val/ or test/, or without), a table or a Hub id with a column "
+        "of labels, a folder of MNIST's idx files, or sample-fashion",
+    )
+    label_column: str | None = flag(
+        None, "column with the classes, if the data is a table (default: found by type and name)"
+    )
+    label_fraction: float | None = flag(
+        None, "train on this fraction of the labels of each class (default: all)", POSITIVE_UP_TO_ONE
+    )
+    labels_per_class: int | None = flag(None, "train on this number of labels of each class (default: all)", COUNT)
+    validation_fraction: float | None = flag(
         None,
-        "share of the training images held out where the data have no validation part (default: 0.1; 0 where they "
-        "have a test part and only some labels are used)",
+        "fraction of the training images used for validation if the data has no validation split (default: 0.1; 0 if "
+        "it has a test split and only some labels are used)",
+        BELOW_ONE,
     )
-    max_bad_fraction: float = 0.05
-    class_weights: Literal["none", "balanced"] = _flag(
-        "none", "none, or balanced: an image of a rare class counts more"
+    max_bad_fraction: float = flag(
+        0.05, "stop before training if more than this fraction of the images cannot be read", FRACTION
+    )
+    class_weights: Literal["none", "balanced"] = flag(
+        "none", "none, or balanced: an image of a rare class has a larger weight"
     )
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class FinetuneViewFlags:
-    _argument_group_name = "views of an image"
+    title: ClassVar = "views of an image"
 
-    crop_scale: list[float] | None = None
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    eval_crop_share: float | None = _flag(
+    crop_scale: tuple[float, float] = flag(
+        None, "smallest and largest fraction of an image that a training crop shows (default: the recipe's)", SCALE
+    )
+    interpolation: Literal["bicubic", "bilinear"] = flag("bicubic", f"filter that resizes crops {_RECIPES}")
+    eval_crop_share: float = flag(
         None,
-        "side of the central crop at evaluation, as a share of the resized short side (default: as published, 0.875 "
-        "up to 224 pixels for MAE, below 384 for BEiT and always for SimMIM, else 1)",
+        "side of the central crop at evaluation, as a fraction of the resized short side (default: as published, "
+        "0.875 up to 224 pixels for MAE, below 384 for BEiT and always for SimMIM, else 1)",
+        POSITIVE_UP_TO_ONE,
     )
-    rand_augment: float = _flag(0.0, f"strength of RandAugment, up to 10; 0: off {_RECIPES}")
-    mixup: float = _flag(0.0, f"of the Beta distribution that blends two images; 0: off {_RECIPES}")
-    cutmix: float = _flag(0.0, f"of the Beta distribution of the size of a pasted piece; 0: off {_RECIPES}")
-    erasing: float = _flag(0.0, f"probability that a box of an image is replaced by noise {_RECIPES}")
+    rand_augment: float = flag(
+        0.0,
+        f"strength of RandAugment, up to 10; 0: off {_RECIPES}",
+        Range(lambda x: 0 <= x <= 10, "0 (off) to 10"),
+    )
+    mixup: float = flag(
+        0.0, f"parameter of the Beta distribution that blends two images; 0: off {_RECIPES}", NOT_NEGATIVE
+    )
+    cutmix: float = flag(
+        0.0, f"parameter of the Beta distribution of the size of a pasted box; 0: off {_RECIPES}", NOT_NEGATIVE
+    )
+    erasing: float = flag(0.0, f"probability that a box of an image is replaced by noise {_RECIPES}", FRACTION)
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class FinetuneRateFlags:
-    _argument_group_name = "optimization"
+    title: ClassVar = "optimization"
 
-    layer_decay: float = _flag(
-        1.0, f"each layer learns this much slower than the one above it; 1: all alike {_RECIPES}"
+    layer_decay: float = flag(
+        1.0,
+        f"the learning rate of each layer is this fraction of that of the layer above; 1: the same for all {_RECIPES}",
+        POSITIVE_UP_TO_ONE,
     )
-    ema_decay: float = _flag(0.0, "of the average of the weights that is evaluated and saved; 0: none")
-    early_stopping_patience: int | None = _flag(
-        None, "stop after so many evaluations without a better one (default: off)"
+    ema_decay: float = flag(
+        0.0, "decay of the average of the weights that is evaluated and saved; 0: no average", BELOW_ONE
+    )
+    early_stopping_patience: int | None = flag(
+        None, "stop after this number of evaluations without improvement (default: off)", COUNT
     )
 
 
-_GROUPS = (FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags, FinetuneRateFlags, RunFlags)
-_SHARE: tuple[Callable[[Sequence[float]], bool], str] = (lambda x: 0 <= x[0] <= 1, "0 to 1")
-_COUNT: tuple[Callable[[Sequence[float]], bool], str] = (lambda x: x[0] >= 1, "1 or more")
-_NOT_NEGATIVE: tuple[Callable[[Sequence[float]], bool], str] = (lambda x: x[0] >= 0, "0 (off) or more")
-_RANGES = {
-    **RANGES,
-    "num_trained_blocks": _COUNT,
-    "drop_path": (lambda x: 0 <= x[0] < 1, "0 (off) or more and below 1"),
-    "label_fraction": (lambda x: 0 < x[0] <= 1, "a number above 0 and at most 1"),
-    "labels_per_class": _COUNT,
-    "eval_crop_share": (lambda x: 0 < x[0] <= 1, "a number above 0 and at most 1"),
-    "rand_augment": (lambda x: 0 <= x[0] <= 10, "0 (off) to 10"),
-    "mixup": _NOT_NEGATIVE,
-    "cutmix": _NOT_NEGATIVE,
-    "erasing": _SHARE,
-    "label_smoothing_factor": (lambda x: 0 <= x[0] < 1, "0 or more and below 1"),
-    "layer_decay": (lambda x: 0 < x[0] <= 1, "a number above 0 and at most 1"),
-    "ema_decay": (lambda x: 0 <= x[0] < 1, "0 (off) or more and below 1"),
-    "early_stopping_patience": _COUNT,
-}
-_DEFAULTS = {
-    "prediction_loss_only": False,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "accuracy",
-}
-_HELP_TEXTS = {
-    "model": "folder or Hub id of a pre-trained encoder",
-    "image_size": "side in pixels; position tables are resized to it (default: the encoder's)",
-    "dataset": "a folder of class folders (with train/ beside val/ or test/, or without), a table or a Hub id with a "
-    "column of labels, a folder of MNIST's idx files, or sample-fashion",
-    "crop_scale": "smallest and largest share of a picture that a training crop shows (default: the recipe's)",
-    "label_smoothing_factor": "share of the target that is spread over all classes (default: the recipe's)",
-    "load_best_model_at_end": "keep the weights of the evaluation with the best metric_for_best_model",
-    "metric_for_best_model": "accuracy, balanced_accuracy, macro_f1, top5_accuracy, loss or calibration_error",
-    "per_device_train_batch_size": "images a device takes at once (default: 64 on a GPU, 32 on a CPU)",
-    "push_to_hub": "upload the finished classifier to --hub_model_id",
-    "hub_strategy": "only end: what is not finished is not uploaded (default: end)",
-    "output_dir": "where everything goes (default: outputs/<model>-<mode>-<data>)",
-    **{
-        name: HELP_TEXTS[name].replace("the method's", "the recipe's")
-        for name in (
-            *("base_learning_rate", "warmup_epochs", "num_train_epochs", "weight_decay", "max_grad_norm"),
-            "interpolation",
-        )
-    },
-}
+@dataclass(frozen=True)
+class EncoderFacts:
+    """What the settings of a fine-tuning depend on: the encoder's published recipe, its sizes and abilities.
+
+    Args:
+        poolings: Possible inputs of a classification head, the preferred one first.
+        largest_with_margin: Largest image side in pixels that is evaluated on a central crop of a larger image.
+    """
+
+    recipe: str
+    image_size: tuple[int, int]
+    poolings: tuple[str, ...]
+    has_drop_path: bool
+    largest_with_margin: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags, FinetuneRateFlags, TrainingSettings):
+    """Settings of a fine-tuning."""
+
+    output_dir: str | None = flag(help="where all files go (default: outputs/<model>-<mode>-<data>)")
+    per_device_train_batch_size: int = flag(
+        help="images per device and forward pass (default: 64 on a GPU, 32 on a CPU)", within=COUNT
+    )
+    prediction_loss_only: bool = flag(False)
+    label_smoothing_factor: float = flag(
+        help="fraction of the target that is spread over all classes (default: the recipe's)", within=BELOW_ONE
+    )
+    load_best_model_at_end: bool = flag(True, "keep the weights of the evaluation with the best metric_for_best_model")
+    metric_for_best_model: str = flag(
+        "accuracy", "accuracy, balanced_accuracy, macro_f1, top5_accuracy, loss or calibration_error"
+    )
+    push_to_hub: bool = flag(help="upload the finished classifier to --hub_model_id")
+    hub_strategy: HubStrategy = flag(help="only end: nothing is uploaded before the run has finished (default: end)")
+
+    program: ClassVar = {
+        "prog": "run_finetune.py",
+        "usage": "accelerate launch run_finetune.py --model ENCODER --dataset LABELED [--flag value ...]",
+        "description": "Fine-tune a pre-trained encoder on labeled images.",
+        "epilog": _EPILOG,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_users("hub_strategy") and self.hub_strategy != HubStrategy.END:
+            raise SettingsError(
+                f"--hub_strategy {self.hub_strategy.value}: a fine-tuning is uploaded when it is finished"
+            )
 
 
 def recipe_name(method: str | None, family: str, width: int) -> str:
@@ -171,49 +199,45 @@ def recipe_name(method: str | None, family: str, width: int) -> str:
     return f"finetune_{method}_vit-{'large' if width >= _LARGE else 'base'}"
 
 
-def build_finetune_parser() -> ArgumentParser:
-    return make_parser(
-        _GROUPS,
-        {},
-        {**HELP_TEXTS, **_own_help_texts(), **_HELP_TEXTS},
-        prog="run_finetune.py",
-        usage="accelerate launch run_finetune.py --model ENCODER --dataset LABELED [--flag value ...]",
-        description="Fine-tune a pre-trained encoder on labeled images.",
-        epilog=_EPILOG,
-    )
-
-
-def load_finetune_settings(argv: Sequence[str], choose_recipe: Callable[[str], str]) -> Settings:
-    """Resolve the settings of a fine-tuning. `choose_recipe`: name of the encoder -> its `recipe_name`.
+def load_finetune_settings(argv: Sequence[str], open_encoder: Callable[[str], EncoderFacts]) -> FinetuneSettings:
+    """Resolve the settings of a fine-tuning; `open_encoder` takes the value of --model.
 
     Raises:
-        SettingsError: an unknown flag, a value that cannot be, no such recipe, or neither model nor data named.
+        SettingsError: An unknown flag, an invalid value, no such recipe, or neither model nor data given.
     """
-    parser = build_finetune_parser()
-    users = UsersLayers.read(parser, argv)
-    defaults = {name: value for group in _GROUPS for name, value in vars(group()).items()}
-    chosen = {**defaults, **users.values}
+    command_line = CommandLine(FinetuneSettings, argv)
+    chosen = command_line.chosen
     _refuse_incomplete(chosen)
-    recipe = RECIPES / f"{'finetune_linear' if chosen['mode'] == 'linear' else choose_recipe(chosen['model'])}.yaml"
-    lower = {
-        Origin.DEFAULT: {**defaults, **training_defaults(), **_DEFAULTS},
-        Origin.METHOD: read_recipe(parser, recipe),
+    encoder = open_encoder(chosen["model"])
+    recipe = "finetune_linear" if chosen["mode"] == "linear" else encoder.recipe
+    lower = {Origin.METHOD: command_line.read_recipe(RECIPES / f"{recipe}.yaml")}
+    return command_line.resolve(lower, lambda values, origins: _values_for(encoder, values, origins))
+
+
+def _values_for(encoder: EncoderFacts, values: Mapping[str, Any], origins: Mapping[str, Origin]) -> Mapping[str, Any]:
+    """Return the settings that follow from the encoder.
+
+    Raises:
+        SettingsError: The encoder's images are not square.
+    """
+    height, width = encoder.image_size
+    if values["image_size"] is None and height != width:
+        raise SettingsError(
+            f"--model {values['model']} is for images of {height} x {width} pixels, and classifiers of transformers "
+            "are for square ones: give --image_size with one side"
+        )
+    size, pooling, possible = values["image_size"] or height, values["pooling"], encoder.poolings
+    # A recipe's value gives way to what is possible; the user's is refused later if it is impossible.
+    is_users = {name: origins[name] >= Origin.CONFIG for name in ("pooling", "drop_path")}
+    return {
+        "image_size": size,
+        "eval_crop_share": values["eval_crop_share"] or (CROP_SHARE if size <= encoder.largest_with_margin else 1.0),
+        "pooling": pooling if is_users["pooling"] or pooling in possible else next(iter(possible), pooling),
+        "drop_path": values["drop_path"] if encoder.has_drop_path or is_users["drop_path"] else 0.0,
     }
-    values, origins = merged(users.over(lower))
-    check_ranges(values, _RANGES)
-    refuse_hub_flags(values, origins)
-    if origins["hub_strategy"] >= Origin.CONFIG and values["hub_strategy"] != "end":
-        raise SettingsError(f"--hub_strategy {values['hub_strategy']}: a fine-tuning is uploaded when it is finished")
-    return Settings(values, origins, users.labels({Origin.METHOD: label_of(recipe)}), ())
 
 
-def _own_help_texts() -> dict[str, str]:
-    """Of the flags above: some are named like flags of pre-training and mean something else."""
-    own = (FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags, FinetuneRateFlags)
-    return {flag.name: flag.metadata["help"] for group in own for flag in fields(group) if "help" in flag.metadata}
-
-
-def _refuse_incomplete(chosen: dict[str, Any]) -> None:
+def _refuse_incomplete(chosen: Mapping[str, Any]) -> None:
     for name, what in (("model", "the pre-trained encoder"), ("dataset", "the labeled images")):
         if not chosen[name]:
             raise SettingsError(f"--{name} is missing: {what}, a folder or a Hub id")

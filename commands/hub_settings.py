@@ -7,7 +7,7 @@ from transformers.trainer_utils import HubStrategy
 
 from commands.artifacts import Artifacts
 from commands.output_folder import SETTINGS_FILE
-from commands.settings import Settings
+from commands.settings import TrainingSettings
 from hub.card_rules import license_problem
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
@@ -20,26 +20,26 @@ _NAMES_OF_STATES: dict[HubStrategy, Callable[[int], str]] = {
 }
 
 
-def open_repository(settings: Settings) -> Repository | None:
+def open_repository(settings: TrainingSettings) -> Repository | None:
     """Where `--push_to_hub` goes; nothing is asked of the Hub yet.
 
     Raises:
         ValueError: it cannot be the id of a repository, or the Hub would refuse the license.
     """
-    if settings["license"] and (problem := license_problem(settings["license"])):
+    if settings.license and (problem := license_problem(settings.license)):
         raise ValueError(f"--{problem}")
-    if not settings["push_to_hub"]:
+    if not settings.push_to_hub:
         return None
-    names = ("hub_model_id", "hub_private_repo", "hub_token", "hub_revision")
-    return Repository(*(settings[name] for name in names))
+    assert settings.hub_model_id is not None
+    return Repository(settings.hub_model_id, settings.hub_private_repo, settings.hub_token, settings.hub_revision)
 
 
 def bring_back(
-    repository: Repository, settings: Settings, output_dir: Path, written_last: str, log: Callable[[str], None]
+    repository: Repository, settings: TrainingSettings, output_dir: Path, written_last: str, log: Callable[[str], None]
 ) -> None:
     """A checkpoint that another machine pushed, into an output folder that has none."""
-    starts_anew = settings["overwrite"] or settings["resume"] == "never"
-    if _strategy(settings) not in _NAMES_OF_STATES or starts_anew or settings["resume_from_checkpoint"]:
+    starts_anew = settings.overwrite or settings.resume == "never"
+    if settings.hub_strategy not in _NAMES_OF_STATES or starts_anew or settings.resume_from_checkpoint:
         return
     if (output_dir / written_last).exists() or last_whole_checkpoint(output_dir)[0] is not None:
         return
@@ -56,13 +56,9 @@ def bring_back(
 
 
 def build_hub_push(
-    repository: Repository, artifacts: Artifacts, settings: Settings, log: Callable[[str], None]
+    repository: Repository, artifacts: Artifacts, settings: TrainingSettings, log: Callable[[str], None]
 ) -> HubPush:
     """Uploads at every save what there is at the end, and training states if `--hub_strategy` asks for them."""
-    strategy, output_dir = _strategy(settings), artifacts.trainer.output_dir
+    strategy, output_dir = settings.hub_strategy, artifacts.trainer.output_dir
     name = _NAMES_OF_STATES.get(strategy)
     return HubPush(repository, output_dir, artifacts.stage, log, name, at_saves=strategy is not HubStrategy.END)
-
-
-def _strategy(settings: Settings) -> HubStrategy:
-    return HubStrategy(settings["hub_strategy"])

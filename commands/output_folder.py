@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from commands.settings import Settings
+from commands.settings import TrainingSettings
 from data.images import count_bad_images
 from training.checkpoints import last_whole_checkpoint, problem_with
 
@@ -58,7 +58,7 @@ _OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
 
 def prepare_output_dir(
     output_dir: Path,
-    settings: Settings,
+    settings: TrainingSettings,
     bad: Sequence[tuple[str, str]],
     log: Callable[[str], None],
     written_last: str,
@@ -72,7 +72,7 @@ def prepare_output_dir(
     Raises:
         ValueError: the folder holds a finished run, or one that cannot or must not be continued.
     """
-    if settings["overwrite"]:
+    if settings.overwrite:
         _delete_old_run(output_dir)
     if (output_dir / written_last).exists():
         raise ValueError(
@@ -82,12 +82,12 @@ def prepare_output_dir(
     checkpoint, passed_over = last_whole_checkpoint(output_dir)
     for name, problem in passed_over.items():
         log(f"note: {output_dir / name} is passed over: {problem}")
-    if given := settings["resume_from_checkpoint"]:
+    if given := settings.resume_from_checkpoint:
         checkpoint = Path(given) if given not in (True, "true", "True") else checkpoint
         reason = "no whole checkpoint there" if checkpoint is None else problem_with(checkpoint)
         if reason:
             raise ValueError(f"--resume_from_checkpoint {given}: {reason}")
-    elif checkpoint is not None and settings["resume"] == "never":
+    elif checkpoint is not None and settings.resume == "never":
         raise ValueError(
             f"{output_dir} holds an unfinished run: leave --resume at auto to continue it, or add --overwrite"
         )
@@ -124,11 +124,11 @@ def _write_bad_images(file: Path, bad: Sequence[tuple[str, str]], keep: bool) ->
         file.write_text("".join(lines), encoding="utf-8")
 
 
-def _as_yaml(settings: Settings) -> str:
+def _as_yaml(settings: TrainingSettings) -> str:
     return yaml.safe_dump(settings.as_recipe(), sort_keys=False, allow_unicode=True)
 
 
-def _compare_settings(saved_file: Path, settings: Settings, log: Callable[[str], None]) -> None:
+def _compare_settings(saved_file: Path, settings: TrainingSettings, log: Callable[[str], None]) -> None:
     """A continued run with other settings is not the run that was interrupted: say so, or refuse."""
     if not saved_file.exists():
         return

@@ -1,41 +1,39 @@
-"""From argv, or a recipe, to the values that were given, and the words for what cannot be parsed."""
+"""Parsing of a command line or a recipe into the given values, and the messages for what cannot be parsed."""
 
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import field, make_dataclass
-from typing import Any
+from functools import partial
+from types import MappingProxyType
+from typing import Any, get_args, get_type_hints
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from commands.flags import (
-    CHOICES,
-    EPILOG,
-    HELP_TEXTS,
-    OUR_GROUPS,
-    SUCCESSORS,
-    TRAINING_DEFAULTS,
-    TransformersFlags,
-    method_flags,
-)
+from commands.flags import TRANSFORMERS_DEFAULT, TrainingFlags, default_of, flags_of, method_flags, tuple_in
 
 
 class SettingsError(ValueError):
-    """A flag or a line of a recipe that cannot be meant as it stands; the message says what would work."""
+    """An invalid flag or line of a recipe; the message says what would be valid."""
 
 
-# Flags whose values stand in --help instead of X; those of --model are too many for a line.
-_SHOWN_WITH_CHOICES = ("num_channels", "image_stats", "interpolation", "resume", "mask_strategy", "method")
+class _TransformersFlags(TrainingArguments):
+    """TrainingArguments with its own title in --help."""
+
+    _argument_group_name = "training (flags of transformers.TrainingArguments)"
+
+
+_MOST_CHOICES_SHOWN = 8  # in --help, instead of X
 _EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str], source: str = "") -> dict[str, Any]:
-    """Only what `argv` gives, by name and with its type. `source` goes in front of the message of an error.
+    """Return only what `argv` gives, by name and with its type. Error messages start with `source`.
 
     Raises:
-        SettingsError: an unknown flag, or a value that is not of the flag's kind.
+        SettingsError: An unknown flag, or a value of the wrong type.
     """
     prefix = f"{source}: " if source else ""
     try:
@@ -48,39 +46,46 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], source: str = ""
     return vars(namespace)
 
 
-def build_parser(heads: Mapping[str, type]) -> argparse.ArgumentParser:
-    """The parser of `run_pretraining.py`; `heads`: method -> class of its config."""
-    return make_parser(
-        (*OUR_GROUPS, _method_flags(heads)),
-        {**CHOICES, "method": tuple(heads)},
-        prog="run_pretraining.py",
-        usage="accelerate launch run_pretraining.py [--flag value ...]",
-        description="Pre-train an image encoder on unlabeled images by masked image modeling.",
-        epilog=EPILOG,
-    )
+def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyType({})) -> argparse.ArgumentParser:
+    """Return the parser of a command, whose namespace holds only what was given.
 
-
-def make_parser(
-    groups: Sequence[type],
-    choices: Mapping[str, Collection[str]],
-    help_texts: Mapping[str, str] = HELP_TEXTS,
-    **texts: str,
-) -> argparse.ArgumentParser:
-    """A parser whose namespace holds only what was given: flags of `groups`, and every field of TrainingArguments."""
+    Args:
+        settings_class: The `commands.settings.Settings` of the command.
+        methods: Config class of each method; their settings are flags too.
+    """
+    flags, hints = flags_of(settings_class), get_type_hints(settings_class)
+    groups = {title: [name for name in flags_of(group)] for title, group in settings_class.groups().items()}
+    parsed_groups = [
+        _parsed_group(title, {name: (_parsed_type(hints[name]), default_of(flags[name])) for name in names})
+        for title, names in groups.items()
+    ]
+    if methods:
+        parsed_groups.append(_method_group(methods))
+    if issubclass(settings_class, TrainingFlags):
+        parsed_groups.append(_TransformersFlags)
     parser = _Parser(
-        [*groups, TransformersFlags],  # type: ignore[list-item]
+        parsed_groups,  # type: ignore[arg-type]
         formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=False,
         exit_on_error=False,
-        **texts,
+        **settings_class.program,
     )
-    parser.shown = frozenset(help_texts)
+    parser.successors = settings_class.successors
+    parser.documented = frozenset(name for name, declared in flags.items() if declared.metadata["help"])
+    own = {name for names in groups.values() for name in names}
     for action in parser._actions:
-        action.choices = choices.get(action.dest, action.choices)
-        if action.dest == "debug":  # bare, it is ours
+        declared = flags.get(action.dest)
+        if declared is not None and declared.metadata["choices"]:
+            action.choices = declared.metadata["choices"]
+        if action.dest == "method":
+            action.choices = tuple(methods)
+        if action.dest == "debug":  # without a value, it is ours
             action.nargs = "*"
-        _refine(action, help_texts)
+        _refine(action, declared)
+        shows_choices = action.dest in own and len(list(action.choices or range(99))) <= _MOST_CHOICES_SHOWN
+        if action.nargs != 0 and not shows_choices:
+            action.metavar = "X"
     parser.add_argument("-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this and stop")
     parser.add_argument(
         "--help_all", "--help-all", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show every flag and stop"
@@ -88,15 +93,15 @@ def make_parser(
     return parser
 
 
-def as_argv(parser: argparse.ArgumentParser, settings: Mapping[str, Any], source: str) -> list[str]:
-    """A recipe as the command line it stands for, so that one parser does all the typing.
+def as_argv(parser: argparse.ArgumentParser, recipe: Mapping[str, Any], source: str) -> list[str]:
+    """Return a recipe as the equivalent command line, so that one parser converts all values.
 
     Raises:
-        SettingsError: a name without a value, or one that is no flag.
+        SettingsError: A name without a value, or one that is not a flag.
     """
     actions = {action.dest: action for action in parser._actions if action.nargs != 0}
     argv: list[str] = []
-    for key, value in settings.items():
+    for key, value in recipe.items():
         name = str(key).replace("-", "_")
         if name not in actions:
             raise SettingsError(f"{source}: {_unknown(parser, [f'--{name}'])}")
@@ -106,32 +111,47 @@ def as_argv(parser: argparse.ArgumentParser, settings: Mapping[str, Any], source
             argv += [f"--{name}", *map(str, value)]
         elif value is True and actions[name].nargs in ("?", "*"):
             argv.append(f"--{name}")
-        else:  # with "=", so that a value may begin with a minus
+        else:  # with "=", so that a value may start with a minus
             argv.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
     return argv
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that was probably meant."""
+    """Return the known name that was probably meant."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
-def _unknown(parser: argparse.ArgumentParser, rest: Sequence[str]) -> str:
+def _unknown(parser: Any, rest: Sequence[str]) -> str:
     flags = [text for text in rest if text.startswith("--")]
     if not flags:
         recipe = f"; a recipe is given as --config {rest[0]}" if rest[0].endswith((".yaml", ".yml")) else ""
         return f"{rest[0]!r} belongs to no flag{recipe or ', see --help'}"
     name = flags[0].removeprefix("--").split("=")[0].replace("-", "_")
-    if name in SUCCESSORS:
-        return f"there is no flag --{name}; use {SUCCESSORS[name]}"
+    if name in parser.successors:
+        return f"there is no flag --{name}; use {parser.successors[name]}"
     known = nearest(name, (action.dest for action in parser._actions))
-    return f"unknown flag --{name}; " + (f"did you mean --{known}?" if known else "see --help_all for all there are")
+    return f"unknown flag --{name}; " + (f"did you mean --{known}?" if known else "see --help_all for all flags")
 
 
-def _method_flags(heads: Mapping[str, type]) -> type:
-    """A dataclass of the heads' settings; methods may share a setting, each with a default of its own."""
+def _parsed_group(title: str, flags: Mapping[str, tuple[Any, Any]]) -> type:
+    """Return a dataclass that HfArgumentParser understands; `flags`: name -> type and default."""
+    parsed = [
+        (name, kind, field(default_factory=partial(list, default)) if isinstance(default, list) else default)
+        for name, (kind, default) in flags.items()
+    ]
+    return make_dataclass("Flags", parsed, namespace={"_argument_group_name": title})
+
+
+def _parsed_type(hint: Any) -> Any:
+    """Return the type that the parser converts to: a list of numbers in place of a tuple."""
+    pair = tuple_in(hint)
+    return hint if pair is None else list[get_args(pair)[0]]  # type: ignore[misc]
+
+
+def _method_group(methods: Mapping[str, type]) -> type:
+    """Return a dataclass of the methods' settings; methods may share a setting, each with its own default."""
     defaults: dict[str, dict[str, Any]] = {}
-    for method, config_class in heads.items():
+    for method, config_class in methods.items():
         for name, default in method_flags(config_class).items():
             defaults.setdefault(name, {})[method] = default
     flags = []
@@ -139,13 +159,16 @@ def _method_flags(heads: Mapping[str, type]) -> type:
         text = "of " + ", ".join(f"{method} (default: {_shown(default)})" for method, default in per_method.items())
         default = next(iter(per_method.values()))
         flags.append((name, type(default), field(default=default, metadata={"help": text})))
-    return make_dataclass("HeadFlags", flags, namespace={"_argument_group_name": "method (settings of its head)"})
+    return make_dataclass("MethodFlags", flags, namespace={"_argument_group_name": "method"})
 
 
-def _refine(action: argparse.Action, help_texts: Mapping[str, str]) -> None:
-    """Own words for help and errors, and no default, so that what was not given stays out of the namespace."""
-    default = TRAINING_DEFAULTS.get(action.dest, action.default)
-    text = help_texts.get(action.dest, action.help or "")
+def _refine(action: argparse.Action, declared: Any | None) -> None:
+    """Set our help and error messages, and no default, so that the namespace holds only what was given."""
+    default, text = action.default, action.help or ""
+    if declared is not None:
+        text = declared.metadata["help"] or text
+        if default_of(declared) is not TRANSFORMERS_DEFAULT:
+            default = default_of(declared)
     if "(default" not in text and default not in (None, "", []) and default is not False:
         text += f" (default: {_shown(default).replace('%', '%%')})"
     action.help = text
@@ -153,8 +176,6 @@ def _refine(action: argparse.Action, help_texts: Mapping[str, str]) -> None:
         action.nargs, action.const = "?", True
     if action.type is not None:
         action.type = _strict(action.type, action.choices)  # type: ignore[arg-type]
-    if action.nargs != 0 and action.dest not in _SHOWN_WITH_CHOICES:
-        action.metavar = "X"
     action.default = argparse.SUPPRESS
 
 
@@ -196,7 +217,8 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class _Parser(HfArgumentParser):
-    shown: frozenset[str] = frozenset()  # those flags of transformers that --help names, too
+    documented: frozenset[str] = frozenset()  # flags that --help shows; --help_all shows the others too
+    successors: Mapping[str, str] = {}
 
     def error(self, message: str) -> Any:
         raise SettingsError(message)
@@ -206,13 +228,13 @@ class _Parser(HfArgumentParser):
         formatter.add_usage(self.usage, [], [])
         formatter.add_text(self.description)
         for group in self._action_groups:
-            of_transformers = group.title == TransformersFlags._argument_group_name
+            of_transformers = group.title == _TransformersFlags._argument_group_name
             formatter.start_section(group.title)
             formatter.add_arguments(
                 action
                 for action in group._group_actions
                 if not action.option_strings[0].startswith("--no_")
-                and (everything or not of_transformers or action.dest in self.shown)
+                and (everything or not of_transformers or action.dest in self.documented)
             )
             formatter.end_section()
         if not everything:

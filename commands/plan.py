@@ -2,16 +2,17 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from commands.arithmetic import REFERENCE_BATCH, Hardware, hidden_patches, lr_drop_step, training_schedule
 from commands.memory import BYTES_PER_PARAMETER, activation_bytes
-from commands.settings import Settings
+from commands.pretraining_settings import PretrainingSettings
+from commands.settings import TrainingSettings
 
-__all__ = ["Hardware", "Plan", "make_plan"]
+__all__ = ["Hardware", "Plan", "PretrainingPlan", "make_plan"]
 
 _MIN_INTERVAL = 20  # steps between evaluations and between checkpoints, where the user gave no interval
 
@@ -20,14 +21,13 @@ _MIN_INTERVAL = 20  # steps between evaluations and between checkpoints, where t
 class Plan:
     """The numbers of a run. `images_per_step` counts all processes and all micro-batches of an optimizer step."""
 
-    settings: Settings
+    settings: TrainingSettings
     hardware: Hardware
     data: str
     num_train_images: int
     num_validation_images: int
     num_parameters: int
     grid: tuple[int, int]
-    num_hidden: tuple[int, int]
     batch_size: int
     accumulation: int
     steps_per_epoch: int
@@ -118,37 +118,14 @@ class Plan:
 
     def task_rows(self) -> dict[str, str]:
         """Those about the model and what it learns from."""
-        return {
-            "model": f"{self.settings['model']} with {self.settings['method']}, {in_millions(self.num_parameters)}",
-            "input": self._input(),
-            "mask": self._mask(),
-            "standardized by": self._standardized_by(),
-        }
-
-    def _standardized_by(self) -> str:
-        kind, start = self.settings["image_stats"], self.settings.start
-        if kind == "source" and start is not None:
-            mean, std = (" ".join(f"{number:.3g}" for number in numbers) for numbers in start.image_stats.values())
-            return f"mean {mean} and deviation {std}, as {self.settings['init_from']} is"
-        return {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[kind]
+        raise NotImplementedError
 
     def _interval(self, name: str) -> int | None:
         """In steps; below 1 it is a share of the run. Ours is never so short that a tiny run saves at each step."""
-        every = self.settings[name]
+        every: float | None = getattr(self.settings, name)
         if every is None or every >= 1:
-            return every and int(every)
+            return None if every is None else int(every)
         return max(1 if self.settings.is_given(name) else _MIN_INTERVAL, round(every * self.num_steps))
-
-    def _input(self) -> str:
-        height, width = self.settings.image_size
-        patch, channels = self.settings["patch_size"], self.settings["num_channels"]
-        grid = f"{self.grid[0]} x {self.grid[1]} = {math.prod(self.grid)} patches of {patch} x {patch}"
-        return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}, {grid}"
-
-    def _mask(self) -> str:
-        low, high = self.num_hidden
-        count = f"{low}" if low == high else f"{low} to {high}"
-        return f"{self.settings['mask_strategy']}, {count} of {math.prod(self.grid)} patches hidden"
 
     def _batch(self) -> str:
         processes = f"{self.hardware.world_size} process{'es' if self.hardware.world_size > 1 else ''}"
@@ -157,18 +134,52 @@ class Plan:
     def _rate(self) -> str:
         if self.settings.counts("learning_rate"):
             return f"{_scientific(self.learning_rate)}, as given"
-        base = _scientific(self.settings["base_learning_rate"])
+        base = _scientific(self.learning_rate * REFERENCE_BATCH / self.images_per_step)
         return f"{base} x {self.images_per_step:,} / {REFERENCE_BATCH} = {_scientific(self.learning_rate)}"
 
 
+@dataclass(frozen=True)
+class PretrainingPlan(Plan):
+    """`num_hidden` are the fewest and the most masked patches of an image."""
+
+    settings: PretrainingSettings
+    num_hidden: tuple[int, int]
+
+    def task_rows(self) -> dict[str, str]:
+        return {
+            "model": f"{self.settings.model} with {self.settings.method}, {in_millions(self.num_parameters)}",
+            "input": self._input(),
+            "mask": self._mask(),
+            "standardized by": self._standardized_by(),
+        }
+
+    def _input(self) -> str:
+        height, width = self.settings.image_size
+        patch, channels = self.settings.patch_size, self.settings.num_channels
+        grid = f"{self.grid[0]} x {self.grid[1]} = {math.prod(self.grid)} patches of {patch} x {patch}"
+        return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}, {grid}"
+
+    def _mask(self) -> str:
+        low, high = self.num_hidden
+        count = f"{low}" if low == high else f"{low} to {high}"
+        return f"{self.settings.mask_strategy}, {count} of {math.prod(self.grid)} patches hidden"
+
+    def _standardized_by(self) -> str:
+        kind, start = self.settings.image_stats, self.settings.start
+        if kind == "source" and start is not None:
+            mean, std = (" ".join(f"{number:.3g}" for number in numbers) for numbers in start.image_stats.values())
+            return f"mean {mean} and deviation {std}, as {self.settings.init_from} is"
+        return {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[kind]
+
+
 def make_plan(
-    settings: Settings,
+    settings: PretrainingSettings,
     hardware: Hardware,
     num_train_images: int,
     num_validation_images: int,
     num_parameters: int,
     data: str,
-) -> Plan:
+) -> PretrainingPlan:
     """Every number of the run. `data` says what was found; `num_parameters` are those of encoder and head.
 
     Raises:
@@ -177,12 +188,12 @@ def make_plan(
     notes: list[str] = []
     numbers = training_schedule(settings, hardware, num_train_images, notes)
     drop_step = lr_drop_step(settings, numbers["steps_per_epoch"], numbers["num_steps"], notes)
-    if not num_validation_images and settings["eval_strategy"] != "no":
+    if not num_validation_images and settings.eval_strategy != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
     grid, num_hidden, is_half = settings.grid, hidden_patches(settings), numbers["precision"] != "float32"
-    sizes = (settings.encoder_settings(), settings.method_settings())
+    sizes = (settings.encoder_settings(), settings.method_settings)
     bytes_per_image = activation_bytes(*sizes, math.prod(grid), num_hidden[0], is_half)
-    return Plan(
+    return PretrainingPlan(
         settings=settings,
         hardware=hardware,
         data=data,
@@ -193,21 +204,21 @@ def make_plan(
         num_hidden=num_hidden,
         bytes_for_weights=num_parameters * BYTES_PER_PARAMETER,
         bytes_for_activations=numbers["batch_size"] * bytes_per_image,
-        output_dir=Path(settings["output_dir"] or default_output_dir(settings)),
+        output_dir=Path(settings.output_dir or default_output_dir(settings.model, settings.method, settings.dataset)),
         notes=tuple(notes),
         lr_drop_step=drop_step,
         **numbers,
     )
 
 
-def default_output_dir(settings: Settings | Mapping[str, Any]) -> str:
-    """Where a run goes if the user does not say."""
-    return f"outputs/{settings['model']}-{settings['method']}-{data_name(settings)}"
+def default_output_dir(model: str, method: str, dataset: Sequence[str]) -> str:
+    """Return the output folder of a run without --output_dir."""
+    return f"outputs/{model}-{method}-{data_name(dataset)}"
 
 
-def data_name(settings: Settings | Mapping[str, Any]) -> str:
-    """The data sets' names, fit for a folder."""
-    data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in settings["dataset"][:3])
+def data_name(dataset: Sequence[str]) -> str:
+    """Return the names of the data as part of the name of a folder."""
+    data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in dataset[:3])
     return data.strip("-.") or "data"
 
 

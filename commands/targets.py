@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, FlavaImageCodebook, PreTrainedConfig, PreTrainedModel
 
-from commands.settings import Settings
+from commands.pretraining_settings import PretrainingSettings
 from modeling import MimPreTrainedModel
 from training.targets import Targets, TokenizerTargets
 
@@ -22,7 +22,9 @@ CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --t
 """
 
 
-def open_targets(settings: Settings, model_class: type[MimPreTrainedModel], grid: tuple[int, int]) -> Targets | None:
+def open_targets(
+    settings: PretrainingSettings, model_class: type[MimPreTrainedModel], grid: tuple[int, int]
+) -> Targets | None:
     """Return the targets that the method needs, or None.
 
     Raises:
@@ -30,21 +32,21 @@ def open_targets(settings: Settings, model_class: type[MimPreTrainedModel], grid
     """
     if model_class.targets is None:
         for flag in ("tokenizer", "cache_tokens"):
-            if settings[flag]:
-                raise ValueError(f"--{flag} has no effect with --method {settings['method']}; leave it out")
+            if getattr(settings, flag):
+                raise ValueError(f"--{flag} has no effect with --method {settings.method}; leave it out")
         return None
     return _OPENERS[model_class.targets](settings, grid)
 
 
-def _open_tokenizer(settings: Settings, grid: tuple[int, int]) -> Targets:
-    name = settings["tokenizer"]
+def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Targets:
+    name = settings.tokenizer
     if not name:
-        raise ValueError(CHOICES.format(dataset=shlex.join(settings["dataset"])))
+        raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset)))
     return TokenizerTargets(load_tokenizer(name), grid, f"--tokenizer {name}")
 
 
 # By `MimPreTrainedModel.targets`.
-_OPENERS: dict[str, Callable[[Settings, tuple[int, int]], Targets]] = {"tokenizer": _open_tokenizer}
+_OPENERS: dict[str, Callable[[PretrainingSettings, tuple[int, int]], Targets]] = {"tokenizer": _open_tokenizer}
 
 
 def load_tokenizer(name: str) -> PreTrainedModel:

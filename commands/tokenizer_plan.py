@@ -7,7 +7,7 @@ from pathlib import Path
 from commands.arithmetic import Hardware, training_schedule
 from commands.memory import BYTES_PER_PARAMETER
 from commands.plan import Plan, data_name, in_millions
-from commands.settings import Settings
+from commands.tokenizer_settings import TokenizerSettings
 from modeling.schedules import Schedule, constant
 
 _EXTRA_BYTES_PER_PARAMETER = 4  # the average of the weights
@@ -19,14 +19,15 @@ _MOST_KL_WEIGHT_SHARE, _MOST_TEMPERATURE_SHARE = 0.1, 0.5
 class TokenizerPlan(Plan):
     """`grid` holds the codes of one image; nothing is hidden."""
 
+    settings: TokenizerSettings
     schedules: dict[str, Schedule]
 
     def task_rows(self) -> dict[str, str]:
         height, width = self.settings.image_size
-        codes = f"{self.grid[0]} x {self.grid[1]} codes out of {self.settings['vocab_size']:,}"
+        codes = f"{self.grid[0]} x {self.grid[1]} codes out of {self.settings.vocab_size:,}"
         schedules = self.schedules
         return {
-            "model": f"{self.settings['model']}, {in_millions(self.num_parameters)}",
+            "model": f"{self.settings.model}, {in_millions(self.num_parameters)}",
             "input": f"{height} x {width} pixels become {codes}",
             "KL weight": f"0 to {schedules['kl_weight'].end:g} in {schedules['kl_weight'].num_steps:,} steps",
             "temperature": f"1 to {schedules['temperature'].end:g} in {schedules['temperature'].num_steps:,} steps",
@@ -34,7 +35,7 @@ class TokenizerPlan(Plan):
 
 
 def make_tokenizer_plan(
-    settings: Settings,
+    settings: TokenizerSettings,
     hardware: Hardware,
     num_train_images: int,
     num_validation_images: int,
@@ -50,7 +51,7 @@ def make_tokenizer_plan(
     """
     notes: list[str] = []
     numbers = training_schedule(settings, hardware, num_train_images, notes)
-    if not num_validation_images and settings["eval_strategy"] != "no":
+    if not num_validation_images and settings.eval_strategy != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
     schedules = _schedules(settings, numbers["num_steps"], notes)
     return TokenizerPlan(
@@ -61,25 +62,24 @@ def make_tokenizer_plan(
         num_validation_images=num_validation_images,
         num_parameters=num_parameters,
         grid=grid,
-        num_hidden=(0, 0),
         lr_drop_step=None,
         bytes_for_weights=num_parameters * (BYTES_PER_PARAMETER + _EXTRA_BYTES_PER_PARAMETER),
         bytes_for_activations=numbers["batch_size"] * bytes_per_image,
-        output_dir=Path(settings["output_dir"] or f"outputs/{settings['model']}-{data_name(settings)}"),
+        output_dir=Path(settings.output_dir or f"outputs/{settings.model}-{data_name(settings.dataset)}"),
         notes=tuple(notes),
         schedules=schedules,
         **numbers,
     )
 
 
-def _schedules(settings: Settings, num_steps: int, notes: list[str]) -> dict[str, Schedule]:
+def _schedules(settings: TokenizerSettings, num_steps: int, notes: list[str]) -> dict[str, Schedule]:
     """Return the keyword arguments of the model's forward that change during training, all by half a cosine.
 
     Paper: Ramesh et al. 2021 (DALL-E), arXiv:2102.12092, App. A.2.
     """
 
     def steps(name: str, most_share: float) -> int:
-        given = settings[name]
+        given: float = getattr(settings, name)
         wanted = math.ceil(given * num_steps) if given < 1 else int(given)
         most = num_steps if settings.is_users(name) else int(most_share * num_steps)
         if wanted > most:
@@ -89,7 +89,7 @@ def _schedules(settings: Settings, num_steps: int, notes: list[str]) -> dict[str
     kl_weight_steps = steps("kl_weight_steps", _MOST_KL_WEIGHT_SHARE)
     temperature_steps = steps("temperature_steps", _MOST_TEMPERATURE_SHARE)
     return {
-        "kl_weight": Schedule(0.0, settings["kl_weight"], kl_weight_steps),
-        "temperature": Schedule(1.0, settings["final_temperature"], temperature_steps),
-        "usage_weight": constant(settings["usage_weight"]),
+        "kl_weight": Schedule(0.0, settings.kl_weight, kl_weight_steps),
+        "temperature": Schedule(1.0, settings.final_temperature, temperature_steps),
+        "usage_weight": constant(settings.usage_weight),
     }

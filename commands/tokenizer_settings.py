@@ -3,24 +3,12 @@
 Lowest first: defaults, the preset's sizes, recipes/dvae.yaml, the recipe of --config, the command line.
 """
 
-from argparse import ArgumentParser
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from commands.flags import HELP_TEXTS, RANGES, RunFlags
-from commands.parsing import make_parser
-from commands.settings import (
-    RECIPES,
-    Origin,
-    Settings,
-    UsersLayers,
-    check_ranges,
-    label_of,
-    merged,
-    read_recipe,
-    training_defaults,
-)
+from commands.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_UP_TO_ONE, SIDES, ImageFlags, Range, flag
+from commands.settings import RECIPES, CommandLine, Origin, TrainingSettings
 
 # dvae: the encoder and decoder of DALL-E (Ramesh et al. 2021, arXiv:2102.12092, App. A), on the views of 112 pixels
 # that BEiT gives it (DALL-E's were 256). The others are ours; dvae-nano learns on two CPU cores in minutes.
@@ -57,109 +45,72 @@ precedence: defaults < recipes/dvae.yaml < --config < command line. --vocab-size
 """
 
 
-_HELP_TEXTS = {
-    "model": f"size of the tokenizer: {', '.join(TOKENIZER_SIZES)}",
-    "crop_scale": "smallest and largest share of a picture that a training crop shows (default: recipes/dvae.yaml)",
-    "base_learning_rate": "in place of learning_rate, for 256 images a step (default: off)",
-    "learning_rate": "the peak (default: recipes/dvae.yaml)",
-    "output_dir": "where everything goes (default: outputs/<model>-<data>)",
-}
-
-
-def _flag(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TokenizerModelFlags:
-    _argument_group_name = "model"
+    title: ClassVar = "model"
 
-    model: str = "dvae"
-    vocab_size: int = _flag(8192, "codes in the book")
-    image_size: list[int] | None = None
-    num_channels: Literal[1, 3] = 3
+    model: str = flag("dvae", f"size of the tokenizer: {', '.join(TOKENIZER_SIZES)}", choices=TOKENIZER_SIZES)
+    vocab_size: int = flag(8192, "number of codes in the codebook", Range(lambda x: x >= 2, "2 or more"))
+    image_size: tuple[int, int] = flag(None, "one side, or height and width, in pixels (default: the model's)", SIDES)
+    num_channels: Literal[1, 3] = flag(3, "3: color, 1: gray")
 
 
-@dataclass
+@dataclass(frozen=True, kw_only=True)
 class TokenizerObjectiveFlags:
-    _argument_group_name = "objective (defaults: DALL-E's)"
+    title: ClassVar = "objective (defaults: DALL-E's)"
 
-    kl_weight: float = _flag(6.6, "weight of the divergence from a uniform choice of codes, once it has grown from 0")
-    kl_weight_steps: float = _flag(5000.0, "steps in which it grows; below 1 it is a share of all steps")
-    final_temperature: float = _flag(0.0625, "temperature of the relaxation, once it has fallen from 1")
-    temperature_steps: float = _flag(150000.0, "steps in which it falls; below 1 it is a share of all steps")
-    usage_weight: float = _flag(0.0, "weight of an extra term that spreads the codes of a batch evenly; not DALL-E's")
-    start_from_images: bool = _flag(False, "start filters and codes from images; not DALL-E's, for short runs")
-    ema_decay: float = _flag(0.999, "of the average of the weights that is evaluated and saved")
-
-
-@dataclass
-class TokenizerDataFlags:
-    _argument_group_name = "data"
-
-    dataset: list[str] = field(default_factory=lambda: ["sample"])
-    validation_fraction: float = 0.05
-    max_bad_fraction: float = 0.05
-    crop_scale: list[float] | None = None
-
-
-_GROUPS = (TokenizerModelFlags, TokenizerObjectiveFlags, TokenizerDataFlags, RunFlags)
-_RANGES = {
-    **RANGES,
-    "vocab_size": (lambda x: x[0] >= 2, "2 or more"),
-    "kl_weight": (lambda x: x[0] >= 0, "0 or more"),
-    "kl_weight_steps": (lambda x: x[0] >= 0, "0 or more"),
-    "final_temperature": (lambda x: 0 < x[0] <= 1, "a number above 0, at most 1"),
-    "temperature_steps": (lambda x: x[0] >= 0, "0 or more"),
-    "usage_weight": (lambda x: x[0] >= 0, "0 or more"),
-    "ema_decay": (lambda x: 0 <= x[0] < 1, "0 or more and below 1"),
-}
-
-
-def build_tokenizer_parser() -> ArgumentParser:
-    return make_parser(
-        _GROUPS,
-        {"model": TOKENIZER_SIZES},
-        {**HELP_TEXTS, **_HELP_TEXTS},
-        prog="run_tokenizer.py",
-        usage="accelerate launch run_tokenizer.py [--flag value ...]",
-        description="Train an image tokenizer (a discrete VAE) on unlabeled images.",
-        epilog=_EPILOG,
+    kl_weight: float = flag(
+        6.6, "weight of the divergence from a uniform choice of codes, after it has grown from 0", NOT_NEGATIVE
     )
+    kl_weight_steps: float = flag(
+        5000.0, "steps in which it grows; below 1 it is a fraction of all steps", NOT_NEGATIVE
+    )
+    final_temperature: float = flag(
+        0.0625, "temperature of the relaxation, after it has fallen from 1", POSITIVE_UP_TO_ONE
+    )
+    temperature_steps: float = flag(
+        150000.0, "steps in which it falls; below 1 it is a fraction of all steps", NOT_NEGATIVE
+    )
+    usage_weight: float = flag(
+        0.0, "weight of an extra term that spreads the codes of a batch evenly; not in DALL-E", NOT_NEGATIVE
+    )
+    start_from_images: bool = flag(False, "initialize filters and codes from images; not in DALL-E, for short runs")
+    ema_decay: float = flag(0.999, "decay of the average of the weights that is evaluated and saved", BELOW_ONE)
 
 
-def load_tokenizer_settings(argv: Sequence[str]) -> Settings:
-    """Resolve the settings of a tokenizer's run.
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSettings(TokenizerModelFlags, TokenizerObjectiveFlags, ImageFlags, TrainingSettings):
+    """Settings of a tokenizer's training."""
+
+    base_learning_rate: float | None = flag(
+        None, "instead of learning_rate, for a batch of 256 images (default: off)", POSITIVE
+    )
+    learning_rate: float = flag(help="peak learning rate (default: the recipe's)", within=POSITIVE)
+    output_dir: str | None = flag(help="where all files go (default: outputs/<model>-<data>)")
+
+    program: ClassVar = {
+        "prog": "run_tokenizer.py",
+        "usage": "accelerate launch run_tokenizer.py [--flag value ...]",
+        "description": "Train an image tokenizer (a discrete VAE) on unlabeled images.",
+        "epilog": _EPILOG,
+    }
+
+    def config_settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of the tokenizer's config."""
+        own = {name: self.values[name] for name in ("image_size", "vocab_size", "num_channels")}
+        return {**TOKENIZER_SIZES[self.model], **own}
+
+
+def load_tokenizer_settings(argv: Sequence[str]) -> TokenizerSettings:
+    """Resolve the settings of a tokenizer's training.
 
     Raises:
-        SettingsError: an unknown flag, a value that cannot be, or no such recipe.
+        SettingsError: An unknown flag, an invalid value, or no such recipe.
     """
-    parser = build_tokenizer_parser()
-    users = UsersLayers.read(parser, argv)
-    defaults = {name: value for group in _GROUPS for name, value in vars(group()).items()}
-    model = {**defaults, **users.values}["model"]
-    method_file = RECIPES / f"{_METHOD}.yaml"
+    command_line = CommandLine(TokenizerSettings, argv)
+    model = command_line.chosen["model"]
     lower = {
-        Origin.DEFAULT: {**defaults, **training_defaults()},
-        Origin.PRESET: {"image_size": TOKENIZER_SIZES[model]["image_size"]},
-        Origin.METHOD: read_recipe(parser, method_file),
+        Origin.PRESET: (f"size of {model}", {"image_size": TOKENIZER_SIZES[model]["image_size"]}),
+        Origin.METHOD: command_line.read_recipe(RECIPES / f"{_METHOD}.yaml"),
     }
-    labels = users.labels({Origin.PRESET: f"size of {model}", Origin.METHOD: label_of(method_file)})
-    values, origins = merged(users.over(lower))
-    return Settings(_checked(values), origins, labels, ("vocab_size",))
-
-
-def tokenizer_sizes(settings: Settings) -> dict[str, Any]:
-    """Keyword arguments of the tokenizer's config."""
-    own = {name: settings[name] for name in ("image_size", "vocab_size", "num_channels")}
-    return {**TOKENIZER_SIZES[settings["model"]], **own}
-
-
-def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """With every number in its range, and one side of a square as that number."""
-    checked = dict(values)
-    check_ranges(checked, _RANGES)
-    size = checked["image_size"]
-    if isinstance(size, list) and len(size) == 1:
-        checked["image_size"] = size[0]
-    return checked
+    return command_line.resolve(lower)

@@ -5,10 +5,11 @@ from functools import partial
 
 import run_pretraining
 from commands.launch import run
-from commands.parsing import build_parser
+from commands.parsing import make_parser
+from commands.pretraining_settings import PretrainingSettings
 from modeling import CONFIGS
 
 
 def pretrain(argv: Sequence[str]) -> int:
     """Its exit code."""
-    return run(list(argv), run_pretraining.main, partial(build_parser, CONFIGS))
+    return run(list(argv), run_pretraining.main, partial(make_parser, PretrainingSettings, CONFIGS))

@@ -1,6 +1,7 @@
 """The fine-tuning recipes hold the published constants, and each encoder gets the one of its method and size."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from commands.arithmetic import Hardware
 from commands.finetune_plan import make_finetune_plan
-from commands.finetune_settings import load_finetune_settings, recipe_name
+from commands.finetune_settings import EncoderFacts, load_finetune_settings, recipe_name
 from commands.settings import RECIPES, SettingsError
 
 NAMED = ["--model", "encoder", "--dataset", "labeled"]
@@ -16,8 +17,13 @@ PUBLISHED = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml") if not 
 NUM_IMAGENET_IMAGES = 1_281_167
 
 
-def load(*argv: str, recipe: str = "finetune_mae_vit-base"):
-    return load_finetune_settings([*NAMED, *argv], lambda name: recipe)
+def encoder(name: str) -> EncoderFacts:
+    """The facts about MAE's ViT-B/16."""
+    return EncoderFacts("finetune_mae_vit-base", (224, 224), ("mean", "class"), True, 224)
+
+
+def load(*argv: str):
+    return load_finetune_settings([*NAMED, *argv], encoder)
 
 
 def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), num_parameters=(10, 10)):  # noqa: B008
@@ -130,7 +136,7 @@ def test_recipe__has_the_published_constants(recipe, published, peak, floor, num
     text = path.read_text(encoding="utf-8")
     run = next(line for line in text.splitlines() if line.startswith("# Run:"))
     argv = run.split("run_finetune.py")[1].split()
-    settings = load_finetune_settings(argv, lambda name: "finetune_beit_vit-large")
+    settings = load_finetune_settings(argv, lambda name: replace(encoder(name), recipe="finetune_beit_vit-large"))
     common = {
         "pooling": "mean",
         "mixup": 0.8,
@@ -147,11 +153,11 @@ def test_recipe__has_the_published_constants(recipe, published, peak, floor, num
         "lr_scheduler_type": "cosine_with_min_lr",
     }
     expected = {**common, **published}
-    assert {name: settings[name] for name in expected} == expected
+    assert {name: settings.values[name] for name in expected} == expected
     eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     plan = plan_of(settings, eight_gpus, (NUM_IMAGENET_IMAGES, 50_000))
     assert (plan.images_per_step, plan.learning_rate) == (peak[0], pytest.approx(peak[1]))
-    ratio = json.loads(settings["lr_scheduler_kwargs"])["min_lr_rate"]
+    ratio = json.loads(settings.values["lr_scheduler_kwargs"])["min_lr_rate"]
     assert ratio * plan.learning_rate == pytest.approx(floor, rel=1e-6)
     assert plan.num_steps == published["num_train_epochs"] * plan.steps_per_epoch
     assert f"{plan.num_steps:,}" == num_steps
@@ -172,14 +178,14 @@ def test_recipe__header_says_where_it_comes_from_and_leaves_encoder_and_data_to_
 def test_linear__has_a_recipe_of_its_own_without_mixing():
     settings = load("--mode", "linear")
     wanted = {"pooling": "class", "rand_augment": 0, "mixup": 0, "cutmix": 0, "drop_path": 0, "num_train_epochs": 90}
-    assert {name: settings[name] for name in wanted} == wanted
+    assert {name: settings.values[name] for name in wanted} == wanted
 
 
 def test_precedence__command_line_over_config_over_the_encoders_recipe(tmp_path: Path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("mixup: 0.2\nlayer_decay: 0.8\n")
     settings = load("--config", str(mine), "--layer_decay", "0.9")
-    assert (settings["mixup"], settings["layer_decay"], settings["cutmix"]) == (0.2, 0.9, 1.0)
+    assert (settings.mixup, settings.layer_decay, settings.cutmix) == (0.2, 0.9, 1.0)
     assert "recipes/finetune_mae_vit-base.yaml" in settings.describe()
 
 
@@ -215,7 +221,7 @@ def test_plan__counts_only_what_trains_for_adam():
 )
 def test_mistake__is_told_with_what_was_expected(argv, message):
     with pytest.raises(SettingsError) as error:
-        load_finetune_settings(argv, lambda name: "finetune_mae_vit-base")
+        load_finetune_settings(argv, encoder)
     assert message in str(error.value)
 
 
@@ -229,4 +235,4 @@ def test_help__names_every_flag_with_its_default(capsys):
 
 def test_schedule__another_one_leaves_the_recipes_own_options_behind():
     argv = ["--model", "x", "--dataset", "y", "--lr_scheduler_type", "cosine"]
-    assert not load_finetune_settings(argv, lambda name: "finetune_mae_vit-base")["lr_scheduler_kwargs"]
+    assert not load_finetune_settings(argv, encoder).values["lr_scheduler_kwargs"]

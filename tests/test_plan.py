@@ -5,8 +5,8 @@ import torch
 import yaml
 from transformers import Trainer, TrainingArguments
 
-from commands.plan import Hardware, Plan, make_plan
-from commands.settings import load_settings
+from commands.plan import Hardware, PretrainingPlan, make_plan
+from commands.pretraining_settings import load_pretraining_settings
 from modeling import MODELS
 
 CONFIGS = {method: head.config_class for method, head in MODELS.items()}
@@ -16,8 +16,10 @@ GPU = Hardware("cuda", num_cpus=16, has_bf16=True)
 
 def plan(
     *argv: str, images: int = 1000, validation: int = 50, hardware: Hardware = LAPTOP, parameters: int = 111_900_000
-) -> Plan:
-    return make_plan(load_settings(argv, CONFIGS), hardware, images, validation, parameters, "folder photos")
+) -> PretrainingPlan:
+    return make_plan(
+        load_pretraining_settings(argv, CONFIGS), hardware, images, validation, parameters, "folder photos"
+    )
 
 
 def gpus(world_size: int, num_cpus: int = 96) -> Hardware:

@@ -18,7 +18,7 @@ from pretraining_command import pretrain
 from safetensors.torch import load_file, save_file
 
 from commands.hub_settings import bring_back, open_repository
-from commands.settings import load_settings
+from commands.pretraining_settings import load_pretraining_settings
 from hub import push as hub_push
 from hub.export.native import export
 from hub.model_card import write_model_card
@@ -389,7 +389,7 @@ def test_run__ends_well_without_the_hub_and_says_what_to_type(hub, tmp_path, und
 
 def test_run__a_hub_that_does_not_answer_begins_anew_and_says_so(hub, tmp_path):
     hub.fail("tree", 503)
-    settings = load_settings([*RUN, *PUSH], CONFIGS)
+    settings = load_pretraining_settings([*RUN, *PUSH], CONFIGS)
     said: list[str] = []
     repository = open_repository(settings)
     assert repository is not None

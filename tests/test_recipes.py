@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from commands.plan import Hardware, make_plan
-from commands.settings import RECIPES, load_settings
+from commands.pretraining_settings import load_pretraining_settings
+from commands.settings import RECIPES
 from modeling import MODELS
 from modeling.mae import MaeConfig
 
@@ -20,14 +21,14 @@ NUM_IMAGENET_IMAGES = 1_281_167
 
 def load(path: Path):
     argv = ["--method", path.stem] if path.stem in CONFIGS else ["--config", str(path)]
-    return load_settings(argv, CONFIGS)
+    return load_pretraining_settings(argv, CONFIGS)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 def test_recipe__loads_and_every_line_of_it_counts(path):
     settings = load(path)
     for name, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        found = json.loads(settings[name]) if isinstance(value, dict) else settings[name]
+        found = json.loads(settings.values[name]) if isinstance(value, dict) else settings.values[name]
         assert found == (float(value) if isinstance(found, float) else [value] if name == "dataset" else value), name
 
 
@@ -44,7 +45,7 @@ def test_recipe__header_says_paper_command_cost_expectation_and_measurement(path
 def test_recipe__command_in_the_header_runs_this_recipe(path):
     run = next(line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("# Run:"))
     argv = run.split("run_pretraining.py")[1].split()
-    settings = load_settings(argv, CONFIGS)
+    settings = load_pretraining_settings(argv, CONFIGS)
     assert f"recipes/{path.name}" in settings.labels.values()
 
 
@@ -55,7 +56,7 @@ def test_methods_recipe__leaves_model_and_data_to_the_user(method):
 
 
 def test_mae__has_the_published_settings():
-    settings = load_settings(["--method", "mae"], CONFIGS)
+    settings = load_pretraining_settings(["--method", "mae"], CONFIGS)
     published = {
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
@@ -78,7 +79,7 @@ def test_mae__has_the_published_settings():
         "decoder_intermediate_size": 2048,
         "dataloader_drop_last": True,
     }
-    assert {name: settings[name] for name in published} == published
+    assert {name: settings.values[name] for name in published} == published
 
 
 @pytest.mark.parametrize(
@@ -125,9 +126,9 @@ def test_beit__has_the_published_constants():
         "crop_scale": [0.08, 1.0],
         "color_jitter": 0.4,
     }
-    assert {name: settings[name] for name in published} == published
-    assert round(settings["mask_ratio"] * 196) == 75
-    assert json.loads(settings["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 1.5e-3, rel=1e-4)
+    assert {name: settings.values[name] for name in published} == published
+    assert round(settings.values["mask_ratio"] * 196) == 75
+    assert json.loads(settings.values["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 1.5e-3, rel=1e-4)
 
 
 @pytest.mark.parametrize(("model", "accuracy", "clip"), [("vit-base", "83.2", 3.0), ("vit-large", "85.2", 1.0)])
@@ -139,7 +140,7 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.num_steps == 800 * math.ceil(NUM_IMAGENET_IMAGES / 2048)
-    assert settings["max_grad_norm"] == clip
+    assert settings.values["max_grad_norm"] == clip
     assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
     assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
 
@@ -147,10 +148,10 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
 def test_quickstart__is_small_and_predicts_plain_pixels():
     settings = load(RECIPES / "quickstart.yaml")
     plan = make_plan(settings, Hardware("cpu", 2), 1000, 50, 1, "sample")
-    assert settings["norm_pix_loss"] is False
+    assert settings.values["norm_pix_loss"] is False
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.grid == (8, 8)
-    config = MaeConfig(encoder_config=settings.encoder_settings(), **settings.method_settings())
+    config = MaeConfig(encoder_config=settings.encoder_settings(), **settings.method_settings)
     assert (config.encoder_config.hidden_size, config.decoder_hidden_size) == (192, 128)
 
 
@@ -174,8 +175,8 @@ def test_simmim__has_the_published_settings():
         "norm_pix_loss": False,
         "image_stats": "preset",
     }
-    assert {name: settings[name] for name in published} == published
-    assert json.loads(settings["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 2e-4)
+    assert {name: settings.values[name] for name in published} == published
+    assert json.loads(settings.values["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 2e-4)
 
 
 @pytest.mark.parametrize(
@@ -204,11 +205,11 @@ def test_simmim__published_runs_are_of_2048_images_a_step(name, epochs, peak, dr
 
 def test_simmim__encoders_are_those_of_the_paper():
     vit = load(RECIPES / "simmim_vit-base_in1k_800ep.yaml")
-    config = CONFIGS["simmim"](encoder_config=vit.encoder_settings(), **vit.method_settings()).encoder_config
+    config = CONFIGS["simmim"](encoder_config=vit.encoder_settings(), **vit.method_settings).encoder_config
     assert (config.model_type, config.layer_scale_init_value, config.drop_path_rate) == ("beit", 0.1, 0.1)
     assert (config.use_shared_relative_position_bias, config.use_absolute_position_embeddings) == (True, False)
     swin = load(RECIPES / "simmim_swin-base_in1k_800ep.yaml")
-    config = CONFIGS["simmim"](encoder_config=swin.encoder_settings(), **swin.method_settings()).encoder_config
+    config = CONFIGS["simmim"](encoder_config=swin.encoder_settings(), **swin.method_settings).encoder_config
     assert (config.embed_dim, config.depths, config.num_heads) == (128, [2, 2, 18, 2], [4, 8, 16, 32])
     assert (config.window_size, config.image_size, config.drop_path_rate) == (6, 192, 0.0)
 
@@ -217,5 +218,5 @@ def test_simmim_asymmetric__hides_40_percent_and_sees_117_of_196_patches():
     settings = load(RECIPES / "simmim-asymmetric.yaml")
     plan = make_plan(settings, Hardware("cpu", 2), 1000, 50, 1, "sample")
     assert plan.num_hidden == (79, 79)
-    assert settings["norm_pix_loss"] is False
-    assert settings["decoder_num_hidden_layers"] == 8
+    assert settings.values["norm_pix_loss"] is False
+    assert settings.values["decoder_num_hidden_layers"] == 8

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ from transformers import AutoModel
 
 import run_tokenizer
 from commands.launch import has_accelerator, run
+from commands.parsing import make_parser
 from commands.settings import RECIPES
 from commands.targets import load_tokenizer
 from commands.tokenizer_plan import Hardware, make_tokenizer_plan
-from commands.tokenizer_settings import build_tokenizer_parser, load_tokenizer_settings, tokenizer_sizes
+from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
 from modeling.dvae import DvaeConfig
 from training.targets import TokenizerTargets
 
@@ -37,7 +39,7 @@ def few_tokens(monkeypatch):
 
 
 def train(*argv: str) -> int:
-    return run([*SMALL, *argv], run_tokenizer.main, build_tokenizer_parser)
+    return run([*SMALL, *argv], run_tokenizer.main, partial(make_parser, TokenizerSettings))
 
 
 def refusal(capsys, *argv: str) -> str:
@@ -206,11 +208,11 @@ def test_dvae__has_the_published_objective():
         "adam_epsilon": 1e-8,
         "weight_decay": 1e-4,
     }
-    found = {name: settings[name] for name in published}
+    found = {name: settings.values[name] for name in published}
     if isinstance(found["lr_scheduler_kwargs"], str):
         found["lr_scheduler_kwargs"] = json.loads(found["lr_scheduler_kwargs"])
     assert found == published
-    assert DvaeConfig(**tokenizer_sizes(settings)).hidden_size == 256
+    assert DvaeConfig(**settings.config_settings()).hidden_size == 256
 
 
 def test_long_run__keeps_the_published_schedules():
@@ -228,9 +230,8 @@ def test_recipe__loads_counts_and_runs_by_the_command_in_its_header(path):
     settings = load_tokenizer_settings(run.split("run_tokenizer.py")[1].split())
     assert f"recipes/{path.name}" in settings.labels.values()
     for name, value in yaml.safe_load(text).items():
-        found = (
-            json.loads(settings[name]) if isinstance(settings[name], str) and "{" in settings[name] else settings[name]
-        )
+        found = settings.values[name]
+        found = json.loads(found) if isinstance(found, str) and "{" in found else found
         assert found == (float(value) if isinstance(found, float) else [value] if name == "dataset" else value), name
     for field in ("Paper:", "Run:", "Cost:", "Expected:", "Measured:", "Differs:"):
         assert len([line for line in text.splitlines() if line.startswith(f"# {field}") and len(line) > 14]) == 1, (

@@ -6,7 +6,8 @@ import pytest
 import yaml
 from transformers import TrainingArguments
 
-from commands.settings import Origin, Settings, SettingsError, load_settings
+from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
+from commands.settings import Origin, SettingsError
 from modeling import MODELS, MimConfig
 from modeling.mae import MaeConfig
 
@@ -21,13 +22,13 @@ class OtherConfig(MimConfig):
     norm_pix_loss: bool = False
 
 
-def load(*argv: str) -> Settings:
-    return load_settings(argv, CONFIGS)
+def load(*argv: str) -> PretrainingSettings:
+    return load_pretraining_settings(argv, CONFIGS)
 
 
 def error_of(*argv: str, heads: dict | None = None) -> str:
     with pytest.raises(SettingsError) as caught:
-        load_settings(argv, heads or CONFIGS)
+        load_pretraining_settings(argv, heads or CONFIGS)
     return str(caught.value)
 
 
@@ -46,7 +47,7 @@ def recipe(tmp_path: Path):
 
 def test_no_flags__gives_mae_on_the_bundled_images():
     settings = load()
-    assert (settings["model"], settings["method"], settings["dataset"]) == ("vit-base", "mae", ["sample"])
+    assert (settings.model, settings.method, settings.dataset) == ("vit-base", "mae", ["sample"])
     assert settings.image_size == (224, 224)
     assert settings.mask_ratio == 0.75
 
@@ -54,7 +55,10 @@ def test_no_flags__gives_mae_on_the_bundled_images():
 def test_precedence__is_default_then_method_then_config_then_command_line(recipe):
     mine = recipe("weight_decay: 0.2\nadam_beta2: 0.9\n")
     settings = load("--config", mine, "--adam_beta2", "0.8")
-    found = {n: (settings[n], settings.origins[n]) for n in ("adam_beta1", "adam_beta2", "weight_decay", "mask_ratio")}
+    found = {
+        n: (settings.values[n], settings.origins[n])
+        for n in ("adam_beta1", "adam_beta2", "weight_decay", "mask_ratio")
+    }
     assert found == {
         "adam_beta1": (0.9, Origin.METHOD),
         "adam_beta2": (0.8, Origin.COMMAND_LINE),
@@ -67,15 +71,15 @@ def test_precedence__is_default_then_method_then_config_then_command_line(recipe
 
 def test_precedence__order_on_the_command_line_does_not_matter(recipe):
     mine = recipe("seed: 5\n")
-    assert load("--seed", "7", "--config", mine)["seed"] == 7
+    assert load("--seed", "7", "--config", mine).seed == 7
 
 
 def test_preset__brings_its_sizes_and_the_command_line_wins():
     nano = load("--model", "vit-nano", "--decoder_hidden_size", "64")
     assert nano.encoder_settings()["hidden_size"] == 192
-    assert (nano["image_size"], nano["patch_size"]) == (64, 8)
-    assert (nano["decoder_hidden_size"], nano["decoder_num_hidden_layers"]) == (64, 2)
-    assert load()["decoder_hidden_size"] == MaeConfig.decoder_hidden_size
+    assert (nano.image_size, nano.patch_size) == ((64, 64), 8)
+    assert (nano.method_settings["decoder_hidden_size"], nano.method_settings["decoder_num_hidden_layers"]) == (64, 2)
+    assert load().method_settings["decoder_hidden_size"] == MaeConfig.decoder_hidden_size
 
 
 def test_two_ways_to_say_it__the_one_nearer_to_the_command_line_counts(recipe):
@@ -91,15 +95,15 @@ def test_two_ways_to_say_it__the_one_nearer_to_the_command_line_counts(recipe):
 def test_encoder_and_head__are_what_the_configs_take():
     settings = load("--image_size", "96", "64", "--patch_size", "8", "--num_channels", "1", "--no_norm_pix_loss")
     config = MaeConfig(
-        encoder_config=settings.encoder_settings(), image_mean=[0.5], image_std=[0.5], **settings.method_settings()
+        encoder_config=settings.encoder_settings(), image_mean=[0.5], image_std=[0.5], **settings.method_settings
     )
     assert config.encoder_config.image_size == [96, 64]
     assert (config.encoder_config.num_channels, config.norm_pix_loss) == (1, False)
 
 
 def test_gray_images__are_standardized_by_their_own_mean():
-    assert load("--num_channels", "1")["image_stats"] == "auto"
-    assert load()["image_stats"] == "preset"
+    assert load("--num_channels", "1").image_stats == "auto"
+    assert load().image_stats == "preset"
     assert "expected auto" in error_of("--num_channels", "1", "--image_stats", "preset")
 
 
@@ -133,8 +137,8 @@ def test_training_arguments__take_ours_and_leave_the_rest_to_transformers(tmp_pa
 )
 def test_command_line__gives_values_of_the_right_type(argv, name, value):
     settings = load(*argv)
-    assert settings[name] == value
-    assert type(settings[name]) is type(value)
+    assert settings.values[name] == value
+    assert type(settings.values[name]) is type(value)
     assert settings.is_on_command_line(name)
 
 
@@ -153,16 +157,16 @@ def test_command_line__gives_values_of_the_right_type(argv, name, value):
 )
 def test_recipe__gives_values_of_the_right_type(recipe, text, name, value):
     settings = load("--config", recipe(text))
-    assert settings[name] == value
-    assert type(settings[name]) is type(value)
+    assert settings.values[name] == value
+    assert type(settings.values[name]) is type(value)
     assert settings.origins[name] is Origin.CONFIG
 
 
 def test_debug__bare_shows_tracebacks_and_keeps_the_options_of_transformers():
     assert not load().shows_tracebacks
     assert load("--debug", "--seed", "1").shows_tracebacks
-    assert load("--debug")["debug"] == []
-    assert [option.value for option in load("--debug", "underflow_overflow")["debug"]] == ["underflow_overflow"]
+    assert load("--debug").debug == []
+    assert [option.value for option in load("--debug", "underflow_overflow").debug] == ["underflow_overflow"]
 
 
 # ---- mistakes ----
@@ -237,7 +241,7 @@ def test_mistake_in_a_recipe__names_the_recipe(recipe, text, message):
 
 def test_setting_of_another_method__is_refused_with_the_methods_own():
     heads = {**CONFIGS, "other": OtherConfig}
-    assert load_settings(["--norm_pix_loss", "false"], heads)["norm_pix_loss"] is False
+    assert load_pretraining_settings(["--norm_pix_loss", "false"], heads).method_settings["norm_pix_loss"] is False
     message = error_of("--num_guesses", "4", heads=heads)
     assert "command line: num_guesses is a setting of other, not of mae, which has: decoder_hidden_size" in message
 
@@ -250,7 +254,7 @@ def test_method_without_a_recipe__says_so():
 def test_file_named_like_a_recipe__in_the_working_folder_is_not_taken_for_the_methods(tmp_path, monkeypatch):
     (tmp_path / "mae.yaml").write_text("weight_decay: 0.3\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    assert load()["weight_decay"] == 0.05
+    assert load().weight_decay == 0.05
 
 
 # ---- what is printed and saved ----
@@ -263,7 +267,7 @@ def test_as_recipe__gives_the_same_settings_again(tmp_path):
     saved.write_text(yaml.safe_dump(settings.as_recipe()), encoding="utf-8")
     again = load("--config", str(saved))
     assert again.as_recipe() == settings.as_recipe()
-    assert again["num_train_epochs"] == 7
+    assert again.num_train_epochs == 7
     assert not again.counts("max_steps")
     assert not {"max_steps", "hub_token", "output_dir"} & set(settings.as_recipe())
 
@@ -297,7 +301,7 @@ def test_help__has_every_default_that_is_ours(capsys):
         load("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "from swin-nano to swin-large (default: vit-base)" in text
-    assert "of everything random: data order, crops, masks, weights (default: 0)" in text
+    assert "seed of all random numbers: data order, crops, masks, weights (default: 0)" in text
     assert "of mae (default: 512)" in text
 
 
@@ -314,9 +318,9 @@ def test_mask_unit__is_in_pixels_whatever_the_patch():
 
 def test_mask_unit__that_does_not_fit_names_those_that_do():
     with pytest.raises(SettingsError, match=r"multiple of the patch of 14 that divides 224 x 224: 14, 28, 56, 112"):
-        load("--method", "simmim", "--patch_size", "14").mask_unit  # noqa: B018 - a property that checks
+        load("--method", "simmim", "--patch_size", "14")
 
 
 def test_scheduler_arguments__go_when_another_schedule_is_chosen():
-    assert "min_lr_rate" in str(load("--method", "simmim")["lr_scheduler_kwargs"])
-    assert not load("--method", "simmim", "--lr_scheduler_type", "linear")["lr_scheduler_kwargs"]
+    assert "min_lr_rate" in str(load("--method", "simmim").values["lr_scheduler_kwargs"])
+    assert not load("--method", "simmim", "--lr_scheduler_type", "linear").values["lr_scheduler_kwargs"]

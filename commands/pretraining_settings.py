@@ -1,0 +1,253 @@
+"""Settings of `run_pretraining.py`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from commands.flags import (
+    COUNT,
+    POSITIVE,
+    POSITIVE_UP_TO_ONE,
+    RATIO,
+    SIDES,
+    ImageFlags,
+    RunFlags,
+    flag,
+    method_flags,
+)
+from commands.presets import ENCODER_SIZES, METHOD_SIZES
+from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, label_of
+from commands.starting_point import OpenStart, StartingPoint, check_against_start, short_name
+from data.masks import MASK_STRATEGIES
+
+_EPILOG = """\
+small data: a step never takes more images than there are, an epoch has at least one step, warm-up is at most a tenth
+of the run, and a method's own number of epochs is raised until the run has 2,000 steps. The plan, printed before
+training, lists each change in a "note:"; settings that you give are changed only where they are impossible.
+
+precedence: defaults < recipes/<method>.yaml < --config < command line. --mask-ratio is --mask_ratio.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    title: ClassVar = "model"
+
+    model: str = flag(
+        "vit-base",
+        "size of the encoder, from vit-nano to vit-huge or from swin-nano to swin-large",
+        choices=ENCODER_SIZES,
+    )
+    method: str = flag("mae", "pre-training method; its published settings are in recipes/<method>.yaml")
+    image_size: tuple[int, int] = flag(None, "one side, or height and width, in pixels (default: the model's)", SIDES)
+    patch_size: int = flag(None, "side of a patch in pixels (default: the model's)", COUNT)
+    num_channels: Literal[1, 3] = flag(3, "3: color, 1: gray")
+    init_from: str | None = flag(
+        None,
+        "folder or Hub id of a trained encoder, or of a complete model of this project, to start from; its sizes "
+        "replace those of --model",
+    )
+    repair_positions: bool = flag(
+        False, "fill the position embeddings of a ViTMAE with sines and cosines if they are all zero"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(ImageFlags):
+    eval_dataset: list[str] | None = flag(
+        None,
+        "labeled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe and RankMe "
+        "of the frozen encoder are measured every eval_steps",
+    )
+    eval_label_column: str | None = flag(
+        None, "column with the classes of --eval_dataset, if it is a table (default: found by type and name)"
+    )
+    image_stats: Literal["preset", "auto", "source"] = flag(
+        None,
+        "standardize with the mean and standard deviation of ImageNet (preset), of these images (auto), or of "
+        "--init_from (source) (default: source if it has them, else preset for color, auto for gray)",
+    )
+    interpolation: Literal["bicubic", "bilinear"] = flag(
+        "bicubic", "filter that resizes crops (default: the recipe's)"
+    )
+    color_jitter: float = flag(
+        0.0, "change brightness, contrast and saturation by up to this fraction (default: the recipe's)"
+    )
+    tokenizer: str | None = flag(None, "for beit: folder or Hub id of the image tokenizer whose tokens are predicted")
+    cache_tokens: bool = flag(
+        False,
+        "for beit: compute the tokens of every image once, before training. Each image is then its central crop, "
+        "never mirrored: for images that have the right size already",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskFlags:
+    title: ClassVar = "masks"
+
+    mask_ratio: float | tuple[float, float] = flag(
+        None,
+        "fraction of the patches that is masked, or lowest and highest to draw it from (default: the recipe's)",
+        RATIO,
+    )
+    mask_strategy: str = flag(None, "which patches are masked (default: the recipe's)", choices=MASK_STRATEGIES)
+    mask_unit: int = flag(None, "side in pixels of the squares that 'random-unit' masks (default: a patch)", COUNT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingRunFlags(RunFlags):
+    lr_drop_epoch: float | None = flag(
+        None,
+        "from this epoch on a tenth of the learning rate; with --lr_scheduler_type constant_with_warmup",
+        POSITIVE,
+    )
+    layer_decay: float = flag(
+        1.0,
+        "the learning rate of each layer of the encoder is this fraction of that of the layer above; for --init_from",
+        POSITIVE_UP_TO_ONE,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags, TrainingSettings):
+    """Settings of a pre-training run.
+
+    Args:
+        mask_unit: Side in patches of the squares that 'random-unit' masks; the flag counts pixels.
+        method_settings: Keyword arguments of the method's config, next to `encoder_config`.
+        start: The model that the run starts from.
+    """
+
+    method_settings: Mapping[str, Any]
+    start: StartingPoint | None
+
+    program: ClassVar = {
+        "prog": "run_pretraining.py",
+        "usage": "accelerate launch run_pretraining.py [--flag value ...]",
+        "description": "Pre-train an image encoder on unlabeled images by masked image modeling.",
+        "epilog": _EPILOG,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.is_users("mask_unit") and self.mask_strategy != "random-unit":
+            raise SettingsError(
+                f"--mask_unit has no effect with --mask_strategy {self.mask_strategy}: use random-unit, or omit it"
+            )
+        if self.eval_label_column and not self.eval_dataset:
+            raise SettingsError("--eval_label_column has no effect without --eval_dataset")
+        changing = [name for name in ("crop_scale", "color_jitter") if self.is_users(name) and self.values[name]]
+        if self.cache_tokens and changing:
+            raise SettingsError(
+                f"--cache_tokens keeps the tokens of each image's central crop: leave out --{changing[0]}, which "
+                "would show another crop every time"
+            )
+        if self.lr_drop_epoch is not None and self.lr_scheduler_type != "constant_with_warmup":
+            raise SettingsError(
+                f"--lr_drop_epoch needs --lr_scheduler_type constant_with_warmup, not {self.lr_scheduler_type}"
+            )
+        if self.image_stats == "preset" and self.num_channels != 3:
+            raise SettingsError(
+                "--image_stats is preset, expected auto for gray images: the statistics of ImageNet have three colors"
+            )
+        check_against_start(self.values, {name for name in self.values if self.is_users(name)}, self.start)
+
+    @classmethod
+    def typed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        typed = super().typed(values)
+        return {**typed, "mask_unit": _mask_unit_in_patches(values, typed["image_size"])}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; the model checks that the sides divide."""
+        height, width = self.image_size
+        return height // self.patch_size, width // self.patch_size
+
+    def encoder_settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of the encoder's native config."""
+        own = {name: self.values[name] for name in ("image_size", "patch_size", "num_channels")}
+        return {**(ENCODER_SIZES[self.model] if self.start is None else self.start.encoder), **own}
+
+    def as_recipe(self) -> dict[str, Any]:
+        """Return a flat recipe of everything that matters; what is left out has the default of transformers."""
+        recipe = super().as_recipe()
+        if self.start is not None:  # the model is only a name then
+            del recipe["model"]
+        return recipe
+
+
+def load_pretraining_settings(
+    argv: Sequence[str], configs: Mapping[str, Any], open_start: OpenStart | None = None
+) -> PretrainingSettings:
+    """Resolve the settings of a pre-training run.
+
+    Args:
+        configs: Config class of each method.
+        open_start: Opens what --init_from names.
+
+    Raises:
+        SettingsError: An unknown flag or method, an invalid value, or no such recipe.
+    """
+    command_line = CommandLine(PretrainingSettings, argv, configs)
+    chosen, method_defaults = command_line.chosen, command_line.method_defaults
+    model, method = chosen["model"], chosen["method"]
+    recipe = RECIPES / f"{method}.yaml"
+    if not recipe.is_file():
+        raise SettingsError(f"method {method} has no {label_of(recipe)} with its published settings; write one")
+    start, given = None, {}
+    if chosen["init_from"] is None:
+        _refuse_encoder(model, method, configs)
+        preset = {name: ENCODER_SIZES[model][name] for name in ("image_size", "patch_size")}
+        preset |= {name: size for name, size in METHOD_SIZES.get(model, {}).items() if name in method_defaults}
+    else:
+        assert open_start is not None, "this command has no --init_from"
+        model = chosen["model"] = command_line.users.get("model", short_name(chosen["init_from"]))
+        start, preset = open_start(chosen), {}
+        given = {"model": model, **start.fixed, **start.defaults}
+    lower: dict[Origin, Layer] = {
+        Origin.PRESET: (f"size of {model}", preset),
+        Origin.METHOD: command_line.read_recipe(recipe),
+        Origin.SOURCE: (f"of {chosen['init_from']}", given),
+    }
+    for label, layer in (*lower.values(), command_line.config, ("command line", command_line.given)):
+        _refuse_other_methods_settings(layer, method, configs, label)
+    return command_line.resolve(lower, _choose_image_stats, start=start)
+
+
+def _choose_image_stats(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, str]:
+    preset = "preset" if values["num_channels"] == 3 else "auto"  # the statistics of ImageNet have three colors
+    return {"image_stats": values["image_stats"] or preset}
+
+
+def _mask_unit_in_patches(values: Mapping[str, Any], image_size: tuple[int, int]) -> int:
+    if values["mask_strategy"] != "random-unit":
+        return 1
+    patch_size, (height, width) = values["patch_size"], image_size
+    unit = values["mask_unit"] or patch_size
+    if any(length % unit for length in (height, width)) or unit % patch_size:
+        fitting = [n for n in range(patch_size, min(height, width), patch_size) if not (height % n or width % n)]
+        raise SettingsError(
+            f"--mask_unit is {unit} pixels, expected a multiple of the patch of {patch_size} that divides "
+            f"{height} x {width}: {', '.join(map(str, fitting)) or 'there is none'}"
+        )
+    return unit // patch_size
+
+
+def _refuse_other_methods_settings(
+    layer: Mapping[str, Any], method: str, configs: Mapping[str, type], label: str
+) -> None:
+    own = method_flags(configs[method])
+    for name in layer:
+        owners = [other for other, config_class in configs.items() if name in method_flags(config_class)]
+        if owners and method not in owners:
+            raise SettingsError(
+                f"{label}: {name} is a setting of {', '.join(owners)}, not of {method}, which has: "
+                f"{', '.join(own) or 'none of its own'}"
+            )
+
+
+def _refuse_encoder(model: str, method: str, configs: Mapping[str, Any]) -> None:
+    families = configs[method].encoder_families
+    if model.split("-")[0] not in families:
+        possible = [name for name in ENCODER_SIZES if name.split("-")[0] in families]
+        raise SettingsError(f"--method {method} cannot train {model}; it trains {', '.join(possible)}")
