@@ -6,6 +6,7 @@ Settings (the encoder's own published recipe) -> labeled images -> classifier ->
 
 import itertools
 import json
+import math
 import os
 import shlex
 import sys
@@ -21,10 +22,10 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedMode
 
 from commands.arithmetic import Hardware
 from commands.finetune_plan import FinetunePlan, make_finetune_plan
-from commands.finetune_settings import EncoderFacts, FinetuneSettings, load_finetune_settings
+from commands.finetune_settings import EncoderFacts, FinetuneSettings, load_finetune_settings, recipe_name
 from commands.hub_settings import open_repository
 from commands.launch import find_hardware, first_on_main, join, launcher, run, software_and_hardware
-from commands.memory import kept_bytes
+from commands.memory import measure_footprint
 from commands.output_folder import (
     BAD_IMAGES_FILE,
     CONFUSION_FILE,
@@ -54,7 +55,6 @@ from hub.encoder_config import encoder_config, image_stats
 from hub.export.native import export_native
 from hub.model_card import write_model_card
 from hub.redaction import shorten_paths
-from modeling import CONFIGS, MimConfig
 from modeling.image_classification import (
     POOLINGS,
     add_batch_norm,
@@ -72,6 +72,7 @@ from training.mixing import Mixing
 
 _WRITTEN_LAST = "config.json"
 _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode linear"
+_LARGEST_WITH_MARGIN = {"mae": 224, "beit": 383, "simmim": math.inf}  # pixels; beyond, the whole short side is seen
 _MOST_KEPT_BYTES = 2**28  # of decoded images for evaluation; more are decoded anew each time
 _UNWRITTEN_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out of config.json
 _IN_WORDS = {
@@ -129,14 +130,14 @@ def open_config(name: str) -> PreTrainedConfig:
 
 
 def facts_of(config: PreTrainedConfig) -> EncoderFacts:
-    size, method = config.image_size, getattr(config, "mim_method", "")
-    recipe = CONFIGS.get(method, MimConfig).finetune_recipe(config)
+    size = config.image_size
+    recipe = recipe_name(getattr(config, "mim_method", None), config.model_type, getattr(config, "hidden_size", 0))
     return EncoderFacts(
-        recipe.name,
+        recipe,
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         poolings=POOLINGS[config.model_type],
         has_drop_path=config.model_type != "deit",
-        largest_with_margin=recipe.largest_cropped_size,
+        largest_with_margin=_LARGEST_WITH_MARGIN[recipe.split("_")[1]],
     )
 
 
@@ -199,15 +200,13 @@ def plan_run(
     settings: FinetuneSettings, classifier: PreTrainedModel, parts: LabeledSplits, hardware: Hardware, notes: list[str]
 ) -> FinetunePlan:
     size, by_name = settings.image_size, parts.by_name
-    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in classifier.parameters()]
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in by_name.items())
     return make_finetune_plan(
         settings,
         hardware,
         num_images=(len(by_name["train"]), len(by_name.get("validation", ()))),
         num_classes=len(parts.images.class_names),
-        num_parameters=(sum(n for n, _ in numbers), sum(n for n, trains in numbers if trains)),
-        bytes_per_image=kept_bytes(classifier.eval(), torch.zeros(1, 3, size, size)),
+        footprint=measure_footprint(classifier.eval(), {"pixel_values": torch.zeros(1, 3, size, size)}),
         grid=patch_grid(size, classifier.config.patch_size),
         data=f"{by_name['train'].source.describe()}: {sizes}; {parts.summary.describe()}",
         notes=notes,

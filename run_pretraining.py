@@ -19,6 +19,7 @@ from transformers import AutoModelForPreTraining, TrainingArguments, set_seed
 from commands.artifacts import Artifacts
 from commands.hub_settings import bring_back, build_hub_push, open_repository
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
+from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
 from commands.parsing import make_parser
 from commands.plan import Plan, default_output_dir, make_plan
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
     config = model_config(settings, parts, targets)
     collator = build_collator(settings, config)
     blank = without_weights(config)
-    numbers = (len(parts.train), len(parts.validation), blank.num_parameters())
+    numbers = (len(parts.train), len(parts.validation), model_footprint(settings, config, collator))
     plan = make_plan(settings, find_hardware(state), *numbers, f"{parts.source.describe()}: {parts.summary}")
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
@@ -172,6 +173,24 @@ def without_weights(config: MimConfig) -> MimPreTrainedModel:
     """Return the model on the meta device."""
     with torch.device("meta"):
         return AutoModelForPreTraining.from_config(config)
+
+
+def model_footprint(settings: PretrainingSettings, config: MimConfig, collator: MaskingCollator) -> Footprint:
+    """Return the memory that the model needs; computes nothing."""
+    model = without_weights(config).train()
+    item = {
+        view.name: torch.zeros(
+            *(() if view.num_crops is None else (view.num_crops,)),
+            config.encoder_config.num_channels,
+            *(view.image_size or settings.image_size),
+            dtype=torch.uint8,
+        )
+        for view in config.views
+    }
+    batch = collator([{**item, "epoch": 0, "step": 0, "image_index": 0}])
+    batch.pop("image_index")
+    batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    return measure_footprint(model, {**batch, "return_loss": model.targets is None})
 
 
 # ---- training ----

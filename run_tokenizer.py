@@ -20,7 +20,7 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from commands.launch import find_hardware, first_on_main, join, run
-from commands.memory import kept_bytes
+from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
 from commands.parsing import make_parser
 from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
@@ -84,13 +84,13 @@ def main(argv: list[str]) -> None:
         trainer.end()
 
 
-def measure_model(config: DvaeConfig) -> tuple[int, int, tuple[int, int]]:
-    """Parameters, bytes that the backward pass of one image needs, and rows and columns of codes; computes nothing."""
+def measure_model(config: DvaeConfig) -> tuple[Footprint, tuple[int, int]]:
+    """Return the footprint of the tokenizer, and rows and columns of codes; computes nothing."""
     with torch.device("meta"):
         model = DvaeModel(config).train()
         image = torch.empty(1, config.num_channels, *config.input_size)
     height, width = config.input_size
-    return model.num_parameters(), kept_bytes(model, image), (height // config.stride, width // config.stride)
+    return measure_footprint(model, {"pixel_values": image}), (height // config.stride, width // config.stride)
 
 
 # ---- training ----

@@ -7,12 +7,11 @@ from typing import Any
 
 from commands.arithmetic import Hardware, training_schedule
 from commands.finetune_settings import FinetuneSettings
-from commands.memory import BYTES_PER_PARAMETER
+from commands.memory import Footprint
 from commands.plan import Plan, data_name, in_millions
 
 _MIN_STEPS = 1000  # of a run whose length the user did not choose
 _BATCH_ON_CPU = 32
-_BYTES_PER_FROZEN_PARAMETER = 4
 _METRICS = ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "calibration_error", "loss")
 _TOP = 5
 
@@ -23,7 +22,6 @@ class FinetunePlan(Plan):
 
     settings: FinetuneSettings
     num_classes: int
-    num_trained_parameters: int
 
     def task_rows(self) -> dict[str, str]:
         settings, size = self.settings, self.settings.image_size
@@ -34,8 +32,8 @@ class FinetunePlan(Plan):
         decayed = f", each layer {settings.layer_decay:g} of the one above" if settings.layer_decay < 1 else ""
         return {
             "model": f"{Path(settings.model).name}{', random weights' if settings.from_scratch else ''}, "
-            f"{in_millions(self.num_parameters)}",
-            "what trains": f"{what}, {in_millions(self.num_trained_parameters)}{decayed}",
+            f"{in_millions(self.footprint.num_parameters)}",
+            "what trains": f"{what}, {in_millions(self.footprint.num_trained_parameters)}{decayed}",
             "input": f"{size} x {size} pixels, {grid}; the head reads the {settings.pooling}",
             "classes": f"{self.num_classes:,}",
             "views": self._views(),
@@ -69,13 +67,12 @@ def make_finetune_plan(
     hardware: Hardware,
     num_images: tuple[int, int],
     num_classes: int,
-    num_parameters: tuple[int, int],
-    bytes_per_image: int,
+    footprint: Footprint,
     grid: tuple[int, int],
     data: str,
     notes: Sequence[str] = (),
 ) -> FinetunePlan:
-    """Every number of the run. `num_images`: to train on and to choose with; `num_parameters`: all and trained ones.
+    """Every number of the run. `num_images`: to train on and to choose with.
 
     Raises:
         ValueError: fewer images than processes, a precision that the device has not, or nothing to choose by.
@@ -83,20 +80,16 @@ def make_finetune_plan(
     _check_choice(settings, num_images[1], num_classes)
     notes = list(notes)
     numbers = training_schedule(settings, hardware, num_images[0], notes, _BATCH_ON_CPU, _MIN_STEPS)
-    num_frozen = num_parameters[0] - num_parameters[1]
     return FinetunePlan(
         settings=settings,
         hardware=hardware,
         data=data,
         num_train_images=num_images[0],
         num_validation_images=num_images[1],
-        num_parameters=num_parameters[0],
-        num_trained_parameters=num_parameters[1],
+        footprint=footprint,
         num_classes=num_classes,
         grid=grid,
         lr_drop_step=None,
-        bytes_for_weights=num_parameters[1] * BYTES_PER_PARAMETER + num_frozen * _BYTES_PER_FROZEN_PARAMETER,
-        bytes_for_activations=numbers["batch_size"] * bytes_per_image,
         output_dir=Path(settings.output_dir or _output_dir(settings)),
         notes=tuple(notes),
         **numbers,

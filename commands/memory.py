@@ -1,68 +1,66 @@
-"""An estimate of the memory that a training step takes on one device.
-
-Shapes: N patches.
-"""
+"""Estimate the memory that a training step takes on one device, from the model on the meta device."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
-BYTES_PER_PARAMETER = 16  # weight, gradient and Adam's two moments in float32
-
-# Numbers that a ViT block keeps for its backward pass, per token: two inputs and outputs of LayerNorm, q, k, v and the
-# output of attention are 8 widths; GELU's input and output are 2 of the MLP.
-_WIDTHS_PER_TOKEN, _INTERMEDIATES_PER_TOKEN = 8, 2
-# LayerScale and drop path after both branches; measured on SimMIM ViT-S/16.
-_WIDTHS_OF_LAYER_SCALE = 5
-# Measured on SimMIM Swin-T and our swin-nano, the masks of shifted windows included.
-_WIDTHS_PER_SWIN_TOKEN = 18
-# Measured on MAE ViT-B/16: 4.12 and 2.60 bytes; under autocast the residual stream stays float32.
-_BYTES_PER_NUMBER, _BYTES_PER_NUMBER_AUTOCAST = 4.1, 2.6
+_BYTES_PER_TRAINED_PARAMETER = 16  # weight, gradient and Adam's two moments in float32
+_BYTES_PER_FROZEN_PARAMETER = 4
+# Measured on MAE ViT-B/16 and SimMIM Swin-T: 0.63 and 0.67; the residual stream stays float32.
+_SHARE_UNDER_AUTOCAST = 0.64
 
 
-def activation_bytes(
-    encoder: Mapping[str, Any], head: Mapping[str, Any], num_patches: int, num_hidden: int, is_autocast: bool
-) -> int:
-    """What all blocks keep for one image; without gradient checkpointing, and without attention that keeps N x N.
+@dataclass(frozen=True)
+class Footprint:
+    """Parameters of a model, and the bytes that one image keeps in float32 for the backward pass."""
 
-    An encoder with a decoder behind it sees the visible patches only.
+    num_parameters: int
+    num_trained_parameters: int
+    bytes_per_image: int
+
+    def bytes_for_weights(self, num_averages: int = 0) -> int:
+        """Return the bytes of weights, gradients and Adam, and of averaged weights."""
+        num_frozen = self.num_parameters - self.num_trained_parameters
+        trained = self.num_trained_parameters * _BYTES_PER_TRAINED_PARAMETER
+        return trained + (num_frozen + num_averages * self.num_parameters) * _BYTES_PER_FROZEN_PARAMETER
+
+    def bytes_for_activations(self, batch_size: int, precision: str) -> int:
+        share = 1.0 if precision == "float32" else _SHARE_UNDER_AUTOCAST
+        return round(batch_size * self.bytes_per_image * share)
+
+
+def measure_footprint(model: nn.Module, batch: Mapping[str, Any]) -> Footprint:
+    """Run a forward pass on a batch of one image; on the meta device this computes nothing.
+
+    Gradient checkpointing is not considered.
     """
-    if "decoder_num_hidden_layers" in head:
-        numbers = _kept(encoder, "", num_patches - num_hidden) + _kept(head, "decoder_", num_patches)
-    elif "depths" in encoder:
-        numbers = _kept_by_swin(encoder, num_patches)
-    else:
-        numbers = _kept(encoder, "", num_patches)
-        numbers += (1 + num_patches) * encoder["num_hidden_layers"] * _WIDTHS_OF_LAYER_SCALE * encoder["hidden_size"]
-    return round(numbers * (_BYTES_PER_NUMBER_AUTOCAST if is_autocast else _BYTES_PER_NUMBER))
-
-
-def kept_bytes(model: nn.Module, inputs: torch.Tensor) -> int:
-    """What a forward pass keeps for its backward pass beside the weights, by looking."""
-    kept = {id(parameter): 0 for parameter in model.parameters()}
+    numbers = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    owned = [tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())]
+    kept = dict.fromkeys(owned, 0)
     alive = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        alive.append(tensor)  # or an id could be used again
-        kept.setdefault(id(tensor), tensor.numel() * tensor.element_size())
+        alive.append(tensor)  # otherwise an address could be used again
+        storage = tensor.untyped_storage()
+        kept.setdefault(storage._cdata, storage.nbytes())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(inputs)
-    return sum(kept.values())
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        model(**batch)
+    num_trained = sum(number for number, is_trained in numbers if is_trained)
+    return Footprint(sum(number for number, _ in numbers), num_trained, sum(kept.values()))
 
 
-def _kept(size: Mapping[str, Any], prefix: str, num_patches: int) -> int:
-    per_token = _WIDTHS_PER_TOKEN * size[f"{prefix}hidden_size"]
-    per_token += _INTERMEDIATES_PER_TOKEN * size[f"{prefix}intermediate_size"]
-    return (1 + num_patches) * size[f"{prefix}num_hidden_layers"] * per_token
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device PyTorch would choose the attention that keeps all scores, which a real device does not."""
 
-
-def _kept_by_swin(size: Mapping[str, Any], num_patches: int) -> int:
-    """Each stage has a quarter of the tokens of the one before it, at double the width."""
-    return sum(
-        num_patches // 4**stage * depth * _WIDTHS_PER_SWIN_TOKEN * size["embed_dim"] * 2**stage
-        for stage, depth in enumerate(size["depths"])
-    )
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention and args[0].is_meta and kwargs.get("attn_mask") is None:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return func(*args, **kwargs)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from commands.arithmetic import REFERENCE_BATCH, Hardware, hidden_patches, lr_drop_step, training_schedule
-from commands.memory import BYTES_PER_PARAMETER, activation_bytes
+from commands.memory import Footprint
 from commands.pretraining_settings import PretrainingSettings
 from commands.settings import TrainingSettings
 
@@ -26,7 +26,7 @@ class Plan:
     data: str
     num_train_images: int
     num_validation_images: int
-    num_parameters: int
+    footprint: Footprint
     grid: tuple[int, int]
     batch_size: int
     accumulation: int
@@ -37,14 +37,20 @@ class Plan:
     lr_drop_step: int | None
     precision: str
     num_workers: int
-    bytes_for_weights: int
-    bytes_for_activations: int
     output_dir: Path
     notes: tuple[str, ...]
 
     @property
     def images_per_step(self) -> int:
         return self.batch_size * self.accumulation * self.hardware.world_size
+
+    @property
+    def bytes_for_weights(self) -> int:
+        return self.footprint.bytes_for_weights(num_averages=int(getattr(self.settings, "ema_decay", 0) > 0))
+
+    @property
+    def bytes_for_activations(self) -> int:
+        return self.footprint.bytes_for_activations(self.batch_size, self.precision)
 
     @property
     def num_epochs(self) -> float:
@@ -146,8 +152,9 @@ class PretrainingPlan(Plan):
     num_hidden: tuple[int, int]
 
     def task_rows(self) -> dict[str, str]:
+        size = in_millions(self.footprint.num_parameters)
         return {
-            "model": f"{self.settings.model} with {self.settings.method}, {in_millions(self.num_parameters)}",
+            "model": f"{self.settings.model} with {self.settings.method}, {size}",
             "input": self._input(),
             "mask": self._mask(),
             "standardized by": self._standardized_by(),
@@ -177,10 +184,10 @@ def make_plan(
     hardware: Hardware,
     num_train_images: int,
     num_validation_images: int,
-    num_parameters: int,
+    footprint: Footprint,
     data: str,
 ) -> PretrainingPlan:
-    """Every number of the run. `data` says what was found; `num_parameters` are those of encoder and head.
+    """Every number of the run. `data` says what was found.
 
     Raises:
         ValueError: fewer images than processes, a mask that cannot be, or a precision that the device has not.
@@ -190,20 +197,15 @@ def make_plan(
     drop_step = lr_drop_step(settings, numbers["steps_per_epoch"], numbers["num_steps"], notes)
     if not num_validation_images and settings.eval_strategy != "no":
         notes.append("no image is held out, so nothing is evaluated during training")
-    grid, num_hidden, is_half = settings.grid, hidden_patches(settings), numbers["precision"] != "float32"
-    sizes = (settings.encoder_settings(), settings.method_settings)
-    bytes_per_image = activation_bytes(*sizes, math.prod(grid), num_hidden[0], is_half)
     return PretrainingPlan(
         settings=settings,
         hardware=hardware,
         data=data,
         num_train_images=num_train_images,
         num_validation_images=num_validation_images,
-        num_parameters=num_parameters,
-        grid=grid,
-        num_hidden=num_hidden,
-        bytes_for_weights=num_parameters * BYTES_PER_PARAMETER,
-        bytes_for_activations=numbers["batch_size"] * bytes_per_image,
+        footprint=footprint,
+        grid=settings.grid,
+        num_hidden=hidden_patches(settings),
         output_dir=Path(settings.output_dir or default_output_dir(settings.model, settings.method, settings.dataset)),
         notes=tuple(notes),
         lr_drop_step=drop_step,

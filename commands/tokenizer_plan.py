@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from commands.arithmetic import Hardware, training_schedule
-from commands.memory import BYTES_PER_PARAMETER
+from commands.memory import Footprint
 from commands.plan import Plan, data_name, in_millions
 from commands.tokenizer_settings import TokenizerSettings
 from modeling.schedules import Schedule, constant
 
-_EXTRA_BYTES_PER_PARAMETER = 4  # the average of the weights
 # Of the run. DALL-E's schedules end after 0.2 % and 5 % of 3 million steps; in a short run they still need to end.
 _MOST_KL_WEIGHT_SHARE, _MOST_TEMPERATURE_SHARE = 0.1, 0.5
 
@@ -27,7 +26,7 @@ class TokenizerPlan(Plan):
         codes = f"{self.grid[0]} x {self.grid[1]} codes out of {self.settings.vocab_size:,}"
         schedules = self.schedules
         return {
-            "model": f"{self.settings.model}, {in_millions(self.num_parameters)}",
+            "model": f"{self.settings.model}, {in_millions(self.footprint.num_parameters)}",
             "input": f"{height} x {width} pixels become {codes}",
             "KL weight": f"0 to {schedules['kl_weight'].end:g} in {schedules['kl_weight'].num_steps:,} steps",
             "temperature": f"1 to {schedules['temperature'].end:g} in {schedules['temperature'].num_steps:,} steps",
@@ -39,12 +38,11 @@ def make_tokenizer_plan(
     hardware: Hardware,
     num_train_images: int,
     num_validation_images: int,
-    num_parameters: int,
-    bytes_per_image: int,
+    footprint: Footprint,
     grid: tuple[int, int],
     data: str,
 ) -> TokenizerPlan:
-    """Every number of the run; `bytes_per_image` is what the backward pass of one image needs, `data` what was found.
+    """Every number of the run; `data` says what was found.
 
     Raises:
         ValueError: fewer images than processes, or a precision that the device has not.
@@ -60,11 +58,9 @@ def make_tokenizer_plan(
         data=data,
         num_train_images=num_train_images,
         num_validation_images=num_validation_images,
-        num_parameters=num_parameters,
+        footprint=footprint,
         grid=grid,
         lr_drop_step=None,
-        bytes_for_weights=num_parameters * (BYTES_PER_PARAMETER + _EXTRA_BYTES_PER_PARAMETER),
-        bytes_for_activations=numbers["batch_size"] * bytes_per_image,
         output_dir=Path(settings.output_dir or f"outputs/{settings.model}-{data_name(settings.dataset)}"),
         notes=tuple(notes),
         schedules=schedules,
