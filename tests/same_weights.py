@@ -17,7 +17,7 @@ from pathlib import Path
 
 TINY = [*("--max_steps", "6", "--per_device_train_batch_size", "8", "--report_to", "none", "--use_cpu")]
 NANO = ["--model", "vit-nano", "--image_size", "32", *TINY]
-LABELLED = ["--dataset", "sample-fashion", "--labels_per_class", "4", *TINY]
+LABELED = ["--dataset", "sample-fashion", "--labels_per_class", "4", *TINY]
 LAUNCHER = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
 # Name of the output folder -> words of the command; {name} stands for the output of an earlier run.
 RUNS: dict[str, list[str]] = {
@@ -38,12 +38,12 @@ RUNS: dict[str, list[str]] = {
     "mae-continued": ["run_pretraining.py", "--init_from", "{mae}", "--layer_decay", "0.8", *TINY],
     "simmim-from-mae": ["run_pretraining.py", "--method", "simmim", "--init_from", "{mae}", "--image_size", "64",
                         *TINY],
-    "finetuned": ["run_finetune.py", "--model", "{mae}", *LABELLED, "--ema_decay", "0.9",
+    "finetuned": ["run_finetune.py", "--model", "{mae}", *LABELED, "--ema_decay", "0.9",
                   "--gradient_accumulation_steps", "2"],
-    "finetuned-swin": ["run_finetune.py", "--model", "{simmim-swin}", *LABELLED, "--class_weights", "balanced"],
-    "finetuned-linear": ["run_finetune.py", "--model", "{beit}", "--mode", "linear", *LABELLED],
+    "finetuned-swin": ["run_finetune.py", "--model", "{simmim-swin}", *LABELED, "--class_weights", "balanced"],
+    "finetuned-linear": ["run_finetune.py", "--model", "{beit}", "--mode", "linear", *LABELED],
     "finetuned-scratch": ["run_finetune.py", "--model", "{mae}", "--from_scratch", "--mode", "partial",
-                          "--num_trained_blocks", "2", *LABELLED],
+                          "--num_trained_blocks", "2", *LABELED],
 }  # fmt: skip
 QUICKSTART = {"quickstart": ["run_pretraining.py", "--config", "recipes/quickstart.yaml", "--report_to", "none"]}
 
