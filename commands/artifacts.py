@@ -87,7 +87,7 @@ class Artifacts:
             license=settings.license,
             datasets=settings.dataset,
             unfinished=unfinished,
-            seen_in_training=results_at(history, trainer.state.global_step, dataset),
+            online_results=results_at(history, trainer.state.global_step, dataset),
             num_extra_tokens=sum(
                 hasattr(head.encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")
             ),

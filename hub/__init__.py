@@ -1,1 +1,1 @@
-"""In and out: export to native encoders, convert authors' checkpoints, write model cards."""
+"""Convert, open, export and upload models, and write their cards."""

@@ -1,4 +1,4 @@
-"""What was measured, from `metrics.json` into a model card: a table for readers, `model-index` for the Hub."""
+"""Put the results of `metrics.json` into a model card: a table for readers, `model-index` for the Hub."""
 
 import json
 import math
@@ -13,17 +13,17 @@ from hub.redaction import shorten_paths
 
 RESULTS_FILE = "metrics.json"
 NOT_MEASURED = """\
-**The quality of the features has not been measured.** A pre-training loss tells that training went on, not how good
-the features are, and losses of different methods, mask ratios or targets cannot be compared. Fine-tune or probe the
-encoder on your own task before relying on it."""
-# Around what is written by `results_markdown`, so that later measurements find their place.
+**The quality of the features has not been measured.** A pre-training loss shows that training progressed, not how
+good the features are, and losses of different methods, mask ratios or targets cannot be compared. Fine-tune or probe
+the encoder on your own task before relying on it."""
+# Markers around the output of `results_section`, so that later results can replace it.
 _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 _SECTION = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
 _QUALITY = ("accuracy", "f1")
 
 
 class Result(NamedTuple):
-    """One line of the table. `interval`: 95 % confidence; `is_reference`: of raw pixels or an untrained encoder."""
+    """A row of the table: `interval` has 95 % confidence, `is_reference` marks raw pixels or an untrained encoder."""
 
     name: str
     metric: str
@@ -35,15 +35,15 @@ class Result(NamedTuple):
 
     @property
     def is_quality(self) -> bool:
-        """A share between 0 and 1 that tells how good the features are."""
+        """Whether the value is a score between 0 and 1 that measures the features."""
         return any(word in self.metric.lower() for word in _QUALITY) and 0 <= self.value <= 1
 
 
 def read_results(folder: Path) -> list[Result]:
-    """The entries of `folder/metrics.json`, none if there is no such file.
+    """Read the entries of `folder/metrics.json`, if there is such a file.
 
     Raises:
-        ValueError: the file cannot be read, or an entry has no name or no finite value.
+        ValueError: If the file cannot be read, or an entry has no name or no finite value.
     """
     file = folder / RESULTS_FILE
     if not file.exists():
@@ -52,21 +52,21 @@ def read_results(folder: Path) -> list[Result]:
         content = json.loads(file.read_text(encoding="utf-8"))
         return as_results(content.get("results", []), content.get("dataset"))
     except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is no list of results as run_evaluation.py writes it: {error!r}") from None
+        raise ValueError(f"{file} is not a list of results as written by run_evaluation.py: {error!r}") from None
 
 
 def as_results(entries: Sequence[Mapping[str, Any]], dataset: str | None = None) -> list[Result]:
-    """Entries as `metrics.json` has them; `dataset` is that of those without one of their own."""
+    """Convert entries of `metrics.json`; `dataset` is the default for entries without one."""
     return [_result(entry, dataset) for entry in entries]
 
 
 def with_results(card: str, results: Sequence[Result]) -> str:
-    """The text of a card with its table of measurements replaced; unchanged if it has no place for one."""
+    """Replace the table of results in the text of a card, if it has one."""
     return _SECTION.sub(lambda _: results_section(results), card)
 
 
 def results_section(results: Sequence[Result]) -> str:
-    """Markdown between its two markers: the table, or that nothing was measured."""
+    """Return the table as Markdown between its markers, or a note that nothing was measured."""
     parts = [_table(results)] if results else []
     if not any(result.is_quality and not result.is_reference for result in results):
         parts.append(NOT_MEASURED)
@@ -74,7 +74,7 @@ def results_section(results: Sequence[Result]) -> str:
 
 
 def eval_results(results: Sequence[Result]) -> list[EvalResult]:
-    """Entries of `model-index`: the model's own, not those of the references it is compared with."""
+    """Return the entries of `model-index`, without the references."""
     return [
         EvalResult(
             task_type="image-classification",
@@ -107,7 +107,7 @@ def _result(entry: Mapping[str, Any], dataset: str | None) -> Result:
 
 
 def _table(results: Sequence[Result]) -> str:
-    rows = ["| what | measure | value | 95 % interval | images |", "|---|---|---|---|---|"]
+    rows = ["| result | metric | value | 95 % interval | images |", "|---|---|---|---|---|"]
     for result in results:
         interval = "" if result.interval is None else " to ".join(f"{bound:.4g}" for bound in result.interval)
         number = "" if result.num_images is None else f"{result.num_images:,}"
@@ -117,7 +117,7 @@ def _table(results: Sequence[Result]) -> str:
 
 
 def _identifier(name: str) -> str:
-    """A Hub id stays itself, anything else becomes lower-case words with hyphens."""
+    """Return a Hub id unchanged, and any other name in lower case with hyphens."""
     if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
         return name
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unnamed"

@@ -1,6 +1,6 @@
-"""The Hub's rules for the YAML block of a model card, checked here, before anything is uploaded.
+"""Check the YAML block of a model card against the Hub's rules before anything is uploaded.
 
-The rules: https://github.com/huggingface/hub-docs/blob/main/modelcard.md and docs/hub/repositories-licenses.md there.
+Rules: https://github.com/huggingface/hub-docs/blob/main/modelcard.md and docs/hub/repositories-licenses.md there.
 """
 
 import difflib
@@ -29,52 +29,52 @@ LICENSES = frozenset(
 )
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _BLOCK = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\s*?(\r?\n|\Z)", re.DOTALL)
-_TEXTS = ("library_name", "pipeline_tag", "license", "license_name", "license_link")
-_LISTS_OF_TEXTS = ("tags", "datasets", "base_model", "metrics")
+_STRINGS = ("library_name", "pipeline_tag", "license", "license_name", "license_link")
+_LISTS_OF_STRINGS = ("tags", "datasets", "base_model", "metrics")
 
 
 def license_problem(name: str) -> str | None:
-    """Why the Hub would refuse a license of this name."""
+    """Return why the Hub would refuse this license, or None."""
     if name in LICENSES:
         return None
     close = difflib.get_close_matches(name.lower(), LICENSES, n=1)
-    hint = f"did you mean {close[0]}?" if close else "for one that is not in the Hub's list give other"
+    hint = f"did you mean {close[0]}?" if close else "use other for a license that is not in the Hub's list"
     return f"license is {name!r}, which the Hub does not know; {hint}"
 
 
 def check_card(text: str) -> None:
-    """Raises ValueError with every problem that would make the Hub refuse a card of this text."""
+    """Check the text of a card. Raises ValueError with every reason for which the Hub would refuse it."""
     block = _BLOCK.match(text)
     if block is None:
         raise ValueError(
-            "the card has no metadata: README.md must begin with a block of YAML between two lines of ---"
+            "the card has no metadata: README.md must start with a block of YAML between two lines of ---"
         )
     try:
         data = yaml.load(block[1], _UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"the card's metadata cannot be read as YAML: {error}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"the card's metadata is {type(data).__name__}, expected names with values")
+        raise ValueError(f"the card's metadata is {type(data).__name__}, expected a mapping")
     if problems := [*_wrong_types(data), *_wrong_license(data), *_wrong_ids(data), *_wrong_model_index(data)]:
         raise ValueError(f"the Hub would refuse the card: {'; '.join(problems)}")
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML itself lets the last of two equal names win; the Hub refuses them."""
+    """A YAML loader that refuses duplicate keys, as the Hub does; by default the last one wins."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names = [key.value for key, _ in node.value]
         if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is given twice", problem_mark=node.start_mark)
+            raise yaml.constructor.ConstructorError(problem=f"duplicate key {twice[0]}", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
 
 
 def _wrong_types(data: dict[str, Any]) -> list[str]:
-    problems = [f"{name} is {data[name]!r}, expected a text" for name in _TEXTS if not _is_text(data.get(name, "x"))]
-    for name in _LISTS_OF_TEXTS:
+    problems = [f"{key} is {data[key]!r}, expected a string" for key in _STRINGS if not _is_string(data.get(key, "x"))]
+    for name in _LISTS_OF_STRINGS:
         value = data.get(name, [])
-        if not _is_text(value) and not (isinstance(value, list) and all(map(_is_text, value))):
-            problems.append(f"{name} is {value!r}, expected a list of texts")
+        if not _is_string(value) and not (isinstance(value, list) and all(map(_is_string, value))):
+            problems.append(f"{name} is {value!r}, expected a list of strings")
     return problems
 
 
@@ -82,8 +82,8 @@ def _wrong_license(data: dict[str, Any]) -> list[str]:
     name = data.get("license")
     if not isinstance(name, str):
         return []
-    if name == "other" and not _is_text(data.get("license_name")):
-        return ["license is other, so license_name must say which"]
+    if name == "other" and not _is_string(data.get("license_name")):
+        return ["license is other, which requires license_name"]
     problem = license_problem(name)
     return [problem] if problem else []
 
@@ -94,7 +94,7 @@ def _wrong_ids(data: dict[str, Any]) -> list[str]:
         values = data.get(name, [])
         for value in [values] if isinstance(values, str) else values if isinstance(values, list) else []:
             if isinstance(value, str) and not pattern.fullmatch(value):
-                problems.append(f"{name} is {value!r}, expected an id of the Hub")
+                problems.append(f"{name} is {value!r}, expected a Hub id")
     return problems
 
 
@@ -105,17 +105,17 @@ def _wrong_model_index(data: dict[str, Any]) -> list[str]:
     try:
         _, results = model_index_to_eval_results(index)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return [f"model-index lacks or misplaces {error}"]
+        return [f"model-index has a missing or misplaced {error}"]
     problems = []
     for result in results:
         named = (result.task_type, result.dataset_type, result.dataset_name, result.metric_type)
-        if not all(map(_is_text, named)):
-            problems.append(f"model-index has {named!r} where task, data set and metric must be texts")
+        if not all(map(_is_string, named)):
+            problems.append(f"model-index has {named!r} where task, data set and metric must be strings")
         value = result.metric_value
         if isinstance(value, bool) or not isinstance(value, int | float | str) or value != value:
             problems.append(f"model-index has {result.metric_type} {value!r}, expected a number")
     return problems
 
 
-def _is_text(value: Any) -> bool:
+def _is_string(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())

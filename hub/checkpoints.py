@@ -1,4 +1,4 @@
-"""Training states on the Hub: what of a checkpoint goes up, and how another machine gets it back."""
+"""Store checkpoints on the Hub and fetch them on another machine."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from hub.push import Repository, explained
 from hub.redaction import shorten_values
 
-LAST_CHECKPOINT = "last-checkpoint"  # the name that transformers gives it
+LAST_CHECKPOINT = "last-checkpoint"  # transformers' name
 _STATE = "trainer_state.json"
-_SCRATCH = ".hub"  # in an output folder; a run empties it
-_LEFT_OUT = "training_args.bin"  # a pickle with the token and folders in clear; nothing reads it
+_SCRATCH = ".hub"  # in an output folder, where a run empties it
+_LEFT_OUT = "training_args.bin"  # a pickle with the token and absolute paths, which nothing reads
 
 
 def stage_checkpoint(checkpoint: Path, settings_file: Path, target: Path) -> None:
-    """Bring a checkpoint to `target`, to be uploaded from there, with the settings that it was made with.
+    """Link a checkpoint and its settings to `target` for the upload.
 
-    `Trainer` deletes old checkpoints, also while they are uploaded: links keep them without a copy.
+    Hard links keep the files while `Trainer` deletes old checkpoints.
     """
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.name != _LEFT_OUT:
@@ -29,7 +29,7 @@ def stage_checkpoint(checkpoint: Path, settings_file: Path, target: Path) -> Non
             link.parent.mkdir(parents=True, exist_ok=True)
             try:
                 os.link(path, link)
-            except OSError:  # this file system has no links
+            except OSError:  # not supported by this file system
                 shutil.copy(path, link)
     settings = shorten_values(yaml.safe_load(settings_file.read_text(encoding="utf-8")))
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -37,12 +37,13 @@ def stage_checkpoint(checkpoint: Path, settings_file: Path, target: Path) -> Non
 
 
 def fetch_checkpoint(repository: Repository, output_dir: Path, settings_name: str) -> Path | None:
-    """The newest checkpoint of a repository as `output_dir/checkpoint-<step>`, and beside it its settings.
+    """Download the latest checkpoint as `output_dir/checkpoint-<step>`, and its settings to `output_dir`.
 
-    None if there is no such repository, or no checkpoint in it.
+    Returns:
+        The checkpoint, or None if the repository does not exist or has none.
 
     Raises:
-        HubError: the Hub cannot be asked.
+        HubError: If the Hub cannot be reached.
     """
     with explained(repository.repo_id):
         try:
@@ -51,7 +52,7 @@ def fetch_checkpoint(repository: Repository, output_dir: Path, settings_name: st
             raise
         except RepositoryNotFoundError:
             return None
-    name = _newest({file.partition("/")[0] for file in files if file.endswith(f"/{_STATE}")})
+    name = _latest({file.partition("/")[0] for file in files if file.endswith(f"/{_STATE}")})
     if name is None:
         return None
     (output_dir / _SCRATCH).mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def fetch_checkpoint(repository: Repository, output_dir: Path, settings_name: st
         return found.rename(output_dir / f"checkpoint-{step}")
 
 
-def _newest(folders: set[str]) -> str | None:
+def _latest(folders: set[str]) -> str | None:
     numbered = [name for name in folders if name.removeprefix("checkpoint-").isdigit()]
     if numbered:
         return max(numbered, key=lambda name: int(name.removeprefix("checkpoint-")))

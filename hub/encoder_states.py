@@ -1,7 +1,7 @@
-"""The same function in another class: which encoder can hold which, and its weights under that encoder's names.
+"""Express an encoder as another class that computes the same function, and rename its weights accordingly.
 
-Exact, not near: a key bias adds the same number to all scores of a query and so drops out of the softmax; LayerScale
-is a diagonal matrix behind a linear layer and can become part of it.
+The results are exact: a key bias adds the same number to all scores of a query, which cancels in the softmax, and
+LayerScale is a diagonal matrix after a linear layer, into which it can be folded.
 """
 
 import re
@@ -12,7 +12,7 @@ from transformers import BeitForMaskedImageModeling, PreTrainedConfig
 
 State = dict[str, torch.Tensor]
 
-# Model types of transformers that training can begin from.
+# Model types of transformers that training can start from.
 FAMILIES = {
     "vit": "ViT",
     "vit_mae": "ViTMAE",
@@ -22,7 +22,7 @@ FAMILIES = {
     "data2vec-vision": "Data2VecVision",
     "swin": "Swin",
 }
-# By the model type of our encoder: what it can hold.
+# The models that an encoder of ours can represent, by its model type.
 FAMILIES_OF = {
     "vit": ("ViT", "ViTMAE", "DINOv2 without SwiGLU", "BEiT and Data2VecVision with absolute positions only"),
     "beit": ("BEiT", "Data2VecVision", "ViT", "ViTMAE", "DINOv2 without SwiGLU"),
@@ -43,9 +43,9 @@ _SETTINGS = {
     ),
 }
 _RELATIVE_KINDS = ("use_relative_position_bias", "use_shared_relative_position_bias")
-# How a training regularized, which is no part of the function: only our own method's is continued.
-_REGULARizERS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
-# Names of DINOv2 and Data2VecVision, of today and of transformers 5.17 -> those of ViT and BEiT.
+# Regularization is not part of the function: it is only kept when the same method continues.
+_REGULARIZERS = ("drop_path_rate", "hidden_dropout_prob", "attention_probs_dropout_prob")
+# Names of DINOv2 and Data2VecVision, current and of transformers 5.17 -> those of ViT and BEiT.
 _RENAMES = (
     (r"^encoder\.layer\.", "layers."),
     (r"^encoder\.relative_position_bias\.", "shared_position_bias."),
@@ -61,29 +61,29 @@ _RENAMES = (
 
 
 def obstacle(config: PreTrainedConfig, host: str) -> str | None:
-    """Why our encoder of type `host` cannot compute what a model with this config does; None if it can."""
+    """Return why our encoder of type `host` cannot represent a model with this config, or None if it can."""
     family = config.model_type
     if family == host:
         return None
     if "swin" in (family, host):
-        return "it merges patches from stage to stage, in windows" if family == "swin" else "it is no Swin"
+        return "it merges patches from stage to stage, in windows" if family == "swin" else "it is not a Swin"
     if "deit" in (family, host):
-        return "its distillation token takes part in every block" if family == "deit" else "it has no such token"
+        return "it has a distillation token" if family == "deit" else "it has no distillation token"
     if getattr(config, "use_swiglu_ffn", False):
         return "its MLPs are gated (SwiGLU)"
     if host == "vit":
         if _relative_positions(config):
-            return "its blocks know positions by a bias between pairs of patches, which a ViT has not"
+            return "it has relative position biases, which a ViT does not"
         if not _absolute_positions(config):
-            return "it has no positions at all"
+            return "it has no position embeddings"
         if not has_final_norm(config):
-            return "it has no LayerNorm behind its last block"
+            return "it has no LayerNorm after its last block"
     return None
 
 
 def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[str, Any]:
-    """Keyword arguments of the native config of our encoder, without what flags say (image, patch, channels)."""
-    names = (*_SETTINGS[host], *(_REGULARizERS if is_own else ()))
+    """Return the arguments of our encoder's native config, except sizes of image, patch and channels."""
+    names = (*_SETTINGS[host], *(_REGULARIZERS if is_own else ()))
     settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
     if config.model_type == "dinov2":
         settings["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
@@ -92,7 +92,7 @@ def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[
             settings[kind] = getattr(config, kind, False)
         settings["use_absolute_position_embeddings"] = _absolute_positions(config)
         settings["use_mean_pooling"] = not has_final_norm(config)
-        # Counts only as "there is one" or, with 0, "there is none": its values are weights.
+        # Only tells whether there is LayerScale (0: no); its values are weights.
         in_dinov2 = getattr(config, "layerscale_value", 0.0) or 1.0
         own = getattr(config, "layer_scale_init_value", 0.0)
         settings["layer_scale_init_value"] = in_dinov2 if config.model_type == "dinov2" else own
@@ -100,13 +100,13 @@ def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[
 
 
 def has_final_norm(config: PreTrainedConfig) -> bool:
-    """BEiT and Data2VecVision leave it to the pooler, or, in masked image modeling, to the head."""
+    """Return whether a LayerNorm follows the last block; BEiT and Data2VecVision may have it in the pooler instead."""
     in_head = BeitForMaskedImageModeling.__name__ in (config.architectures or ())
     return in_head or not getattr(config, "use_mean_pooling", False)
 
 
 def native_state(state: State, family: str, has_norm: bool) -> tuple[State, State]:
-    """A model of transformers, as it names its weights -> encoder with the names of ViT and BEiT, and the rest."""
+    """Split a transformers model into its encoder, under the names of ViT and BEiT, and the rest."""
     if family == "swin":
         return state, {}
     if family == "vit_mae":
@@ -131,7 +131,7 @@ def native_state(state: State, family: str, has_norm: bool) -> tuple[State, Stat
 
 
 def as_host(state: State, host: str, qkv_bias: bool) -> tuple[State, list[str]]:
-    """The same function for our encoder of type `host`, and in words what went into other weights or out of them."""
+    """Convert an encoder to our type `host`; return its weights, and descriptions of the weights folded or removed."""
     if host == "vit":
         return _as_vit(state, qkv_bias)
     if host == "beit":
@@ -150,7 +150,7 @@ def _as_vit(state: State, qkv_bias: bool) -> tuple[State, list[str]]:
         bias = key.replace("weight", "bias")
         if qkv_bias and bias not in state:
             state[bias] = torch.zeros(len(state[key]))
-    return state, ["LayerScale (now part of the layers before it)"] if scales else []
+    return state, ["LayerScale (folded into the preceding layers)"] if scales else []
 
 
 def _as_beit(state: State) -> tuple[State, list[str]]:

@@ -1,4 +1,4 @@
-"""Write the README.md of an exported model: how to load it, how it was made, what is known about it and what not."""
+"""Write the model card (README.md) of an exported model."""
 
 import json
 import re
@@ -19,7 +19,7 @@ __all__ = ["card_for", "shorten_command", "shorten_paths", "write_model_card"]
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _ELSEWHERE = "path/to/this/folder"
 _CHECKPOINT_LINE = re.compile(r'^checkpoint = ".*"$', re.MULTILINE)
-_METRIC_NAMES = {"train_loss": "training loss", "eval_loss": "held-out loss"}
+_METRIC_NAMES = {"train_loss": "training loss", "eval_loss": "validation loss"}
 
 
 def write_model_card(
@@ -43,31 +43,31 @@ def write_model_card(
     classes: Sequence[str] = (),
     from_scratch: bool = False,
     unfinished: str | None = None,
-    seen_in_training: Sequence[Mapping[str, Any]] = (),
+    online_results: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write `folder/README.md`. Absolute paths keep their last component only, and Hub tokens are blotted out.
+    """Write `folder/README.md`, with absolute paths shortened and Hub tokens removed.
 
-    What `folder/metrics.json` holds goes into a table and into the metadata, else what was seen in training; without
-    both the card says that the quality of the features was not measured.
+    The table of results and the metadata come from `folder/metrics.json`, or else from `online_results`; without
+    both, the card states that the quality of the features was not measured.
 
     Args:
-        command: the command line as typed, quoted for a shell.
-        model_name: an id of the Hub (then the examples load from there) or any other name.
-        metrics: `train_loss`, `eval_loss` and what else was seen in training.
-        datasets: what it was trained on; ids of the Hub are linked.
-        num_extra_tokens: those before the patches: a class token, or none.
-        pools_mean: the encoder's pooler normalizes the mean of the patches, instead of taking the class token.
-        native_root_problem: why the folder holds no native encoder, if it does not (`hub.export`).
-        classes: names of the classes, for a classifier.
-        from_scratch: a classifier's weights were random before its training.
-        unfinished: a sentence in front of all others, while training goes on.
-        seen_in_training: entries as `metrics.json` has them.
-        panel, curve: pictures in `folder`, relative to it.
+        command: The command line as typed, quoted for a shell.
+        model_name: A Hub id, from which the examples then load, or any other name.
+        metrics: `train_loss`, `eval_loss` and other metrics of the training.
+        panel: A figure in `folder`, relative to it; so is `curve`.
+        datasets: The training data; Hub ids are linked.
+        num_extra_tokens: Number of tokens before the patches: 1 for a class token, else 0.
+        pools_mean: Whether the encoder's pooler normalizes the mean of the patches rather than the class token.
+        native_root_problem: Why there is no native encoder in the folder, if so (`hub.export`).
+        classes: Names of a classifier's classes.
+        from_scratch: Whether a classifier was trained from random weights.
+        unfinished: A sentence at the top of the card while training continues.
+        online_results: Results of the online evaluation, as entries of `metrics.json`.
 
     Raises:
-        ValueError: a picture is not in `folder`, or the Hub would refuse the card (`hub.card_rules`).
+        ValueError: If a figure is not in `folder`, or the Hub would refuse the card (`hub.card_rules`).
     """
-    results = read_results(folder) or as_results(seen_in_training)
+    results = read_results(folder) or as_results(online_results)
     on_hub = model_name if HUB_ID.fullmatch(model_name) else None
     title = shorten_paths(model_name).split("/")[-1]
     card_data = ModelCardData(
@@ -103,8 +103,8 @@ def write_model_card(
         data_summary=_rows(data_summary),
         versions=_rows(versions),
         recipe=[(name, _cell(value)) for name, value in _flatten(recipe)],
-        panel=_picture(folder, panel),
-        curve=_picture(folder, curve),
+        panel=_figure(folder, panel),
+        curve=_figure(folder, curve),
     )
     text = str(card)
     check_card(text)
@@ -112,16 +112,16 @@ def write_model_card(
 
 
 def card_for(folder: Path, repo_id: str) -> str:
-    """The card in `folder` as it goes to `repo_id`: loading from there, with the results measured since.
+    """Return the card in `folder` for `repo_id`: the examples load from there, and the results are up to date.
 
     Raises:
-        ValueError: there is no card, or the Hub would refuse it.
+        ValueError: If there is no card, or the Hub would refuse it.
     """
     file = folder / "README.md"
     if not file.is_file():
         raise ValueError(
-            f"{folder} has no README.md, which every model needs: run_pretraining.py writes one; beside converted "
-            "weights write one yourself, with whose they are and their license"
+            f"{folder} has no README.md, which every model needs: run_pretraining.py writes one; for converted "
+            "weights write one that names their authors and license"
         )
     text = file.read_text(encoding="utf-8")
     check_card(text)
@@ -152,7 +152,7 @@ def _flatten(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _cell(value: Any) -> str:
-    """A value as it would stand in a recipe, made safe for a Markdown table."""
+    """Format a value as in a recipe, escaped for a Markdown table."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, float):
@@ -163,9 +163,9 @@ def _cell(value: Any) -> str:
     return " ".join(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", text).split())
 
 
-def _picture(folder: Path, picture: str | None) -> str | None:
-    if picture is None:
+def _figure(folder: Path, figure: str | None) -> str | None:
+    if figure is None:
         return None
-    if Path(picture).is_absolute() or not (folder / picture).is_file():
-        raise ValueError(f"There is no picture {picture!r} in {folder}; give its path relative to the card's folder.")
-    return quote(Path(picture).as_posix())
+    if Path(figure).is_absolute() or not (folder / figure).is_file():
+        raise ValueError(f"{folder} has no figure {figure!r}; its path must be relative to the card's folder")
+    return quote(Path(figure).as_posix())

@@ -1,8 +1,8 @@
-"""Put an output folder on the Hub: `python -m hub.push DIR --to org/name [--private]`.
+"""Upload an output folder to the Hub: `python -m hub.push DIR --to org/name [--private]`.
 
-What goes up is the encoder at the root, `pretraining/`, the code files that loading it needs, the processor, the card
-and its pictures, in one commit: a push that is cut leaves the repository as it was. What stays are checkpoints, logs,
-settings, TrainingArguments, and folders of this machine in the files that do go.
+The encoder at the root, `pretraining/` with its code files, the processor, the card and its figures are uploaded in
+one commit, so that an interrupted push leaves the repository unchanged. Checkpoints, logs, settings and
+TrainingArguments are not uploaded, and absolute paths in JSON files lose their folders.
 """
 
 import argparse
@@ -25,40 +25,40 @@ from hub.model_card import card_for
 from hub.redaction import shorten_values
 
 _T = TypeVar("_T")
-PRETRAINING = "pretraining"  # of `hub.export`, which would bring torch with it
+PRETRAINING = "pretraining"  # as in `hub.export.native`, whose import would load torch
 _ROOT_FILES = ("config.json", "preprocessor_config.json", "metrics.json", "LICENSE*", "*.png", "*.onnx")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TEXT_FILES = (".json", ".md", ".py", ".yaml", ".txt")
-# Seconds before a further attempt. Within each, the Hub's client itself repeats a request up to five times.
+# Seconds before each further attempt. In every attempt, the Hub's client itself tries a request up to five times.
 WAITS = (5.0, 30.0)
-# Seconds without an answer; the Hub's client would wait for ever.
+# Seconds without an answer; the Hub's client would wait forever.
 _TIMEOUT = 60.0
-_PASSING = (408, 409, 412, 429)  # HTTP statuses below 500 that another attempt may not meet
+_TEMPORARY = (408, 409, 412, 429)  # HTTP statuses below 500 that are worth another attempt
 _HELP_BY_STATUS = {
-    401: "there is no token that the Hub knows: log in with `hf auth login`, or set HF_TOKEN",
-    403: "the token may not write there: it needs the right to write, in this organization",
-    404: "there is no such repository, or the token may not see it",
+    401: "no valid Hub token: log in with `hf auth login`, or set HF_TOKEN",
+    403: "the token has no write permission for this repository or organization",
+    404: "the repository does not exist, or the token has no access to it",
 }
 
 
 class HubError(RuntimeError):
-    """The Hub could not be reached or said no, in words; `may_pass`: another attempt has a chance."""
+    """The Hub could not be reached or refused a request; `is_temporary` if another attempt may succeed."""
 
-    def __init__(self, message: str, may_pass: bool) -> None:
+    def __init__(self, message: str, is_temporary: bool) -> None:
         super().__init__(message)
-        self.may_pass = may_pass
+        self.is_temporary = is_temporary
 
 
 class Repository:
-    """A model repository and how to write to it.
+    """A model repository to write to.
 
     Args:
-        private: for a repository that does not exist yet; one that is public is never written to if True.
+        private: Whether to create it as private; if True, a public repository is refused.
         token: None for HF_TOKEN or the stored login.
-        revision: an existing branch; None for the main one.
+        revision: An existing branch; None for the main branch.
 
     Raises:
-        ValueError: `repo_id` cannot be the id of a repository.
+        ValueError: If `repo_id` is not a valid repository id.
     """
 
     def __init__(
@@ -73,50 +73,49 @@ class Repository:
         return f"{self.api.endpoint}/{self.repo_id}"
 
     def create(self) -> None:
-        """Make sure that it is there and as private as asked for.
+        """Create the repository unless it exists.
 
         Raises:
-            HubError: it is not there and cannot be made, or is public.
+            HubError: If it cannot be created, or is public although `private` is set.
         """
         self._with_retries(self._create)
 
     def _create(self) -> list[str]:
-        """Returns the names of the files in it."""
+        """Create the repository unless it exists, and return the names of its files."""
         with explained(self.repo_id):
             self.api.create_repo(self.repo_id, private=self.private, exist_ok=True)
             info = self.api.model_info(self.repo_id, revision=self.revision, timeout=_TIMEOUT)
         if self.private and not info.private:
             raise HubError(
-                f"{self.repo_id} is public, and a private one was asked for: make it private in its settings on the "
-                "Hub, or leave that out",
-                may_pass=False,
+                f"{self.repo_id} is public, but a private repository was requested: make it private in its settings "
+                "on the Hub, or do not request that",
+                is_temporary=False,
             )
         return [file.rfilename for file in info.siblings or []]
 
     def push(self, folder: Path, message: str, checkpoint: str | None = None) -> str:
-        """Upload the public part of `folder`, and its subfolder `checkpoint` if given; returns the address.
+        """Upload the public files of `folder`, and its subfolder `checkpoint` if given; return the repository's URL.
 
         Raises:
-            ValueError: the folder holds no model, the Hub would refuse its card, or a file holds the token.
-            HubError: the upload did not succeed; the repository is as it was.
+            ValueError: If the folder has no model, the Hub would refuse its card, or a file contains the token.
+            HubError: If the upload fails; the repository is unchanged.
         """
         files = self._contents(folder, checkpoint)
         self._with_retries(lambda: self._commit(files, [PRETRAINING, checkpoint or PRETRAINING], message))
         return self.url
 
     def _commit(self, files: Mapping[str, bytes | str], whole_folders: Sequence[str], message: str) -> None:
-        """Add or replace `files`; of `whole_folders` nothing else stays."""
-        there = self._create()
-        gone = [name for name in there if name.partition("/")[0] in whole_folders and name not in files]
+        """Add or replace `files`, and delete everything else in `whole_folders`."""
+        stale = [name for name in self._create() if name.partition("/")[0] in whole_folders and name not in files]
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
-        deletions = [CommitOperationDelete(path_in_repo=name) for name in gone]
+        deletions = [CommitOperationDelete(path_in_repo=name) for name in stale]
         with explained(self.repo_id):
             self.api.create_commit(
                 self.repo_id, [*deletions, *additions], commit_message=message, revision=self.revision
             )
 
     def finishing_command(self, folder: Path) -> str:
-        """What a person types to do later what did not work now."""
+        """Return the command that uploads `folder` later."""
         words = ["python", "-m", "hub.push", str(folder), "--to", self.repo_id]
         words += ["--private"] if self.private else []
         words += ["--revision", self.revision] if self.revision else []
@@ -127,13 +126,13 @@ class Repository:
             try:
                 return attempt()
             except HubError as error:
-                if not error.may_pass:
+                if not error.is_temporary:
                     raise
                 time.sleep(wait)
         return attempt()
 
     def _contents(self, folder: Path, checkpoint: str | None) -> dict[str, bytes | str]:
-        """Path in the repository -> content, or the file on disk where it goes up as it is."""
+        """Return content, or the file on disk if it is uploaded unchanged, by path in the repository."""
         paths = public_files(folder)
         if checkpoint is not None:
             paths += sorted(path for path in (folder / checkpoint).rglob("*") if path.is_file())
@@ -148,47 +147,51 @@ class Repository:
             if token and name.endswith(_TEXT_FILES):
                 text = content if isinstance(content, bytes) else Path(content).read_bytes()
                 if str(token).encode() in text:
-                    raise ValueError(f"{name} holds your Hub token, so nothing was pushed: remove it there")
+                    raise ValueError(f"{name} contains your Hub token, so nothing was pushed: remove it there")
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raises ValueError if this cannot be the id of a repository."""
+    """Check that `repo_id` is a valid Hub repository id.
+
+    Raises:
+        ValueError: If it is not.
+    """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} cannot be a repository of the Hub: {error}") from None
+        raise ValueError(f"{repo_id!r} is not a valid Hub repository id: {error}") from None
     if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} cannot be a repository of the Hub; expected organization/name or user/name")
+        raise ValueError(f"{repo_id!r} is not a valid Hub repository id; expected organization/name or user/name")
 
 
 def public_files(folder: Path) -> list[Path]:
-    """The files of an output folder that others need, README.md aside.
+    """Return the files of an output folder that are uploaded, except README.md.
 
     Raises:
-        ValueError: there is no finished model in it.
+        ValueError: If the folder has no finished model.
     """
     whole = [path for path in sorted((folder / PRETRAINING).rglob("*")) if path.is_file()]
     root = [path for pattern in (*_ROOT_FILES, *_WEIGHTS) for path in sorted(folder.glob(pattern))]
     code = [folder / path.name for path in whole if path.suffix == ".py" and (folder / path.name).is_file()]
     if not any(path.name == "config.json" for path in [*root, *whole]):
-        unfinished = " (its training has not ended)" if any(folder.glob("checkpoint-*")) else ""
-        raise ValueError(f"{folder} holds no finished model{unfinished}: there is no config.json in it")
+        unfinished = " (its training is not finished)" if any(folder.glob("checkpoint-*")) else ""
+        raise ValueError(f"{folder} has no finished model{unfinished}: config.json is missing")
     return [*root, *code, *whole]
 
 
 @contextmanager
 def explained(repo_id: str) -> Iterator[None]:
-    """Inside, no request waits for ever, and what goes wrong becomes a HubError with the reason and the way on."""
+    """Limit the waiting time of requests and turn every error into a HubError with the reason and the fix."""
     get_session().timeout = _TIMEOUT
     try:
         yield
-    # The client raises errors of four libraries, and ValueError or KeyError for an answer that was cut.
+    # The client raises errors of four libraries, and ValueError or KeyError for a truncated answer.
     except Exception as error:
         raise _as_hub_error(error, repo_id) from error
 
 
 def _redacted(path: Path) -> bytes | str:
-    """JSON without folders of this machine; every other file as it is."""
+    """Return JSON without the folders of absolute paths, and the path of any other file."""
     if path.suffix != ".json":
         return str(path)
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -198,12 +201,13 @@ def _redacted(path: Path) -> bytes | str:
 
 def _as_hub_error(error: Exception, repo_id: str) -> HubError:
     if isinstance(error, OfflineModeIsEnabled):
-        return HubError("HF_HUB_OFFLINE is set, so the Hub is not asked: unset it", may_pass=False)
-    if not isinstance(error, HfHubHTTPError):  # no connection, too slow, or an answer that was cut
-        return HubError(f"{repo_id}: {_first_line(error)}", may_pass=True)
+        return HubError("HF_HUB_OFFLINE is set: unset it to use the Hub", is_temporary=False)
+    if not isinstance(error, HfHubHTTPError):  # no connection, too slow, or a truncated answer
+        return HubError(f"{repo_id}: {_first_line(error)}", is_temporary=True)
     status = error.response.status_code
     reason = _HELP_BY_STATUS.get(status, _first_line(error))
-    return HubError(f"{repo_id}: {reason} (HTTP status {status})", may_pass=status >= 500 or status in _PASSING)
+    is_temporary = status >= 500 or status in _TEMPORARY
+    return HubError(f"{repo_id}: {reason} (HTTP status {status})", is_temporary)
 
 
 def _first_line(error: Exception) -> str:
@@ -212,11 +216,11 @@ def _first_line(error: Exception) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m hub.push", description="Put an output folder on the Hub.")
+    parser = argparse.ArgumentParser(prog="python -m hub.push", description="Upload an output folder to the Hub.")
     parser.add_argument("folder", type=Path, metavar="DIR", help="output folder of a finished run")
-    parser.add_argument("--to", required=True, metavar="org/name", help="repository; made if it is not there")
-    parser.add_argument("--private", action="store_true", default=None, help="make it private (default: as the Hub's)")
-    parser.add_argument("--revision", help="existing branch to push to (default: the main one)")
+    parser.add_argument("--to", required=True, metavar="org/name", help="repository; created if it does not exist")
+    parser.add_argument("--private", action="store_true", default=None, help="create a private repository")
+    parser.add_argument("--revision", help="existing branch to push to (default: main)")
     options = parser.parse_args(argv)
     try:
         repository = Repository(options.to, options.private, revision=options.revision)

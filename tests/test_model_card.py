@@ -177,7 +177,7 @@ def test_card__takes_up_what_was_measured_after_it_was_written(tmp_path):
 )
 def test_card__refuses_a_results_file_that_is_none(tmp_path, content):
     (tmp_path / "metrics.json").write_text(content)
-    with pytest.raises(ValueError, match=r"metrics\.json is no list of results"):
+    with pytest.raises(ValueError, match=r"metrics\.json is not a list of results"):
         card_text(tmp_path)
 
 
@@ -197,9 +197,9 @@ def test_card__of_a_classifier_names_its_classes_and_loads_it(tmp_path):
     assert "AutoModelForPreTraining" not in text
 
 
-def test_card__says_first_that_training_goes_on(tmp_path):
-    text = card_text(tmp_path, unfinished="Training goes on: this is step 3 of 9.")
-    assert text.index("**Training goes on: this is step 3 of 9.**") < text.index("An image encoder")
+def test_card__says_first_that_training_is_in_progress(tmp_path):
+    text = card_text(tmp_path, unfinished="Training is in progress: this is step 3 of 9.")
+    assert text.index("**Training is in progress: this is step 3 of 9.**") < text.index("An image encoder")
 
 
 @pytest.mark.parametrize(
@@ -213,12 +213,12 @@ def test_card__says_first_that_training_goes_on(tmp_path):
         ("license: 3", "license is 3"),
         ("tags: [a, 3]", "tags is"),
         ("tags: {a: b}", "tags is"),
-        ("license: mit\nlicense: mit", "license is given twice"),
+        ("license: mit\nlicense: mit", "duplicate key license"),
         ("tags: [a", "cannot be read as YAML"),
-        ("- a", "expected names with values"),
+        ("- a", "expected a mapping"),
         ("base_model: /home/ann/enc", "base_model is '/home/ann/enc'"),
         ("datasets: [my birds]", "datasets is 'my birds'"),
-        ("model-index: [{name: x}]", "model-index lacks or misplaces 'results'"),
+        ("model-index: [{name: x}]", "model-index has a missing or misplaced 'results'"),
         ("model-index: 3", "model-index"),
         (
             "model-index: [{name: x, results: [{task: {type: t}, dataset: {type: d, name: d}, "
