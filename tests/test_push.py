@@ -30,9 +30,9 @@ from training.trainer import MimTrainer
 
 PUBLIC = {
     *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training_curve.png"),
-    *("mae.py", "base.py", "patches.py", "reconstructions.png"),
+    *("mae.py", "base.py", "patches.py", "reconstruction.py", "schedules.py", "reconstructions.png"),
     *("pretraining/config.json", "pretraining/model.safetensors", "pretraining/preprocessor_config.json"),
-    *("pretraining/mae.py", "pretraining/base.py", "pretraining/patches.py"),
+    *(f"pretraining/{name}.py" for name in ("mae", "base", "patches", "reconstruction", "schedules")),
 }
 
 
