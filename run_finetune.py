@@ -6,7 +6,6 @@ Settings (the encoder's own published recipe) -> labeled images -> classifier ->
 
 import itertools
 import json
-import math
 import os
 import shlex
 import sys
@@ -22,7 +21,7 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedMode
 
 from commands.arithmetic import Hardware
 from commands.finetune_plan import FinetunePlan, make_finetune_plan
-from commands.finetune_settings import EncoderFacts, FinetuneSettings, load_finetune_settings, recipe_name
+from commands.finetune_settings import EncoderFacts, FinetuneSettings, load_finetune_settings
 from commands.hub_settings import open_repository
 from commands.launch import find_hardware, first_on_main, join, launcher, run, software_and_hardware
 from commands.memory import measure_footprint
@@ -55,6 +54,7 @@ from hub.encoder_config import encoder_config, image_stats
 from hub.export.native import export_native
 from hub.model_card import write_model_card
 from hub.redaction import shorten_paths
+from modeling import CONFIGS, MimConfig
 from modeling.image_classification import (
     POOLINGS,
     add_batch_norm,
@@ -72,7 +72,6 @@ from training.mixing import Mixing
 
 _WRITTEN_LAST = "config.json"
 _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode linear"
-_LARGEST_WITH_MARGIN = {"mae": 224, "beit": 383, "simmim": math.inf}  # pixels; beyond, the whole short side is seen
 _MOST_KEPT_BYTES = 2**28  # of decoded images for evaluation; more are decoded anew each time
 _UNWRITTEN_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out of config.json
 _IN_WORDS = {
@@ -130,14 +129,14 @@ def open_config(name: str) -> PreTrainedConfig:
 
 
 def facts_of(config: PreTrainedConfig) -> EncoderFacts:
-    size = config.image_size
-    recipe = recipe_name(getattr(config, "mim_method", None), config.model_type, getattr(config, "hidden_size", 0))
+    size, method = config.image_size, getattr(config, "mim_method", "")
+    recipe = CONFIGS.get(method, MimConfig).finetune_recipe(config)
     return EncoderFacts(
-        recipe,
+        recipe.name,
         image_size=(size, size) if isinstance(size, int) else (size[0], size[1]),
         poolings=POOLINGS[config.model_type],
         has_drop_path=config.model_type != "deit",
-        largest_with_margin=_LARGEST_WITH_MARGIN[recipe.split("_")[1]],
+        largest_with_margin=recipe.largest_cropped_size,
     )
 
 

@@ -23,11 +23,6 @@ from commands.flags import (
 from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings
 from data.classification import CROP_SHARE
 
-# Encoders that say nothing of a method of ours are fine-tuned as the method that made their kind.
-_METHOD_OF_FAMILY = {"beit": "beit", "data2vec-vision": "beit", "swin": "simmim"}
-_METHOD_OF_THE_REST = "mae"
-_VARIANTS = {"simmim-asymmetric": "mae"}
-_LARGE, _HUGE, _LARGE_SWIN = 1024, 1280, 1536  # widths; of a Swin that of its last stage
 _RECIPES = "(default: the recipe's)"
 _EPILOG = """\
 The result opens without this project: pipeline("image-classification", model=FOLDER).
@@ -185,18 +180,6 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
             raise SettingsError(
                 f"--hub_strategy {self.hub_strategy.value}: a fine-tuning is uploaded when it is finished"
             )
-
-
-def recipe_name(method: str | None, family: str, width: int) -> str:
-    """The published fine-tuning that fits an encoder best, by its method, its model type and its width."""
-    method = _VARIANTS.get(method or "", method) or _METHOD_OF_FAMILY.get(family, _METHOD_OF_THE_REST)
-    if family == "swin":
-        return f"finetune_simmim_swin-{'large' if width >= _LARGE_SWIN else 'base'}"
-    if method == "simmim":
-        return "finetune_simmim_vit-base"
-    if method == "mae" and width >= _HUGE:
-        return "finetune_mae_vit-huge"
-    return f"finetune_{method}_vit-{'large' if width >= _LARGE else 'base'}"
 
 
 def load_finetune_settings(argv: Sequence[str], open_encoder: Callable[[str], EncoderFacts]) -> FinetuneSettings:

@@ -119,11 +119,13 @@ class MimConfig(PreTrainedConfig):
     @classmethod
     def finetune_recipe(cls, encoder_config: Any) -> FinetuneRecipe:
         """Return the published fine-tuning settings that fit an encoder best, by default those for its family."""
+        # A ViT that was fine-tuned before may have become a BEiT; its method tells what it was.
+        family = encoder_config.model_type if cls is MimConfig else cls.encoder_types[0]
         width = getattr(encoder_config, "hidden_size", 0)
         if encoder_config.model_type == "swin":  # `hidden_size` is the width of the last stage
             return FinetuneRecipe(f"finetune_simmim_swin-{'large' if width >= 1536 else 'base'}", float("inf"))
         size = "large" if width >= 1024 else "base"
-        if encoder_config.model_type in ("beit", "data2vec-vision"):
+        if family in ("beit", "data2vec-vision"):
             return FinetuneRecipe(f"finetune_beit_vit-{size}", 383)
         return FinetuneRecipe(f"finetune_mae_vit-{'huge' if width >= 1280 else size}", 224)
 

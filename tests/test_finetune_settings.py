@@ -3,15 +3,17 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from commands.arithmetic import Hardware
 from commands.finetune_plan import make_finetune_plan
-from commands.finetune_settings import EncoderFacts, load_finetune_settings, recipe_name
+from commands.finetune_settings import EncoderFacts, load_finetune_settings
 from commands.memory import Footprint
 from commands.settings import RECIPES, SettingsError
+from run_finetune import facts_of
 
 NAMED = ["--model", "encoder", "--dataset", "labeled"]
 PUBLISHED = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml") if not path.stem.endswith("_few"))
@@ -38,6 +40,7 @@ def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), trained=
         ("mae", "vit", 192, "finetune_mae_vit-base"),
         ("mae", "vit", 1024, "finetune_mae_vit-large"),
         ("mae", "vit", 1280, "finetune_mae_vit-huge"),
+        ("mae", "beit", 768, "finetune_mae_vit-base"),  # fine-tuned before
         ("simmim-asymmetric", "vit", 768, "finetune_mae_vit-base"),
         ("simmim", "beit", 768, "finetune_simmim_vit-base"),
         ("simmim", "swin", 1024, "finetune_simmim_swin-base"),
@@ -48,10 +51,12 @@ def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), trained=
         (None, "swin", 768, "finetune_simmim_swin-base"),
         (None, "swin", 1536, "finetune_simmim_swin-large"),
         (None, "dinov2", 384, "finetune_mae_vit-base"),
+        ("unknown", "beit", 768, "finetune_beit_vit-base"),
     ],
 )
 def test_recipe_name__is_that_of_the_encoders_own_method_and_size(method, family, width, expected):
-    assert recipe_name(method, family, width) == expected
+    config = SimpleNamespace(mim_method=method, model_type=family, hidden_size=width, image_size=224)
+    assert facts_of(config).recipe == expected
     assert expected in PUBLISHED
 
 
