@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 import modeling  # noqa: F401 - with it whole models of ours can be opened
 from commands.launch import has_accelerator, run
 from commands.parsing import nearest
+from data.bad_images import BadImages
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
@@ -98,13 +99,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def embed(arguments: argparse.Namespace, encoder: FrozenEncoder, preprocessor: Preprocessor) -> None:
     source = open_source(arguments.dataset, split=None)
-    bad = BadImages(len(source))
-    images = batches(source, range(len(source)), preprocessor, bad, arguments.batch_size)
+    bad = BadImages()
+    images = batches(source, range(len(source)), preprocessor, bad.__setitem__, arguments.batch_size)
     arguments.embed.parent.mkdir(parents=True, exist_ok=True)
     num_rows = write_embeddings(
         arguments.embed, encoder, shown(images, len(source), "features"), source, arguments.embed_patches
     )
-    print(f"{arguments.embed}: features of {num_rows:,} images of {source.describe()}{bad.describe()}")
+    left_out = f"; {len(bad)} cannot be read: {shorten_paths(bad.describe())}" if bad else ""
+    print(f"{arguments.embed}: features of {num_rows:,} images of {source.describe()}{left_out}")
 
 
 # ---- the evaluation ----
@@ -152,23 +154,25 @@ def evaluate(
     refuse_other_results(output_dir / METRICS_FILE)
     probes = probes_that_fit(arguments, task, encoder, preprocessor)
     encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, arguments.seed)}
-    bad = BadImages(len(task.train) + len(task.test))
+    bad = BadImages()
 
     def part_of(images: LabeledSplit, what: str) -> LabeledFeatures:
-        stream = batches(images.source, images.indices, preprocessor, bad, arguments.batch_size)
+        stream = batches(images.source, images.indices, preprocessor, bad.__setitem__, arguments.batch_size)
         patches_of = TRAINED if "attentive" in probes else None
         found = collect(encoders, shown(stream, len(images), what), preprocessor, patches_of)
         positions, features, pictures = found
         return LabeledFeatures(features, pictures, torch.from_numpy(images.labels[positions]))
 
     train, test = part_of(task.train, "training images"), part_of(task.test, "test images")
-    bad.check()
+    num_images, described = len(task.train) + len(task.test), shorten_paths(bad.describe())
+    if len(bad) > _MAX_BAD_FRACTION * num_images:
+        raise ValueError(f"{len(bad)} of {num_images} images cannot be read: {described}")
     rows, headline = evaluate_probes(train, test, len(task.class_names), probes, arguments.seed, encoder.device)
     unlabeled = measure_quality(test, arguments.seed)
 
     output_dir.mkdir(parents=True, exist_ok=True)
     pixel_values = torch.cat(
-        [batch.pixel_values for batch in batches(task.test.source, spread(task.test), preprocessor, bad)]
+        [batch.pixel_values for batch in batches(task.test.source, spread(task.test), preprocessor, bad.__setitem__)]
     )
     maps, maps_text = feature_maps(encoder, preprocessor, pixel_values)
     maps.save(output_dir / MAPS_FILE, optimize=True)
@@ -179,7 +183,7 @@ def evaluate(
     facts = {
         **facts_of(encoder, preprocessor, pixel_values),
         "tested on": task.tested_on,
-        "left out": bad.describe().removeprefix("; ") or "no image",
+        "left out": f"{len(bad)} that cannot be read: {described}" if bad else "no image",
         "seed": arguments.seed,
         "time": duration(time.perf_counter() - started),
     }
@@ -285,25 +289,6 @@ def shown(images: Iterator[Batch], num_images: int, what: str) -> Iterator[Batch
             bar.update(len(batch.positions))
     seconds = time.perf_counter() - started
     print(f"{num_images:,} {what} in {duration(seconds)}, {num_images / seconds:,.0f} images/s", file=sys.stderr)
-
-
-class BadImages:
-    """Notes which images cannot be read, as `data.decoding` found them."""
-
-    def __init__(self, num_images: int) -> None:
-        self.num_images, self.found = num_images, dict[str, str]()
-
-    def __call__(self, name: str, reason: str) -> None:
-        self.found[name] = reason
-
-    def check(self) -> None:
-        """Raises: ValueError if they are too many to go on."""
-        if len(self.found) > _MAX_BAD_FRACTION * self.num_images:
-            raise ValueError(f"{len(self.found)} of {self.num_images} images cannot be read{self.describe()}")
-
-    def describe(self) -> str:
-        examples = ", ".join(f"{shorten_paths(name)} ({reason})" for name, reason in list(self.found.items())[:5])
-        return f"; {len(self.found)} that cannot be read: {examples}" if self.found else ""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -36,13 +36,14 @@ from commands.output_folder import (
 )
 from commands.parsing import make_parser
 from data.augmentations import single_view
+from data.bad_images import BadImages
 from data.classification import (
     EvalView,
     eval_view,
     train_view,
 )
 from data.collators import stack_items
-from data.images import ImageDataset, StackedImages, count_bad_images
+from data.images import ImageDataset, StackedImages
 from data.labeled import LabeledSplit, write_subset
 from data.labeled_splits import LabeledSplits, open_labeled_splits
 from data.randaugment import RandAugment
@@ -94,8 +95,8 @@ def main(argv: list[str]) -> None:
     plan = plan_run(settings, classifier, parts, find_hardware(state), notes)
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
-    for name, reason in parts.bad[:10]:
-        log(f"note: left out {name}: {reason}")
+    if parts.bad:
+        log(f"note: {len(parts.bad)} unreadable images are left out:\n  " + parts.bad.describe("\n  "))
     if settings.dry_run:
         return
 
@@ -362,7 +363,7 @@ def write_card(
             "dataset": parts.images.train.source.describe(),
             **{f"{name} images": len(part) for name, part in parts.by_name.items()},
             "sizes": parts.summary.describe(),
-            "unreadable images left out": len(count_bad_images(folder / BAD_IMAGES_FILE)),
+            "unreadable images left out": len(BadImages.read(folder / BAD_IMAGES_FILE)),
         },
         metrics={},
         versions=software_and_hardware(trainer),

@@ -70,8 +70,8 @@ def main(argv: list[str]) -> None:
     plan = make_plan(settings, find_hardware(state), *numbers, f"{parts.source.describe()}: {parts.summary}")
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
-    for name, reason in parts.bad[:10]:
-        log(f"note: left out {name}: {reason}")
+    if parts.bad:
+        log(f"note: {len(parts.bad)} unreadable images are left out:\n  " + parts.bad.describe("\n  "))
     if problem := native_root_problem(blank):
         log(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
     weights = initial_weights(settings, blank, log)

@@ -69,8 +69,8 @@ def main(argv: list[str]) -> None:
     )
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
-    for name, reason in images.bad[:10]:
-        log(f"note: left out {name}: {reason}")
+    if images.bad:
+        log(f"note: {len(images.bad)} unreadable images are left out:\n  " + images.bad.describe("\n  "))
     if settings.dry_run:
         return
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from commands.launch import launcher, software_and_hardware
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
 from commands.pretraining_settings import PretrainingSettings
-from data.images import count_bad_images
+from data.bad_images import BadImages
 from data.pretraining_splits import PretrainingSplits
 from evaluation.online_history import results_at
 from evaluation.pictures import training_curve
@@ -78,7 +78,7 @@ class Artifacts:
                 "training images": len(parts.train),
                 "held-out images": len(parts.validation),
                 "sizes": parts.summary,
-                "unreadable images left out": len(count_bad_images(output_dir / BAD_IMAGES_FILE)),
+                "unreadable images left out": len(BadImages.read(output_dir / BAD_IMAGES_FILE)),
             },
             metrics=metrics,
             versions=software_and_hardware(trainer),

@@ -1,9 +1,8 @@
 """What a run finds in its output folder: nothing, a finished run, or one to continue."""
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import yaml
 
 from commands.settings import TrainingSettings
-from data.images import count_bad_images
+from data.bad_images import BadImages
 from training.checkpoints import last_whole_checkpoint, problem_with
 
 SETTINGS_FILE = "settings.yaml"
@@ -59,14 +58,14 @@ _OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
 def prepare_output_dir(
     output_dir: Path,
     settings: TrainingSettings,
-    bad: Sequence[tuple[str, str]],
+    bad: BadImages,
     log: Callable[[str], None],
     written_last: str,
     check: Callable[[Path], None] | None = None,
 ) -> Path | None:
     """Decide between a new run, a continued one and a refusal; returns the checkpoint to continue from.
 
-    A folder with the file `written_last` holds a finished run. `bad`: name and reason of every image left out.
+    A folder with the file `written_last` holds a finished run. `bad`: the images left out.
     `check` may refuse the checkpoint with a ValueError, before anything is written.
 
     Raises:
@@ -98,7 +97,9 @@ def prepare_output_dir(
         log(f"continuing from {checkpoint}")
     output_dir.mkdir(parents=True, exist_ok=True)
     (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
-    _write_bad_images(output_dir / BAD_IMAGES_FILE, bad, keep=checkpoint is not None)
+    found = BadImages() if checkpoint is None else BadImages.read(output_dir / BAD_IMAGES_FILE)  # while decoding
+    (output_dir / BAD_IMAGES_FILE).unlink(missing_ok=True)
+    BadImages(found | bad).append_to(output_dir / BAD_IMAGES_FILE)
     return checkpoint
 
 
@@ -113,15 +114,6 @@ def interrupted_run(output_dir: Path, chosen: Mapping[str, Any]) -> Path | None:
     if any(saved.get(name) != chosen[name] for name in ("init_from", "method")):
         return None
     return last_whole_checkpoint(output_dir)[0]
-
-
-def _write_bad_images(file: Path, bad: Sequence[tuple[str, str]], keep: bool) -> None:
-    """`keep` those that an interrupted run found while decoding."""
-    entries = (count_bad_images(file) if keep else {}) | dict(bad)
-    file.unlink(missing_ok=True)
-    if entries:
-        lines = (json.dumps({"name": name, "reason": reason}) + "\n" for name, reason in entries.items())
-        file.write_text("".join(lines), encoding="utf-8")
 
 
 def _as_yaml(settings: TrainingSettings) -> str:

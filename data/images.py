@@ -6,7 +6,6 @@ process that makes it.
 Shapes: C channels, H W pixels of the crop.
 """
 
-import json
 import logging
 import os
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from data.bad_images import BadImages
 from data.decoding import BadImage
 from data.sampling import EpochOrder
 from data.seeds import seeded_generator
@@ -176,15 +176,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         name = self.name(image_index)
         if self.bad_images_file is None:
             logger.warning("another image takes the place of %s: %s", name, reason)
-            return
-        line = json.dumps({"name": name, "reason": reason}) + "\n"
-        self.bad_images_file.parent.mkdir(parents=True, exist_ok=True)
-        # One write of a whole line to a file opened for appending: lines of many processes do not mix.
-        descriptor = os.open(self.bad_images_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        else:
+            BadImages({name: reason}).append_to(self.bad_images_file)
 
 
 class StackedImages(Dataset[dict[str, Any]]):
@@ -231,14 +224,6 @@ def measure_image_stats(images: ImageDataset, num_samples: int = 1024) -> tuple[
         moments = torch.stack(list(pool.map(lambda index: _moments(images[index]["pixel_values"]), chosen)))
     mean, mean_of_squares = moments.mean(0)  # (samples, 2, C) -> (2, C)
     return mean.tolist(), (mean_of_squares - mean**2).clamp(min=0).sqrt().tolist()
-
-
-def count_bad_images(file: Path) -> dict[str, str]:
-    """Return the reason for every image that some process recorded as unreadable, by name."""
-    if not file.exists():
-        return {}
-    entries = [json.loads(line) for line in file.read_text().splitlines()]
-    return {entry["name"]: entry["reason"] for entry in entries}
 
 
 def _moments(pixel_values: Tensor) -> Tensor:

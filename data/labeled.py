@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.image_checks import Checked, check_images
+from data.image_checks import CheckedImages, check_images
 from data.image_source import ImageSource, join_sources
 from data.label_columns import RawLabels, read_labels
 from data.seeds import seeded_generator
@@ -52,13 +52,13 @@ class LabeledSplit:
         """Return the images at these positions of the split."""
         return replace(self, indices=self.indices[positions], labels=self.labels[positions])
 
-    def readable(self, max_bad_fraction: float, num_threads: int) -> "tuple[LabeledSplit, Checked]":
+    def readable(self, max_bad_fraction: float) -> "tuple[LabeledSplit, CheckedImages]":
         """Return the split without its unreadable images, and the result of checking all images of the source.
 
         Raises:
             ValueError: If too many images are unreadable, or all images of a class.
         """
-        checked = check_images(self.source, max_bad_fraction, num_threads)
+        checked = check_images(self.source, max_bad_fraction)
         good = np.isin(self.indices, checked.good)
         lost = np.flatnonzero(~np.isin(self.labels, self.labels[good]))
         if len(lost):

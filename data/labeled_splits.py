@@ -1,8 +1,8 @@
 """The parts of a labeled data set as a fine-tuning uses them: readable images, held-out ones, and so many labels."""
 
-import os
 from dataclasses import dataclass, replace
 
+from data.bad_images import BadImages
 from data.image_checks import Summary
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, with_validation
 
@@ -15,7 +15,7 @@ class LabeledSplits:
     """`summary` says what all training images are like; `has_subset`: only some of their labels are used."""
 
     images: LabeledImages
-    bad: list[tuple[str, str]]
+    bad: BadImages
     summary: Summary
     has_subset: bool
 
@@ -53,12 +53,12 @@ def open_labeled_splits(
         ValueError: the data cannot be learned from.
     """
     opened = open_labeled(dataset, label_column)
-    parts, bad, summaries = {}, [], []
+    parts, bad, summaries = {}, BadImages(), []
     for name in ("train", "validation", "test"):
         part = getattr(opened, name)
         if part is not None:
-            parts[name], checked = part.readable(max_bad_fraction, min(8, os.cpu_count() or 1))
-            bad += checked.bad
+            parts[name], checked = part.readable(max_bad_fraction)
+            bad.update(checked.bad)
             summaries.append(checked.summary)
     images = replace(opened, **parts)
     has_subset = num_per_class is not None or label_fraction is not None

@@ -1,11 +1,11 @@
 """The images that a run without labels learns from, and those held out: readable ones, from what a user named."""
 
-import os
 from dataclasses import dataclass
 
 import numpy as np
 
-from data.image_checks import Checked, check_images
+from data.bad_images import BadImages
+from data.image_checks import check_images
 from data.images import split_validation
 from data.sources import ImageSource, open_source
 
@@ -18,7 +18,7 @@ class PretrainingSplits:
     train: np.ndarray
     validation_source: ImageSource
     validation: np.ndarray
-    bad: list[tuple[str, str]]
+    bad: BadImages
     summary: str
 
 
@@ -31,18 +31,13 @@ def open_pretraining_splits(
         ValueError: the data cannot be learned from.
     """
     source = open_source(dataset)
-    checked = _check(source, max_bad_fraction)
+    checked = check_images(source, max_bad_fraction)
     summary = checked.summary.describe()
     own_part = source.validation()
     if own_part is not None and validation_fraction:
-        validation = _check(own_part, max_bad_fraction)
-        return PretrainingSplits(
-            source, checked.good, own_part, validation.good, checked.bad + validation.bad, summary
-        )
+        validation = check_images(own_part, max_bad_fraction)
+        bad = BadImages(checked.bad | validation.bad)
+        return PretrainingSplits(source, checked.good, own_part, validation.good, bad, summary)
     kept, validation_of_it = split_validation(len(checked.good), validation_fraction, seed)
     good = checked.good
     return PretrainingSplits(source, good[kept], source, good[validation_of_it], checked.bad, summary)
-
-
-def _check(source: ImageSource, max_bad_fraction: float) -> Checked:
-    return check_images(source, max_bad_fraction, num_threads=min(8, os.cpu_count() or 1))

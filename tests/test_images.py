@@ -10,8 +10,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.augmentations import CenterCrop, RandomResizedCrop, single_view
+from data.bad_images import BadImages
 from data.decoding import BadImage
-from data.images import ImageDataset, SourceSamples, count_bad_images, measure_image_stats, split_validation
+from data.images import ImageDataset, SourceSamples, measure_image_stats, split_validation
 from data.sampling import EpochSampler
 from data.sources import open_source
 
@@ -141,7 +142,7 @@ def test_bad_image__is_replaced_alike_everywhere_and_reported_once(folder: Path,
     for counter in counters:
         images_of_another_process[counter]
     assert len(file.read_text().splitlines()) == 4
-    reasons = count_bad_images(file)
+    reasons = BadImages.read(file)
     assert len(reasons) == 2
     assert "not an image" in reasons[str(folder / "04.jpg")]
     assert "truncated" in reasons[str(folder / "07.jpg")]
@@ -166,8 +167,8 @@ def test_bad_images__end_the_run_when_nothing_can_be_read(folder: Path) -> None:
         images[0]
 
 
-def test_count_bad_images__is_empty_without_a_file(tmp_path: Path) -> None:
-    assert count_bad_images(tmp_path / "never.jsonl") == {}
+def test_bad_images__are_none_without_a_file(tmp_path: Path) -> None:
+    assert BadImages.read(tmp_path / "never.jsonl") == {}
 
 
 @pytest.mark.parametrize(

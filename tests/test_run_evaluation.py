@@ -187,7 +187,7 @@ def test_embed__features_of_images_without_labels(encoder, tmp_path, capsys):
     file = tmp_path / "features.parquet"
     assert evaluate("--model", encoder, "--dataset", folder, "--embed", file, "--embed_patches") == 0
     assert "features of 5 images" in (said := capsys.readouterr().out)
-    assert "1 that cannot be read: zz.jpg (" in said
+    assert "1 cannot be read: zz.jpg: " in said
     (folder / "zz.jpg").unlink()
     table = pq.read_table(file)
     assert [Path(name).name for name in table["name"].to_pylist()] == sorted(path.name for path in folder.iterdir())

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from data.images import count_bad_images
+from data.bad_images import BadImages
 
 # Steps timed before a CPU run says how long it will take; the first one also builds and warms everything.
 _NUM_TIMED_STEPS = 3
 
 
 def show_progress(
-    trainer: Trainer, bad_images: Path, left_out: Iterable[tuple[str, str]], max_bad_fraction: float, shorter: str
+    trainer: Trainer, bad_images: Path, left_out: BadImages, max_bad_fraction: float, shorter: str
 ) -> None:
     """What every run shows and watches, in place of `Trainer`'s own bar.
 
@@ -31,8 +31,7 @@ def show_progress(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(MimProgress())
     num_images = len(trainer.train_dataset)  # type: ignore[arg-type]
-    known = frozenset(name for name, _ in left_out)
-    trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, known))
+    trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, left_out.keys()))
     if trainer.args.device.type == "cpu":
         trainer.add_callback(CpuEstimate(shorter))
 
@@ -179,21 +178,19 @@ class ReconstructionPanels(TrainerCallback):
 
 
 class BadImagesLimit(TrainerCallback):
-    """Stops a run of which too many images turn out unreadable only when they are decoded.
+    """Stop training if too many images turn out to be unreadable when they are decoded.
 
-    `known`: names in `file` that are none of the `num_images`, because they were left out before the training.
+    `known`: Names in `file` that are not among the `num_images`, because they were left out before training.
     """
 
-    def __init__(
-        self, file: Path, num_images: int, max_bad_fraction: float, known: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, file: Path, num_images: int, max_bad_fraction: float, known: Collection[str] = ()) -> None:
         self.file, self.num_images, self.max_bad_fraction, self.known = file, num_images, max_bad_fraction, known
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        bad = {name: reason for name, reason in count_bad_images(self.file).items() if name not in self.known}
+        found = BadImages.read(self.file)
+        bad = BadImages((name, reason) for name, reason in found.items() if name not in self.known)
         if len(bad) > self.max_bad_fraction * self.num_images:
-            examples = "; ".join(f"{name}: {reason}" for name, reason in list(bad.items())[:10])
             raise ValueError(
-                f"{len(bad)} of {self.num_images} images cannot be read ({examples}), listed in {self.file}: repair "
-                "or remove them, or allow more with max_bad_fraction"
+                f"{len(bad)} of {self.num_images} images cannot be read ({bad.describe()}), listed in {self.file}: "
+                "repair or remove them, or allow more with max_bad_fraction"
             )
