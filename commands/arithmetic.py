@@ -4,6 +4,7 @@ Small data never stop a run. What a rule changes for their sake it says in `note
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +38,28 @@ class Hardware:
 def training_schedule(
     settings: TrainingSettings,
     hardware: Hardware,
-    num_images: int,
+    num_images: int | None,
     notes: list[str],
     batch_on_cpu: int = _BATCH_ON_CPU,
     min_steps: int = _MIN_STEPS,
 ) -> dict[str, Any]:
-    """Those that follow in the same way for whatever is trained, by their names in a `Plan`.
+    """Return the numbers that follow in the same way for whatever is trained, by their names in a `Plan`.
+
+    Args:
+        num_images: None for a stream, whose single epoch is as long as max_steps say.
 
     Raises:
-        ValueError: fewer images than processes, or a precision that the device has not.
+        ValueError: If there are fewer images than processes, a stream without max_steps, or a precision that the
+            device does not support.
     """
+    if num_images is None:
+        if not settings.counts("max_steps"):
+            raise ValueError("a data set without a length needs max_steps; give the number of optimizer steps")
+        num_images = sys.maxsize
     batch_size, accumulation = batch_size_and_accumulation(settings, hardware, num_images, notes, batch_on_cpu)
     steps_per_epoch = math.ceil(micro_batches(settings, num_images, batch_size, hardware) / accumulation)
     num_steps = number_of_steps(settings, steps_per_epoch, notes, min_steps)
+    steps_per_epoch = min(steps_per_epoch, num_steps) if num_images == sys.maxsize else steps_per_epoch
     return {
         "batch_size": batch_size,
         "accumulation": accumulation,

@@ -4,6 +4,7 @@ import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from commands.launch import launcher, software_and_hardware
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
@@ -55,6 +56,7 @@ class Artifacts:
     def _write_card(self, folder: Path, unfinished: str | None) -> None:
         trainer, settings, parts, output_dir = self.trainer, self.settings, self.parts, self.trainer.output_dir
         head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
+        encoder: Any = head.exported_encoder  # type: ignore[union-attr]
         dataset = " + ".join(settings.eval_dataset or [])
         curve = panel = None
         if any("loss" in entry or "eval_loss" in entry for entry in history):
@@ -88,9 +90,7 @@ class Artifacts:
             datasets=settings.dataset,
             unfinished=unfinished,
             online_results=results_at(history, trainer.state.global_step, dataset),
-            num_extra_tokens=sum(
-                hasattr(head.encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")
-            ),
-            pools_mean=getattr(head.encoder.config, "use_mean_pooling", False),
+            num_extra_tokens=sum(hasattr(encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")),
+            pools_mean=getattr(encoder.config, "use_mean_pooling", False),
             native_root_problem=native_root_problem(head),
         )

@@ -24,7 +24,7 @@ class Plan:
     settings: TrainingSettings
     hardware: Hardware
     data: str
-    num_train_images: int
+    num_train_images: int | None
     num_validation_images: int
     footprint: Footprint
     grid: tuple[int, int]
@@ -106,7 +106,7 @@ class Plan:
         """What `describe` says, by name."""
         return {
             "data": self.data,
-            "images": f"{self.num_train_images:,} to train on, {self.num_validation_images:,} held out",
+            "images": f"{_count(self.num_train_images)} for training, {self.num_validation_images:,} for validation",
             **self.task_rows(),
             "images a step": self._batch(),
             "steps": f"{self.num_steps:,} = {_plain(self.num_epochs)} x {self.steps_per_epoch:,} an epoch",
@@ -182,7 +182,7 @@ class PretrainingPlan(Plan):
 def make_plan(
     settings: PretrainingSettings,
     hardware: Hardware,
-    num_train_images: int,
+    num_train_images: int | None,
     num_validation_images: int,
     footprint: Footprint,
     data: str,
@@ -222,6 +222,10 @@ def data_name(dataset: Sequence[str]) -> str:
     """Return the names of the data as part of the name of a folder."""
     data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in dataset[:3])
     return data.strip("-.") or "data"
+
+
+def _count(number: int | None) -> str:
+    return "an unknown number" if number is None else f"{number:,}"
 
 
 def _plain(number: float) -> str:

@@ -18,7 +18,7 @@ GPU = Hardware("cuda", num_cpus=16, has_bf16=True)
 
 def plan(
     *argv: str,
-    images: int = 1000,
+    images: int | None = 1000,
     validation: int = 50,
     hardware: Hardware = LAPTOP,
     footprint: Footprint = Footprint(111_900_000, 111_700_000, 1),  # noqa: B008
@@ -68,6 +68,14 @@ def test_thousand_images__keep_the_batch_and_the_epochs_of_the_method():
     usual = plan()
     assert (usual.steps_per_epoch, usual.num_steps) == (125, 100_000)
     assert usual.notes == ()
+
+
+def test_stream__is_one_epoch_of_max_steps_and_needs_them():
+    stream = plan("--max_steps", "300", images=None)
+    assert (stream.batch_size, stream.steps_per_epoch, stream.num_steps) == (8, 300, 300)
+    assert "an unknown number for training" in stream.describe()
+    with pytest.raises(ValueError, match="a data set without a length needs max_steps"):
+        plan(images=None)
 
 
 def test_two_processes__share_the_images():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, tiny_arguments, tiny_collator, tiny_images, tiny_model
 from safetensors.torch import load_file
+from torch.utils.data import IterableDataset
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from data.augmentations import CenterCrop, single_view
@@ -19,6 +20,7 @@ from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
 from modeling.mae import MaeConfig, MaeForPreTraining
 from modeling.patches import patchify, take_tokens, visible_and_masked_indices
+from training.callbacks import show_progress
 from training.checkpoints import last_whole_checkpoint, problem_with
 from training.guard import NonFiniteError
 from training.trainer import MimTrainer
@@ -301,3 +303,21 @@ def test_lr_drop__is_constant_after_warm_up_and_then_a_tenth(tmp_path):
     trainer.train()
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
     assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-4])
+
+
+# ---- streams ----
+
+
+class Stream(IterableDataset):
+    """Images without a length."""
+
+    def __iter__(self):
+        images = tiny_images()
+        return (images[counter] for counter in range(10**6))
+
+
+def test_stream__trains_for_max_steps_as_one_epoch(tmp_path):
+    trainer = make_trainer(tmp_path, Stream(), max_steps=3)
+    show_progress(trainer, tmp_path / "bad_images.jsonl", {}, 0.05, "")
+    trainer.train()
+    assert trainer.state.global_step == trainer.steps_per_epoch == 3

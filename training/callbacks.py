@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import has_length
 
 from data.bad_images import BadImages
 
@@ -30,7 +31,10 @@ def show_progress(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(MimProgress())
-    num_images = len(trainer.train_dataset)  # type: ignore[arg-type]
+    arguments, dataset = trainer.args, trainer.train_dataset
+    num_images = arguments.max_steps * arguments.train_batch_size * arguments.world_size
+    if has_length(dataset):
+        num_images = len(dataset)  # type: ignore[arg-type]
     trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, left_out.keys()))
     if trainer.args.device.type == "cpu":
         trainer.add_callback(CpuEstimate(shorter))

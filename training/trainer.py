@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import has_length
 
 from data.images import NamedItems
 from data.sampling import EpochSampler
@@ -263,8 +264,7 @@ class MimTrainer(Trainer):
         dataset, indices = self.train_dataset, [i for i in self.guard.image_index.tolist() if i >= 0]
         if not isinstance(dataset, NamedItems):
             indices = []
-        micro_batches_per_epoch = len(self.callback_handler.train_dataloader)
-        epoch = int(self.guard.step) * self.args.gradient_accumulation_steps // micro_batches_per_epoch
+        epoch = int(self.guard.step) // self.steps_per_epoch
         alone = [index for index in indices if not self._has_finite_loss(dataset.item(index, epoch))]
         names = [dataset.name(index) for index in alone], [dataset.name(index) for index in indices]
         return tuple(sorted(set(gather_object(part))) for part in names)  # type: ignore[return-value]
@@ -338,8 +338,10 @@ class MimTrainer(Trainer):
 
     @property
     def steps_per_epoch(self) -> int:
-        micro_batches = len(self.callback_handler.train_dataloader)
-        return max(1, -(-micro_batches // self.args.gradient_accumulation_steps))
+        loader = self.callback_handler.train_dataloader
+        if not has_length(loader):  # a stream is one epoch
+            return self.state.max_steps
+        return max(1, -(-len(loader) // self.args.gradient_accumulation_steps))
 
     def call_hook(self, name: str) -> None:
         """Call a hook of the model, if it has it."""
