@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import ModelCardData
 from transformers import TrainingArguments, set_seed
 
+from commands.hub_settings import open_repository
 from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
@@ -37,6 +39,7 @@ from hub.redaction import shorten_command
 from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
+from training.hub_push import HubPush
 from training.trainer import MimTrainer
 
 QUICKSTART = "accelerate launch run_tokenizer.py --config recipes/dvae_nano_sample.yaml"
@@ -49,6 +52,7 @@ _WRITTEN_LAST = "config.json"
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
     state, log = join(settings.use_cpu)
+    repository = open_repository(settings)
     config = DvaeConfig(**settings.config_settings())
     images = first_on_main(
         state,
@@ -77,11 +81,17 @@ def main(argv: list[str]) -> None:
     checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, log, _WRITTEN_LAST))
     with logging_into(output_dir):
         trainer = build_trainer(settings, plan, config, images, is_new=checkpoint is None)
+    hub_push = None
+    if repository is not None:
+        hub_push = HubPush(repository, output_dir, lambda folder, name: None, log, at_saves=False)
+        trainer.add_callback(hub_push)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     finish(trainer, settings, images, output_dir, argv)
     log(f"{output_dir}: image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}")
     if hasattr(trainer, "end"):  # absent in transformers 5.17
         trainer.end()
+    if hub_push is not None and state.is_main_process:
+        hub_push.finish()
 
 
 def measure_model(config: DvaeConfig) -> tuple[Footprint, tuple[int, int]]:
@@ -164,7 +174,7 @@ def finish(
     if trainer.is_world_process_zero():
         with trainer.averaged():
             facts = codebook_facts(trainer, settings, images)
-            write_tokenizer(trainer, facts, output_dir, argv)
+            write_tokenizer(trainer, settings, facts, output_dir, argv)
     trainer.accelerator.wait_for_everyone()
 
 
@@ -200,7 +210,9 @@ def _batches(crops: ImageDataset, num_crops: int, batch_size: int) -> Iterator[t
         )
 
 
-def write_tokenizer(trainer: MimTrainer, facts: dict[str, Any], output_dir: Path, argv: list[str]) -> None:
+def write_tokenizer(
+    trainer: MimTrainer, settings: TokenizerSettings, facts: dict[str, Any], output_dir: Path, argv: list[str]
+) -> None:
     history = trainer.state.log_history
     trainer.save_state()
     if any("loss" in entry or "eval_loss" in entry for entry in history):
@@ -210,7 +222,7 @@ def write_tokenizer(trainer: MimTrainer, facts: dict[str, Any], output_dir: Path
     if facts:
         (output_dir / CODEBOOK_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    card = tokenizer_card(output_dir, facts, losses[-1] if losses else None, argv)
+    card = tokenizer_card(settings.license, output_dir, facts, losses[-1] if losses else None, argv)
     (output_dir / "README.md").write_text(card, encoding="utf-8")
     scratch = output_dir / ".export"
     trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
@@ -219,9 +231,16 @@ def write_tokenizer(trainer: MimTrainer, facts: dict[str, Any], output_dir: Path
     scratch.rmdir()
 
 
-def tokenizer_card(output_dir: Path, facts: dict[str, Any], eval_loss: float | None, argv: list[str]) -> str:
+def tokenizer_card(
+    license: str | None, output_dir: Path, facts: dict[str, Any], eval_loss: float | None, argv: list[str]
+) -> str:
     """README.md of the folder: how to use it, how it was made, what was measured."""
+    metadata = ModelCardData(library_name="transformers", license=license, tags=["image-tokenizer", "dvae"])
     lines = [
+        "---",
+        metadata.to_yaml(),
+        "---",
+        "",
         f"# {output_dir.name}",
         "",
         "An image tokenizer: a discrete VAE as in [DALL-E](https://arxiv.org/abs/2102.12092).",
@@ -230,7 +249,8 @@ def tokenizer_card(output_dir: Path, facts: dict[str, Any], eval_loss: float | N
         "```python",
         "from transformers import AutoModel",
         "",
-        f'tokenizer = AutoModel.from_pretrained("{output_dir.name}", trust_remote_code=True).eval()',
+        f'checkpoint = "{output_dir.name}"',
+        "tokenizer = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()",
         "codes = tokenizer.get_codebook_indices(pixel_values)  # (B, C, H, W) uint8, or floats in [0, 1] -> (B, h, w)",
         "images = tokenizer.decode(codes)  # in [0, 1]",
         "```",

@@ -38,9 +38,13 @@ class FinetuneModelFlags:
     title: ClassVar = "model"
 
     model: str = flag(None, "folder or Hub id of a pre-trained encoder")
-    mode: Literal["finetune", "linear", "partial", "attentive"] = flag(
+    mode: Literal["finetune", "linear", "partial"] = flag(
         "finetune",
         "what is trained: finetune, everything; partial, the last blocks and the head; linear, only the head",
+        refused={
+            "attentive": "transformers has no classifier with an attentive head, so nothing could open the result; "
+            "run_evaluation.py measures an encoder with an attentive probe"
+        },
     )
     num_trained_blocks: int = flag(4, "for --mode partial: number of trained blocks, counted from the head", COUNT)
     from_scratch: bool = flag(False, "the same architecture and recipe with random weights, for comparison")
@@ -224,10 +228,5 @@ def _refuse_incomplete(chosen: Mapping[str, Any]) -> None:
     for name, what in (("model", "the pre-trained encoder"), ("dataset", "the labeled images")):
         if not chosen[name]:
             raise SettingsError(f"--{name} is missing: {what}, a folder or a Hub id")
-    if chosen["mode"] == "attentive":
-        raise SettingsError(
-            "--mode attentive: transformers has no class for a classifier with an attentive head, so there would be "
-            "nothing to open afterwards; run_evaluation.py measures an encoder with an attentive probe"
-        )
     if chosen["label_fraction"] is not None and chosen["labels_per_class"] is not None:
-        raise SettingsError("--label_fraction and --labels_per_class both say how many labels to use; give one")
+        raise SettingsError("--label_fraction and --labels_per_class both set the number of labels; give one")

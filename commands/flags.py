@@ -5,8 +5,9 @@ text and the permitted values. A group is such a dataclass with a `title`, its h
 command (`commands.settings`) inherit from their groups and may declare a field again to change its default or help.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
 from transformers import PreTrainedConfig
@@ -42,6 +43,7 @@ def flag(
     help: str = "",
     within: Range | None = None,
     choices: Collection[str] | None = None,
+    refused: Mapping[str, str] = MappingProxyType({}),
 ) -> Any:
     """Declare a setting that is a flag of the command line and a line of a recipe.
 
@@ -49,8 +51,9 @@ def flag(
         default: None if a recipe or a preset gives the value; omitted for a field of TrainingArguments that keeps
             the default of transformers.
         help: For a field of TrainingArguments without it, --help_all shows the text of transformers.
+        refused: Values that users may expect but that do not exist, each with an explanation.
     """
-    metadata = {"help": help, "within": within, "choices": choices}
+    metadata = {"help": help, "within": within, "choices": choices, "refused": refused}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -175,12 +175,17 @@ def _refine(action: argparse.Action, declared: Any | None) -> None:
     if action.type is string_to_bool:  # also those that transformers lets be None and so wants a value for
         action.nargs, action.const = "?", True
     if action.type is not None:
-        action.type = _strict(action.type, action.choices)  # type: ignore[arg-type]
+        refused = declared.metadata["refused"] if declared is not None else {}
+        action.type = _strict(action.type, action.choices, refused)  # type: ignore[arg-type]
     action.default = argparse.SUPPRESS
 
 
-def _strict(convert: Callable[[str], Any], choices: Iterable[Any] | None) -> Callable[[str], Any]:
+def _strict(
+    convert: Callable[[str], Any], choices: Iterable[Any] | None, refused: Mapping[str, str]
+) -> Callable[[str], Any]:
     def typed(text: str) -> Any:
+        if text in refused:
+            raise argparse.ArgumentTypeError(f"there is no {text}: {refused[text]}")
         try:
             value = convert(text)
         except (ValueError, TypeError, argparse.ArgumentTypeError):

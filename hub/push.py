@@ -172,11 +172,26 @@ def public_files(folder: Path) -> list[Path]:
     """
     whole = [path for path in sorted((folder / PRETRAINING).rglob("*")) if path.is_file()]
     root = [path for pattern in (*_ROOT_FILES, *_WEIGHTS) for path in sorted(folder.glob(pattern))]
-    code = [folder / path.name for path in whole if path.suffix == ".py" and (folder / path.name).is_file()]
+    code = _code_files(folder, whole)
     if not any(path.name == "config.json" for path in [*root, *whole]):
         unfinished = " (its training is not finished)" if any(folder.glob("checkpoint-*")) else ""
         raise ValueError(f"{folder} has no finished model{unfinished}: config.json is missing")
     return [*root, *code, *whole]
+
+
+def _code_files(folder: Path, whole: Sequence[Path]) -> list[Path]:
+    """Return the code files at the root: those of the whole model, those of the root's config, and their imports."""
+    config = folder / "config.json"
+    auto_map = json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}) if config.is_file() else {}
+    waiting = [path.name for path in whole if path.suffix == ".py"]
+    waiting += [f"{reference.partition('.')[0]}.py" for reference in auto_map.values() if isinstance(reference, str)]
+    found: set[Path] = set()
+    while waiting:
+        path = folder / waiting.pop()
+        if path.is_file() and path not in found:
+            found.add(path)
+            waiting += [f"{name}.py" for name in re.findall(r"^from \.(\w+) import", path.read_text(), re.MULTILINE)]
+    return sorted(found)
 
 
 @contextmanager

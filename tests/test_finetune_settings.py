@@ -217,6 +217,7 @@ def test_plan__counts_only_what_trains_for_adam():
         (["--dataset", "x"], "--model is missing"),
         (["--model", "x"], "--dataset is missing"),
         ([*NAMED, "--mode", "attentive"], "run_evaluation.py measures an encoder with an attentive probe"),
+        ([*NAMED, "--mode", "attentiv"], "got 'attentiv', expected one of finetune, linear, partial"),
         ([*NAMED, "--label_fraction", "0.1", "--labels_per_class", "5"], "give one"),
         ([*NAMED, "--label_fraction", "1.5"], "--label_fraction is 1.5, expected a number above 0"),
         ([*NAMED, "--layer_decay", "0"], "--layer_decay is 0.0, expected a number above 0 and at most 1"),
@@ -236,6 +237,7 @@ def test_help__names_every_flag_with_its_default(capsys):
         load("--help")
     text = capsys.readouterr().out
     assert "--labels_per_class" in text
+    assert "attentive" not in text
     assert "the method's" not in text
 
 

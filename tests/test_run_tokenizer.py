@@ -134,6 +134,34 @@ def test_two_processes__write_one_tokenizer(tmp_path):
     assert {name for name in files if not name.startswith(("checkpoint-", "runs/"))} == LAYOUT
 
 
+# ---- the Hub ----
+
+
+def test_run__pushes_the_finished_tokenizer_with_its_code(hub, tmp_path, monkeypatch):
+    flags = ["--push_to_hub", "--hub_model_id", "ann/codes", "--license", "mit", "--output_dir", str(tmp_path / "out")]
+    assert train(*flags) == 0
+    files = hub.repos["ann/codes"].files
+    assert {"config.json", "model.safetensors", "dvae.py", "README.md", "reconstructions.png"} <= set(files)
+    assert not any("checkpoint" in name or name.endswith((".yaml", ".bin")) for name in files)
+    card = bytes(files["README.md"]).decode()
+    assert 'checkpoint = "ann/codes"' in card
+    assert "license: mit" in card
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--license", "MIT"], "--license is 'MIT', which the Hub does not know; did you mean mit?"),
+        (["--push_to_hub"], "--push_to_hub needs --hub_model_id"),
+        (["--push_to_hub", "--hub_model_id", "codes"], "expected organization/name"),
+    ],
+)
+def test_run__mistakes_about_the_hub_are_reported_before_training(hub, tmp_path, capsys, flags, message):
+    assert message in refusal(capsys, *flags, "--output_dir", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    assert hub.steps == []
+
+
 # ---- going on, and refusing to ----
 
 
