@@ -55,14 +55,12 @@ class View(NamedTuple):
         num_crops: Random crops per image, stacked to (B, num_crops, C, H, W); None for one crop, (B, C, H, W).
         image_size: Height and width in pixels; None for the encoder's.
         crop_scale: Smallest and largest share of the image's area; None for the run's setting.
-        is_masked: Whether a mask is drawn for each crop.
     """
 
     name: str = "pixel_values"
     num_crops: int | None = None
     image_size: tuple[int, int] | None = None
     crop_scale: tuple[float, float] | None = None
-    is_masked: bool = True
 
 
 class FinetuneRecipe(NamedTuple):
@@ -113,7 +111,7 @@ class MimConfig(PreTrainedConfig):
 
     @property
     def views(self) -> tuple[View, ...]:
-        """The crops of an image that the model sees."""
+        """The crops of an image that the model sees; a mask is drawn for each crop of the first view."""
         return (View(),)
 
     @classmethod
