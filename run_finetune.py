@@ -23,7 +23,7 @@ from commands.arithmetic import Hardware
 from commands.finetune_plan import FinetunePlan, make_finetune_plan
 from commands.finetune_settings import EncoderFacts, FinetuneSettings, load_finetune_settings
 from commands.hub_settings import open_repository
-from commands.launch import find_hardware, first_on_main, join, launcher, run, software_and_hardware
+from commands.launch import find_hardware, first_on_main, join, launcher, run, set_by, software_and_hardware
 from commands.memory import measure_footprint
 from commands.output_folder import (
     BAD_IMAGES_FILE,
@@ -125,7 +125,7 @@ def main(argv: list[str]) -> None:
 
 def open_config(name: str) -> PreTrainedConfig:
     config = encoder_config(name)
-    check_family(name, config)
+    check_family(config)
     return config
 
 
@@ -146,13 +146,14 @@ def make_classifier(
 ) -> PreTrainedModel:
     """With what is to stay as it is frozen."""
     encoder = random_encoder(config) if settings.from_scratch else open_encoder(settings.model, config)
-    classifier = build_classifier(
-        encoder,
-        class_names,
-        image_size=settings.image_size,
-        pooling=settings.pooling,
-        drop_path_rate=settings.drop_path,
-    )
+    with set_by(drop_path_rate="drop_path"):
+        classifier = build_classifier(
+            encoder,
+            class_names,
+            image_size=settings.image_size,
+            pooling=settings.pooling,
+            drop_path_rate=settings.drop_path,
+        )
     if settings.mode == "linear":
         add_batch_norm(classifier)
     freeze(classifier, settings.mode, settings.num_trained_blocks)

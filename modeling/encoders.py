@@ -1,9 +1,9 @@
-"""Native encoders that see every patch, the hidden ones as a mask token, and start as the papers' authors start them.
+"""Native encoders of all patches, with masked ones replaced by a mask token, initialized as by the papers' authors.
 
 Papers: Bao et al. 2021 (BEiT), arXiv:2106.08254, Sec. 2.5; Xie et al. 2021 (SimMIM), arXiv:2111.09886, Sec. 4.1.
 Code: microsoft/unilm/beit at 768a3c8; microsoft/SimMIM at d3e29bc.
-Differs from transformers: only where `BeitEncoder` and `SwinEncoder` say so; every weight keeps its name, so what is
-trained here opens as a `BeitModel` or a `SwinModel`.
+Differs from transformers: only as the classes below document. Parameters keep their names, so that a trained encoder
+opens as a `BeitModel`, `DeiTModel` or `SwinModel`.
 Shapes: B images, N tokens, D width, h w patches per column and row.
 """
 
@@ -26,7 +26,7 @@ from transformers.models.swin.modeling_swin import SwinEncoder as NativeSwinStag
 
 from .base import InitializesEveryModule
 
-# What a pre-training encoder_config leaves out: values of the authors where transformers has others.
+# Defaults of an encoder_config for pre-training: the authors' values where transformers has others.
 BEIT_DEFAULTS: dict[str, Any] = {
     "model_type": "beit",
     "layer_norm_eps": 1e-6,
@@ -40,18 +40,18 @@ SWIN_DEFAULTS: dict[str, Any] = {"model_type": "swin", "layer_norm_eps": 1e-5, "
 
 
 class BeitEncoder(InitializesEveryModule, BeitModel):
-    """A BeitModel, name for name: drawn as the authors draw it, its position bias looked up without interpolation.
+    """A BeitModel with the authors' initialization that does not interpolate its position bias.
 
-    From scratch, position comes from one bias table for all blocks, and is wholly learned: until the first update, all
-    hidden patches of an image get the same prediction.
+    From scratch, positions come from one learned bias table for all blocks, which starts at zero: until the first
+    update, all masked patches of an image get the same prediction.
     """
 
-    # The mask token and the bias tables are decayed.
+    # The mask token and the bias tables have weight decay.
     no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token", "position_embeddings")
 
     def __init__(self, config: BeitConfig, add_pooling_layer: bool = False):
         if not config.use_mask_token:
-            raise ValueError("use_mask_token is False, expected True: hidden patches are shown as the mask token")
+            raise ValueError("use_mask_token is False, expected True: the encoder replaces masked patches")
         super().__init__(config, add_pooling_layer=add_pooling_layer)
         for module in (self, *self.layers):
             name = "shared_position_bias" if module is self else "relative_position_bias"
@@ -61,19 +61,19 @@ class BeitEncoder(InitializesEveryModule, BeitModel):
 
     @property
     def native_root_problem(self) -> str | None:
-        """Why transformers' own class would not compute what this one does, if so."""
+        """Why transformers' own class cannot compute the same function, or None if it can."""
         bias = next((module for module in self.modules() if isinstance(module, PositionBias)), None)
         if bias is None or len(set(bias.window_size)) == 1:
             return None
         rows, columns = bias.window_size
         return (
-            f"transformers' BeitModel reads the position table of a rectangular image ({rows} x {columns} patches) "
-            "with rows and columns swapped; only square images can be exported"
+            "transformers' BeitModel swaps the rows and columns of the position table of a rectangular image "
+            f"({rows} x {columns} patches); only square images can be exported"
         )
 
-    # Initialization lives here because transformers never runs a parent's `_init_weights` on a nested model.
+    # Initialization is defined here because transformers never runs a parent's `_init_weights` on a nested model.
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             trunc_normal_at_one_std_(module.weight, 0.02 / self._shrink_factor(module))
             if module.bias is not None:
@@ -85,10 +85,10 @@ class BeitEncoder(InitializesEveryModule, BeitModel):
             if module.position_embeddings is not None:
                 trunc_normal_at_one_std_(module.position_embeddings, 0.02)
         else:
-            super()._init_weights(module)  # LayerNorm 1 and 0, tables 0, LayerScale as configured
+            super()._init_weights(module)  # type: ignore[no-untyped-call]  # LayerNorm, zero tables, LayerScale
 
     def _shrink_factor(self, linear: nn.Module) -> float:
-        """The last layers of both branches of block l (from 1) start smaller, by sqrt(2 l)."""
+        """Return sqrt(2 l) for the last layers of both branches of block l (from 1), whose initial std is smaller."""
         block: Any
         for number, block in enumerate(self.layers, start=1):
             if linear is block.attention.o_proj or linear is block.mlp.fc2:
@@ -97,7 +97,7 @@ class BeitEncoder(InitializesEveryModule, BeitModel):
 
 
 class DeitEncoder(InitializesEveryModule, DeiTModel):
-    """A DeiTModel, name for name, to continue from: two tokens, class and distillation, lead the patches."""
+    """A DeiTModel, to start from released weights; a class and a distillation token precede the patches."""
 
     no_weight_decay: ClassVar[tuple[str, ...]] = ("cls_token", "distillation_token", "position_embeddings")
 
@@ -105,31 +105,33 @@ class DeitEncoder(InitializesEveryModule, DeiTModel):
         super().__init__(config, add_pooling_layer=add_pooling_layer, use_mask_token=True)
 
     @torch.no_grad()
-    def _init_weights(self, module):
-        super()._init_weights(module)
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[arg-type]
         if isinstance(module, DeiTEmbeddings):  # all zero in transformers
-            tokens = (module.cls_token, module.distillation_token, module.mask_token, module.position_embeddings)
-            for tensor in tokens:
-                init.trunc_normal_(tensor, std=0.02)
+            for name in ("cls_token", "distillation_token", "mask_token", "position_embeddings"):
+                init.trunc_normal_(getattr(module, name), std=0.02)
 
 
 class PositionBias(BeitRelativePositionBias):
-    """The bias between all pairs of tokens.
+    """The attention bias between all pairs of tokens.
 
-    At each step the native class resizes its table to the size it has, and brings the index from the CPU.
+    At each step the native class interpolates its table to the same size, and copies the index from the CPU.
     """
 
-    def forward(self, window_size, interpolate_pos_encoding: bool = False, dim_size=None) -> torch.Tensor:
-        """-> (1, heads, 1+N, 1+N)."""
+    def forward(self, window_size: tuple[int, int], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the bias (1, heads, 1+N, 1+N)."""
         if tuple(window_size) != tuple(self.window_size):
-            return super().forward(window_size, interpolate_pos_encoding, dim_size)
+            return super().forward(window_size, *args, **kwargs)
         index = relative_position_index(self.window_size, self.relative_position_bias_table.device)  # (1+N, 1+N)
         bias = self.relative_position_bias_table[index.flatten()]  # ((1+N) * (1+N), heads)
         return bias.view(*index.shape, -1).permute(2, 0, 1).contiguous().unsqueeze(0)
 
 
 def relative_position_index(grid: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """(1+N, 1+N): the table's row for a query and a key; the last three: class->patch, patch->class, class->class."""
+    """Return the row of the bias table for each query and key, (1+N, 1+N).
+
+    The last three rows of the table are for class token to patch, patch to class token, and the class token itself.
+    """
     h, w = grid
     rows, columns = torch.arange(h, device=device), torch.arange(w, device=device)
     row_steps = (rows[:, None] - rows + h - 1) * (2 * w - 1)  # (h, h)
@@ -143,28 +145,32 @@ def relative_position_index(grid: tuple[int, int], device: torch.device) -> torc
 
 
 class SwinMlpWithDropPath(SwinMLP):
-    """The native block drops the path of its attention branch only."""
+    """A SwinMLP with drop path; the native block has it on its attention branch only."""
 
     def __init__(self, config: SwinConfig, width: int, drop_path_rate: float):
         super().__init__(config, width)
         self.drop_path = SwinDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.drop_path(super().forward(hidden_states))
+        dropped: torch.Tensor = self.drop_path(super().forward(hidden_states))
+        return dropped
 
 
 class SwinStages(InitializesEveryModule, NativeSwinStages):
-    """The four stages. `clamped_stages`: sizes (h, w) of the maps that are smaller than the window."""
+    """The stages, with drop path on both branches of a block, and windows no larger than the feature map.
+
+    `native_problem`: Why transformers' own class cannot compute the same function, or None if it can.
+    """
 
     def __init__(self, config: SwinConfig, grid_size: tuple[int, int]):
         super().__init__(config, grid_size)
-        self.clamped_stages: list[tuple[int, int]] = []
+        smaller: list[str] = []
         h, w = grid_size
         stage: Any
         for stage, num_heads in zip(self.layers, config.num_heads, strict=True):
             window = min(h, w, config.window_size)
             if window < config.window_size:
-                self.clamped_stages.append((h, w))
+                smaller.append(f"{h} x {w}")
             for block in stage.blocks:
                 if window < config.window_size:
                     block.window_size, block.shift_size = window, 0
@@ -173,17 +179,21 @@ class SwinStages(InitializesEveryModule, NativeSwinStages):
                     width = block.mlp.fc1.in_features
                     block.mlp = SwinMlpWithDropPath(config, width, block.drop_path.drop_prob)
             h, w = (h + 1) // 2, (w + 1) // 2
+        self.native_problem: str | None = None
+        if smaller:
+            self.native_problem = (
+                f"a window of {config.window_size} is larger than the map of stages with {', '.join(smaller)} tokens, "
+                "which transformers' Swin cannot run"
+            )
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         _init_like_swin(super()._init_weights, module)
 
 
 class SwinEncoder(InitializesEveryModule, SwinModel):
-    """A SwinModel, name for name: drawn as the authors draw it, with drop path on both branches of a block, and with
-    windows as small as the map where the map is smaller than the window.
-    """
+    """A SwinModel with the authors' initialization and the stages above."""
 
     encoder: SwinStages
     no_weight_decay: ClassVar[tuple[str, ...]] = ("mask_token", "relative_position_bias_table")
@@ -195,22 +205,16 @@ class SwinEncoder(InitializesEveryModule, SwinModel):
 
     @property
     def native_root_problem(self) -> str | None:
-        """Why transformers' own class would not compute what this one does, if so."""
-        if not (stages := self.encoder.clamped_stages):
-            return None
-        sizes = ", ".join(f"{h} x {w}" for h, w in stages)
-        return (
-            f"a window of {self.config.window_size} is larger than the map of stages with {sizes} tokens, which "
-            "transformers' SwinModel cannot run: it makes their position tables for the full window"
-        )
+        """Why transformers' own class cannot compute the same function, or None if it can."""
+        return self.encoder.native_problem
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         _init_like_swin(super()._init_weights, module)
 
 
 def _init_like_swin(native_init: Any, module: nn.Module) -> None:
-    native_init(module)  # LayerNorm 1 and 0, and the table's index
+    native_init(module)  # LayerNorm and the table's index
     if isinstance(module, nn.Linear):
         init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -224,7 +228,7 @@ def _init_like_swin(native_init: Any, module: nn.Module) -> None:
 
 
 def init_like_pytorch(module: nn.Linear | nn.Conv2d) -> None:
-    """What PyTorch's constructors draw; transformers would draw N(0, 0.02) in its place."""
+    """Initialize weight and bias as PyTorch's constructors do, instead of transformers' N(0, 0.02)."""
     bound = 1 / math.sqrt(module.weight[0].numel())
     for tensor in (module.weight, module.bias):
         if tensor is not None:
@@ -232,5 +236,5 @@ def init_like_pytorch(module: nn.Linear | nn.Conv2d) -> None:
 
 
 def trunc_normal_at_one_std_(tensor: torch.Tensor, std: float) -> None:
-    """Cut at one deviation, as in the authors' code; the usual cut is at 2, whatever the deviation."""
+    """Truncate at one std, as in the authors' code; by default the limit is 2, whatever the std."""
     init.trunc_normal_(tensor, std=std, a=-std, b=std)

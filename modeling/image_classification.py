@@ -1,9 +1,9 @@
-"""Classifiers on pre-trained encoders, of a kind that leaves as a native model of transformers.
+"""Image classifiers on pre-trained encoders, exported as native models of transformers.
 
 Papers: He et al. 2021 (MAE), arXiv:2111.06377, App. A.1; Bao et al. 2021 (BEiT), arXiv:2106.08254, Sec. 3.1; Xie et
 al. 2021 (SimMIM), arXiv:2111.09886, Sec. 4.1.
-Differs from transformers: a plain ViT is trained as a BEiT with absolute positions and without LayerScale, which is
-the same function (a ViT's key bias drops out of the softmax), and which can drop paths and pool the mean of patches.
+Differs from transformers: a plain ViT is trained as a BEiT with absolute positions and without LayerScale. That is the
+same function (a ViT's key bias cancels in the softmax), and supports drop path and mean pooling.
 Shapes: D width, L labels.
 """
 
@@ -25,7 +25,6 @@ from transformers import (
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
-    ViTForImageClassification,
     ViTModel,
 )
 
@@ -34,7 +33,7 @@ from .mae import MaeEncoder
 from .patches import patch_grid
 from .positions import resize_positions, resize_relative_bias
 
-# Families of encoders, and what their classifiers can read; the first one where nothing is said.
+# The supported model types of encoders, and the pooling that their classifiers offer; the first one is the default.
 POOLINGS: dict[str, tuple[str, ...]] = {
     "vit": ("mean", "class"),
     "vit_mae": ("mean", "class"),
@@ -50,13 +49,11 @@ _SHARED_BY_VIT_AND_BEIT = (
     *("image_size", "patch_size", "num_channels"),
 )
 _LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue in a gray image
-_HEAD_STD = {"swin": 0.02}
-_DEFAULT_HEAD_STD = 2e-5  # MAE's, and .02 times BEiT's factor of .001
 _BATCH_NORM_EPS = 1e-6
 
 
 class BeitClassifier(BeitForImageClassification):
-    """A BeitForImageClassification, name for name, whose position biases are looked up without interpolation."""
+    """A BeitForImageClassification with the same parameter names that does not interpolate its position biases."""
 
     def __init__(self, config: BeitConfig):
         super().__init__(config)
@@ -67,65 +64,73 @@ class BeitClassifier(BeitForImageClassification):
 
 
 class SwinClassifier(SwinForImageClassification):
-    """A SwinForImageClassification, name for name, with drop path on both branches of a block."""
+    """A SwinForImageClassification with the same parameter names and drop path on both branches of a block.
+
+    Raises:
+        ValueError: If the window is larger than the feature map of a stage.
+    """
 
     def __init__(self, config: SwinConfig):
         super().__init__(config)
         self.swin.encoder = SwinStages(config, self.swin.embeddings.patch_grid)
-        if stages := self.swin.encoder.clamped_stages:
-            sizes = ", ".join(f"{h} x {w}" for h, w in stages)
-            raise ValueError(
-                f"a window of {config.window_size} is larger than the map of stages with {sizes} tokens, which "
-                "transformers' Swin cannot run; use a larger --image_size"
-            )
+        if problem := self.swin.encoder.native_problem:
+            raise ValueError(f"{problem}; use a larger image_size")
         self.post_init()
 
 
 def open_encoder(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """The weights of a folder or of the Hub, without a pooler or a head that they may come with.
+    """Open the encoder in a folder or on the Hub, without its pooler or prediction head.
 
     Raises:
-        ValueError: not of one of the families above, or not whole.
+        ValueError: If it is of an unsupported type, cannot be read, lacks weights or has no position embeddings.
     """
-    check_family(name, config)
-    # A ViTMAEModel would hide patches at random, even in evaluation.
-    opener: Any = ViTModel if config.model_type == "vit_mae" else AutoModel
+    check_family(config)
+    # A ViTMAEModel would mask patches at random, even in evaluation.
+    model_class: Any = ViTModel if config.model_type == "vit_mae" else AutoModel
     plain = {"add_pooling_layer": False} if config.model_type in ("vit", "vit_mae", "deit") else {}
+    encoder: PreTrainedModel
     try:
-        encoder, info = opener.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **plain)
+        encoder, info = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **plain)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"--model {name} cannot be opened: {str(error).partition(chr(10))[0]}") from None
+        raise ValueError(f"`model` {name} cannot be opened: {str(error).partition(chr(10))[0]}") from None
     missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
     if missing:
-        raise ValueError(f"--model {name} lacks weights of a {config.model_type} encoder: {', '.join(missing[:5])}")
+        raise ValueError(f"`model` {name} lacks weights of a {config.model_type} encoder: {', '.join(missing[:5])}")
     positions = getattr(encoder.embeddings, "position_embeddings", None)
     if positions is not None and not positions.any():
         raise ValueError(
-            f"--model {name}: all position embeddings are zero, so it cannot tell where a patch lies; transformers "
-            "makes a ViTMAEForPreTraining that way from its config, and training does not change it"
+            f"`model` {name} has no positional information: all position embeddings are zero; transformers creates a "
+            "ViTMAEForPreTraining that way from a config, and training does not change them"
         )
     return encoder
 
 
 def random_encoder(config: PreTrainedConfig) -> PreTrainedModel:
-    """The same architecture as pre-training would start it: sine-cosine positions for a ViT, and so on."""
-    check_family("--model", config)
-    own: Any = copy.deepcopy(config)
-    if own.model_type in ("vit", "vit_mae"):
-        return MaeEncoder(ViTConfig(**_shared(own)), add_pooling_layer=False)
-    if own.model_type == "beit":
-        own.use_mask_token = True
-        return BeitEncoder(own)
-    return SwinEncoder(own) if own.model_type == "swin" else AutoModel.from_config(own)
+    """Return an encoder with the weights that pre-training starts from (sine-cosine positions for a ViT)."""
+    check_family(config)
+    config = copy.deepcopy(config)
+    if config.model_type in ("vit", "vit_mae"):
+        return MaeEncoder(ViTConfig(**_shared(config)), add_pooling_layer=False)
+    if isinstance(config, BeitConfig):
+        config.use_mask_token = True
+        return BeitEncoder(config)
+    if isinstance(config, SwinConfig):
+        return SwinEncoder(config)
+    encoder: PreTrainedModel = AutoModel.from_config(config)
+    return encoder
 
 
 def build_classifier(
     encoder: PreTrainedModel, labels: Sequence[str], *, image_size: int, pooling: str, drop_path_rate: float
 ) -> PreTrainedModel:
-    """A classifier with the encoder's weights, for color images of `image_size` pixels; only the head is new.
+    """Return a classifier of square color images with the encoder's weights and a new classification head.
+
+    Args:
+        pooling: What the head reads: "mean" of the patches, "class" token, or "class and mean"; see `POOLINGS`.
+        drop_path_rate: Probability of dropping the residual path of the last block; it grows linearly from 0.
 
     Raises:
-        ValueError: this family's classifier cannot read that, or not at this size.
+        ValueError: If this type of classifier does not support the pooling, the image size or drop path.
     """
     config = _classifier_config(encoder.config, image_size, pooling)
     config.id2label = dict(enumerate(labels))
@@ -134,18 +139,20 @@ def build_classifier(
     if hasattr(config, "drop_path_rate"):
         config.drop_path_rate = float(drop_path_rate)
     elif drop_path_rate:
-        raise ValueError(f"--drop_path {drop_path_rate}: transformers' {config.model_type} cannot drop paths; use 0")
+        raise ValueError(f"drop_path_rate is {drop_path_rate}, but transformers' {config.model_type} has no drop path")
     classes: dict[str, Any] = {"beit": BeitClassifier, "swin": SwinClassifier}
     build = classes.get(config.model_type, AutoModelForImageClassification.from_config)
-    classifier: Any = build(config)
-    _give_weights(classifier, encoder)
-    nn.init.trunc_normal_(classifier.classifier.weight, std=_HEAD_STD.get(config.model_type, _DEFAULT_HEAD_STD))
-    nn.init.zeros_(classifier.classifier.bias)
+    classifier: PreTrainedModel = build(config)
+    _copy_weights(classifier, encoder)
+    head: Any = classifier.classifier
+    # 2e-5 is MAE's, and 0.02 times BEiT's factor of 0.001.
+    nn.init.trunc_normal_(head.weight, std=0.02 if config.model_type == "swin" else 2e-5)
+    nn.init.zeros_(head.bias)
     return classifier
 
 
 def add_batch_norm(classifier: Any) -> None:
-    """For a linear probe: features are standardized before the head. `native_classifier` folds the two into one."""
+    """Standardize the features before the head, for a linear probe; `native_classifier` folds the two into one."""
     head = classifier.classifier
     nn.init.trunc_normal_(head.weight, std=0.01)
     norm = nn.BatchNorm1d(head.in_features, eps=_BATCH_NORM_EPS, affine=False)
@@ -154,7 +161,7 @@ def add_batch_norm(classifier: Any) -> None:
 
 @torch.no_grad()
 def native_classifier(classifier: PreTrainedModel) -> PreTrainedModel:
-    """The same function as a class of transformers; a ViT read by its class token is a ViTForImageClassification."""
+    """Return the same function as a class of transformers, a ViTForImageClassification if it is a plain ViT."""
     config = copy.deepcopy(classifier.config)
     state = {name: tensor.detach().float().cpu() for name, tensor in classifier.state_dict().items()}
     if isinstance(classifier.classifier, nn.Sequential):
@@ -168,22 +175,19 @@ def native_classifier(classifier: PreTrainedModel) -> PreTrainedModel:
         state = {name.replace("beit.", "vit.", 1): tensor for name, tensor in state.items()}
         for number in range(config.num_hidden_layers):
             state[f"vit.layers.{number}.attention.k_proj.bias"] = torch.zeros(config.hidden_size)
-    native: Any = (
-        ViTForImageClassification if config.model_type == "vit" else AutoModelForImageClassification.from_config
-    )
-    model: PreTrainedModel = native(config)
-    model.load_state_dict(state, strict=True)
-    _compare(classifier, model.eval())
-    return model
+    native: PreTrainedModel = AutoModelForImageClassification.from_config(config)
+    native.load_state_dict(state, strict=True)
+    _check_same_logits(classifier, native.eval())
+    return native
 
 
 def is_plain_vit(config: PreTrainedConfig) -> bool:
-    """Whether this BEiT is a ViT: positions only absolute, no LayerScale."""
+    """Return whether this BEiT is a ViT: absolute positions only, no LayerScale."""
     has_bias = getattr(config, "use_relative_position_bias", True) or config.use_shared_relative_position_bias
     return not has_bias and config.use_absolute_position_embeddings and config.layer_scale_init_value == 0
 
 
-def _compare(classifier: PreTrainedModel, native: PreTrainedModel) -> None:
+def _check_same_logits(classifier: PreTrainedModel, native: PreTrainedModel) -> None:
     shape = (2, 3, native.config.image_size, native.config.image_size)
     probe = torch.linspace(-2, 2, 2 * shape[1] * shape[2] * shape[3]).reshape(shape)
     was_training = classifier.training
@@ -193,11 +197,11 @@ def _compare(classifier: PreTrainedModel, native: PreTrainedModel) -> None:
     assert difference <= 1e-4 * max(size, 1.0), f"the native classifier's logits differ by {difference:.3g}"
 
 
-def check_family(name: str, config: PreTrainedConfig) -> None:
+def check_family(config: PreTrainedConfig) -> None:
+    """Raise ValueError if the encoder's type is not supported."""
     if config.model_type not in POOLINGS:
-        raise ValueError(
-            f"--model {name} is a {config.model_type}, expected an encoder of these: {', '.join(sorted(POOLINGS))}"
-        )
+        model = f"`model` {config.name_or_path}".rstrip()
+        raise ValueError(f"{model} is a {config.model_type}, expected one of {', '.join(sorted(POOLINGS))}")
 
 
 def _shared(config: PreTrainedConfig) -> dict[str, Any]:
@@ -207,13 +211,14 @@ def _shared(config: PreTrainedConfig) -> dict[str, Any]:
 def _classifier_config(encoder_config: PreTrainedConfig, image_size: int, pooling: str) -> PreTrainedConfig:
     possible = POOLINGS[encoder_config.model_type]
     if pooling not in possible:
-        raise ValueError(f"--pooling {pooling}: the classifier of a {encoder_config.model_type} reads {possible[0]}")
+        expected = " or ".join(map(repr, possible))
+        raise ValueError(f"`pooling` is {pooling!r}, expected {expected} for a {encoder_config.model_type} encoder")
     patch_grid(image_size, encoder_config.patch_size)
     config = copy.deepcopy(encoder_config)
     if config.model_type in ("vit", "vit_mae"):
         config = BeitConfig(**_shared(config), use_absolute_position_embeddings=True, layer_scale_init_value=0.0)
     if config.model_type == "beit":
-        # Every block gets a table of its own, as in the authors' fine-tuning.
+        # As in the authors' fine-tuning, every block has its own table.
         config.use_relative_position_bias |= config.use_shared_relative_position_bias
         config.use_shared_relative_position_bias = False
         config.use_mask_token = False
@@ -223,20 +228,22 @@ def _classifier_config(encoder_config: PreTrainedConfig, image_size: int, poolin
         config.window_size = _window_size(config, image_size)
     config.image_size, config.num_channels = image_size, 3
     config.architectures = []
-    for name in ("auto_map", "mim_method", "mim_recipe"):  # facts about the encoder's folder
+    for name in ("auto_map", "mim_method", "mim_recipe"):  # they describe the encoder's folder
         vars(config).pop(name, None)
     return config
 
 
 def _window_size(config: PreTrainedConfig, image_size: int) -> int:
-    """Grows or shrinks with the image where that gives a whole number, as from 192 pixels and 6 to 224 and 7."""
+    """Scale the window with the image if that gives a whole number, for example from 6 at 192 pixels to 7 at 224."""
     old_size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     window, rest = divmod(config.window_size * image_size, old_size)
-    return config.window_size if rest else window
+    return int(config.window_size if rest else window)
 
 
-def _give_weights(classifier: PreTrainedModel, encoder: PreTrainedModel) -> None:
-    """Tables are resized, a shared table goes to every block, and a gray encoder learns to see colors as gray."""
+def _copy_weights(classifier: PreTrainedModel, encoder: PreTrainedModel) -> None:
+    """Copy the encoder's weights: resize position tables, copy a shared table to every block, and extend the patch
+    projection of a grayscale encoder to RGB so that it sees the grayscale version of an image.
+    """
     target = classifier.base_model.state_dict()
     state = dict(encoder.state_dict())
     shared = state.pop("shared_position_bias.relative_position_bias_table", None)
@@ -253,12 +260,12 @@ def _give_weights(classifier: PreTrainedModel, encoder: PreTrainedModel) -> None
         elif name.endswith("patch_embeddings.projection.weight") and state[name].shape[1] == 1:
             state[name] = state[name] * state[name].new_tensor(_LUMA).view(1, 3, 1, 1)
     missing, unexpected = classifier.base_model.load_state_dict(state, strict=False)
-    dropped = ("embeddings.mask_token", "pooler.", "layernorm.")  # what a classifier may have no use for
-    added = ("pooler.layernorm.", "layernorm.")  # the norm before the head is new where the encoder ends without it
+    dropped = ("embeddings.mask_token", "pooler.", "layernorm.")  # unused by some classifiers
+    added = ("pooler.layernorm.", "layernorm.")  # the norm before the head is new if the encoder ends without one
     left = [name for name in unexpected if not name.startswith(dropped) and not name.endswith(".k_proj.bias")]
     new = [name for name in missing if not name.startswith(added) and "position_index" not in name]
-    assert not left, f"weights without a place in the classifier: {left}"
-    assert not new, f"weights that the encoder does not have: {new}"
+    assert not left, f"the classifier has no parameters for these weights: {left}"
+    assert not new, f"the encoder lacks these weights: {new}"
 
 
 def _resized_bias(table: torch.Tensor, wanted: torch.Tensor, num_extra: int) -> torch.Tensor:

@@ -125,7 +125,7 @@ def test_swin__window_larger_than_the_last_map_runs_with_the_authors_smaller_tab
 
 @pytest.mark.parametrize(
     ("kind", "changes", "reason"),
-    [("swin", {"window_size": 8}, "window of 8"), ("beit", {"image_size": [32, 48]}, "rows and columns swapped")],
+    [("swin", {"window_size": 8}, "window of 8"), ("beit", {"image_size": [32, 48]}, "swaps the rows and columns")],
 )
 def test_export__of_what_the_native_class_cannot_run_writes_the_whole_model_only(kind, changes, reason, tmp_path):
     config = {"swin": swin, "beit": beit}[kind](**changes)

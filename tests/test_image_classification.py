@@ -4,10 +4,12 @@ import pytest
 import torch
 from conftest import tiny_model
 from transformers import (
+    AutoConfig,
     BeitConfig,
     Data2VecVisionConfig,
     DeiTConfig,
     Dinov2Config,
+    ResNetConfig,
     SwinConfig,
     ViTConfig,
     ViTMAEConfig,
@@ -174,8 +176,12 @@ def test_linear_probe__normalization_is_folded_into_the_head():
 @pytest.mark.parametrize(
     ("kind", "wishes", "message"),
     [
-        ("swin", {"pooling": "class"}, "--pooling class: the classifier of a swin reads mean"),
-        ("deit", {"pooling": "class", "drop_path_rate": 0.1}, "transformers' deit cannot drop paths"),
+        ("swin", {"pooling": "class"}, "`pooling` is 'class', expected 'mean' for a swin encoder"),
+        (
+            "deit",
+            {"pooling": "class", "drop_path_rate": 0.1},
+            "drop_path_rate is 0.1, but transformers' deit has no drop path",
+        ),
         ("vit mean", {"image_size": 30}, "30"),
     ],
 )
@@ -200,7 +206,7 @@ def test_open__takes_a_stock_vit_mae_as_a_vit_and_refuses_one_without_positions(
     assert torch.equal(classifier(images()).logits, classifier(images()).logits)  # no patch is hidden at random
 
 
-def test_open__refuses_what_lacks_weights_and_what_is_no_encoder_of_images(tmp_path):
+def test_open__refuses_missing_weights_and_other_model_types(tmp_path):
     head = tiny_model("mae")
     config = head.encoder.config
     state = {name: tensor for name, tensor in head.encoder.state_dict().items() if not name.startswith("layers.1.")}
@@ -208,5 +214,12 @@ def test_open__refuses_what_lacks_weights_and_what_is_no_encoder_of_images(tmp_p
     with pytest.raises(ValueError, match=r"lacks weights of a vit encoder: .*layers\.1\."):
         open_encoder(str(tmp_path), config)
     config.model_type = "bert"
-    with pytest.raises(ValueError, match=r"is a bert, expected an encoder of these: beit, .*vit"):
+    with pytest.raises(ValueError, match=r"^`model` is a bert, expected one of beit, .*vit"):
         open_encoder(str(tmp_path), config)
+
+
+def test_family__that_is_not_supported_is_reported_with_the_encoder_named_once(tmp_path):
+    ResNetConfig().save_pretrained(tmp_path)
+    for config, model in ((ResNetConfig(), "`model`"), (AutoConfig.from_pretrained(tmp_path), f"`model` {tmp_path}")):
+        with pytest.raises(ValueError, match=rf"^{model} is a resnet, expected one of beit, .*vit"):
+            random_encoder(config)

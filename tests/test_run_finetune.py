@@ -308,7 +308,7 @@ def test_encoder__of_a_kind_that_cannot_be_tuned_or_with_lost_weights_is_refused
     data = ("--dataset", str(labeled), "--output_dir", str(tmp_path / "out"))
     ResNetConfig().save_pretrained(tmp_path / "resnet")
     message = refusal(capsys, "--model", str(tmp_path / "resnet"), *data)
-    assert "is a resnet, expected an encoder of these: beit" in message
+    assert f": --model {tmp_path / 'resnet'} is a resnet, expected one of beit" in message
     shutil.copytree(encoders["mae"], tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
