@@ -4,16 +4,16 @@ Images -> features of the encoder, of the same one untrained, and raw pixels -> 
 report.html. With `--embed FILE.parquet` the features themselves, of images without labels. `--help` has the flags.
 """
 
-import argparse
 import json
 import os
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ import torch
 from tqdm.auto import tqdm
 
 import modeling  # noqa: F401 - with it whole models of ours can be opened
+from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
 from commands.launch import has_accelerator, run
-from commands.parsing import nearest
+from commands.parsing import make_parser
 from data.bad_images import BadImages
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
 from data.sources import open_source
@@ -31,7 +32,6 @@ from evaluation.embedding import write_embeddings
 from evaluation.features import FrozenEncoder, collect, open_encoder, untrained
 from evaluation.frozen import (
     LOGISTIC_UP_TO,
-    PROBES,
     TRAINED,
     UNTRAINED,
     LabeledFeatures,
@@ -39,7 +39,7 @@ from evaluation.frozen import (
     measure_quality,
 )
 from evaluation.maps import feature_maps
-from evaluation.preprocessing import BATCH_SIZE, Batch, Preprocessor, batches
+from evaluation.preprocessing import Batch, Preprocessor, batches
 from evaluation.report import write_report
 from hub.redaction import shorten_command, shorten_paths
 from training.callbacks import duration
@@ -53,60 +53,28 @@ _NUM_PICTURES = 6
 
 
 def main(argv: list[str]) -> None:
-    arguments = parse(argv)
-    device = torch.accelerator.current_accelerator() if has_accelerator() and not arguments.use_cpu else None
-    encoder, preprocessor = open_encoder(arguments.model, device or "cpu")
-    if arguments.embed:
-        embed(arguments, encoder, preprocessor)
+    settings = load_evaluation_settings(argv)
+    print(f"settings\n{settings.describe()}")
+    device = torch.accelerator.current_accelerator() if has_accelerator() and not settings.use_cpu else None
+    encoder, preprocessor = open_encoder(settings.model, device or "cpu")
+    if settings.embed:
+        embed(settings.embed, settings, encoder, preprocessor)
     else:
-        evaluate(arguments, encoder, preprocessor, argv)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog=_WRITTEN_BY, description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="folder or Hub id of the encoder")
-    dataset_help = "folder of class folders, Hub id, idx files or 'sample-fashion'; with --embed any images"
-    parser.add_argument("--dataset", required=True, nargs="+", help=dataset_help)
-    parser.add_argument("--label_column", help="of a table (default: found by type and name)")
-    parser.add_argument("--labels_per_class", type=int, help="train on so many images of each class (default: all)")
-    parser.add_argument("--probes", nargs="+", choices=PROBES, default=list(PROBES), help="(default: all)")
-    parser.add_argument("--output_dir", help="(default: outputs/evaluation-<model>-<dataset>)")
-    parser.add_argument("--embed", type=Path, help="write the features of all images into this .parquet file instead")
-    parser.add_argument("--embed_patches", action="store_true", help="those of every patch too")
-    parser.add_argument("--batch_size", type=int, default=BATCH_SIZE, help=f"images at once (default: {BATCH_SIZE})")
-    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
-    parser.add_argument("--use_cpu", action="store_true", help="leave the GPU alone")
-    parser.add_argument("--debug", action="store_true", help="show Python tracebacks of errors")
-    return parser
-
-
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    arguments = build_parser().parse_args([_with_underscores(word) for word in argv])
-    if arguments.batch_size < 1:
-        raise ValueError(f"--batch_size is {arguments.batch_size}, expected 1 or more")
-    if arguments.embed and arguments.embed.suffix != ".parquet":
-        raise ValueError(f"--embed is {arguments.embed}, expected the name of a .parquet file")
-    for flag in ("labels_per_class", "output_dir", "label_column"):
-        if arguments.embed and getattr(arguments, flag):
-            raise ValueError(f"--{flag} has no effect with --embed, which writes features and measures nothing")
-    if arguments.embed_patches and not arguments.embed:
-        raise ValueError("--embed_patches has no effect without --embed")
-    return arguments
+        evaluate(settings, encoder, preprocessor, argv)
 
 
 # ---- features into a file ----
 
 
-def embed(arguments: argparse.Namespace, encoder: FrozenEncoder, preprocessor: Preprocessor) -> None:
-    source = open_source(arguments.dataset, split=None)
+def embed(file: Path, settings: EvaluationSettings, encoder: FrozenEncoder, preprocessor: Preprocessor) -> None:
+    """Write the features of all images to a parquet file."""
+    source = open_source(settings.dataset, split=None)
     bad = BadImages()
-    images = batches(source, range(len(source)), preprocessor, bad.__setitem__, arguments.batch_size)
-    arguments.embed.parent.mkdir(parents=True, exist_ok=True)
-    num_rows = write_embeddings(
-        arguments.embed, encoder, shown(images, len(source), "features"), source, arguments.embed_patches
-    )
+    images = batches(source, range(len(source)), preprocessor, bad.__setitem__, settings.per_device_eval_batch_size)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    num_rows = write_embeddings(file, encoder, shown(images, len(source), "features"), source, settings.embed_patches)
     left_out = f"; {len(bad)} cannot be read: {shorten_paths(bad.describe())}" if bad else ""
-    print(f"{arguments.embed}: features of {num_rows:,} images of {source.describe()}{left_out}")
+    print(f"{file}: features of {num_rows:,} images of {source.describe()}{left_out}")
 
 
 # ---- the evaluation ----
@@ -122,22 +90,22 @@ class Task:
     tested_on: str
 
 
-def find_task(arguments: argparse.Namespace) -> Task:
+def find_task(settings: EvaluationSettings) -> Task:
     """The training part, cut to `--labels_per_class`, and the part to test on: test, else validation, else a share."""
-    images: LabeledImages = open_labeled(arguments.dataset, arguments.label_column)
+    images: LabeledImages = open_labeled(settings.dataset, settings.label_column)
     train, test, tested_on = images.train, images.test, "its own test part"
     if test is None:
         test, tested_on = images.validation, "its own validation part"
     if test is None:
-        kept, validation = split_stratified(train.labels, _TEST_FRACTION, arguments.seed, images.class_names)
+        kept, validation = split_stratified(train.labels, _TEST_FRACTION, settings.seed, images.class_names)
         train, test = train.select(kept), train.select(validation)
         tested_on = f"{_TEST_FRACTION:.0%} of each class, held out for it: the data have no part of their own"
         print(f"note: tested on {tested_on}")
-    if arguments.labels_per_class is not None:
+    if settings.labels_per_class is not None:
         chosen = labeled_subset(
             train.labels,
-            num_per_class=arguments.labels_per_class,
-            seed=arguments.seed,
+            num_per_class=settings.labels_per_class,
+            seed=settings.seed,
             class_names=images.class_names,
         )
         train = train.select(chosen)
@@ -145,19 +113,21 @@ def find_task(arguments: argparse.Namespace) -> Task:
 
 
 def evaluate(
-    arguments: argparse.Namespace, encoder: FrozenEncoder, preprocessor: Preprocessor, argv: list[str]
+    settings: EvaluationSettings, encoder: FrozenEncoder, preprocessor: Preprocessor, argv: list[str]
 ) -> None:
     started = time.perf_counter()
-    task = find_task(arguments)
-    model, dataset = short_name(arguments.model), "-".join(map(short_name, arguments.dataset))
-    output_dir = Path(arguments.output_dir or f"outputs/evaluation-{model}-{dataset}")
+    task = find_task(settings)
+    model, dataset = short_name(settings.model), "-".join(map(short_name, settings.dataset))
+    output_dir = Path(settings.output_dir or f"outputs/evaluation-{model}-{dataset}")
     refuse_other_results(output_dir / METRICS_FILE)
-    probes = probes_that_fit(arguments, task, encoder, preprocessor)
-    encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, arguments.seed)}
+    probes = probes_that_fit(settings, task, encoder, preprocessor)
+    encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, settings.seed)}
     bad = BadImages()
 
     def part_of(images: LabeledSplit, what: str) -> LabeledFeatures:
-        stream = batches(images.source, images.indices, preprocessor, bad.__setitem__, arguments.batch_size)
+        stream = batches(
+            images.source, images.indices, preprocessor, bad.__setitem__, settings.per_device_eval_batch_size
+        )
         patches_of = TRAINED if "attentive" in probes else None
         found = collect(encoders, shown(stream, len(images), what), preprocessor, patches_of)
         positions, features, pictures = found
@@ -167,8 +137,8 @@ def evaluate(
     num_images, described = len(task.train) + len(task.test), shorten_paths(bad.describe())
     if len(bad) > _MAX_BAD_FRACTION * num_images:
         raise ValueError(f"{len(bad)} of {num_images} images cannot be read: {described}")
-    rows, headline = evaluate_probes(train, test, len(task.class_names), probes, arguments.seed, encoder.device)
-    unlabeled = measure_quality(test, arguments.seed)
+    rows, headline = evaluate_probes(train, test, len(task.class_names), probes, settings.seed, encoder.device)
+    unlabeled = measure_quality(test, settings.seed)
 
     output_dir.mkdir(parents=True, exist_ok=True)
     pixel_values = torch.cat(
@@ -176,7 +146,7 @@ def evaluate(
     )
     maps, maps_text = feature_maps(encoder, preprocessor, pixel_values)
     maps.save(output_dir / MAPS_FILE, optimize=True)
-    few = f"{arguments.labels_per_class} labels per class" if arguments.labels_per_class else ""
+    few = f"{settings.labels_per_class} labels per class" if settings.labels_per_class else ""
     if few:
         write_subset(output_dir / LABELS_FILE, task.train, task.class_names)
     command = shorten_command(shlex.join(["python", _WRITTEN_BY, *argv]))
@@ -184,7 +154,7 @@ def evaluate(
         **facts_of(encoder, preprocessor, pixel_values),
         "tested on": task.tested_on,
         "left out": f"{len(bad)} that cannot be read: {described}" if bad else "no image",
-        "seed": arguments.seed,
+        "seed": settings.seed,
         "time": duration(time.perf_counter() - started),
     }
     content = {
@@ -194,7 +164,7 @@ def evaluate(
         "dataset": f"{dataset}, {few}" if few else dataset,
         "num_train": len(train.labels),
         "num_test": len(test.labels),
-        "labels_per_class": arguments.labels_per_class,
+        "labels_per_class": settings.labels_per_class,
         "class_names": list(task.class_names),
         "facts": facts,
         "command": command,
@@ -234,10 +204,10 @@ def facts_of(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: t
 
 
 def probes_that_fit(
-    arguments: argparse.Namespace, task: Task, encoder: FrozenEncoder, preprocessor: Preprocessor
+    settings: EvaluationSettings, task: Task, encoder: FrozenEncoder, preprocessor: Preprocessor
 ) -> list[str]:
     """Those asked for, less those that this many images rule out, which is said."""
-    probes = list(dict.fromkeys(arguments.probes))
+    probes = list(dict.fromkeys(settings.probes))
     if "logistic" in probes and len(task.train) > LOGISTIC_UP_TO:
         print(f"note: no logistic regression: it is for up to {LOGISTIC_UP_TO:,} training images")
         probes.remove("logistic")
@@ -252,7 +222,7 @@ def probes_that_fit(
             )
             probes.remove("attentive")
     if not probes:
-        raise ValueError(f"none of --probes {' '.join(arguments.probes)} can be done; see the notes above")
+        raise ValueError(f"none of --probes {' '.join(settings.probes)} can be done; see the notes above")
     return probes
 
 
@@ -291,27 +261,5 @@ def shown(images: Iterator[Batch], num_images: int, what: str) -> Iterator[Batch
     print(f"{num_images:,} {what} in {duration(seconds)}, {num_images / seconds:,.0f} images/s", file=sys.stderr)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Mistakes as ValueError, told like those of the other commands."""
-
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
-
-    def parse_args(self, argv: Sequence[str]) -> argparse.Namespace:  # type: ignore[override]
-        arguments, rest = self.parse_known_args(argv)
-        if rest:
-            close = nearest(rest[0].lstrip("-").split("=")[0], (action.dest for action in self._actions))
-            raise ValueError(f"unknown flag {rest[0]}; " + (f"did you mean --{close}?" if close else "see --help"))
-        return arguments
-
-
-def _with_underscores(word: str) -> str:
-    """--batch-size is --batch_size."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, build_parser))
+    sys.exit(run(sys.argv[1:], main, partial(make_parser, EvaluationSettings)))

@@ -180,6 +180,8 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.label_fraction is not None and self.labels_per_class is not None:
+            raise SettingsError("--label_fraction and --labels_per_class both set the number of labels; give one")
         if self.is_users("hub_strategy") and self.hub_strategy != HubStrategy.END:
             raise SettingsError(
                 f"--hub_strategy {self.hub_strategy.value}: a fine-tuning is uploaded when it is finished"
@@ -193,8 +195,8 @@ def load_finetune_settings(argv: Sequence[str], open_encoder: Callable[[str], En
         SettingsError: An unknown flag, an invalid value, no such recipe, or neither model nor data given.
     """
     command_line = CommandLine(FinetuneSettings, argv)
+    command_line.require(model="the pre-trained encoder", dataset="the labeled images")
     chosen = command_line.chosen
-    _refuse_incomplete(chosen)
     encoder = open_encoder(chosen["model"])
     recipe = "finetune_linear" if chosen["mode"] == "linear" else encoder.recipe
     lower = {Origin.METHOD: command_line.read_recipe(RECIPES / f"{recipe}.yaml")}
@@ -222,11 +224,3 @@ def _values_for(encoder: EncoderFacts, values: Mapping[str, Any], origins: Mappi
         "pooling": pooling if is_users["pooling"] or pooling in possible else next(iter(possible), pooling),
         "drop_path": values["drop_path"] if encoder.has_drop_path or is_users["drop_path"] else 0.0,
     }
-
-
-def _refuse_incomplete(chosen: Mapping[str, Any]) -> None:
-    for name, what in (("model", "the pre-trained encoder"), ("dataset", "the labeled images")):
-        if not chosen[name]:
-            raise SettingsError(f"--{name} is missing: {what}, a folder or a Hub id")
-    if chosen["label_fraction"] is not None and chosen["labels_per_class"] is not None:
-        raise SettingsError("--label_fraction and --labels_per_class both set the number of labels; give one")

@@ -61,7 +61,8 @@ def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyT
     ]
     if methods:
         parsed_groups.append(_method_group(methods))
-    if issubclass(settings_class, TrainingFlags):
+    has_more_flags = issubclass(settings_class, TrainingFlags)
+    if has_more_flags:
         parsed_groups.append(_TransformersFlags)
     parser = _Parser(
         parsed_groups,  # type: ignore[arg-type]
@@ -71,7 +72,7 @@ def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyT
         exit_on_error=False,
         **settings_class.program,
     )
-    parser.successors = settings_class.successors
+    parser.successors, parser.has_more_flags = settings_class.successors, has_more_flags
     parser.documented = frozenset(name for name, declared in flags.items() if declared.metadata["help"])
     own = {name for names in groups.values() for name in names}
     for action in parser._actions:
@@ -87,9 +88,15 @@ def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyT
         if action.nargs != 0 and not shows_choices:
             action.metavar = "X"
     parser.add_argument("-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this and stop")
-    parser.add_argument(
-        "--help_all", "--help-all", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show every flag and stop"
-    )
+    if parser.has_more_flags:
+        parser.add_argument(
+            "--help_all",
+            "--help-all",
+            action=_Help,
+            nargs=0,
+            default=argparse.SUPPRESS,
+            help="show every flag and stop",
+        )
     return parser
 
 
@@ -130,7 +137,9 @@ def _unknown(parser: Any, rest: Sequence[str]) -> str:
     if name in parser.successors:
         return f"there is no flag --{name}; use {parser.successors[name]}"
     known = nearest(name, (action.dest for action in parser._actions))
-    return f"unknown flag --{name}; " + (f"did you mean --{known}?" if known else "see --help_all for all flags")
+    return f"unknown flag --{name}; " + (
+        f"did you mean --{known}?" if known else f"see {parser.full_help} for all flags"
+    )
 
 
 def _parsed_group(title: str, flags: Mapping[str, tuple[Any, Any]]) -> type:
@@ -224,6 +233,11 @@ class _Formatter(argparse.HelpFormatter):
 class _Parser(HfArgumentParser):
     documented: frozenset[str] = frozenset()  # flags that --help shows; --help_all shows the others too
     successors: Mapping[str, str] = {}
+    has_more_flags = False
+
+    @property
+    def full_help(self) -> str:
+        return "--help_all" if self.has_more_flags else "--help"
 
     def error(self, message: str) -> Any:
         raise SettingsError(message)
@@ -242,7 +256,7 @@ class _Parser(HfArgumentParser):
                 and (everything or not of_transformers or action.dest in self.documented)
             )
             formatter.end_section()
-        if not everything:
+        if self.has_more_flags and not everything:
             formatter.add_text("All flags of transformers.TrainingArguments work too: --help_all.")
         formatter.add_text(self.epilog)
         return formatter.format_help()

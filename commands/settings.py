@@ -197,6 +197,16 @@ class CommandLine(Generic[S]):
         ours = {name: own.pop(name) for group in settings_class.groups().values() for name in flags_of(group)}
         self.defaults = {**ours, **self.method_defaults, **training, **own}
 
+    def require(self, **descriptions: str) -> None:
+        """Check that these flags are given.
+
+        Raises:
+            SettingsError: If one is not.
+        """
+        for name, description in descriptions.items():
+            if not self.chosen[name]:
+                raise SettingsError(f"--{name} is missing: {description}, a folder or a Hub id")
+
     def read_recipe(self, path: Path) -> Layer:
         label = label_of(path)
         try:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from fashion import fashion_pixels
 from PIL import Image
 
 import run_evaluation
+from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
 from commands.launch import run
+from commands.parsing import make_parser
 from evaluation.features import collect, open_encoder
 from evaluation.frozen import Row, difference
 from evaluation.knn import fit_knn
@@ -52,7 +55,7 @@ def labeled(tmp_path_factory) -> Path:
 
 
 def evaluate(*argv: object) -> int:
-    return run([str(word) for word in argv], run_evaluation.main, run_evaluation.build_parser)
+    return run([str(word) for word in argv], run_evaluation.main, partial(make_parser, EvaluationSettings))
 
 
 def refusal(capsys, *argv: object) -> str:
@@ -128,7 +131,7 @@ def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labeled)
     parts = {}
     for part in ("train", "test"):
         task = run_evaluation.find_task(
-            run_evaluation.parse(["--model", encoder, "--dataset", str(labeled), "--labels_per_class", "6"])
+            load_evaluation_settings(["--model", encoder, "--dataset", str(labeled), "--labels_per_class", "6"])
         )
         images = getattr(task, part)
         _, features, _ = collect(
@@ -206,10 +209,34 @@ def test_evaluation__says_what_is_wrong(encoder, labeled, tmp_path, capsys):
     one = labeled / "train" / "Bag"
     assert "directly in" in refusal(capsys, "--model", encoder, "--dataset", one)
     asked = refusal(capsys, "--model", encoder, "--dataset", labeled, "--labels_per_class", 13)
-    assert "has 12 images" in asked
+    assert "has only 12 training images" in asked
     assert ".parquet" in refusal(capsys, "--model", encoder, "--dataset", labeled, "--embed", "out.csv")
     assert "no effect" in refusal(capsys, "--model", encoder, "--dataset", labeled, "--embed_patches")
-    assert "batch_size" in refusal(capsys, "--model", encoder, "--dataset", labeled, "--batch_size", 0)
+    named = ("--model", encoder, "--dataset", labeled)
+    assert "--per_device_eval_batch_size is 0" in refusal(capsys, *named, "--per_device_eval_batch_size", 0)
+    assert "use --per_device_eval_batch_size" in refusal(capsys, *named, "--batch_size", 8)
+    assert "did you mean knn?" in refusal(capsys, *named, "--probes", "kn")
+
+
+def test_evaluation__takes_a_recipe_that_the_command_line_overrides(encoder, labeled, tmp_path):
+    recipe = tmp_path / "few.yaml"
+    recipe.write_text("labels_per_class: 3\nprobes: [knn]\nseed: 5\n")
+    argv = ["--model", encoder, "--dataset", str(labeled), "--config", str(recipe), "--labels-per-class", "2"]
+    settings = load_evaluation_settings(argv)
+    assert (settings.labels_per_class, settings.probes, settings.seed) == (2, ["knn"], 5)
+    assert (settings.is_on_command_line("labels_per_class"), settings.is_on_command_line("seed")) == (True, False)
+    assert settings.as_recipe()["dataset"] == [str(labeled)]
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help__fits_in_100_columns_and_exits(flag, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_evaluation_settings([flag])
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    assert max(map(len, text.splitlines())) <= 100
+    assert "--per_device_eval_batch_size X" in text
+    assert "--help_all" not in text
 
 
 def test_evaluation__other_programs_results_are_not_overwritten(encoder, labeled, tmp_path, capsys):
