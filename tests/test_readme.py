@@ -1,4 +1,7 @@
-"""README's code blocks run: training commands with --dry_run, the rest as it is. Installs are those of .ci/run."""
+"""README's code blocks run: training commands with --dry_run, the rest as it is. Installs are those of .ci/run.
+
+CONTRIBUTING's code is that of the example in tests/toys, which tests/test_toys.py runs.
+"""
 
 import re
 import runpy
@@ -126,6 +129,23 @@ def test_block__runs(language, code, workspace, monkeypatch):
 def test_blocks__are_all_found():
     fences = re.findall(r"^\s*(?:```|~~~)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(fences) == 2 * len(BLOCKS) > 0
+
+
+def test_contributing__shows_the_code_of_the_example():
+    example = (ROOT / "tests" / "toys" / "modeling" / "hog.py").read_text(encoding="utf-8")
+    blocks = BLOCK.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    shown = [code for language, code in blocks if language == "python"]
+    assert shown
+    for code in shown:
+        assert code in example
+    installs = [command for language, code in blocks if language == "bash" for command in commands_of(code)]
+    check_install(next(command[2:] for command in installs if command[:3] == ["pip", "install", "-r"]))
+
+
+def test_contributing__names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`(\w+/[\w/.-]+\.\w+)[`:]", text):
+        assert (ROOT / name).exists() or (ROOT / "tests" / "toys" / name).exists(), name
 
 
 @pytest.mark.parametrize(

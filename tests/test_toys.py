@@ -86,6 +86,6 @@ def test_two_crops__equal_in_one_and_two_processes_and_export_the_teacher(tree):
 def test_contract__holds_for_the_toys(tree):
     """The battery of test_contract.py, unchanged, in the tree that has the toys."""
     only = "hog or two-crops or two_processes or tiny_configuration"
-    output = run(tree, "-m", "pytest", "tests/test_contract.py", "-p", "no:xdist", "-k", only)
+    output = run(tree, "-m", "pytest", "tests/test_contract.py", "tests/test_recipes.py", "-p", "no:xdist", "-k", only)
     assert "[100%]" in output
     assert output.count(".") > 40
