@@ -22,8 +22,8 @@ from commands.launch import find_hardware, first_on_main, join, printer, run, se
 from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
 from commands.parsing import make_parser
-from commands.plan import Plan, default_output_dir, make_plan
-from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
+from commands.pretraining_plan import PretrainingPlan, make_pretraining_plan
+from commands.pretraining_settings import PretrainingSettings, default_output_dir, load_pretraining_settings
 from commands.targets import open_targets
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
@@ -67,7 +67,9 @@ def main(argv: list[str]) -> None:
     collator = build_collator(settings, config)
     blank = without_weights(config)
     numbers = (len(parts.train), len(parts.validation), model_footprint(settings, config, collator))
-    plan = make_plan(settings, find_hardware(state), *numbers, f"{parts.source.describe()}: {parts.summary}")
+    plan = make_pretraining_plan(
+        settings, find_hardware(state), *numbers, f"{parts.source.describe()}: {parts.summary}"
+    )
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     if parts.bad:
@@ -222,7 +224,7 @@ def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingC
 
 def build_trainer(
     settings: PretrainingSettings,
-    plan: Plan,
+    plan: PretrainingPlan,
     config: MimConfig,
     collator: MaskingCollator,
     parts: PretrainingSplits,

@@ -1,6 +1,6 @@
-"""The rules of a run's arithmetic, one function each: from the settings, the number of images and the machine.
+"""Rules that derive the training schedule from the settings, the number of images and the hardware.
 
-Small data never stop a run. What a rule changes for their sake it says in `notes`.
+Small data never stops a run: a rule that lowers or raises a number for its sake adds a sentence to `notes`.
 """
 
 import math
@@ -8,21 +8,21 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from commands.pretraining_settings import PretrainingSettings
 from commands.settings import TrainingSettings
-from data.masks import MASK_STRATEGIES
-from data.seeds import seeded_generator
 
-_MIN_STEPS = 2000  # of a run whose length the user did not choose
-_MAX_WARMUP_SHARE = 0.1  # of a run whose warm-up was not given on the command line
-REFERENCE_BATCH = 256  # images a step that base_learning_rate is meant for
-_BATCH_ON_GPU, _BATCH_ON_CPU = 64, 8
+_MAX_WARMUP_SHARE = 0.1  # of all steps, unless the warm-up is given on the command line
+REFERENCE_BATCH = 256  # images per step that base_learning_rate is meant for
+_BATCH_ON_GPU = 64
 _MAX_WORKERS_ON_GPU, _MAX_WORKERS_ON_CPU = 16, 4
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where the run happens. `num_cpus` and `num_local_processes` are of one node."""
+    """The devices and processes of a run.
+
+    Args:
+        num_cpus, num_local_processes: CPU cores and processes of one node.
+    """
 
     device_type: str
     num_cpus: int
@@ -40,13 +40,15 @@ def training_schedule(
     hardware: Hardware,
     num_images: int | None,
     notes: list[str],
-    batch_on_cpu: int = _BATCH_ON_CPU,
-    min_steps: int = _MIN_STEPS,
+    batch_on_cpu: int,
+    min_steps: int,
 ) -> dict[str, Any]:
-    """Return the numbers that follow in the same way for whatever is trained, by their names in a `Plan`.
+    """Return the numbers that do not depend on the kind of training, by their names in a `Plan`.
 
     Args:
-        num_images: None for a stream, whose single epoch is as long as max_steps say.
+        num_images: None for a stream, whose single epoch has max_steps.
+        batch_on_cpu: Default images per step on a CPU.
+        min_steps: Least number of steps of a run whose length the user did not choose.
 
     Raises:
         ValueError: If there are fewer images than processes, a stream without max_steps, or a precision that the
@@ -75,7 +77,7 @@ def training_schedule(
 def batch_size_and_accumulation(
     settings: TrainingSettings, hardware: Hardware, num_images: int, notes: list[str], batch_on_cpu: int
 ) -> tuple[int, int]:
-    """Images of a micro-batch, and micro-batches of a step."""
+    """Return the images per micro-batch, and the micro-batches per optimizer step."""
     if num_images < hardware.world_size:
         raise ValueError(
             f"{hardware.world_size} processes cannot share {num_images} training image(s): "
@@ -86,7 +88,7 @@ def batch_size_and_accumulation(
         wanted = settings.per_device_train_batch_size
     batch_size = min(wanted, num_images // hardware.world_size)
     if batch_size < wanted:
-        notes.append(f"{batch_size} images a device instead of {wanted}: there are only {num_images:,}")
+        notes.append(f"{batch_size} images per device instead of {wanted}: there are only {num_images:,}")
     wanted = settings.gradient_accumulation_steps
     accumulation = min(wanted, micro_batches(settings, num_images, batch_size, hardware))
     if accumulation < wanted:
@@ -95,7 +97,7 @@ def batch_size_and_accumulation(
 
 
 def micro_batches(settings: TrainingSettings, num_images: int, batch_size: int, hardware: Hardware) -> int:
-    """Of one process in one epoch, as accelerate deals them out."""
+    """Return the number of micro-batches of one process in one epoch, as accelerate distributes them."""
     if settings.dataloader_drop_last:
         return num_images // batch_size // hardware.world_size
     return math.ceil(math.ceil(num_images / batch_size) / hardware.world_size)
@@ -126,25 +128,15 @@ def peak_learning_rate(settings: TrainingSettings, images_per_step: int) -> floa
 def number_of_warmup_steps(settings: TrainingSettings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int:
     if settings.counts("warmup_steps"):
         name, given = "warmup_steps", settings.warmup_steps
-        wanted = math.ceil(given * num_steps) if given < 1 else int(given)  # below 1 a share, as in transformers
+        wanted = math.ceil(given * num_steps) if given < 1 else int(given)  # below 1 a fraction, as in transformers
         most = num_steps
     else:
         name, wanted = "warmup_epochs", round(settings.warmup_epochs * steps_per_epoch)
         most = num_steps if settings.is_on_command_line(name) else int(_MAX_WARMUP_SHARE * num_steps)
     if wanted > most:
-        share = "all steps there are" if most == num_steps else "a tenth of the run"
+        share = "all steps" if most == num_steps else "a tenth of the run"
         notes.append(f"warm-up of {most:,} steps, {share}, instead of {wanted:,} (--{name})")
     return min(wanted, most)
-
-
-def lr_drop_step(settings: PretrainingSettings, steps_per_epoch: int, num_steps: int, notes: list[str]) -> int | None:
-    """The first step with a tenth of the learning rate."""
-    if settings.lr_drop_epoch is None:
-        return None
-    step = round(settings.lr_drop_epoch * steps_per_epoch)
-    if step >= num_steps:
-        notes.append(f"the learning rate never drops: --lr_drop_epoch {settings.lr_drop_epoch:g} is past the end")
-    return step
 
 
 def precision_of(settings: TrainingSettings, hardware: Hardware) -> str:
@@ -152,7 +144,7 @@ def precision_of(settings: TrainingSettings, hardware: Hardware) -> str:
         return "float16"
     wanted = settings.bf16 if settings.is_given("bf16") else hardware.has_bf16 and not hardware.is_cpu
     if wanted and not hardware.is_cpu and not hardware.has_bf16:
-        raise ValueError("--bf16 is asked for, but this device has no bfloat16; use --fp16, or --bf16 false")
+        raise ValueError("--bf16: this device does not support bfloat16; use --fp16, or --bf16 false")
     return "bfloat16" if wanted else "float32"
 
 
@@ -163,15 +155,3 @@ def number_of_workers(settings: TrainingSettings, hardware: Hardware) -> int:
     if not hardware.is_cpu:
         return min(_MAX_WORKERS_ON_GPU, cores)
     return min(_MAX_WORKERS_ON_CPU, cores - 1) if cores > 2 else 0  # on a CPU they take cores from the model
-
-
-def hidden_patches(settings: PretrainingSettings) -> tuple[int, int]:
-    """Fewest and most hidden patches, counted on a mask of each ratio."""
-    grid, ratio = settings.grid, settings.mask_ratio
-    unit = {"unit": settings.mask_unit} if settings.mask_strategy == "random-unit" else {}
-    draw = MASK_STRATEGIES[settings.mask_strategy]
-    counts = [
-        int(draw(grid, one, seeded_generator("plan"), **unit).sum())
-        for one in (ratio if isinstance(ratio, tuple) else (ratio,))
-    ]
-    return counts[0], counts[-1]

@@ -1,4 +1,4 @@
-"""What a pre-training leaves behind: a native encoder at the root, the whole model in `pretraining/`, and a card."""
+"""Output of a pre-training run: a native encoder at the root, the whole model in `pretraining/`, and a model card."""
 
 import shlex
 import shutil
@@ -22,7 +22,11 @@ from training.trainer import MimTrainer
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Of the run of `trainer`, as it is when they are written. `argv` is what followed the command's name."""
+    """Writer of the output of a run, with the weights that the trainer has at that time.
+
+    Args:
+        argv: Command line without the name of the command.
+    """
 
     trainer: MimTrainer
     settings: PretrainingSettings
@@ -30,7 +34,7 @@ class Artifacts:
     argv: list[str]
 
     def finish(self) -> None:
-        """Check the weights, evaluate once more if the last evaluation is older, and write everything."""
+        """Check the weights, evaluate them unless the last evaluation did, and write everything."""
         trainer = self.trainer
         trainer.stop_if_not_finite()
         trainer.evaluate_at_the_end()
@@ -40,16 +44,16 @@ class Artifacts:
         trainer.accelerator.wait_for_everyone()
 
     def stage(self, folder: Path, checkpoint_name: str | None) -> None:
-        """For the Hub, during training: what `finish` writes, and the training state if that has a name there."""
+        """Write an upload during training: the output, and the training state if it has a name on the Hub."""
         step, last = self.trainer.state.global_step, self.trainer.state.max_steps
-        self.write(folder, f"Training goes on: this is step {step:,} of {last:,}." if step < last else None)
+        self.write(folder, f"Training continues: this is step {step:,} of {last:,}." if step < last else None)
         if checkpoint_name is not None:
             output_dir = self.trainer.output_dir
             stage_checkpoint(output_dir / f"checkpoint-{step}", output_dir / SETTINGS_FILE, folder / checkpoint_name)
 
     def write(self, folder: Path, unfinished: str | None = None) -> None:
         head = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        # Folders of the user's machine do not belong into a config that goes to the Hub.
+        # A config that is uploaded must not contain folders of this computer.
         export(head, folder, method=self.settings.method, recipe=shorten_values(self.settings.as_recipe()))
         self._write_card(folder, unfinished)
 

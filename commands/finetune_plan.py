@@ -1,31 +1,32 @@
-"""The numbers of a fine-tuning, said aloud before it; `commands.arithmetic` has the rules behind them."""
+"""The plan of a fine-tuning run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from commands.arithmetic import Hardware, training_schedule
+from commands.arithmetic import Hardware
 from commands.finetune_settings import FinetuneSettings
 from commands.memory import Footprint
-from commands.plan import Plan, data_name, in_millions
+from commands.plan import Plan, in_millions
 
-_MIN_STEPS = 1000  # of a run whose length the user did not choose
-_BATCH_ON_CPU = 32
 _METRICS = ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "calibration_error", "loss")
 _TOP = 5
 
 
 @dataclass(frozen=True)
 class FinetunePlan(Plan):
-    """`num_held_out` are the images that choose the best checkpoint; nothing is hidden."""
+    """The plan of a fine-tuning run; its validation images choose the best checkpoint."""
 
     settings: FinetuneSettings
     num_classes: int
 
+    batch_on_cpu: ClassVar = 32
+    min_steps: ClassVar = 1000
+
     def task_rows(self) -> dict[str, str]:
         settings, size = self.settings, self.settings.image_size
-        what = {"finetune": "all of it", "linear": "the head"}.get(
+        what = {"finetune": "everything", "linear": "the head"}.get(
             settings.mode, f"the last {settings.num_trained_blocks} blocks and the head"
         )
         grid = f"{self.grid[0]} x {self.grid[1]} patches"
@@ -33,7 +34,7 @@ class FinetunePlan(Plan):
         return {
             "model": f"{Path(settings.model).name}{', random weights' if settings.from_scratch else ''}, "
             f"{in_millions(self.footprint.num_parameters)}",
-            "what trains": f"{what}, {in_millions(self.footprint.num_trained_parameters)}{decayed}",
+            "trained": f"{what}, {in_millions(self.footprint.num_trained_parameters)}{decayed}",
             "input": f"{size} x {size} pixels, {grid}; the head reads the {settings.pooling}",
             "classes": f"{self.num_classes:,}",
             "views": self._views(),
@@ -59,7 +60,7 @@ class FinetunePlan(Plan):
             if value := getattr(settings, name):
                 views.append(f"{name.removesuffix('_factor').replace('_', ' ')} {value:g}")
         low, high = settings.crop_scale
-        return ", ".join([f"crops of {low:g} to {high:g} of the picture", "flipped half the time", *views])
+        return ", ".join([f"crops of {low:g} to {high:g} of the image", "flipped half the time", *views])
 
 
 def make_finetune_plan(
@@ -72,44 +73,28 @@ def make_finetune_plan(
     data: str,
     notes: Sequence[str] = (),
 ) -> FinetunePlan:
-    """Every number of the run. `num_images`: to train on and to choose with.
+    """Plan a fine-tuning run.
+
+    Args:
+        num_images: Number of training and of validation images.
 
     Raises:
-        ValueError: fewer images than processes, a precision that the device has not, or nothing to choose by.
+        ValueError: If there are fewer images than processes, the device does not support the precision, or the best
+            checkpoint cannot be chosen.
     """
     _check_choice(settings, num_images[1], num_classes)
-    notes = list(notes)
-    numbers = training_schedule(settings, hardware, num_images[0], notes, _BATCH_ON_CPU, _MIN_STEPS)
-    return FinetunePlan(
-        settings=settings,
-        hardware=hardware,
-        data=data,
-        num_train_images=num_images[0],
-        num_validation_images=num_images[1],
-        footprint=footprint,
-        num_classes=num_classes,
-        grid=grid,
-        lr_drop_step=None,
-        output_dir=Path(settings.output_dir or _output_dir(settings)),
-        notes=tuple(notes),
-        **numbers,
-    )
+    return FinetunePlan.make(settings, hardware, data, num_images, footprint, grid, notes, num_classes=num_classes)
 
 
 def _check_choice(settings: FinetuneSettings, num_validation_images: int, num_classes: int) -> None:
-    """What early stopping and the best checkpoint go by is there."""
+    """Check that there are images and a metric for early stopping and for the best checkpoint."""
     if settings.early_stopping_patience and (not num_validation_images or settings.eval_strategy == "no"):
         raise ValueError(
-            "--early_stopping_patience needs images to evaluate on: hold some out with --validation_fraction 0.1, or "
-            "leave it out"
+            "--early_stopping_patience needs validation images: use --validation_fraction 0.1, or leave "
+            "--early_stopping_patience out"
         )
     metric, possible = settings.metric_for_best_model.removeprefix("eval_"), list(_METRICS)
     if num_classes <= _TOP:
         possible.remove("top5_accuracy")
     if metric not in possible:
         raise ValueError(f"--metric_for_best_model is {metric}, expected one of: {', '.join(possible)}")
-
-
-def _output_dir(settings: FinetuneSettings) -> str:
-    start = "-scratch" if settings.from_scratch else ""
-    return f"outputs/{Path(settings.model).name}-{settings.mode}{start}-{data_name(settings.dataset)}"

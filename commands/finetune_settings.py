@@ -1,11 +1,11 @@
 """Settings of `run_finetune.py`: the published recipe of the encoder, which --config and flags override.
 
-Lowest first: defaults, recipes/finetune_<...>.yaml chosen by the encoder and the mode, the recipe of --config, the
-command line.
+The recipe recipes/finetune_<...>.yaml is chosen by the encoder and by --mode.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from transformers.trainer_utils import HubStrategy
@@ -20,14 +20,14 @@ from commands.flags import (
     Range,
     flag,
 )
-from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings
+from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings, data_name
 from data.classification import CROP_SHARE
 
 _RECIPES = "(default: the recipe's)"
 _EPILOG = """\
 The result opens without this project: pipeline("image-classification", model=FOLDER).
 Small data: a step never takes more images than there are, and a recipe's own number of epochs is raised until the run
-has 1,000 steps. The plan, printed before training, says in a "note:" what was changed.
+has 1,000 steps. The plan, printed before training, lists each change in a "note:".
 
 precedence: defaults < the encoder's recipe < --config < command line. --label-fraction is --label_fraction.
 """
@@ -177,6 +177,10 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
         "description": "Fine-tune a pre-trained encoder on labeled images.",
         "epilog": _EPILOG,
     }
+
+    def default_output_dir(self) -> str:
+        start = "-scratch" if self.from_scratch else ""
+        return f"outputs/{Path(self.model).name}-{self.mode}{start}-{data_name(self.dataset)}"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""What the hub flags ask for: where to push, how often, and a checkpoint from there where this machine has none."""
+"""Use of the Hub as the flags ask for it: where to upload, how often, and which checkpoint to continue from."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,10 +21,10 @@ _NAMES_OF_STATES: dict[HubStrategy, Callable[[int], str]] = {
 
 
 def open_repository(settings: TrainingSettings) -> Repository | None:
-    """Where `--push_to_hub` goes; nothing is asked of the Hub yet.
+    """Return the repository to upload to, or None; makes no request.
 
     Raises:
-        ValueError: it cannot be the id of a repository, or the Hub would refuse the license.
+        ValueError: If --hub_model_id is not a valid repository id, or the Hub does not know the license.
     """
     if settings.license and (problem := license_problem(settings.license)):
         raise ValueError(f"--{problem}")
@@ -37,7 +37,7 @@ def open_repository(settings: TrainingSettings) -> Repository | None:
 def bring_back(
     repository: Repository, settings: TrainingSettings, output_dir: Path, written_last: str, log: Callable[[str], None]
 ) -> None:
-    """A checkpoint that another machine pushed, into an output folder that has none."""
+    """Download the checkpoint of an earlier run into an output folder that has none."""
     starts_anew = settings.overwrite or settings.resume == "never"
     if settings.hub_strategy not in _NAMES_OF_STATES or starts_anew or settings.resume_from_checkpoint:
         return
@@ -47,7 +47,7 @@ def bring_back(
         found = fetch_checkpoint(repository, output_dir, SETTINGS_FILE)
     except HubError as error:
         log(
-            f"note: the run begins anew, for no checkpoint of it could be fetched from the Hub ({error}); "
+            f"warning: no checkpoint could be downloaded from the Hub ({error}), so training starts from step 0; "
             "if there is one, stop now and try again"
         )
         return
@@ -58,7 +58,7 @@ def bring_back(
 def build_hub_push(
     repository: Repository, artifacts: Artifacts, settings: TrainingSettings, log: Callable[[str], None]
 ) -> HubPush:
-    """Uploads at every save what there is at the end, and training states if `--hub_strategy` asks for them."""
+    """Return the callback that uploads the output at every save, with training states if --hub_strategy says so."""
     strategy, output_dir = settings.hub_strategy, artifacts.trainer.output_dir
     name = _NAMES_OF_STATES.get(strategy)
     return HubPush(repository, output_dir, artifacts.stage, log, name, at_saves=strategy is not HubStrategy.END)

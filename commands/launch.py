@@ -1,4 +1,4 @@
-"""From the launcher to a command's `main` and back: processes, threads, one voice, and mistakes told."""
+"""Start and end of a command: processes, threads, output of the main process, and error messages."""
 
 import os
 import platform
@@ -40,7 +40,7 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
             raise
         if os.environ.get("RANK", "0") == "0":
             parser, message = build_parser(), str(error)
-            if not isinstance(error, SettingsError):  # which speaks of flags already, or of the lines of a recipe
+            if not isinstance(error, SettingsError):  # its message names flags, or lines of a recipe
                 message = with_flags(message, {action.dest: action.dest for action in parser._actions})
             print(f"{parser.prog}: {message}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 3
@@ -72,7 +72,7 @@ def set_by(**flags: str) -> Iterator[None]:
 
 
 def join(use_cpu: bool) -> tuple[PartialState, Callable[[str], None]]:
-    """The processes of this run, on the device that it will use, and what prints for them."""
+    """Return the state of this run's processes on their device, and a function that prints on the main process."""
     use_cpu = use_cpu or not has_accelerator()
     state = PartialState(cpu=use_cpu)
     check_world(state.num_processes)
@@ -83,12 +83,12 @@ def join(use_cpu: bool) -> tuple[PartialState, Callable[[str], None]]:
 
 
 def printer(state: PartialState) -> Callable[[str], None]:
-    """Prints on the first process only."""
+    """Return a function that prints on the main process only."""
     return lambda text: print(text, flush=True) if state.is_main_process else None
 
 
 def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
-    """Run on one process and hand the result, or the user's mistake, to all: no rank is left waiting."""
+    """Run `work` on the main process and return its result, or raise its ValueError, on all processes."""
     outcome: list[Any] = [None, None]
     if state.is_main_process:
         try:
@@ -109,7 +109,7 @@ def find_hardware(state: PartialState) -> Hardware:
 
 
 def launcher() -> list[str]:
-    """How this process was started, as a user types it."""
+    """Return the words that started this process on the command line."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ:
         return ["accelerate", "launch"]
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -118,7 +118,7 @@ def launcher() -> list[str]:
 
 
 def software_and_hardware(trainer: Trainer) -> dict[str, str]:
-    """For a card: versions by name, the devices, and how long the training took."""
+    """Return the rows of a model card about versions, devices and training time."""
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     return {
         **{name: version(name) for name in ("transformers", "torch", "accelerate", "datasets")},
@@ -135,10 +135,10 @@ def _device_name(device: torch.device) -> str:
 
 
 def restore_threads() -> str | None:
-    """Give a CPU run its cores back; returns what to tell the user, or None.
+    """Use all cores of a run on the CPU; returns a note if the number of threads changed.
 
-    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 where the user set nothing, which halves the speed on two
-    cores already.
+    `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 unless the user sets it, which halves the speed on two
+    cores.
     """
     cores = _num_cores()
     wanted = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -150,21 +150,21 @@ def restore_threads() -> str | None:
 
 
 def has_accelerator() -> bool:
-    """Whether torch sees any device other than the CPU."""
+    """Return whether torch finds a device other than the CPU."""
     return torch.accelerator.is_available()
 
 
 def check_world(world_size: int) -> None:
-    """Refuse to run as several independent jobs that write into one folder.
+    """Check that the processes of the launcher work together, and not as independent jobs with one output folder.
 
     Raises:
-        ValueError: the launcher started more processes than the trainer joined.
+        ValueError: If the launcher started more processes than joined.
     """
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != world_size:
         raise ValueError(
             f"the launcher started {started} processes, but the trainer sees {world_size}: each would train on its "
-            "own and write into the same folder; add --use_cpu on machines without a GPU, or start one process"
+            "own and write to the same folder; add --use_cpu on a computer without a GPU, or start one process"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a run finds in its output folder: nothing, a finished run, or one to continue."""
+"""Check of the output folder before training: it is new, or holds a finished run or one to continue."""
 
 import os
 import shutil
@@ -16,9 +16,9 @@ from training.checkpoints import last_whole_checkpoint, problem_with
 SETTINGS_FILE = "settings.yaml"
 BAD_IMAGES_FILE = "bad_images.jsonl"
 CURVE_FILE, PANEL_FILE, PANELS = "training_curve.png", "reconstructions.png", "panels"
-# Of a fine-tuning.
+# Files of a fine-tuning run.
 SUBSET_FILE, METRICS_FILE, CONFUSION_FILE = "labelled_images.txt", "metrics.json", "confusion_matrix.png"
-# Settings that may change between a run and its continuation without changing what is computed.
+# Settings that do not change the result, so that a continued run may have other values.
 FREE_TO_CHANGE = (
     "dataloader_",
     "logging_",
@@ -30,12 +30,12 @@ FREE_TO_CHANGE = (
     "push_to_hub",
     "max_bad",
 )
-# Settings that a checkpoint cannot be read without.
+# Settings that must be those of the checkpoint to load it.
 SHAPES = (
     *("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size"),
-    *("pooling", "mode", "num_trained_blocks"),  # of a fine-tuning
+    *("pooling", "mode", "num_trained_blocks"),  # of a fine-tuning run
 )
-# What runs write, beside folders; the code of the model lies there under the names that it has in `modeling`.
+# What runs write, besides the code files of the model, which are named as in `modeling`.
 WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", PANELS, "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
@@ -51,7 +51,7 @@ WRITTEN_FILES = (
         BAD_IMAGES_FILE,
     ),
 )
-# What run_evaluation.py writes beside METRICS_FILE; a folder may hold such files of the user's own.
+# What run_evaluation.py writes besides METRICS_FILE; deleted only if it wrote that, as users may have such files.
 _OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
 
 
@@ -63,27 +63,29 @@ def prepare_output_dir(
     written_last: str,
     check: Callable[[Path], None] | None = None,
 ) -> Path | None:
-    """Decide between a new run, a continued one and a refusal; returns the checkpoint to continue from.
+    """Prepare the output folder of a new or a continued run; returns the checkpoint to continue from, if any.
 
-    A folder with the file `written_last` holds a finished run. `bad`: the images left out.
-    `check` may refuse the checkpoint with a ValueError, before anything is written.
+    Args:
+        bad: Images that are left out.
+        written_last: File that exists only in the folder of a finished run.
+        check: Raises ValueError if a checkpoint does not fit, before anything is written.
 
     Raises:
-        ValueError: the folder holds a finished run, or one that cannot or must not be continued.
+        ValueError: If the folder holds a finished run, or one that cannot or must not be continued.
     """
     if settings.overwrite:
         _delete_old_run(output_dir)
     if (output_dir / written_last).exists():
         raise ValueError(
-            f"{output_dir} holds a finished run, which is not touched: add --overwrite to start anew in its place, "
-            "or give another --output_dir"
+            f"{output_dir} holds a finished run, which is not changed: add --overwrite to replace it, or give another "
+            "--output_dir"
         )
-    checkpoint, passed_over = last_whole_checkpoint(output_dir)
-    for name, problem in passed_over.items():
-        log(f"note: {output_dir / name} is passed over: {problem}")
+    checkpoint, skipped = last_whole_checkpoint(output_dir)
+    for name, problem in skipped.items():
+        log(f"warning: {output_dir / name} is skipped: {problem}")
     if given := settings.resume_from_checkpoint:
         checkpoint = Path(given) if given not in (True, "true", "True") else checkpoint
-        reason = "no whole checkpoint there" if checkpoint is None else problem_with(checkpoint)
+        reason = "no complete checkpoint there" if checkpoint is None else problem_with(checkpoint)
         if reason:
             raise ValueError(f"--resume_from_checkpoint {given}: {reason}")
     elif checkpoint is not None and settings.resume == "never":
@@ -104,7 +106,7 @@ def prepare_output_dir(
 
 
 def interrupted_run(output_dir: Path, chosen: Mapping[str, Any]) -> Path | None:
-    """The checkpoint from which a run that begins from the same model with the same method will go on, if any."""
+    """Return the checkpoint of an interrupted run with the same method and --init_from, if any."""
     if chosen["overwrite"] or chosen["resume"] == "never" or not (output_dir / SETTINGS_FILE).is_file():
         return None
     given = chosen.get("resume_from_checkpoint")
@@ -121,7 +123,7 @@ def _as_yaml(settings: TrainingSettings) -> str:
 
 
 def _compare_settings(saved_file: Path, settings: TrainingSettings, log: Callable[[str], None]) -> None:
-    """A continued run with other settings is not the run that was interrupted: say so, or refuse."""
+    """Log settings that differ from those of the interrupted run; raise ValueError if it cannot continue with them."""
     if not saved_file.exists():
         return
     saved, now = yaml.safe_load(saved_file.read_text(encoding="utf-8")), yaml.safe_load(_as_yaml(settings))
@@ -134,11 +136,11 @@ def _compare_settings(saved_file: Path, settings: TrainingSettings, log: Callabl
             "add --overwrite, or give another --output_dir"
         )
     if changed:
-        log(f"note: continuing with other settings than the run began with: {shown}")
+        log(f"warning: continuing with other settings than before: {shown}")
 
 
 def _delete_old_run(output_dir: Path) -> None:
-    """What a run of ours wrote, and nothing else that may lie in the folder."""
+    """Delete the files of an earlier run, and nothing else."""
     if not (output_dir / SETTINGS_FILE).exists():
         return
     code = {path.name for path in output_dir.glob("pretraining/*.py")} | {"dvae.py"}
@@ -149,14 +151,14 @@ def _delete_old_run(output_dir: Path) -> None:
 
 
 def _was_evaluated(output_dir: Path) -> bool:
-    """Whether run_evaluation.py wrote its results into this folder."""
+    """Return whether run_evaluation.py wrote its results to this folder."""
     file = output_dir / METRICS_FILE
     return file.is_file() and '"written_by": "run_evaluation.py"' in file.read_text(encoding="utf-8")
 
 
 @contextmanager
 def logging_into(output_dir: Path) -> Iterator[None]:
-    """Where a `Trainer` made meanwhile writes for TensorBoard: several may follow each other in one process."""
+    """Within this context a new `Trainer` writes its TensorBoard files to this folder."""
     name = "TENSORBOARD_LOGGING_DIR"
     given = name in os.environ
     os.environ.setdefault(name, str(output_dir / "runs"))

@@ -1,25 +1,29 @@
-"""The numbers of a run, said aloud before training; `commands.arithmetic` has the rules behind them."""
+"""The plan of a training run, printed before training; its numbers follow the rules of `commands.arithmetic`."""
 
-import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from commands.arithmetic import REFERENCE_BATCH, Hardware, hidden_patches, lr_drop_step, training_schedule
+from commands.arithmetic import REFERENCE_BATCH, Hardware, training_schedule
 from commands.memory import Footprint
-from commands.pretraining_settings import PretrainingSettings
 from commands.settings import TrainingSettings
 
-__all__ = ["Hardware", "Plan", "PretrainingPlan", "make_plan"]
-
-_MIN_INTERVAL = 20  # steps between evaluations and between checkpoints, where the user gave no interval
+_MIN_INTERVAL = 20  # steps between evaluations and between checkpoints, unless the user gives an interval
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run. `images_per_step` counts all processes and all micro-batches of an optimizer step."""
+    """Base class of the plan of a training run.
+
+    Args:
+        data: Description of the data that was found.
+        num_train_images: None for a stream.
+        grid: Rows and columns of what the model makes of an image: patches or codes.
+        batch_size: Images per device and forward pass.
+        accumulation: Forward passes per optimizer step.
+        notes: One sentence for each number that differs from what the settings ask for.
+    """
 
     settings: TrainingSettings
     hardware: Hardware
@@ -34,14 +38,63 @@ class Plan:
     num_steps: int
     learning_rate: float
     warmup_steps: int
-    lr_drop_step: int | None
     precision: str
     num_workers: int
     output_dir: Path
     notes: tuple[str, ...]
 
+    # Of a run whose settings do not give them.
+    batch_on_cpu: ClassVar = 8
+    min_steps: ClassVar = 2000
+
+    @classmethod
+    def make(
+        cls,
+        settings: TrainingSettings,
+        hardware: Hardware,
+        data: str,
+        num_images: tuple[int | None, int],
+        footprint: Footprint,
+        grid: tuple[int, int],
+        notes: Sequence[str] = (),
+        **own: Any,
+    ) -> Self:
+        """Return the plan.
+
+        Args:
+            num_images: Number of training images (None for a stream) and of validation images.
+            own: Fields of the subclass.
+
+        Raises:
+            ValueError: If there are fewer images than processes, or the device does not support the precision.
+        """
+        notes = list(notes)
+        numbers = training_schedule(settings, hardware, num_images[0], notes, cls.batch_on_cpu, cls.min_steps)
+        own |= cls.scheduled(settings, numbers["steps_per_epoch"], numbers["num_steps"], notes)
+        if not num_images[1] and settings.eval_strategy != "no":
+            notes.append("there are no validation images, so nothing is evaluated during training")
+        return cls(
+            settings=settings,
+            hardware=hardware,
+            data=data,
+            num_train_images=num_images[0],
+            num_validation_images=num_images[1],
+            footprint=footprint,
+            grid=grid,
+            output_dir=Path(settings.output_dir or settings.default_output_dir()),
+            notes=tuple(notes),
+            **numbers,
+            **own,
+        )
+
+    @classmethod
+    def scheduled(cls, settings: Any, steps_per_epoch: int, num_steps: int, notes: list[str]) -> dict[str, Any]:
+        """Return the fields of a subclass that depend on the length of the run."""
+        return {}
+
     @property
     def images_per_step(self) -> int:
+        """Images of all processes and all micro-batches of an optimizer step."""
         return self.batch_size * self.accumulation * self.hardware.world_size
 
     @property
@@ -57,8 +110,8 @@ class Plan:
         return self.num_steps / self.steps_per_epoch
 
     def training_arguments(self) -> dict[str, Any]:
-        """Keyword arguments of TrainingArguments."""
-        # `Trainer` would push by itself: without our layout, with the token in a file, and fail when the Hub does.
+        """Return the keyword arguments of TrainingArguments."""
+        # `Trainer` would upload by itself, in another layout, with the token in a file, and fail when the Hub fails.
         ours = ("push_to_hub", "hub_")
         given = {n: value for n, value in self.settings.training_arguments().items() if not n.startswith(ours)}
         every = {name: self._interval(name) for name in ("eval_steps", "save_steps")}
@@ -86,7 +139,7 @@ class Plan:
         }
 
     def as_recipe(self) -> dict[str, Any]:
-        """A flat recipe with the numbers of this plan: on as many devices and images it gives the same run again."""
+        """Return a flat recipe with the numbers of this plan; with as many devices and images it repeats the run."""
         recipe = self.settings.as_recipe()
         for name in ("base_learning_rate", "warmup_epochs", "num_train_epochs"):
             recipe.pop(name, None)
@@ -95,7 +148,7 @@ class Plan:
         return {**recipe, **computed, "per_device_train_batch_size": self.batch_size}
 
     def describe(self) -> str:
-        """About fifteen aligned lines, then a line for each thing that was changed."""
+        """Return about fifteen aligned lines, followed by the notes."""
         rows = self.rows()
         width = max(map(len, rows))
         return "\n".join(
@@ -103,31 +156,30 @@ class Plan:
         )
 
     def rows(self) -> dict[str, str]:
-        """What `describe` says, by name."""
+        """Return the lines of `describe` by name."""
         return {
             "data": self.data,
             "images": f"{_count(self.num_train_images)} for training, {self.num_validation_images:,} for validation",
             **self.task_rows(),
-            "images a step": self._batch(),
-            "steps": f"{self.num_steps:,} = {_plain(self.num_epochs)} x {self.steps_per_epoch:,} an epoch",
-            "learning rate": self._rate()
-            + (f", a tenth of it from step {self.lr_drop_step:,}" if self.lr_drop_step else ""),
+            "images per step": self._batch(),
+            "steps": f"{self.num_steps:,} = {_plain(self.num_epochs)} x {self.steps_per_epoch:,} per epoch",
+            "learning rate": self.learning_rate_in_words(),
             "warm-up": f"{self.warmup_steps:,} steps, {self.warmup_steps / self.num_steps:.1%} of the run",
             "device": f"{self.hardware.device_type}, {self.precision}",
             "data workers": f"{self.num_workers} on {self.hardware.num_cpus} CPU cores"
             + (" (the images are decoded between the steps)" if not self.num_workers else ""),
-            "memory": f"about {_size(self.bytes_for_weights + self.bytes_for_activations)} a device: "
+            "memory": f"about {_size(self.bytes_for_weights + self.bytes_for_activations)} per device: "
             f"{_size(self.bytes_for_weights)} weights, gradients and Adam, "
             f"{_size(self.bytes_for_activations)} activations",
             "output": str(self.output_dir),
         }
 
     def task_rows(self) -> dict[str, str]:
-        """Those about the model and what it learns from."""
+        """Return the lines about the model and its inputs by name."""
         raise NotImplementedError
 
     def _interval(self, name: str) -> int | None:
-        """In steps; below 1 it is a share of the run. Ours is never so short that a tiny run saves at each step."""
+        """Return a number of steps; a value below 1 is a fraction of the run, by default of at least 20 steps."""
         every: float | None = getattr(self.settings, name)
         if every is None or every >= 1:
             return None if every is None else int(every)
@@ -137,91 +189,11 @@ class Plan:
         processes = f"{self.hardware.world_size} process{'es' if self.hardware.world_size > 1 else ''}"
         return f"{self.batch_size} x {processes} x {self.accumulation} accumulation = {self.images_per_step:,}"
 
-    def _rate(self) -> str:
+    def learning_rate_in_words(self) -> str:
         if self.settings.counts("learning_rate"):
             return f"{_scientific(self.learning_rate)}, as given"
         base = _scientific(self.learning_rate * REFERENCE_BATCH / self.images_per_step)
         return f"{base} x {self.images_per_step:,} / {REFERENCE_BATCH} = {_scientific(self.learning_rate)}"
-
-
-@dataclass(frozen=True)
-class PretrainingPlan(Plan):
-    """`num_hidden` are the fewest and the most masked patches of an image."""
-
-    settings: PretrainingSettings
-    num_hidden: tuple[int, int]
-
-    def task_rows(self) -> dict[str, str]:
-        size = in_millions(self.footprint.num_parameters)
-        return {
-            "model": f"{self.settings.model} with {self.settings.method}, {size}",
-            "input": self._input(),
-            "mask": self._mask(),
-            "standardized by": self._standardized_by(),
-        }
-
-    def _input(self) -> str:
-        height, width = self.settings.image_size
-        patch, channels = self.settings.patch_size, self.settings.num_channels
-        grid = f"{self.grid[0]} x {self.grid[1]} = {math.prod(self.grid)} patches of {patch} x {patch}"
-        return f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}, {grid}"
-
-    def _mask(self) -> str:
-        low, high = self.num_hidden
-        count = f"{low}" if low == high else f"{low} to {high}"
-        return f"{self.settings.mask_strategy}, {count} of {math.prod(self.grid)} patches hidden"
-
-    def _standardized_by(self) -> str:
-        kind, start = self.settings.image_stats, self.settings.start
-        if kind == "source" and start is not None:
-            mean, std = (" ".join(f"{number:.3g}" for number in numbers) for numbers in start.image_stats.values())
-            return f"mean {mean} and deviation {std}, as {self.settings.init_from} is"
-        return {"preset": "ImageNet's mean and deviation", "auto": "the images' own"}[kind]
-
-
-def make_plan(
-    settings: PretrainingSettings,
-    hardware: Hardware,
-    num_train_images: int | None,
-    num_validation_images: int,
-    footprint: Footprint,
-    data: str,
-) -> PretrainingPlan:
-    """Every number of the run. `data` says what was found.
-
-    Raises:
-        ValueError: fewer images than processes, a mask that cannot be, or a precision that the device has not.
-    """
-    notes: list[str] = []
-    numbers = training_schedule(settings, hardware, num_train_images, notes)
-    drop_step = lr_drop_step(settings, numbers["steps_per_epoch"], numbers["num_steps"], notes)
-    if not num_validation_images and settings.eval_strategy != "no":
-        notes.append("no image is held out, so nothing is evaluated during training")
-    return PretrainingPlan(
-        settings=settings,
-        hardware=hardware,
-        data=data,
-        num_train_images=num_train_images,
-        num_validation_images=num_validation_images,
-        footprint=footprint,
-        grid=settings.grid,
-        num_hidden=hidden_patches(settings),
-        output_dir=Path(settings.output_dir or default_output_dir(settings.model, settings.method, settings.dataset)),
-        notes=tuple(notes),
-        lr_drop_step=drop_step,
-        **numbers,
-    )
-
-
-def default_output_dir(model: str, method: str, dataset: Sequence[str]) -> str:
-    """Return the output folder of a run without --output_dir."""
-    return f"outputs/{model}-{method}-{data_name(dataset)}"
-
-
-def data_name(dataset: Sequence[str]) -> str:
-    """Return the names of the data as part of the name of a folder."""
-    data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in dataset[:3])
-    return data.strip("-.") or "data"
 
 
 def _count(number: int | None) -> str:

@@ -4,7 +4,7 @@ vit-small to vit-large: Dosovitskiy et al. 2020 (ViT), arXiv:2010.11929, Table 1
 arXiv:2012.12877, Table 1, which also has vit-tiny.  vit-huge has patches of 14 as in He et al. 2021 (MAE),
 arXiv:2111.06377.  swin-tiny to swin-large: Liu et al. 2021 (Swin), arXiv:2103.14030, Sec. 3.3, at 192 pixels with the
 windows of Xie et al. 2021 (SimMIM), arXiv:2111.09886, Sec. 4.1.  vit-nano and swin-nano are ours: small enough to
-learn something on two CPU cores in minutes.
+train on two CPU cores in minutes.
 """
 
 from typing import Any
@@ -49,8 +49,8 @@ ENCODER_SIZES: dict[str, dict[str, Any]] = {
     "swin-large": _swin(192, [2, 2, 18, 2], [6, 12, 24, 48], window_size=12),
 }
 
-# Sizes of a head that go with an encoder, for heads that have these settings; what is not here is the head's default
-# (MAE: 512 wide, 8 blocks, 16 heads beside every published encoder).
+# Settings of a method that depend on the encoder's size, for methods that have them; the others keep their default
+# (MAE: width 512, 8 blocks and 16 heads for every published encoder).
 METHOD_SIZES: dict[str, dict[str, int]] = {
     "vit-nano": {
         "decoder_hidden_size": 128,

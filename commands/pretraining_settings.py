@@ -16,7 +16,7 @@ from commands.flags import (
     method_flags,
 )
 from commands.presets import ENCODER_SIZES, METHOD_SIZES
-from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, label_of
+from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, data_name, label_of
 from commands.starting_point import OpenStart, StartingPoint, check_against_start, short_name
 from data.masks import MASK_STRATEGIES
 
@@ -163,6 +163,9 @@ class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags,
         height, width = self.image_size
         return height // self.patch_size, width // self.patch_size
 
+    def default_output_dir(self) -> str:
+        return default_output_dir(self.model, self.method, self.dataset)
+
     def encoder_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the encoder's native config."""
         own = {name: self.values[name] for name in ("image_size", "patch_size", "num_channels")}
@@ -212,6 +215,11 @@ def load_pretraining_settings(
     for label, layer in (*lower.values(), command_line.config, ("command line", command_line.given)):
         _refuse_other_methods_settings(layer, method, configs, label)
     return command_line.resolve(lower, _choose_image_stats, start=start)
+
+
+def default_output_dir(model: str, method: str, dataset: Sequence[str]) -> str:
+    """Return the output folder of a run without --output_dir."""
+    return f"outputs/{model}-{method}-{data_name(dataset)}"
 
 
 def _choose_image_stats(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, str]:

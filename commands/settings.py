@@ -4,6 +4,7 @@ From lowest to highest: defaults, the sizes of --model, the recipe of the method
 of --config, the command line.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
@@ -143,6 +144,10 @@ class TrainingSettings(RunFlags, TrainingFlags, Settings):
         others = {name: values[name] for name in _transformers_defaults() if name not in typed}
         return {**typed, "other_training_arguments": others}
 
+    def default_output_dir(self) -> str:
+        """Return the output folder of a run without --output_dir."""
+        raise NotImplementedError
+
     @property
     def shows_tracebacks(self) -> bool:
         return self.origins["debug"] > Origin.DEFAULT
@@ -260,6 +265,12 @@ def find_recipe(name: str) -> Path:
     close = nearest(Path(name).stem, known)
     hint = f"did you mean {close}? " if close else ""
     raise SettingsError(f"there is no recipe {name!r}; {hint}There are: {', '.join(known)}")
+
+
+def data_name(dataset: Sequence[str]) -> str:
+    """Return the names of the data as part of the name of a folder."""
+    data = "-".join(re.sub(r"[^\w.-]+", "-", Path(name).resolve().name) for name in dataset[:3])
+    return data.strip("-.") or "data"
 
 
 def label_of(path: Path) -> str:

@@ -1,25 +1,31 @@
-"""The numbers of a tokenizer's run, said aloud before training; `commands.arithmetic` has the rules behind them."""
+"""The plan of a tokenizer's training."""
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from commands.arithmetic import Hardware, training_schedule
+from commands.arithmetic import Hardware
 from commands.memory import Footprint
-from commands.plan import Plan, data_name, in_millions
+from commands.plan import Plan, in_millions
 from commands.tokenizer_settings import TokenizerSettings
 from modeling.schedules import Schedule, constant
 
-# Of the run. DALL-E's schedules end after 0.2 % and 5 % of 3 million steps; in a short run they still need to end.
+# Fractions of all steps. DALL-E's schedules end after 0.2 % and 5 % of 3 million steps, and must end in short runs.
 _MOST_KL_WEIGHT_SHARE, _MOST_TEMPERATURE_SHARE = 0.1, 0.5
 
 
 @dataclass(frozen=True)
 class TokenizerPlan(Plan):
-    """`grid` holds the codes of one image; nothing is hidden."""
+    """The plan of a tokenizer's training; `grid` holds the codes of one image."""
 
     settings: TokenizerSettings
     schedules: dict[str, Schedule]
+
+    @classmethod
+    def scheduled(
+        cls, settings: TokenizerSettings, steps_per_epoch: int, num_steps: int, notes: list[str]
+    ) -> dict[str, Any]:
+        return {"schedules": _schedules(settings, num_steps, notes)}
 
     def task_rows(self) -> dict[str, str]:
         height, width = self.settings.image_size
@@ -42,30 +48,13 @@ def make_tokenizer_plan(
     grid: tuple[int, int],
     data: str,
 ) -> TokenizerPlan:
-    """Every number of the run; `data` says what was found.
+    """Plan the training of a tokenizer; `data` describes what was found.
 
     Raises:
-        ValueError: fewer images than processes, or a precision that the device has not.
+        ValueError: If there are fewer images than processes, or the device does not support the precision.
     """
-    notes: list[str] = []
-    numbers = training_schedule(settings, hardware, num_train_images, notes)
-    if not num_validation_images and settings.eval_strategy != "no":
-        notes.append("no image is held out, so nothing is evaluated during training")
-    schedules = _schedules(settings, numbers["num_steps"], notes)
-    return TokenizerPlan(
-        settings=settings,
-        hardware=hardware,
-        data=data,
-        num_train_images=num_train_images,
-        num_validation_images=num_validation_images,
-        footprint=footprint,
-        grid=grid,
-        lr_drop_step=None,
-        output_dir=Path(settings.output_dir or f"outputs/{settings.model}-{data_name(settings.dataset)}"),
-        notes=tuple(notes),
-        schedules=schedules,
-        **numbers,
-    )
+    num_images = (num_train_images, num_validation_images)
+    return TokenizerPlan.make(settings, hardware, data, num_images, footprint, grid)
 
 
 def _schedules(settings: TokenizerSettings, num_steps: int, notes: list[str]) -> dict[str, Schedule]:

@@ -1,17 +1,14 @@
-"""The flags of `run_tokenizer.py`: the discrete VAE's sizes and objective, data, and every field of TrainingArguments.
-
-Lowest first: defaults, the preset's sizes, recipes/dvae.yaml, the recipe of --config, the command line.
-"""
+"""Settings of `run_tokenizer.py`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from commands.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_UP_TO_ONE, SIDES, ImageFlags, Range, flag
-from commands.settings import RECIPES, CommandLine, Origin, TrainingSettings
+from commands.settings import RECIPES, CommandLine, Origin, TrainingSettings, data_name
 
 # dvae: the encoder and decoder of DALL-E (Ramesh et al. 2021, arXiv:2102.12092, App. A), on the views of 112 pixels
-# that BEiT gives it (DALL-E's were 256). The others are ours; dvae-nano learns on two CPU cores in minutes.
+# that BEiT gives it (DALL-E's were 256). The others are ours; dvae-nano trains on two CPU cores in minutes.
 TOKENIZER_SIZES: dict[str, dict[str, Any]] = {
     "dvae-nano": {
         "hidden_size": 32,
@@ -38,8 +35,8 @@ TOKENIZER_SIZES: dict[str, dict[str, Any]] = {
 _METHOD = "dvae"
 _EPILOG = """\
 The result is an image tokenizer for BEiT: accelerate launch run_pretraining.py --method beit --tokenizer FOLDER.
-Small data: a step never takes more images than there are, and what needs fewer steps than planned ends sooner. The
-plan, printed before training, says in a "note:" what was changed.
+Small data: a step never takes more images than there are, and schedules that are longer than the run are shortened.
+The plan, printed before training, lists each change in a "note:".
 
 precedence: defaults < recipes/dvae.yaml < --config < command line. --vocab-size is --vocab_size.
 """
@@ -94,6 +91,9 @@ class TokenizerSettings(TokenizerModelFlags, TokenizerObjectiveFlags, ImageFlags
         "description": "Train an image tokenizer (a discrete VAE) on unlabeled images.",
         "epilog": _EPILOG,
     }
+
+    def default_output_dir(self) -> str:
+        return f"outputs/{self.model}-{data_name(self.dataset)}"
 
     def config_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the tokenizer's config."""

@@ -401,7 +401,7 @@ def test_run__takes_sizes_and_statistics_from_the_source_and_says_so(vit, photog
     out = tmp_path / "out"
     assert run(vit, out, "mae", photographs, "--layer_decay", "0.5") == 0
     said = capsys.readouterr().out
-    assert f"mean 0.5 0.5 0.5 and deviation 0.5 0.5 0.25, as {vit} is" in said
+    assert f"mean 0.5 0.5 0.5 and std 0.5 0.5 0.25, as {vit}" in said
     assert f"note: begins from {vit} (ViT): encoder\n" in said
     assert "note: new, since the source has none that fits: mask token, decoder\n" in said
     assert "note: not taken over: pooler\n" in said
@@ -415,7 +415,7 @@ def test_run__takes_sizes_and_statistics_from_the_source_and_says_so(vit, photog
     assert vit.name in card
     assert str(vit) not in card
     assert run(vit, tmp_path / "auto", "mae", photographs, "--image_stats", "preset") == 0
-    assert "ImageNet's mean and deviation" in capsys.readouterr().out
+    assert "mean and std of ImageNet" in capsys.readouterr().out
 
 
 def test_run__with_layer_decay_moves_lower_layers_less(vit, photographs, tmp_path):
@@ -459,7 +459,7 @@ def test_mistakes__each_get_one_clear_message(vit, photographs, tmp_path, capsys
 
     assert "--model contradicts" not in refusal(vit, "--patch_size", "16")
     assert "--patch_size 16 contradicts" in refusal(vit, "--patch_size", "16")
-    assert "hidden_size is 192, and there 32" in refusal(vit, "--model", "vit-nano")
+    assert "hidden_size is 192 instead of 32" in refusal(vit, "--model", "vit-nano")
     assert "--num_channels 1 contradicts" in refusal(vit, "--num_channels", "1")
     assert "nearest that are: 32 x 32 and 40 x 40" in refusal(vit, "--image_size", "33")
     assert "no such folder" in refusal(tmp_path / "missing")

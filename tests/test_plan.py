@@ -6,8 +6,9 @@ import yaml
 from transformers import Trainer, TrainingArguments
 
 import run_pretraining
+from commands.arithmetic import Hardware
 from commands.memory import Footprint
-from commands.plan import Hardware, PretrainingPlan, make_plan
+from commands.pretraining_plan import PretrainingPlan, make_pretraining_plan
 from commands.pretraining_settings import load_pretraining_settings
 from modeling import MODELS
 
@@ -23,7 +24,7 @@ def plan(
     hardware: Hardware = LAPTOP,
     footprint: Footprint = Footprint(111_900_000, 111_700_000, 1),  # noqa: B008
 ) -> PretrainingPlan:
-    return make_plan(
+    return make_pretraining_plan(
         load_pretraining_settings(argv, CONFIGS), hardware, images, validation, footprint, "folder photos"
     )
 
@@ -33,7 +34,7 @@ def plan_of_real_model(*argv: str) -> PretrainingPlan:
     settings = load_pretraining_settings([*argv, "--per_device_train_batch_size", "1"], CONFIGS)
     config = CONFIGS[settings.method](encoder_config=settings.encoder_settings(), **settings.method_settings)
     footprint = run_pretraining.model_footprint(settings, config, run_pretraining.build_collator(settings, config))
-    return make_plan(settings, LAPTOP, 1000, 50, footprint, "folder photos")
+    return make_pretraining_plan(settings, LAPTOP, 1000, 50, footprint, "folder photos")
 
 
 def gpus(world_size: int, num_cpus: int = 96) -> Hardware:
@@ -52,9 +53,9 @@ def test_batch__is_64_on_a_gpu_and_8_on_a_cpu_unless_given():
 def test_three_images__are_one_step_of_three_and_the_run_gets_2000_steps():
     tiny = plan(images=3, validation=0)
     assert (tiny.batch_size, tiny.accumulation, tiny.steps_per_epoch, tiny.num_steps) == (3, 1, 1, 2000)
-    assert any(note.startswith("3 images a device instead of 8") for note in tiny.notes)
+    assert any(note.startswith("3 images per device instead of 8") for note in tiny.notes)
     assert any(note.startswith("2,000 epochs instead of 800") for note in tiny.notes)
-    assert any(note.startswith("no image is held out") for note in tiny.notes)
+    assert any(note.startswith("there are no validation images") for note in tiny.notes)
     assert tiny.training_arguments()["eval_strategy"] == "no"
 
 
@@ -207,10 +208,10 @@ def test_workers__given_are_kept():
 
 
 def test_mask__counts_what_is_hidden():
-    assert plan().num_hidden == (147, 147)
-    assert plan("--mask_ratio", "0.5", "0.75").num_hidden == (98, 147)
+    assert plan().num_masked == (147, 147)
+    assert plan("--mask_ratio", "0.5", "0.75").num_masked == (98, 147)
     units = plan("--mask_strategy", "random-unit", "--mask_unit", "32", "--mask_ratio", "0.6")
-    assert units.num_hidden == (120, 120)  # 30 of 49 cells of 4, as SimMIM
+    assert units.num_masked == (120, 120)  # 30 of 49 cells of 4, as SimMIM
     assert plan("--image_size", "160", "224").grid == (10, 14)
 
 
@@ -276,9 +277,9 @@ def test_describe__shows_the_arithmetic():
     text = plan("--config", "mae_vit-base_in1k", images=1_281_167, hardware=gpus(8)).describe()
     assert "256 x 8 processes x 2 accumulation = 4,096" in text
     assert "1.5e-4 x 4,096 / 256 = 2.4e-3" in text
-    assert "500,800 = 1,600 x 313 an epoch" in text
+    assert "500,800 = 1,600 x 313 per epoch" in text
     assert "14 x 14 = 196 patches of 16 x 16" in text
-    assert "147 of 196 patches hidden" in text
+    assert "147 of 196 patches masked" in text
     assert "12,520 steps" in text
     assert "111.9 million parameters" in text
     assert len(text.splitlines()) <= 16

@@ -357,7 +357,7 @@ def test_run__killed_on_one_machine_is_continued_from_the_hub_on_another(hub, tm
         process.send_signal(signal.SIGKILL)
     repo = hub.repos["lab/enc"]
     assert repo.commits == ["Training in progress, step 4"]
-    assert "Training goes on: this is step 4 of 12." in repo.files["README.md"].decode()
+    assert "Training continues: this is step 4 of 12." in repo.files["README.md"].decode()
     assert json.loads(repo.files["last-checkpoint/trainer_state.json"])["global_step"] == 4
 
     assert pretrain([*command, "--output_dir", str(tmp_path / "there")]) == 0
@@ -366,7 +366,7 @@ def test_run__killed_on_one_machine_is_continued_from_the_hub_on_another(hub, tm
     assert f"continuing from {tmp_path / 'there' / 'checkpoint-4'}" in said
     assert said.endswith(f"pushed to {hub.url}/lab/enc\n")
     assert repo.commits[-1] == "End of training"
-    assert "Training goes on" not in repo.files["README.md"].decode()
+    assert "Training continues" not in repo.files["README.md"].decode()
     expected = load_file(undisturbed_run / "model.safetensors")
     assert_same(load_file(tmp_path / "there" / "model.safetensors"), expected)
     public = {name for name in repo.files if not name.startswith(("last-checkpoint/", ".gitattributes"))}
@@ -395,7 +395,7 @@ def test_run__a_hub_that_does_not_answer_begins_anew_and_says_so(hub, tmp_path):
     assert repository is not None
     bring_back(repository, settings, tmp_path / "out", WRITTEN_LAST, said.append)
     assert len(said) == 1
-    assert "the run begins anew" in said[0]
+    assert "so training starts from step 0" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_run__an_interrupted_one_continues_by_itself_and_ends_like_an_undisturbe
     capsys.readouterr()
     assert pretrain(command) == 0
     said = capsys.readouterr().out
-    assert "checkpoint-2 is passed over" in said
+    assert "checkpoint-2 is skipped" in said
     assert f"continuing from {folder / 'checkpoint-1'}" in said
     assert torch.equal(torch.cat([p.flatten() for p in AutoModel.from_pretrained(folder).parameters()]), whole)
 
@@ -168,7 +168,7 @@ def test_two_processes__write_the_same_layout(tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     assert layout_of(tmp_path / "out") == LAYOUT
     assert "8 x 2 processes x 1 accumulation = 16" in result.stdout
-    assert result.stdout.count("images a step") == 1
+    assert result.stdout.count("images per step") == 1
 
 
 # ---- bad images ----
