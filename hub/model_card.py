@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hub.card_results import as_results, eval_results, read_results, results_section, with_results
 from hub.card_rules import HUB_ID, check_card
-from hub.citations import PAPERS
 from hub.redaction import shorten_command, shorten_paths
 
 __all__ = ["card_for", "shorten_command", "shorten_paths", "write_model_card"]
@@ -80,7 +79,9 @@ def write_model_card(
         model_name=title if results else None,  # of `model-index`
         eval_results=eval_results(results) or None,
     )
-    paper = PAPERS.get(method)
+    from modeling import CONFIGS  # brings torch, which hub.push does without
+
+    paper = CONFIGS[method].paper if method in CONFIGS else None
     linked = f", [{paper.title}](https://arxiv.org/abs/{paper.arxiv})" if paper else ""
     card = ModelCard.from_template(
         card_data,

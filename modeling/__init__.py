@@ -34,4 +34,4 @@ for _file in pkgutil.iter_modules(__path__):
             _tokenizer_config.register_for_auto_class()
             _class.register_for_auto_class("AutoModel")
 
-__all__ = ["CONFIGS", "HEADS", "MimConfig", "MimOutput", "MimPreTrainedModel"]
+__all__ = ["CONFIGS", "MODELS", "MimConfig", "MimOutput", "MimPreTrainedModel"]

@@ -34,7 +34,8 @@ def export_decoder(folder: str | Path, target: str | Path) -> list[str]:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no whole model: an encoder alone has no decoder")
     model = AutoModelForPreTraining.from_pretrained(folder)
-    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith("encoder.")}
+    encoder = f"{model.exported}."
+    tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(encoder)}
     target.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / _FILE, {"format": "pt"})
     config: Any = model.config

@@ -79,7 +79,7 @@ def write_image_processor(
 
 def native_root_problem(model: MimPreTrainedModel) -> str | None:
     """Return why no native class can hold the encoder, or None if one can; without it the root stays empty."""
-    return getattr(model.encoder, "native_root_problem", None)
+    return getattr(model.exported_encoder, "native_root_problem", None)
 
 
 def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> str | None:
@@ -94,14 +94,14 @@ def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, re
     with _replacing(Path(output_dir)) as scratch:
         stats = (model.config.image_mean, model.config.image_std)
         if (problem := native_root_problem(model)) is None:
-            native_encoder(model.encoder, method, recipe).save_pretrained(scratch)
+            native_encoder(model.exported_encoder, method, recipe).save_pretrained(scratch)
             write_image_processor(scratch, model.config.encoder_config, *stats)
         model.save_pretrained(scratch / PRETRAINING)
         write_image_processor(scratch / PRETRAINING, model.config.encoder_config, *stats)
         for code in (scratch / PRETRAINING).glob("*.py"):
             shutil.copy(code, scratch)
         if problem is None:
-            _verify(scratch, model.encoder)
+            _verify(scratch, model.exported_encoder)
         shutil.rmtree(Path(output_dir) / PRETRAINING, ignore_errors=True)
     return problem
 
