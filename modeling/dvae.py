@@ -1,16 +1,17 @@
-"""The discrete VAE of DALL-E: an image becomes a grid of codes, and codes become an image again.
+"""The discrete VAE of DALL-E: encode an image as a grid of codes, and decode codes to an image.
 
 Paper: Ramesh et al. 2021, "Zero-Shot Text-to-Image Generation", arXiv:2102.12092, Sec. 2.1 and App. A; its use as an
 image tokenizer: Bao et al. 2021 (BEiT), arXiv:2106.08254, Sec. 2.1.
 Code: openai/DALL-E, microsoft/unilm/beit/dall_e (encoder and decoder; the training code was never published).
-Shapes: B images, C channels, H W pixels, h w codes (H = h * stride), K codes in the book, D width of the first group.
+Shapes: B images, C channels, H W pixels, h w codes (H = h * stride), K codes in the codebook, E decoder input width.
 """
 
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,16 +19,22 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
-PIXEL_EPSILON = 0.1  # pixels in [0, 1] are mapped into [0.1, 0.9]: the logit-Laplace density lives on (0, 1)
+PIXEL_EPSILON = (
+    0.1  # pixels in [0, 1] are mapped to [0.1, 0.9], because the logit-Laplace density is defined on (0, 1)
+)
 
 
 @strict
 class DvaeConfig(PreTrainedConfig):
-    """Sizes; the defaults are the original's. `image_size` is what it was trained on, any multiple of `stride` works.
+    """Configuration of a discrete VAE; the defaults are DALL-E's.
 
-    Pixels are uint8, or floats in [0, 1]: there is no mean or deviation to know.
+    `image_size` is the size of the training images; the model takes any multiple of `stride`. Images are uint8, or
+    floats in [0, 1]: they are not standardized.
+
+    Raises:
+        ValueError: If the image size is not a multiple of the stride, or the hidden size not one of 4.
     """
 
     model_type = "mim_dvae"
@@ -40,27 +47,25 @@ class DvaeConfig(PreTrainedConfig):
     decoder_input_size: int = 128
     keys_to_ignore_at_inference = ["codes", "metrics"]  # noqa: RUF012 - Trainer wants a list
 
-    def __post_init__(self, **kwargs: Any):
-        super().__post_init__(**kwargs)
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         if self.hidden_size % 4:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 4: a block works at a quarter of it"
-            )
+            raise ValueError(f"hidden_size is {self.hidden_size}, expected a multiple of 4, the reduction in a block")
         height, width = self.input_size
         if height % self.stride or width % self.stride:
             raise ValueError(
                 f"image size {height} x {width} is not a multiple of the tokenizer's stride of {self.stride} pixels "
-                f"(2 to the power of num_groups - 1)"
+                "(2 to the power of num_groups - 1)"
             )
 
     @property
     def stride(self) -> int:
-        """Side in pixels of the square that one code stands for."""
-        return 2 ** (self.num_groups - 1)
+        """Side in pixels of the square that one code represents."""
+        return int(2 ** (self.num_groups - 1))
 
     @property
     def input_size(self) -> tuple[int, int]:
-        """Height and width."""
+        """Height and width of the training images."""
         size = self.image_size
         return (size, size) if isinstance(size, int) else (size[0], size[1])
 
@@ -70,9 +75,9 @@ class DvaeOutput(ModelOutput):
     """Output of the tokenizer.
 
     Args:
-        loss: What is minimized.
+        loss: Scalar, the weighted sum of the terms.
         reconstruction_loss: Mean negative log density of a pixel channel, in nats.
-        kl: Mean over positions of the divergence from a uniform choice of codes, in nats.
+        kl: Mean divergence of a position's distribution of codes from the uniform one, in nats.
         codes: (B, h, w), int64.
         metrics: As in `MimOutput`.
     """
@@ -86,7 +91,7 @@ class DvaeOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class CodebookUse:
-    """How many different codes occur among `num_tokens`, and the exponential of the entropy of their frequencies."""
+    """The number of different codes among `num_tokens`, and their perplexity (the exponential of the entropy)."""
 
     num_tokens: int
     num_alive: int
@@ -94,7 +99,7 @@ class CodebookUse:
 
     @classmethod
     def of(cls, histogram: torch.Tensor) -> "CodebookUse":
-        """Compute it from counts (K,)."""
+        """Compute it from the counts of all codes (K,)."""
         num_tokens = int(histogram.sum())
         frequencies = histogram[histogram > 0].double() / num_tokens
         entropy = -(frequencies * frequencies.log()).sum().item()
@@ -102,7 +107,7 @@ class CodebookUse:
 
 
 class DvaeBlock(nn.Module):
-    """x + gain * residual of four convolutions; the decoder's starts with the 1x1 that the encoder's ends with."""
+    """A residual block of four convolutions; its last one is 1x1 in the encoder, its first one in the decoder."""
 
     def __init__(self, width_in: int, width_out: int, kernel_sizes: tuple[int, int, int, int], gain: float):
         super().__init__()
@@ -111,16 +116,17 @@ class DvaeBlock(nn.Module):
         self.identity = _conv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
         widths = (width_in, hidden, hidden, hidden, width_out)
         layers = []
-        for place, kernel_size in enumerate(kernel_sizes):
-            layers += [nn.ReLU(), _conv(widths[place], widths[place + 1], kernel_size)]
+        for i, kernel_size in enumerate(kernel_sizes):
+            layers += [nn.ReLU(), _conv(widths[i], widths[i + 1], kernel_size)]
         self.residual = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.identity(x) + self.gain * self.residual(x)
+        y: torch.Tensor = self.identity(x) + self.gain * self.residual(x)
+        return y
 
 
 class DvaeModel(PreTrainedModel):
-    """Image tokenizer: `get_codebook_indices` gives the codes of an image, `decode` the image of codes."""
+    """An image tokenizer: `get_codebook_indices` encodes images as codes, and `decode` turns codes into images."""
 
     config: DvaeConfig
     main_input_name = "pixel_values"
@@ -141,12 +147,13 @@ class DvaeModel(PreTrainedModel):
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width that it was trained on."""
+        """Height and width of the training images."""
         return self.config.input_size
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Conv2d):
+            assert module.bias is not None
             init.normal_(module.weight, std=1 / math.sqrt(module.weight[0].numel()))
             init.zeros_(module.bias)
 
@@ -158,10 +165,13 @@ class DvaeModel(PreTrainedModel):
         usage_weight: float = 0.0,
         return_loss: bool = True,
     ) -> DvaeOutput:
-        """(B, C, H, W) images, uint8 or floats in [0, 1]. Codes are soft samples in training, hard ones otherwise.
+        """Reconstruct images from soft samples of their codes in training, and from the likeliest codes otherwise.
 
-        `temperature` of the relaxation and `kl_weight` (the paper's beta) follow schedules of the training step.
-        `usage_weight`, which the paper does not have, is that of the divergence of the batch's mean from uniform.
+        Args:
+            pixel_values: (B, C, H, W), uint8 or floats in [0, 1].
+            temperature: Temperature of the Gumbel-softmax relaxation.
+            kl_weight: The paper's beta.
+            usage_weight: Weight of the divergence of the batch's mean distribution from uniform; not in the paper.
         """
         pixels = map_pixels(pixel_values)
         logits = self.encode(pixels)  # (B, K, h, w)
@@ -169,12 +179,12 @@ class DvaeModel(PreTrainedModel):
         if not return_loss:
             return DvaeOutput(codes=codes)
         if self.training:
-            maps = self._maps_of(self._mix(gumbel_softmax(logits, temperature)))
+            maps = self._decode_maps(self._embed_soft(gumbel_softmax(logits, temperature)))
         else:
-            maps = self._maps_of(self._pick(codes))
+            maps = self._decode_maps(self._embed(codes))
         reconstruction_loss = logit_laplace_loss(maps, pixels).mean()
         kl = kl_from_uniform(logits).mean()
-        # The paper adds up the divergences of an image and divides everything by its C*H*W numbers.
+        # The paper sums the divergences over an image and divides all terms by its C*H*W values.
         loss = reconstruction_loss + kl_weight * kl / (self.config.num_channels * self.config.stride**2)
         if usage_weight:
             loss = loss + usage_weight * kl_of_mean_from_uniform(logits)
@@ -203,7 +213,7 @@ class DvaeModel(PreTrainedModel):
         return phrases
 
     def panel(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return each image, what its codes decode to, and what the probabilities before the choice decode to."""
+        """Return the images, and their reconstructions from codes and from the probabilities of all codes."""
         pixels = batch["pixel_values"]
         codes = self.get_codebook_indices(pixels)
         views = {
@@ -215,64 +225,67 @@ class DvaeModel(PreTrainedModel):
 
     @torch.no_grad()
     def get_codebook_indices(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) images, uint8 or floats in [0, 1] -> the likeliest codes (B, h, w), int64, in float32."""
-        with _no_autocast(pixel_values):  # half precision flips the closest codes
+        """Return the likeliest codes (B, h, w), int64, of images (B, C, H, W), uint8 or floats in [0, 1]."""
+        with _no_autocast(pixel_values):  # half precision swaps codes of similar probability
             return self.encode(map_pixels(pixel_values)).argmax(dim=1)
 
     @torch.no_grad()
     def decode(self, indices: torch.Tensor) -> torch.Tensor:
-        """Codes (B, h, w) -> images (B, C, H, W) in [0, 1]."""
-        return self._image_of(self._pick(indices))
+        """Decode codes (B, h, w) to images (B, C, H, W) in [0, 1]."""
+        return self._decode_images(self._embed(indices))
 
     @torch.no_grad()
     def decode_soft(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights (B, K, h, w) of all codes at each place -> images (B, C, H, W) in [0, 1]."""
-        return self._image_of(self._mix(weights))
+        """Decode weights (B, K, h, w) of all codes at each position to images (B, C, H, W) in [0, 1]."""
+        return self._decode_images(self._embed_soft(weights))
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Mapped pixels (B, C, H, W) -> logits (B, K, h, w), float32."""
+        """Return logits (B, K, h, w), float32, of mapped pixels (B, C, H, W)."""
         height, width = pixels.shape[-2:]
         if height % self.config.stride or width % self.config.stride:
             raise ValueError(
-                f"images of {height} x {width} pixels cannot be cut into codes of {self.config.stride} x "
+                f"images of {height} x {width} pixels cannot be divided into codes of {self.config.stride} x "
                 f"{self.config.stride} pixels; resize them to {' x '.join(map(str, self.image_size))}"
             )
         features = self.encoder(pixels.to(self.to_logits.weight.dtype))
-        with _no_autocast(features):  # the original keeps this one in float32 too
-            return self.to_logits(features.to(self.to_logits.weight.dtype)).float()
+        with _no_autocast(features):  # the original keeps this layer in float32 too
+            logits: torch.Tensor = self.to_logits(features.to(self.to_logits.weight.dtype))
+        return logits.float()
 
-    def _mix(self, weights: torch.Tensor) -> torch.Tensor:
-        """Soft codes (B, K, h, w) -> the decoder's input (B, E, h, w)."""
+    def _embed_soft(self, weights: torch.Tensor) -> torch.Tensor:
+        """Return the decoder's input (B, E, h, w) for weights (B, K, h, w) of all codes."""
         with _no_autocast(weights):
-            return self.from_codes(weights.to(self.from_codes.weight.dtype))
+            embedded: torch.Tensor = self.from_codes(weights.to(self.from_codes.weight.dtype))
+        return embedded
 
-    def _pick(self, indices: torch.Tensor) -> torch.Tensor:
-        """The same for hard codes (B, h, w), without writing them out as K maps of zeros and ones."""
+    def _embed(self, indices: torch.Tensor) -> torch.Tensor:
+        """Return the decoder's input (B, E, h, w) for codes (B, h, w), without one-hot maps."""
         table = self.from_codes.weight.flatten(1).T  # (K, E)
         assert self.from_codes.bias is not None
         return (nn.functional.embedding(indices, table) + self.from_codes.bias).permute(0, 3, 1, 2)
 
-    def _image_of(self, x: torch.Tensor) -> torch.Tensor:
-        return unmap_pixels(self._maps_of(x).chunk(2, dim=1)[0].sigmoid())
+    def _decode_images(self, x: torch.Tensor) -> torch.Tensor:
+        return unmap_pixels(self._decode_maps(x).chunk(2, dim=1)[0].sigmoid())
 
-    def _maps_of(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, E, h, w) -> (B, 2C, H, W): mean and logarithm of the scale for each pixel channel, float32."""
-        return self.decoder(x).float()
+    def _decode_maps(self, x: torch.Tensor) -> torch.Tensor:
+        """Decode (B, E, h, w) to the mean and log scale of each pixel channel, (B, 2C, H, W), float32."""
+        maps: torch.Tensor = self.decoder(x)
+        return maps.float()
 
 
 def map_pixels(pixel_values: torch.Tensor) -> torch.Tensor:
-    """uint8, or floats in [0, 1] -> floats in [0.1, 0.9]."""
+    """Map uint8 pixels, or floats in [0, 1], to floats in [0.1, 0.9]."""
     pixels = pixel_values / 255 if pixel_values.dtype == torch.uint8 else pixel_values.float()
     return (1 - 2 * PIXEL_EPSILON) * pixels + PIXEL_EPSILON
 
 
 def unmap_pixels(pixels: torch.Tensor) -> torch.Tensor:
-    """Floats in [0.1, 0.9], and somewhat outside -> [0, 1]."""
+    """Map floats in [0.1, 0.9] to [0, 1]; values outside are clamped."""
     return ((pixels - PIXEL_EPSILON) / (1 - 2 * PIXEL_EPSILON)).clamp(0, 1)
 
 
 def gumbel_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """A soft sample along dim 1, soft also in the backward pass: there is no straight-through in the paper."""
+    """Draw a soft sample along dim 1; as in the paper, without a straight-through estimator."""
     uniform = torch.rand_like(logits, dtype=torch.float32)
     limits = torch.finfo(torch.float32)
     gumbel = -(-uniform.clamp(limits.tiny, 1 - limits.eps).log()).log()
@@ -280,19 +293,19 @@ def gumbel_softmax(logits: torch.Tensor, temperature: float) -> torch.Tensor:
 
 
 def kl_from_uniform(logits: torch.Tensor) -> torch.Tensor:
-    """(B, K, ...) -> (B, ...): sum of q (ln q + ln K) over the K codes, q without noise and temperature."""
+    """Return sum_k q (ln q + ln K) of shape (B, ...) for logits (B, K, ...); q has neither noise nor temperature."""
     log_q = logits.float().log_softmax(dim=1)
     return (log_q.exp() * log_q).sum(dim=1) + math.log(logits.shape[1])
 
 
 def kl_of_mean_from_uniform(logits: torch.Tensor) -> torch.Tensor:
-    """(B, K, h, w) -> scalar: 0 where all codes are chosen equally often in the batch, ln K where one always is."""
+    """Return a scalar for logits (B, K, h, w): 0 if the batch uses all codes equally often, ln K if only one."""
     mean = logits.float().softmax(dim=1).mean(dim=(0, 2, 3))  # (K,)
-    return torch.special.xlogy(mean, mean * len(mean)).sum()
+    return torch.xlogy(mean, mean * len(mean)).sum()
 
 
 def logit_laplace_loss(maps: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-    """Negative log density of each pixel channel (App. A.3): maps (B, 2C, H, W), pixels (B, C, H, W) in (0, 1).
+    """Return the negative log density (App. A.3) of pixels (B, C, H, W) in (0, 1), given maps (B, 2C, H, W).
 
     p(x) = exp(-|logit x - mean| / scale) / (2 scale x (1 - x))
     """
@@ -302,53 +315,38 @@ def logit_laplace_loss(maps: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor
 
 
 def _encoder(config: DvaeConfig) -> nn.Sequential:
-    """Groups of doubling width, each but the last at twice the stride of the one before."""
-    gain = _gain(config)
-    groups: OrderedDict[str, nn.Module] = OrderedDict(
-        input=_conv(config.num_channels, config.hidden_size, 7),
-    )
-    width = config.hidden_size
-    for group in range(config.num_groups):
-        width_out = config.hidden_size * 2**group
-        blocks: list[nn.Module] = [
-            DvaeBlock(width if place == 0 else width_out, width_out, (3, 3, 3, 1), gain)
-            for place in range(config.num_blocks_per_group)
-        ]
-        if group < config.num_groups - 1:
-            blocks.append(nn.MaxPool2d(2))
-        groups[f"group_{group + 1}"] = nn.Sequential(*blocks)
-        width = width_out
-    groups["relu"] = nn.ReLU()
-    return nn.Sequential(groups)
+    """Build groups of doubling width, each but the last followed by a pooling that halves the resolution."""
+    widths = [config.hidden_size * 2**group for group in range(config.num_groups)]
+    layers: dict[str, nn.Module] = {"input": _conv(config.num_channels, config.hidden_size, 7)}
+    layers |= _groups(config, [config.hidden_size, *widths], (3, 3, 3, 1), lambda: nn.MaxPool2d(2))
+    return nn.Sequential(OrderedDict(layers))
 
 
 def _decoder(config: DvaeConfig) -> nn.Sequential:
-    """The mirror image of the encoder, with nearest-neighbor upsampling."""
-    gain = _gain(config)
-    groups: OrderedDict[str, nn.Module] = OrderedDict()
-    width = config.decoder_input_size
-    for group in range(config.num_groups):
-        width_out = config.hidden_size * 2 ** (config.num_groups - 1 - group)
-        blocks: list[nn.Module] = [
-            DvaeBlock(width if place == 0 else width_out, width_out, (1, 3, 3, 3), gain)
-            for place in range(config.num_blocks_per_group)
-        ]
-        if group < config.num_groups - 1:
-            blocks.append(nn.Upsample(scale_factor=2, mode="nearest"))
-        groups[f"group_{group + 1}"] = nn.Sequential(*blocks)
-        width = width_out
-    groups["relu"] = nn.ReLU()
-    groups["output"] = _conv(width, 2 * config.num_channels, 1)
-    return nn.Sequential(groups)
+    """Build the mirror image of the encoder, with nearest-neighbor upsampling."""
+    widths = [config.hidden_size * 2**group for group in reversed(range(config.num_groups))]
+    layers = _groups(config, [config.decoder_input_size, *widths], (1, 3, 3, 3), lambda: nn.Upsample(scale_factor=2))
+    layers["output"] = _conv(config.hidden_size, 2 * config.num_channels, 1)
+    return nn.Sequential(OrderedDict(layers))
+
+
+def _groups(
+    config: DvaeConfig, widths: list[int], kernel_sizes: tuple[int, int, int, int], resample: Callable[[], nn.Module]
+) -> dict[str, nn.Module]:
+    gain = 1 / (config.num_groups * config.num_blocks_per_group) ** 2
+    groups: dict[str, nn.Module] = {}
+    for number, (width_in, width_out) in enumerate(pairwise(widths), start=1):
+        inputs = [width_in] + [width_out] * (config.num_blocks_per_group - 1)
+        blocks: list[nn.Module] = [DvaeBlock(width, width_out, kernel_sizes, gain) for width in inputs]
+        if number < config.num_groups:
+            blocks.append(resample())
+        groups[f"group_{number}"] = nn.Sequential(*blocks)
+    return {**groups, "relu": nn.ReLU()}
 
 
 def _no_autocast(tensor: torch.Tensor) -> Any:
-    # The meta device, on which the run script measures models, has no autocast to turn off.
+    # The meta device, on which memory is estimated, has no autocast to turn off.
     return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
-
-
-def _gain(config: DvaeConfig) -> float:
-    return 1 / (config.num_groups * config.num_blocks_per_group) ** 2
 
 
 def _conv(width_in: int, width_out: int, kernel_size: int) -> nn.Conv2d:

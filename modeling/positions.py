@@ -1,7 +1,7 @@
-"""Position tables at another size: absolute ones in two dimensions, relative ones so that near offsets stay near.
+"""Resizing of position tables: absolute ones in two dimensions, relative ones by offset.
 
 Code: facebookresearch/mae/util/pos_embed.py at efb2a80; microsoft/SimMIM/utils.py at d3e29bc, microsoft/unilm/beit at
-768a3c8 (both resize bias tables by a cubic spline over a geometric progression; for them tables only grow).
+768a3c8 (both enlarge bias tables with a cubic spline over a geometric progression, and do not shrink them).
 Shapes: N tokens, D width, T rows of a bias table, K attention heads.
 """
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def resize_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """(1, E+N, D) -> the same for `new` rows and columns of patches; the E rows of extra tokens stay as they are."""
+    """Resize position embeddings (1, E+N, D) to a new grid of patches; the E rows of extra tokens are kept."""
     if old == new:
         return table
     num_extra = table.shape[1] - old[0] * old[1]
@@ -21,7 +21,7 @@ def resize_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 def resize_relative_bias(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
-    """(T, K) of a window with `old` rows and columns -> that of a `new` one; rows after the offsets stay."""
+    """Resize a bias table (T, K) to a window of new rows and columns; rows after those of the offsets are kept."""
     if old == new:
         return table
     sides = tuple(2 * length - 1 for length in old)
@@ -33,10 +33,10 @@ def resize_relative_bias(table: torch.Tensor, old: tuple[int, int], new: tuple[i
 
 
 def _resampling(old: int, new: int) -> torch.Tensor:
-    """(2 new - 1, 2 old - 1): what takes values at the old offsets to values at the new ones."""
+    """Return the matrix (2 new - 1, 2 old - 1) that maps values at the old offsets to values at the new ones."""
     if old == 1:
         return torch.ones(2 * new - 1, 1, dtype=torch.float64)
-    if new <= old:  # the same offsets, as far as there are any
+    if new <= old:  # crop to the offsets that remain
         return torch.eye(2 * old - 1, dtype=torch.float64)[old - new : old + new - 1]
     ratio = _growth(old - 1, new - 1)
     one_side = torch.tensor([ratio**n for n in range(old - 1)], dtype=torch.float64).cumsum(0)
@@ -46,7 +46,7 @@ def _resampling(old: int, new: int) -> torch.Tensor:
 
 
 def _growth(num_terms: int, total: int) -> float:
-    """q with 1 + q + q^2 + ... (`num_terms` of them) = `total`, by bisection."""
+    """Solve 1 + q + q^2 + ... (`num_terms` terms) = `total` for q by bisection."""
     low, high = 1.0, float(total)
     for _ in range(100):
         middle = (low + high) / 2
@@ -55,16 +55,15 @@ def _growth(num_terms: int, total: int) -> float:
 
 
 def _cubic_spline(known: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """(wanted, known): the weights of an interpolating cubic spline whose first and last two pieces are one cubic."""
-    num = len(known)
-    if num < 4:  # one parabola through three points
-        powers = torch.arange(num, dtype=known.dtype)
-        return torch.linalg.solve(known[:, None] ** powers, wanted[:, None] ** powers, left=False)
-    knots = known[2:-2]  # truncated powers at the inner points, without the second and the last but one
-    scale = known[-1]
-    known, wanted, knots = known / scale, wanted / scale, knots / scale
-
-    def basis(x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([x[:, None] ** torch.arange(4), (x[:, None] - knots).clamp(min=0) ** 3], dim=1)
-
-    return torch.linalg.solve(basis(known), basis(wanted), left=False)
+    """Return the weights (wanted, known) of an interpolating not-a-knot cubic spline."""
+    if len(known) < 4:  # one parabola through three points
+        powers = torch.arange(len(known), dtype=known.dtype)
+        bases = [x[:, None] ** powers for x in (known, wanted)]
+    else:  # truncated powers at the inner points, without the second and the last but one
+        known, wanted = known / known[-1], wanted / known[-1]
+        bases = [
+            torch.cat([x[:, None] ** torch.arange(4), (x[:, None] - known[2:-2]).clamp(min=0) ** 3], dim=1)
+            for x in (known, wanted)
+        ]
+    weights: torch.Tensor = torch.linalg.solve(*bases, left=False)
+    return weights

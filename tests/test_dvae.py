@@ -116,7 +116,7 @@ def test_original__has_the_published_widths():
     with torch.device("meta"):
         model = DvaeModel(DvaeConfig())
         logits = model.encode(torch.empty(1, 3, 256, 256))
-        maps = model._maps_of(model._mix(logits))
+        maps = model._decode_maps(model._embed_soft(logits))
     widths = [model.get_parameter(f"encoder.group_{n}.0.residual.7.weight").shape[0] for n in range(1, 5)]
     assert widths == [256, 512, 1024, 2048]
     widths = [model.get_parameter(f"decoder.group_{n}.0.residual.7.weight").shape[0] for n in range(1, 5)]
@@ -240,8 +240,8 @@ def test_start_from_images__uses_more_codes_than_noise_does():
     assert used[1].perplexity > 2 * used[0].perplexity
 
 
-def test_start_from_images__refuses_fewer_places_than_codes():
-    with pytest.raises(ValueError, match="--vocab_size"):
+def test_start_from_images__refuses_fewer_positions_than_codes():
+    with pytest.raises(ValueError, match=r"32 positions to initialize 64 codes from: .* lower vocab_size"):
         start_from_images(tiny_dvae(vocab_size=64), map_pixels(photographs(2)), seeded_generator(0))
 
 
