@@ -45,8 +45,8 @@ from data.classification import (
 from data.collators import stack_items
 from data.images import ImageDataset, StackedImages
 from data.labeled import LabeledSplit, write_subset
-from data.labeled_splits import LabeledSplits, open_labeled_splits
 from data.randaugment import RandAugment
+from data.splits import LabeledSplits, open_labeled_splits
 from evaluation.confusion import draw_confusion_matrix
 from evaluation.metrics import classification_metrics, confusion_matrix
 from evaluation.pictures import training_curve
@@ -200,7 +200,7 @@ def find_parts(settings: FinetuneSettings) -> LabeledSplits:
 def plan_run(
     settings: FinetuneSettings, classifier: PreTrainedModel, parts: LabeledSplits, hardware: Hardware, notes: list[str]
 ) -> FinetunePlan:
-    size, by_name = settings.image_size, parts.by_name
+    size, by_name = settings.image_size, parts.images.splits
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in by_name.items())
     return make_finetune_plan(
         settings,
@@ -362,7 +362,7 @@ def write_card(
         recipe=settings.as_recipe(),
         data_summary={
             "dataset": parts.images.train.source.describe(),
-            **{f"{name} images": len(part) for name, part in parts.by_name.items()},
+            **{f"{name} images": len(part) for name, part in parts.images.splits.items()},
             "sizes": parts.summary.describe(),
             "unreadable images left out": len(BadImages.read(folder / BAD_IMAGES_FILE)),
         },

@@ -27,8 +27,8 @@ from commands.pretraining_settings import PretrainingSettings, default_output_di
 from commands.targets import open_targets
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
-from data.images import ImageDataset, Samples, SamplesWithTargets, SourceSamples, Transform, measure_image_stats
-from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
+from data.images import ImageDataset, Samples, SamplesWithTargets, Transform, measure_image_stats
+from data.splits import PretrainingSplits, open_pretraining_splits
 from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import summarize
 from evaluation.panels import panel_drawer
@@ -67,9 +67,7 @@ def main(argv: list[str]) -> None:
     collator = build_collator(settings, config)
     blank = without_weights(config)
     numbers = (len(parts.train), len(parts.validation), model_footprint(settings, config, collator))
-    plan = make_pretraining_plan(
-        settings, find_hardware(state), *numbers, f"{parts.source.describe()}: {parts.summary}"
-    )
+    plan = make_pretraining_plan(settings, find_hardware(state), *numbers, parts.describe())
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     if parts.bad:
@@ -164,7 +162,7 @@ def model_config(settings: PretrainingSettings, parts: PretrainingSplits, target
         derived |= settings.start.image_stats
     if settings.image_stats == "auto":
         transform = single_view(CenterCrop(settings.image_size), settings.num_channels)
-        images = ImageDataset(SourceSamples(parts.source, parts.train), transform, seed=settings.seed)
+        images = ImageDataset(parts.train, transform, seed=settings.seed)
         derived |= zip(("image_mean", "image_std"), measure_image_stats(images), strict=True)
     return CONFIGS[settings.method](
         encoder_config=settings.encoder_settings(), **{**settings.method_settings, **derived}
@@ -248,7 +246,7 @@ def build_trainer(
             bad_images_file=output_dir / BAD_IMAGES_FILE,
         )
 
-    samples: Samples = SourceSamples(parts.source, parts.train)
+    samples: Samples = parts.train
     fixed = transform_of(settings, config, targets, train=False)
     train_transform = fixed if settings.cache_tokens else transform_of(settings, config, targets, train=True)
     central = dataset(samples, fixed)
@@ -257,9 +255,7 @@ def build_trainer(
         file = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
         samples = SamplesWithTargets(samples, targets.output, np.load(file, mmap_mode="r"))  # shared by the workers
         train_transform = transform_of(settings, config, None, train=False)
-    validation = None
-    if len(parts.validation):
-        validation = dataset(SourceSamples(parts.validation_source, parts.validation), fixed)
+    validation = dataset(parts.validation, fixed) if len(parts.validation) else None
     trainer = MimTrainer(
         model=model,
         args=arguments,

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments, set_seed
@@ -29,10 +28,9 @@ from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
 from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
 from data.augmentations import CenterCrop, Crop, RandomResizedCrop, random_crop, single_view
 from data.collators import stack_items
-from data.images import ImageDataset, SourceSamples
-from data.pretraining_splits import PretrainingSplits, open_pretraining_splits
+from data.images import ImageDataset, Samples
 from data.seeds import seeded_generator
-from data.sources import ImageSource
+from data.splits import PretrainingSplits, open_pretraining_splits
 from evaluation.panels import panel_drawer
 from evaluation.pictures import panel_indices, training_curve
 from hub.redaction import shorten_command
@@ -69,7 +67,7 @@ def main(argv: list[str]) -> None:
         len(images.train),
         len(images.validation),
         *measure_model(config),
-        data=f"{images.source.describe()}: {images.summary}",
+        data=images.describe(),
     )
     output_dir = plan.output_dir
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
@@ -114,14 +112,13 @@ def build_trainer(
     arguments = TrainingArguments(**plan.training_arguments())
     set_seed(settings.seed)
     tokenizer = DvaeModel(config)
-    train = image_crops(settings, images.source, images.train, crop_of(settings), plan, train=True)
+    train = image_crops(settings, images.train, crop_of(settings), plan, train=True)
     if is_new and settings.start_from_images:
         some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
         generator = seeded_generator(settings.seed, "codebook_start")
         start_from_images(tokenizer, map_pixels(torch.stack(list(some))), generator)
-    center, validation = CenterCrop(settings.image_size), None
-    if len(images.validation):
-        validation = image_crops(settings, images.validation_source, images.validation, center, plan)
+    center = CenterCrop(settings.image_size)
+    validation = image_crops(settings, images.validation, center, plan) if len(images.validation) else None
     trainer = MimTrainer(
         model=tokenizer,
         args=arguments,
@@ -132,7 +129,7 @@ def build_trainer(
         ema_decay=settings.ema_decay,
     )
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings.max_bad_fraction, QUICKSTART)
-    shown = image_crops(settings, images.source, images.train, center, plan) if validation is None else validation
+    shown = image_crops(settings, images.train, center, plan) if validation is None else validation
     batch = stack_items([shown[index] for index in panel_indices(len(shown))])
     name = f"discrete VAE, {tokenizer.vocab_size:,} codes"
     show_panels(trainer, output_dir / PANELS, batch, panel_drawer(name, lambda model, batch: model.panel(batch)))
@@ -144,16 +141,11 @@ def crop_of(settings: TokenizerSettings) -> RandomResizedCrop:
 
 
 def image_crops(
-    settings: TokenizerSettings,
-    source: ImageSource,
-    indices: np.ndarray,
-    crop: Crop,
-    plan: TokenizerPlan,
-    train: bool = False,
+    settings: TokenizerSettings, images: Samples, crop: Crop, plan: TokenizerPlan, train: bool = False
 ) -> ImageDataset:
-    """Return the data set of the images `indices` of a source."""
+    """Return the data set of crops of the images."""
     return ImageDataset(
-        SourceSamples(source, indices),
+        images,
         single_view(crop, settings.num_channels),
         seed=settings.seed,
         train=train,
@@ -184,9 +176,8 @@ def codebook_facts(trainer: MimTrainer, settings: TokenizerSettings, images: Pre
     if not len(images.validation):
         return {}
     tokenizer: Any = trainer.model.eval()
-    samples = SourceSamples(images.validation_source, images.validation)
     crops = ImageDataset(
-        samples,
+        images.validation,
         single_view(crop_of(settings), settings.num_channels),
         seed=settings.seed,
         train=True,

@@ -10,7 +10,7 @@ from commands.launch import launcher, software_and_hardware
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
 from commands.pretraining_settings import PretrainingSettings
 from data.bad_images import BadImages
-from data.pretraining_splits import PretrainingSplits
+from data.splits import PretrainingSplits
 from evaluation.online_history import results_at
 from evaluation.pictures import training_curve
 from hub.checkpoints import stage_checkpoint
@@ -80,10 +80,10 @@ class Artifacts:
             base_model=settings.init_from,
             recipe=settings.as_recipe(),
             data_summary={
-                "dataset": parts.source.describe(),
+                "dataset": parts.train.source.describe(),
                 "training images": len(parts.train),
                 "held-out images": len(parts.validation),
-                "sizes": parts.summary,
+                "sizes": parts.summary.describe(),
                 "unreadable images left out": len(BadImages.read(output_dir / BAD_IMAGES_FILE)),
             },
             metrics=metrics,

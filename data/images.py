@@ -10,9 +10,9 @@ import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -74,6 +74,10 @@ class SourceSamples:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    def select(self, positions: np.ndarray) -> Self:
+        """Return the samples at these positions."""
+        return replace(self, indices=self.indices[positions])
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 
 from data.image_checks import CheckedImages, check_images
-from data.image_source import ImageSource, join_sources
+from data.image_source import join_sources
+from data.images import SourceSamples
 from data.label_columns import RawLabels, read_labels
 from data.seeds import seeded_generator
 from data.sources import open_source, split_names
@@ -24,35 +25,26 @@ from data.tables import VALIDATION_NAMES
 
 logger = logging.getLogger(__name__)
 
-_NAMES_WITHOUT_TEST = tuple(name for name in VALIDATION_NAMES if name != "test")
+_SPLIT_NAMES = {  # and the names that they may have in a dataset
+    "train": ("train",),
+    "validation": tuple(name for name in VALIDATION_NAMES if name != "test"),
+    "test": ("test",),
+}
 
 
 @dataclass(frozen=True)
-class LabeledSplit:
+class LabeledSplit(SourceSamples):
     """Images `indices` of `source` with their class numbers `labels`, both int64 (N,)."""
 
-    source: ImageSource
-    indices: np.ndarray
     labels: np.ndarray
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        return self.source.name(int(self.indices[index]))
-
-    def read(self, index: int) -> bytes:
-        return self.source.read(int(self.indices[index]))
-
     def sample(self, index: int) -> dict[str, Any]:
-        """Return the encoded image and its class."""
-        return {"image": self.read(index), "labels": int(self.labels[index])}
+        return {**super().sample(index), "labels": int(self.labels[index])}
 
-    def select(self, positions: np.ndarray) -> "LabeledSplit":
-        """Return the images at these positions of the split."""
+    def select(self, positions: np.ndarray) -> Self:
         return replace(self, indices=self.indices[positions], labels=self.labels[positions])
 
-    def readable(self, max_bad_fraction: float) -> "tuple[LabeledSplit, CheckedImages]":
+    def readable(self, max_bad_fraction: float) -> tuple[Self, CheckedImages]:
         """Return the split without its unreadable images, and the result of checking all images of the source.
 
         Raises:
@@ -71,12 +63,25 @@ class LabeledSplit:
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """The splits of a dataset; class k is called `class_names[k]` in all of them."""
+    """The splits of a dataset by name: "train" and maybe "validation" and "test", in this order.
+
+    Class k is called `class_names[k]` in all of them.
+    """
 
     class_names: tuple[str, ...]
-    train: LabeledSplit
-    validation: LabeledSplit | None
-    test: LabeledSplit | None
+    splits: dict[str, LabeledSplit]
+
+    @property
+    def train(self) -> LabeledSplit:
+        return self.splits["train"]
+
+    @property
+    def validation(self) -> LabeledSplit | None:
+        return self.splits.get("validation")
+
+    @property
+    def test(self) -> LabeledSplit | None:
+        return self.splits.get("test")
 
 
 def open_labeled(dataset: str | Sequence[str], label_column: str | None = None) -> LabeledImages:
@@ -97,14 +102,9 @@ def open_labeled(dataset: str | Sequence[str], label_column: str | None = None) 
                 f"the classes of the datasets differ: {_join(opened[0].class_names)} in the first, "
                 f"{_join(other.class_names)} in another; name datasets with the same classes"
             )
-    train = _join_splits([images.train for images in opened])
-    assert train is not None
-    return LabeledImages(
-        opened[0].class_names,
-        train,
-        _join_splits([images.validation for images in opened]),
-        _join_splits([images.test for images in opened]),
-    )
+    found = {name: [images.splits[name] for images in opened if name in images.splits] for name in _SPLIT_NAMES}
+    splits = {name: _join_splits(splits) for name, splits in found.items() if splits}
+    return LabeledImages(opened[0].class_names, splits)
 
 
 def with_validation(images: LabeledImages, fraction: float, seed: int) -> LabeledImages:
@@ -116,7 +116,8 @@ def with_validation(images: LabeledImages, fraction: float, seed: int) -> Labele
         "there is no validation split: %d of the %d training images, %.0f%% of each class, are used for validation",
         *(len(validation), len(images.train), 100 * fraction),
     )
-    return replace(images, train=images.train.select(kept), validation=images.train.select(validation))
+    splits = {"train": images.train.select(kept), "validation": images.train.select(validation)}
+    return replace(images, splits=splits | ({} if images.test is None else {"test": images.test}))
 
 
 def split_stratified(
@@ -187,8 +188,8 @@ def _open_one(dataset: str, label_column: str | None) -> LabeledImages:
     names = split_names(dataset)
     if "train" not in names:
         raise ValueError(f"no split 'train' in {dataset}; it has: {', '.join(names)}")
-    raw = {"train": read_labels(open_source(dataset, "train"), label_column)}
-    for split, candidates in (("validation", _NAMES_WITHOUT_TEST), ("test", ("test",))):
+    raw = {}
+    for split, candidates in _SPLIT_NAMES.items():
         name = next((name for name in candidates if name in names), None)
         if name is not None:
             raw[split] = read_labels(open_source(dataset, name), label_column)
@@ -196,8 +197,9 @@ def _open_one(dataset: str, label_column: str | None) -> LabeledImages:
     for name in [name for name, labels in raw.items() if not len(labels)]:
         logger.warning("the %s split of %s has no labels and is ignored", name, dataset)
         del raw[name]
-    splits = {name: _number_labels(name, labels, class_names) for name, labels in raw.items()}
-    return LabeledImages(class_names, splits["train"], splits.get("validation"), splits.get("test"))
+    return LabeledImages(
+        class_names, {name: _number_labels(name, labels, class_names) for name, labels in raw.items()}
+    )
 
 
 def _class_names(raw: dict[str, RawLabels], dataset: str) -> tuple[str, ...]:
@@ -245,10 +247,7 @@ def _number_labels(name: str, raw: RawLabels, class_names: tuple[str, ...]) -> L
     return LabeledSplit(raw.source, raw.indices, np.array([number[value] for value in raw.values], np.int64))
 
 
-def _join_splits(splits_or_none: list[LabeledSplit | None]) -> LabeledSplit | None:
-    splits = [split for split in splits_or_none if split is not None]
-    if len(splits) < 2:
-        return splits[0] if splits else None
+def _join_splits(splits: list[LabeledSplit]) -> LabeledSplit:
     starts = np.cumsum([0, *(len(split.source) for split in splits[:-1])])
     return LabeledSplit(
         join_sources([split.source for split in splits]),

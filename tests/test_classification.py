@@ -71,8 +71,8 @@ def test_eval_view__published_sizes():
 
 def test_eval_view__has_no_randomness(clothes):
     view = eval_view((32, 32), CROP_SHARE)
-    first = view(clothes.read(0), 3, seeded_generator(0))
-    assert torch.equal(first, view(clothes.read(0), 3, seeded_generator(1)))
+    first = view(clothes.sample(0)["image"], 3, seeded_generator(0))
+    assert torch.equal(first, view(clothes.sample(0)["image"], 3, seeded_generator(1)))
 
 
 def test_train_view__is_crop_and_flip_then_randaugment():
@@ -95,11 +95,11 @@ def test_train_view__is_crop_and_flip_then_randaugment():
 @pytest.mark.parametrize("size", [28, 64])
 def test_views__small_gray_pictures_in_one_or_three_channels(clothes, num_channels, size):
     for view in (train_view((size, size), RandAugment((0.5,))), eval_view((size, size), CROP_SHARE)):
-        pixel_values = view(clothes.read(0), num_channels, seeded_generator(0))
+        pixel_values = view(clothes.sample(0)["image"], num_channels, seeded_generator(0))
         assert pixel_values.shape == (num_channels, size, size)
         assert pixel_values.dtype == torch.uint8
-    plain = eval_view((28, 28), 1.0)(clothes.read(0), 3)
-    original = torch.from_numpy(np.array(Image.open(BytesIO(clothes.read(0)))))
+    plain = eval_view((28, 28), 1.0)(clothes.sample(0)["image"], 3)
+    original = torch.from_numpy(np.array(Image.open(BytesIO(clothes.sample(0)["image"]))))
     assert all(torch.equal(channel, original) for channel in plain)
 
 

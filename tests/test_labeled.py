@@ -51,7 +51,7 @@ def write_idx(folder: Path, prefix: str, pictures: np.ndarray, labels: np.ndarra
 
 
 def pixels(part, index: int) -> np.ndarray:
-    return np.asarray(Image.open(BytesIO(part.read(index))))
+    return np.asarray(Image.open(BytesIO(part.sample(index)["image"])))
 
 
 def test_sample_fashion__has_its_class_names_and_official_split():

@@ -1,10 +1,10 @@
-"""What a fine-tuning trains on, chooses by and is measured on, and that few labels means no others."""
+"""Tests of the splits that fine-tuning uses for training, validation and testing, with all labels or few."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from data.labeled_splits import open_labeled_splits
+from data.splits import open_labeled_splits
 
 ALL = {"num_per_class": None, "label_fraction": None, "validation_fraction": None, "max_bad_fraction": 0.5, "seed": 0}
 
@@ -22,24 +22,24 @@ def folder(tmp_path_factory):
 
 
 def sizes(parts) -> dict[str, int]:
-    return {name: len(part) for name, part in parts.by_name.items()}
+    return {name: len(part) for name, part in parts.images.splits.items()}
 
 
-def test_parts__without_any_held_out_give_up_a_tenth_of_each_class(folder):
+def test_splits__without_validation_use_a_tenth_of_each_class_for_it(folder):
     parts = open_labeled_splits([folder], None, **ALL)
     assert sizes(parts) == {"train": 54, "validation": 6}
     assert parts.measured[0] == "validation"
     assert (parts.num_gray, parts.has_subset) == (40, False)
 
 
-def test_parts__few_labels_are_taken_from_what_is_not_held_out(folder):
+def test_splits__few_labels_are_taken_from_the_other_training_images(folder):
     parts = open_labeled_splits([folder], None, **{**ALL, "num_per_class": 5})
     assert sizes(parts) == {"train": 15, "validation": 6}
-    train, validation = ({part.name(i) for i in range(len(part))} for part in parts.by_name.values())
+    train, validation = ({part.name(i) for i in range(len(part))} for part in parts.images.splits.values())
     assert not train & validation
 
 
-def test_parts__with_a_test_part_use_no_label_beside_those_asked_for():
+def test_splits__with_a_test_split_use_no_other_labels_than_those_requested():
     parts = open_labeled_splits(["sample-fashion"], None, **{**ALL, "num_per_class": 20})
     assert sizes(parts) == {"train": 200, "test": 1000}
     assert parts.measured[0] == "test"
