@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-import modeling  # noqa: F401 - registers the pre-training models
 from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
 from commands.launch import has_accelerator, run
 from commands.parsing import make_parser
@@ -30,7 +29,7 @@ from data.bad_images import BadImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
-from evaluation.features import FrozenEncoder, collect, open_encoder, untrained
+from evaluation.features import FrozenEncoder, collect, untrained
 from evaluation.frozen import (
     LOGISTIC_UP_TO,
     TRAINED,
@@ -40,8 +39,9 @@ from evaluation.frozen import (
     measure_quality,
 )
 from evaluation.maps import feature_maps
-from evaluation.preprocessing import Batch, Preprocessor, batches
+from evaluation.preprocessing import Batch, Preprocessor, batches, open_preprocessor
 from evaluation.report import write_report
+from hub.open_model import open_model
 from hub.redaction import shorten_command, shorten_paths
 from training.callbacks import duration
 
@@ -62,6 +62,13 @@ def main(argv: list[str]) -> None:
         embed(settings.embed, settings, encoder, preprocessor)
     else:
         evaluate(settings, encoder, preprocessor, argv)
+
+
+def open_encoder(name: str, device: torch.device | str = "cpu") -> tuple[FrozenEncoder, Preprocessor]:
+    """Open an encoder and its image processor; raises ValueError if there is none or it is incomplete."""
+    model = open_model(name).model
+    preprocessor = open_preprocessor(name, getattr(model.config, "num_channels", 3))
+    return FrozenEncoder(model.to(device), model.config), preprocessor
 
 
 def embed(file: Path, settings: EvaluationSettings, encoder: FrozenEncoder, preprocessor: Preprocessor) -> None:

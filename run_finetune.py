@@ -51,9 +51,10 @@ from evaluation.confusion import draw_confusion_matrix
 from evaluation.metrics import classification_metrics, confusion_matrix
 from evaluation.pictures import training_curve
 from evaluation.results import classification_results
-from hub.encoder_config import encoder_config, image_stats
 from hub.export.native import export_native
+from hub.image_stats import image_stats
 from hub.model_card import write_model_card
+from hub.open_model import open_config, open_model
 from hub.redaction import shorten_paths
 from modeling import CONFIGS, MimConfig
 from modeling.image_classification import (
@@ -62,7 +63,6 @@ from modeling.image_classification import (
     build_classifier,
     check_family,
     native_classifier,
-    open_encoder,
     random_encoder,
 )
 from modeling.patches import patch_grid
@@ -83,7 +83,7 @@ _IN_WORDS = {
 
 
 def main(argv: list[str]) -> None:
-    settings = load_finetune_settings(argv, lambda name: facts_of(open_config(name)))
+    settings = load_finetune_settings(argv, lambda name: facts_of(encoder_config(name)))
     state, log = join(settings.use_cpu)
     repository = open_repository(settings)
     config = encoder_config(settings.model)
@@ -123,8 +123,8 @@ def main(argv: list[str]) -> None:
 # ---- the encoder and what follows from it ----
 
 
-def open_config(name: str) -> PreTrainedConfig:
-    config = encoder_config(name)
+def encoder_config(name: str) -> PreTrainedConfig:
+    config = open_config(name, accepts_whole_model=False)
     check_family(config)
     return config
 
@@ -145,7 +145,7 @@ def make_classifier(
     settings: FinetuneSettings, config: PreTrainedConfig, class_names: tuple[str, ...]
 ) -> PreTrainedModel:
     """With what is to stay as it is frozen."""
-    encoder = random_encoder(config) if settings.from_scratch else open_encoder(settings.model, config)
+    encoder = random_encoder(config) if settings.from_scratch else open_model(settings.model).model
     with set_by(drop_path_rate="drop_path"):
         classifier = build_classifier(
             encoder,

@@ -2,13 +2,9 @@
 
 import shlex
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import AutoModel, FlavaImageCodebook, PreTrainedConfig, PreTrainedModel
 
 from commands.pretraining_settings import PretrainingSettings
+from hub.open_model import open_model
 from modeling import MimPreTrainedModel
 from training.targets import Targets, TokenizerTargets
 
@@ -42,29 +38,8 @@ def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Tar
     name = settings.tokenizer
     if not name:
         raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset)))
-    return TokenizerTargets(load_tokenizer(name), grid, f"--tokenizer {name}")
+    return TokenizerTargets(open_model(name, "tokenizer").model, grid, f"--tokenizer {name}")
 
 
 # By `MimPreTrainedModel.targets`.
 _OPENERS: dict[str, Callable[[PretrainingSettings, tuple[int, int]], Targets]] = {"tokenizer": _open_tokenizer}
-
-
-def load_tokenizer(name: str) -> PreTrainedModel:
-    """Open an image tokenizer from a folder or the Hub.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    if not Path(name).exists() and (Path(name).is_absolute() or name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"--tokenizer {name}: there is no such folder, and no Hub model is called so (org/name)")
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"--tokenizer {name}: this folder has no config.json, so it is no saved model")
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(name)
-        # Not asked of AutoConfig: its own config of this class was saved without a model type before 5.23.
-        is_dalle = FlavaImageCodebook.__name__ in (config.get("architectures") or ())
-        loader: Any = FlavaImageCodebook if is_dalle else AutoModel
-        return loader.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"--tokenizer {name} cannot be opened as a model: {reason}") from error

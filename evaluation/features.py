@@ -13,18 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForPreTraining, PreTrainedConfig, ViTModel
 
 from data.seeds import seeded_generator
-from evaluation.preprocessing import Batch, Preprocessor, open_preprocessor
+from evaluation.preprocessing import Batch, Preprocessor
 
 CLASS_TOKEN, MEAN, BOTH = "class token", "mean of patches", "class token and mean"
 _MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
 _THUMBNAIL_SIZE = 32
-_POOLER_PREFIX = "pooler."
 
 
 @dataclass(frozen=True)
@@ -98,30 +95,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def open_encoder(name: str, device: torch.device | str = "cpu") -> tuple[FrozenEncoder, Preprocessor]:
-    """Load an encoder and its image processor from a folder or the Hub.
-
-    A ViTMAE checkpoint is loaded as a ViT, because `ViTMAEModel` masks random patches in evaluation mode too. For a
-    pre-training model of this repository, whose class must be registered, the exported encoder is returned.
-
-    Raises:
-        ValueError: If there is no loadable image encoder, or some of its weights are missing.
-    """
-    config = _open_config(name)
-    if hasattr(config, "vision_config") or hasattr(config, "text_config"):
-        raise ValueError(f"model {name!r} is a {config.model_type}, expected an encoder for images only")
-    try:
-        model, missing = _load(name, config.model_type)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded: {str(error).partition(chr(10))[0]}") from None
-    if random := sorted(key for key in missing if not key.startswith(_POOLER_PREFIX)):
-        raise ValueError(
-            f"model {name!r}: {len(random)} weights are missing ({', '.join(random[:3])}...) and would be random"
-        )
-    preprocessor = open_preprocessor(name, getattr(model.config, "num_channels", 3))
-    return FrozenEncoder(model.to(device), model.config), preprocessor
-
-
 def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
     """Return the same architecture with random weights."""
     with torch.random.fork_rng(devices=[]):
@@ -190,25 +163,3 @@ def kinds_of(tokens: Tokens) -> dict[str, Tensor]:
     if tokens.class_token is None:
         return {MEAN: mean}
     return {CLASS_TOKEN: tokens.class_token, MEAN: mean, BOTH: torch.cat([tokens.class_token, mean], 1)}
-
-
-def _load(name: str, model_type: str) -> tuple[Any, set[str]]:
-    """Load the encoder; returns it with the names of weights that are missing in the checkpoint."""
-    model_class: Any = AutoModel
-    kwargs: dict[str, Any] = {"output_loading_info": True, "dtype": torch.float32}
-    if model_type == "vit_mae":
-        model_class, kwargs["add_pooling_layer"] = ViTModel, False
-    elif model_type.startswith("mim_"):
-        model_class = AutoModelForPreTraining
-    model, info = model_class.from_pretrained(name, **kwargs)
-    return model.exported_encoder if model_class is AutoModelForPreTraining else model, info["missing_keys"]
-
-
-def _open_config(name: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"model {name!r} is neither a folder with an encoder nor a model on the Hub: expected the output folder "
-            f"of a finished run, or a Hub id ({str(error).partition(chr(10))[0]})"
-        ) from None

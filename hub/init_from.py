@@ -5,16 +5,13 @@ training goes on from its features and not from somewhere near them. `hub.init_w
 """
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.utils import has_file
+from transformers import PreTrainedConfig
 
-from hub.card_rules import HUB_ID
-from hub.encoder_config import processor_stats
 from hub.encoder_states import FAMILIES, FAMILIES_OF, encoder_settings, obstacle
-from hub.export.native import PRETRAINING
+from hub.image_stats import processor_stats
+from hub.open_model import open_whole_config
 from modeling import CONFIGS, MimConfig
 
 # A setting of BEiT's head that says nothing about what is kept: the tokens are the tokenizer's.
@@ -65,7 +62,7 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
     Raises:
         ValueError: nothing is there, or the method cannot continue from it; the message says which can.
     """
-    config, subfolder = _read_config(name)
+    config, subfolder = open_whole_config(name, "init_from")
     encoder_config: Any = _encoder_config(config)
     if encoder_config.model_type not in FAMILIES:
         raise ValueError(
@@ -102,36 +99,6 @@ def grid_of(config: Any) -> tuple[int, int]:
     height, width = (size, size) if isinstance(size, int) else size
     side = patch if isinstance(patch, int) else patch[0]
     return height // side, width // side
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def _read_config(name: str) -> tuple[PreTrainedConfig, str]:
-    """The config and the subfolder that it lies in: what we wrote is read from `pretraining/`, if it has one."""
-    is_folder, whole = Path(name).is_dir(), f"{PRETRAINING}/config.json"
-    if not is_folder and (Path(name).exists() or Path(name).is_absolute() or not HUB_ID.fullmatch(name)):
-        raise ValueError(f"--init_from {name}: there is no such folder, and no Hub model is called so (org/name)")
-    if is_folder and not any((Path(name) / file).is_file() for file in ("config.json", whole)):
-        raise ValueError(f"--init_from {name}: this folder has no config.json, so it is no saved model")
-    try:
-        config = _config(name)
-    except ValueError as error:  # an output without an encoder at its root has no config there
-        try:
-            return _config(name, PRETRAINING), PRETRAINING
-        except ValueError:
-            raise error from None
-    if hasattr(config, "mim_method") and has_file(name, whole):
-        return _config(name, PRETRAINING), PRETRAINING
-    return config, ""
-
-
-def _config(name: str, subfolder: str = "") -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name, subfolder=subfolder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--init_from {name} cannot be opened as a model: {first_line(error)}") from error
 
 
 def _encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     BeitForMaskedImageModeling,
     BeitModel,
@@ -24,7 +23,8 @@ from transformers import (
 )
 
 from hub.encoder_states import State, as_host, has_final_norm, native_state
-from hub.init_from import StartingModel, first_line, grid_of
+from hub.init_from import StartingModel, grid_of
+from hub.open_model import NO_POSITIONS, open_model
 from modeling import MODELS, MimPreTrainedModel
 from modeling.patches import sincos_positions
 from modeling.positions import resize_positions, resize_relative_bias
@@ -88,7 +88,9 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
 def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
     """Encoder, head where it is kept, and the names of what is left aside."""
     if start.own_method is not None:
-        model, _, _ = _load(MODELS[start.own_method], start, subfolder=start.subfolder)
+        model = open_model(
+            start.name, "init_from", model_class=MODELS[start.own_method], subfolder=start.subfolder
+        ).model
         head = model.state_dict()
         encoder = {name.removeprefix("encoder."): head.pop(name) for name in list(head) if name.startswith("encoder.")}
         return (encoder, head, []) if start.keeps_head else (encoder, {}, list(head))
@@ -98,31 +100,14 @@ def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
         model_class, options = BeitForMaskedImageModeling, {}
     if hasattr(config, "use_mask_token"):
         config.use_mask_token = True  # or the file's would not be read
-    model, absent, unused = _load(model_class, start, config=config, **options)
+    model, absent, unused = open_model(
+        start.name, "init_from", model_class=model_class, optional=("mask_token", "decoder."), config=config, **options
+    )
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
     encoder, head = native_state(state, config.model_type, has_final_norm(config))
     if not start.keeps_head:
         unused, head = [*unused, *head], {}
     return encoder, head, [name.removeprefix(f"{model.base_model_prefix}.") for name in unused]
-
-
-def _load(
-    model_class: type[PreTrainedModel], start: StartingModel, **options: Any
-) -> tuple[PreTrainedModel, list[str], list[str]]:
-    """The model, and the names of what its file lacks and of what the file holds beside."""
-    try:
-        loaded: Any = model_class.from_pretrained(start.name, dtype=torch.float32, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"--init_from {start.name}: its weights cannot be read: {first_line(error)}") from error
-    model, info = loaded
-    absent = sorted(info["missing_keys"])
-    may_lack = ("mask_token", "decoder.") if start.own_method is None else ()
-    if broken := [name for name in absent if not any(part in name for part in may_lack)]:
-        raise ValueError(
-            f"--init_from {start.name}: its file lacks {len(broken)} weights that its config promises, such as "
-            f"{', '.join(broken[:3])}"
-        )
-    return model, absent, sorted(info["unexpected_keys"])
 
 
 def _repair(start: StartingModel, encoder: State, head: State, repair_positions: bool) -> list[str]:
@@ -133,9 +118,8 @@ def _repair(start: StartingModel, encoder: State, head: State, repair_positions:
         return []
     if not repair_positions:
         raise ValueError(
-            f"--init_from {start.name}: its position tables are all zero, so it never knew where a patch lies. "
-            "transformers' ViTMAE begins so when it is trained from scratch. Add --repair_positions to give it the "
-            "sine-cosine tables that it should have had, or begin from another model"
+            f"`init_from` {start.name}: {NO_POSITIONS}. Use `repair_positions` to replace them by the sine-cosine "
+            "embeddings of MAE, or start from another model"
         )
     for state, name in empty:
         state[name] = sincos_positions(start.grid, state[name].shape[-1])

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -25,7 +24,6 @@ from transformers import (
     SwinConfig,
     SwinForImageClassification,
     ViTConfig,
-    ViTModel,
 )
 
 from .encoders import BeitEncoder, PositionBias, SwinEncoder, SwinStages
@@ -76,33 +74,6 @@ class SwinClassifier(SwinForImageClassification):
         if problem := self.swin.encoder.native_problem:
             raise ValueError(f"{problem}; use a larger image_size")
         self.post_init()
-
-
-def open_encoder(name: str, config: PreTrainedConfig) -> PreTrainedModel:
-    """Open the encoder in a folder or on the Hub, without its pooler or prediction head.
-
-    Raises:
-        ValueError: If it is of an unsupported type, cannot be read, lacks weights or has no position embeddings.
-    """
-    check_family(config)
-    # A ViTMAEModel would mask patches at random, even in evaluation.
-    model_class: Any = ViTModel if config.model_type == "vit_mae" else AutoModel
-    plain = {"add_pooling_layer": False} if config.model_type in ("vit", "vit_mae", "deit") else {}
-    encoder: PreTrainedModel
-    try:
-        encoder, info = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **plain)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"`model` {name} cannot be opened: {str(error).partition(chr(10))[0]}") from None
-    missing = [key for key in info["missing_keys"] if not key.startswith("pooler.")]
-    if missing:
-        raise ValueError(f"`model` {name} lacks weights of a {config.model_type} encoder: {', '.join(missing[:5])}")
-    positions = getattr(encoder.embeddings, "position_embeddings", None)
-    if positions is not None and not positions.any():
-        raise ValueError(
-            f"`model` {name} has no positional information: all position embeddings are zero; transformers creates a "
-            "ViTMAEForPreTraining that way from a config, and training does not change them"
-        )
-    return encoder
 
 
 def random_encoder(config: PreTrainedConfig) -> PreTrainedModel:

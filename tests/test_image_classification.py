@@ -16,11 +16,12 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
+from hub.open_model import open_model
 from modeling.image_classification import (
     add_batch_norm,
     build_classifier,
+    check_family,
     native_classifier,
-    open_encoder,
     random_encoder,
 )
 
@@ -197,11 +198,11 @@ def test_open__takes_a_stock_vit_mae_as_a_vit_and_refuses_one_without_positions(
     model = ViTMAEForPreTraining(config)
     model.save_pretrained(tmp_path / "zero")
     with pytest.raises(ValueError, match="all position embeddings are zero"):
-        open_encoder(str(tmp_path / "zero"), config)
+        open_model(str(tmp_path / "zero"))
     with torch.no_grad():
         model.vit.embeddings.position_embeddings.normal_()
     model.save_pretrained(tmp_path / "drawn")
-    encoder = open_encoder(str(tmp_path / "drawn"), config).eval()
+    encoder = open_model(str(tmp_path / "drawn")).model.eval()
     classifier = build_classifier(encoder, ["a", "b"], image_size=32, pooling="mean", drop_path_rate=0.0).eval()
     assert torch.equal(classifier(images()).logits, classifier(images()).logits)  # no patch is hidden at random
 
@@ -211,11 +212,11 @@ def test_open__refuses_missing_weights_and_other_model_types(tmp_path):
     config = head.encoder.config
     state = {name: tensor for name, tensor in head.encoder.state_dict().items() if not name.startswith("layers.1.")}
     head.encoder.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"lacks weights of a vit encoder: .*layers\.1\."):
-        open_encoder(str(tmp_path), config)
+    with pytest.raises(ValueError, match=r"lacks 16 weights of its ViTModel: layers\.1\."):
+        open_model(str(tmp_path))
     config.model_type = "bert"
     with pytest.raises(ValueError, match=r"^`model` is a bert, expected one of beit, .*vit"):
-        open_encoder(str(tmp_path), config)
+        check_family(config)
 
 
 def test_family__that_is_not_supported_is_reported_with_the_encoder_named_once(tmp_path):

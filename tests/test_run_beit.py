@@ -61,7 +61,9 @@ def test_refusals__say_what_to_do(tokenizer, tmp_path, capsys):
     assert all(choice in message for choice in ("run_tokenizer.py", "facebook/flava-image-codebook", "any model with"))
     message = refusal(capsys, "--output_dir", folder, "--tokenizer", save_tokenizer(tmp_path / "small", 32))
     assert "32 x 32 pixels into 4 x 4 tokens, but the encoder has 8 x 8 patches" in message
-    assert "no such folder" in refusal(capsys, "--output_dir", folder, "--tokenizer", str(tmp_path / "missing"))
+    assert "is neither a folder nor a Hub id" in refusal(
+        capsys, "--output_dir", folder, "--tokenizer", str(tmp_path / "missing")
+    )
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path / "vit")
     message = refusal(capsys, "--output_dir", folder, "--tokenizer", str(tmp_path / "vit"))

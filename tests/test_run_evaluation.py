@@ -18,7 +18,7 @@ import run_evaluation
 from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
 from commands.launch import run
 from commands.parsing import make_parser
-from evaluation.features import collect, open_encoder
+from evaluation.features import collect
 from evaluation.frozen import Row, difference
 from evaluation.knn import fit_knn
 from evaluation.preprocessing import batches
@@ -127,7 +127,7 @@ def test_evaluation__the_report_stands_alone_and_shows_the_rows(finished):
 def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labeled):
     metrics = json.loads((finished / "metrics.json").read_text())
     row = next(row for row in metrics["results"] if row["name"] == "kNN, mean of patches")
-    opened, preprocess = open_encoder(encoder)
+    opened, preprocess = run_evaluation.open_encoder(encoder)
     parts = {}
     for part in ("train", "test"):
         task = run_evaluation.find_task(
@@ -205,7 +205,7 @@ def test_evaluation__says_what_is_wrong(encoder, labeled, tmp_path, capsys):
     assert "did you mean --labels_per_class" in refusal(
         capsys, "--model", encoder, "--dataset", labeled, "--label_per_class", 3
     )
-    assert "neither a folder with an encoder" in refusal(capsys, "--model", tmp_path, "--dataset", labeled)
+    assert "is not a saved model: it has no config.json" in refusal(capsys, "--model", tmp_path, "--dataset", labeled)
     one = labeled / "train" / "Bag"
     assert "directly in" in refusal(capsys, "--model", encoder, "--dataset", one)
     asked = refusal(capsys, "--model", encoder, "--dataset", labeled, "--labels_per_class", 13)

@@ -281,8 +281,8 @@ def test_encoder__folder_that_is_none_is_refused_with_what_it_is(encoders, label
     (tmp_path / "unfinished" / "checkpoint-20").mkdir(parents=True)
     assert "has not finished" in refusal(capsys, "--model", str(tmp_path / "unfinished"), *data)
     whole = encoders["mae"] / "pretraining"
-    assert "in the folder above it" in refusal(capsys, "--model", str(whole), *data)
-    assert "no folder of this name" in refusal(capsys, "--model", str(tmp_path / "nothing"), *data)
+    assert "its encoder is in the parent folder" in refusal(capsys, "--model", str(whole), *data)
+    assert "is neither a folder nor a Hub id" in refusal(capsys, "--model", str(tmp_path / "nothing"), *data)
 
 
 def test_gray_images__are_shown_to_a_color_encoder_in_three_equal_channels(encoders, tmp_path, capsys):

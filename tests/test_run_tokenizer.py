@@ -18,9 +18,9 @@ from commands.launch import has_accelerator, run
 from commands.memory import Footprint
 from commands.parsing import make_parser
 from commands.settings import RECIPES
-from commands.targets import load_tokenizer
 from commands.tokenizer_plan import Hardware, make_tokenizer_plan
 from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
+from hub.open_model import open_model
 from modeling.dvae import DvaeConfig
 from training.targets import TokenizerTargets
 
@@ -93,7 +93,7 @@ def test_run__logs_the_parts_of_the_loss_and_the_schedules(finished):
 
 
 def test_run__is_a_tokenizer_that_pretraining_takes(finished):
-    tokenizer = load_tokenizer(str(finished))
+    tokenizer = open_model(str(finished), "tokenizer").model
     targets = TokenizerTargets(tokenizer, (4, 4))
     assert (targets.view.image_size, targets.config_settings) == ((32, 32), {"vocab_size": 32})
 

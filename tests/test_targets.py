@@ -7,12 +7,12 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig, ViTConfig, ViTModel
 
-from commands.targets import load_tokenizer
 from data.augmentations import CenterCrop, CropView, OtherSize, RandomResizedCrop, Views
 from data.collators import MaskingCollator
 from data.images import ImageDataset, SourceSamples
 from data.seeds import seeded_generator
 from data.sources import open_source
+from hub.open_model import open_model
 from training.targets import TokenizerTargets
 from training.trainer import MimTrainer
 
@@ -68,7 +68,7 @@ def test_views__of_several_crops_are_stacked_and_differ():
 
 
 def test_targets__are_those_of_the_frozen_tokenizer_in_float32_with_dalles_pixel_mapping(dalle):
-    tokenizer = load_tokenizer(str(dalle))
+    tokenizer = open_model(str(dalle), "tokenizer").model
     targets = TokenizerTargets(tokenizer, (4, 4))
     views = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -81,7 +81,7 @@ def test_targets__are_those_of_the_frozen_tokenizer_in_float32_with_dalles_pixel
 
 
 def test_view__is_the_tokenizers_own_size_and_must_give_a_token_per_patch(dalle):
-    tokenizer = load_tokenizer(str(dalle))
+    tokenizer = open_model(str(dalle), "tokenizer").model
     targets = TokenizerTargets(tokenizer, (4, 4))
     assert targets.view.image_size == (32, 32)
     assert targets.config_settings == {"vocab_size": 32}
@@ -90,21 +90,21 @@ def test_view__is_the_tokenizers_own_size_and_must_give_a_token_per_patch(dalle)
 
 
 def test_load__says_what_is_wrong(tmp_path):
-    with pytest.raises(ValueError, match="no such folder"):
-        load_tokenizer(str(tmp_path / "missing"))
+    with pytest.raises(ValueError, match=r"`tokenizer` .*missing is neither a folder nor a Hub id"):
+        open_model(str(tmp_path / "missing"), "tokenizer")
     with pytest.raises(ValueError, match=r"no config\.json"):
-        load_tokenizer(str(tmp_path))
+        open_model(str(tmp_path), "tokenizer")
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     ViTModel(ViTConfig(**sizes, image_size=32)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="ViTModel without get_codebook_indices"):
-        TokenizerTargets(load_tokenizer(str(tmp_path)), (4, 4))
+        TokenizerTargets(open_model(str(tmp_path), "tokenizer").model, (4, 4))
 
 
 def test_trainer__every_hidden_patch_of_a_step_counts_alike(dalle, tmp_path):
     """Images have very unequal numbers of masked patches: 1 x 8 images and 4 x 2 must still be the same step."""
     source, crop = open_source("sample"), RandomResizedCrop((32, 32), (0.2, 1.0))
     weights, losses = [], []
-    targets = TokenizerTargets(load_tokenizer(str(dalle)), (4, 4))
+    targets = TokenizerTargets(open_model(str(dalle), "tokenizer").model, (4, 4))
 
     def few_tokens(batch):
         batch = targets(batch)

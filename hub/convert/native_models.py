@@ -3,14 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForImageClassification,
     BeitForImageClassification,
     BeitModel,
     PreTrainedModel,
@@ -47,13 +44,6 @@ class Converted:
     weights: State
     dropped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def open_native(folder: str | Path, **how: Any) -> PreTrainedModel:
-    """Open the encoder or classifier in a folder."""
-    architectures = AutoConfig.from_pretrained(folder).architectures or [""]
-    auto_class = AutoModelForImageClassification if "ImageClassification" in architectures[0] else AutoModel
-    return auto_class.from_pretrained(folder, dtype=torch.float32, **how).eval()
 
 
 def drop(state: State, reasons: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -6,7 +6,7 @@ from typing import Any
 from safetensors.torch import save_file
 from transformers import AutoModelForPreTraining
 
-import modeling  # noqa: F401 - registers our models with the Auto classes
+from hub.open_model import open_model
 
 _FILE = "decoder.safetensors"
 _README = """# {title}
@@ -33,7 +33,7 @@ def export_decoder(folder: str | Path, target: str | Path) -> list[str]:
     folder, target = Path(folder), Path(target)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no whole model: an encoder alone has no decoder")
-    model = AutoModelForPreTraining.from_pretrained(folder)
+    model: Any = open_model(str(folder), model_class=AutoModelForPreTraining).model
     encoder = f"{model.exported}."
     tensors = {key: tensor for key, tensor in model.state_dict().items() if not key.startswith(encoder)}
     target.mkdir(parents=True, exist_ok=True)

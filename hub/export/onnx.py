@@ -10,7 +10,7 @@ from torch import nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from hub.convert.native_models import open_native
+from hub.open_model import open_model
 
 # An ONNX file cannot exceed 2 GB; larger weights go to a second file next to it.
 _MOST_BYTES = 1_800_000_000
@@ -40,7 +40,7 @@ def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
     onnxruntime = _import_onnxruntime()
     file = Path(file)
     # Fused attention with a relative position bias cannot be exported (transformers 5.23, torch 2.13).
-    model = open_native(folder, attn_implementation="eager")
+    model = open_model(str(folder), keeps_classifier=True, attn_implementation="eager").model.eval()
     config: Any = model.config
     height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
     output_names = ["logits"] if hasattr(model, "classifier") else ["last_hidden_state", "pooler_output"]

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hub.convert.key_names import TABLES, from_native
-from hub.convert.native_models import open_native
 from hub.export.timm_shapes import timm_shapes
+from hub.open_model import open_model
 
 _STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 
@@ -28,7 +28,7 @@ def export_timm(folder: str | Path, file: str | Path) -> list[str]:
     Raises:
         ValueError: If timm has no such model, or the outputs of timm's model differ.
     """
-    model = open_native(folder)
+    model = open_model(str(folder), keeps_classifier=True).model.eval()
     state, dropped = timm_state(model)
     expected = timm_shapes(model)
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}

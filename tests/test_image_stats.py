@@ -1,10 +1,10 @@
-"""What is read of an encoder's folder: how its images are standardized, in three channels."""
+"""How images are standardized is read from an encoder's folder, for three channels."""
 
 import json
 
 import pytest
 
-from hub.encoder_config import image_stats
+from hub.image_stats import image_stats
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 
 
@@ -23,7 +23,7 @@ def test_stats__are_the_processors(tmp_path, settings, mean, std):
     assert image_stats(str(tmp_path)) == ({"image_mean": mean, "image_std": std}, [])
 
 
-def test_stats__of_an_encoder_that_says_none_are_imagenets_and_it_is_said(tmp_path):
+def test_stats__of_an_encoder_that_says_none_are_imagenets_and_a_note(tmp_path):
     stats, notes = image_stats(str(tmp_path))
     assert stats == {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
     assert "ImageNet's are used" in notes[0]

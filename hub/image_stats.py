@@ -1,0 +1,32 @@
+"""Read how an encoder's images are standardized from the image processor saved with it."""
+
+from transformers.image_processing_base import ImageProcessingMixin
+
+from modeling.base import IMAGENET_MEAN, IMAGENET_STD
+
+
+def image_stats(name: str) -> tuple[dict[str, list[float]], list[str]]:
+    """Return `image_mean` and `image_std` of three channels, and a note if these are ImageNet's by default."""
+    stats = processor_stats(name, num_channels=3)
+    if not stats:
+        stats = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+        return stats, [f"{name} has no preprocessor_config.json with mean and std: ImageNet's are used"]
+    # All colors of a grayscale encoder get the statistics of its only channel.
+    return {key: values * 3 if len(values) == 1 else values for key, values in stats.items()}, []
+
+
+def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[str, list[float]]:
+    """Return `image_mean` and `image_std` of a model's image processor; empty if it has none."""
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name, subfolder=subfolder)
+    except (OSError, ValueError):
+        return {}
+    mean, std = processor.get("image_mean"), processor.get("image_std")
+    if processor.get("do_normalize") is False:
+        mean, std = 0.0, 1.0
+    if mean is None or std is None:
+        return {}
+    return {
+        key: [float(number) for number in (value if isinstance(value, list) else [value] * num_channels)]
+        for key, value in (("image_mean", mean), ("image_std", std))
+    }
