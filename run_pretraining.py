@@ -88,7 +88,7 @@ def main(argv: list[str]) -> None:
     with logging_into(output_dir):
         trainer = build_trainer(settings, plan, config, collator, parts, targets)
     trainer.model.load_state_dict(weights, strict=False)
-    if weights:
+    if weights and all(name.startswith("encoder.") for name in weights):
         model: Any = trainer.model
         model.after_loading_encoder()
     artifacts, hub_push = Artifacts(trainer, settings, parts, argv), None

@@ -14,9 +14,6 @@ from hub.image_stats import processor_stats
 from hub.open_model import open_whole_config
 from modeling import CONFIGS, MimConfig
 
-# A setting of BEiT's head that says nothing about what is kept: the tokens are the tokenizer's.
-_OF_THE_TOKENIZER = "vocab_size"
-
 
 @dataclass(frozen=True)
 class StartingModel:
@@ -72,7 +69,9 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
     keeps_head, is_own = _keeps_head(config, method), _own_method(config) == method
     host = encoder_config.model_type if is_own else _host(name, encoder_config, method)
     head = _head_settings(config, method) if keeps_head else {}
-    decoder = {flag: value for flag, value in head.items() if flag.startswith("decoder_")}
+    decoder = {
+        flag: value for flag, value in head.items() if flag.startswith(CONFIGS[method].settings_fixed_by_weights)
+    }
     patch_size, grid = _single(encoder_config.patch_size, name), grid_of(encoder_config)
     image_size = [length * patch_size for length in grid]
     image_stats = _image_stats(name, config, subfolder)
@@ -110,14 +109,13 @@ def _own_method(config: PreTrainedConfig) -> str | None:
 
 
 def _keeps_head(config: PreTrainedConfig, method: str) -> bool:
-    of_transformers = {"vit_mae": "mae", "beit": "beit"}  # the latter as BeitForMaskedImageModeling
-    return method in (_own_method(config), of_transformers.get(config.model_type))
+    return method == _own_method(config) or config.model_type in CONFIGS[method].transformers_model_types
 
 
 def _head_settings(config: PreTrainedConfig, method: str) -> dict[str, Any]:
     """The settings of a head that is kept; transformers' ViTMAE calls them as we do."""
     names = {setting.name for setting in fields(CONFIGS[method])} - {setting.name for setting in fields(MimConfig)}
-    return {name: getattr(config, name) for name in sorted(names - {_OF_THE_TOKENIZER})}
+    return {name: getattr(config, name) for name in sorted(names - {*CONFIGS[method].settings_of_targets})}
 
 
 def _host(name: str, config: PreTrainedConfig, method: str) -> str:

@@ -92,7 +92,9 @@ def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
             start.name, "init_from", model_class=MODELS[start.own_method], subfolder=start.subfolder
         ).model
         head = model.state_dict()
-        encoder = {name.removeprefix("encoder."): head.pop(name) for name in list(head) if name.startswith("encoder.")}
+        # Another method starts from the encoder that this one exports, such as a teacher.
+        prefix = "encoder." if start.keeps_head else f"{model.exported}."
+        encoder = {name.removeprefix(prefix): head.pop(name) for name in list(head) if name.startswith(prefix)}
         return (encoder, head, []) if start.keeps_head else (encoder, {}, list(head))
     config: Any = copy.deepcopy(start.config)
     model_class, options = _CLASSES[config.model_type]
