@@ -1,4 +1,4 @@
-"""Frozen features: any family through one door, the processor's own pixels, and a model left as it was."""
+"""Frozen features of all encoder families, preprocessing by the saved processor, and embeddings in a file."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -40,7 +40,7 @@ SWIN = {
     "patch_size": PATCH // 2,
 }
 DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": PATCH}
-# how the class is named, its config, the processor, whether there is a class token
+# class, config, processor, whether there is a class token
 FAMILIES = {
     "ViT": ({}, VIT, "ViT", True),
     "ViTMAE": ({"suffix": "ForPreTraining"}, VIT | DECODER, "ViT", True),
@@ -90,7 +90,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_open_encoder__any_family_gives_its_class_token_and_its_patches(family, folders):
+def test_open_encoder__returns_class_token_and_patches_of_every_family(family, folders):
     encoder, preprocess = open_encoder(folders(family))
     _, images = photographs(preprocess)
     tokens = encoder(images[0].pixel_values)
@@ -110,7 +110,7 @@ def test_open_encoder__any_family_gives_its_class_token_and_its_patches(family, 
     assert 0 <= pictures.min() < 0.2 < 0.8 < pictures.max() <= 1
 
 
-def test_open_encoder__a_stock_vit_mae_hides_nothing_and_answers_twice_the_same(folders):
+def test_open_encoder__a_stock_vit_mae_masks_nothing_and_is_deterministic(folders):
     encoder, preprocess = open_encoder(folders("ViTMAE"))
     assert type(encoder.model) is transformers.ViTModel
     batch = photographs(preprocess)[1][0].pixel_values
@@ -124,7 +124,7 @@ def test_open_encoder__a_stock_vit_mae_hides_nothing_and_answers_twice_the_same(
 
 
 @pytest.mark.parametrize("family", ["ViT", "Beit", "Dinov2", "ConvNext"])
-def test_preprocessor__makes_the_pixels_that_the_saved_processor_makes(family, folders):
+def test_preprocessor__returns_the_pixels_of_the_saved_processor(family, folders):
     _, preprocess = open_encoder(folders(family))
     processor = getattr(transformers, f"{FAMILIES[family][2]}ImageProcessorPil").from_pretrained(folders(family))
     for path in PHOTOGRAPHS[:3]:
@@ -134,7 +134,7 @@ def test_preprocessor__makes_the_pixels_that_the_saved_processor_makes(family, f
 
 
 @pytest.mark.parametrize(("variant", "channels"), [("mae", 3), ("mae", 1), ("simmim", 3), ("simmim+swin", 3)])
-def test_open_encoder__our_exports_and_whole_models_give_the_same_features(variant, channels, tmp_path):
+def test_open_encoder__exported_encoders_and_pretraining_models_have_the_same_features(variant, channels, tmp_path):
     head = tiny_model(variant) if channels == 3 else gray_head()
     export(head, tmp_path, method=variant.split("+")[0], recipe={})
     encoder, preprocess = open_encoder(str(tmp_path))
@@ -154,7 +154,7 @@ def gray_head():
     )
 
 
-def test_open_encoder__says_what_is_wrong(tmp_path, folders):
+def test_open_encoder__names_the_problem(tmp_path, folders):
     with pytest.raises(ValueError, match=r"is not a saved model: it has no config\.json"):
         open_encoder(str(tmp_path))
     with pytest.raises(ValueError, match="is neither a folder nor a Hub id"):
@@ -167,7 +167,7 @@ def test_open_encoder__says_what_is_wrong(tmp_path, folders):
         open_encoder(str(tmp_path))
 
 
-def test_open_encoder__refuses_weights_that_are_not_all_there(tmp_path, folders):
+def test_open_encoder__refuses_missing_weights(tmp_path, folders):
     model = transformers.ViTModel(transformers.ViTConfig(**VIT))
     state = {name: value for name, value in model.state_dict().items() if "layers.1." not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -176,7 +176,7 @@ def test_open_encoder__refuses_weights_that_are_not_all_there(tmp_path, folders)
         open_encoder(str(tmp_path))
 
 
-def test_encoder__leaves_training_states_and_random_numbers_alone(folders):
+def test_encoder__does_not_change_training_modes_or_random_states(folders):
     encoder, preprocess = open_encoder(folders("Beit"))
     encoder.model.train()
     frozen = encoder.model.encoder if hasattr(encoder.model, "encoder") else next(encoder.model.children())
@@ -191,7 +191,7 @@ def test_encoder__leaves_training_states_and_random_numbers_alone(folders):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_batches__leave_out_what_cannot_be_read_and_keep_the_order(tmp_path, folders):
+def test_batches__skip_unreadable_images_and_keep_the_order(tmp_path, folders):
     _, preprocess = open_encoder(folders("ViT"))
     for number, path in enumerate(PHOTOGRAPHS):
         data = path.read_bytes()
@@ -203,18 +203,18 @@ def test_batches__leave_out_what_cannot_be_read_and_keep_the_order(tmp_path, fol
     assert torch.equal(found[-1].pixel_values, preprocess([PHOTOGRAPHS[5]]))
 
 
-def test_small_pictures__are_averaged_from_large_ones():
+def test_thumbnails__average_the_pixels():
     batch = torch.arange(2 * 3 * 64 * 32, dtype=torch.float32).view(2, 3, 64, 32)
     assert thumbnails(batch).shape == (2, 3, 32, 16)
     assert torch.equal(thumbnails(batch)[:, :, 0, 0], batch[:, :, :2, :2].mean((2, 3)))
     assert torch.equal(thumbnails(batch[:, :, :20, :20]), batch[:, :, :20, :20])
 
 
-# ---- the features in a file ----
+# ---- embeddings ----
 
 
 @pytest.mark.parametrize("with_patches", [False, True])
-def test_write_embeddings__a_row_for_each_readable_image(with_patches, tmp_path, folders):
+def test_write_embeddings__writes_one_row_per_readable_image(with_patches, tmp_path, folders):
     encoder, preprocess = open_encoder(folders("ViT"))
     source, images = photographs(preprocess, size=4)
     file = tmp_path / "features.parquet"
@@ -231,7 +231,7 @@ def test_write_embeddings__a_row_for_each_readable_image(with_patches, tmp_path,
         np.testing.assert_allclose(np.stack(table["patches"].to_numpy()), tokens.patches.flatten(1), atol=1e-5)
 
 
-def test_write_embeddings__a_failure_leaves_the_old_file(tmp_path, folders):
+def test_write_embeddings__keeps_the_old_file_on_failure(tmp_path, folders):
     encoder, preprocess = open_encoder(folders("ViT"))
     source, images = photographs(preprocess)
     file = tmp_path / "features.parquet"
@@ -248,11 +248,11 @@ def test_write_embeddings__a_failure_leaves_the_old_file(tmp_path, folders):
     assert file.read_text() == "old"
 
 
-# ---- pictures ----
+# ---- feature maps ----
 
 
 @pytest.mark.parametrize("family", ["ViT", "Beit", "Dinov2WithRegisters", "Swin", "ConvNext"])
-def test_feature_maps__attention_where_there_is_a_class_token(family, folders):
+def test_feature_maps__include_attention_if_there_is_a_class_token(family, folders):
     encoder, preprocess = open_encoder(folders(family))
     batch = photographs(preprocess)[1][0].pixel_values
     attention = class_attention(encoder, batch)
@@ -266,7 +266,7 @@ def test_feature_maps__attention_where_there_is_a_class_token(family, folders):
     assert encoder.config._attn_implementation != "eager" or family == "ConvNext"
 
 
-def test_principal_colors__tell_two_kinds_of_patches_apart():
+def test_principal_colors__separate_two_kinds_of_patches():
     patches = torch.randn(2, 4, 4, 16, generator=torch.Generator().manual_seed(0)) * 0.1
     patches[:, :, 2:, 3] += 5
     colors = principal_colors(patches)

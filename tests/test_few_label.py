@@ -10,7 +10,7 @@ import pytest
 from benchmarks import few_label
 
 
-def test_run__a_finished_command_is_not_run_again_and_another_one_is_refused(tmp_path, monkeypatch):
+def test_run__skips_a_finished_command_and_refuses_another_one(tmp_path, monkeypatch):
     monkeypatch.setattr(few_label, "ROOT", tmp_path)
     script = "open('ran', 'a').write('x'); import os; os.makedirs('results/out'); open('results/out/README.md', 'w')"
     (tmp_path / "count.py").write_text(script)
@@ -26,7 +26,7 @@ def test_run__a_finished_command_is_not_run_again_and_another_one_is_refused(tmp
     assert (tmp_path / "ran").read_text() == "xx"
 
 
-def test_run__one_that_failed_is_told_and_run_again(tmp_path, monkeypatch):
+def test_run__reports_a_failed_command_and_runs_it_again(tmp_path, monkeypatch):
     monkeypatch.setattr(few_label, "ROOT", tmp_path)
     (tmp_path / "fail.py").write_text("raise SystemExit('no such data')")
     flags = ("--output_dir", str(tmp_path / "out"))
@@ -36,7 +36,7 @@ def test_run__one_that_failed_is_told_and_run_again(tmp_path, monkeypatch):
     assert few_label.run("fail.py", *flags) > 0
 
 
-def test_result_file__has_a_row_for_whatever_features_of_the_untrained_encoder_a_seed_took(tmp_path, monkeypatch):
+def test_result_file__has_one_row_for_the_untrained_encoder_whatever_its_kind_of_features(tmp_path, monkeypatch):
     options = SimpleNamespace(dataset="images", labels_per_class=20, grid=[(0.001, 0.75)])
     frozen = []
     for kind in ("class token", "mean of patches"):

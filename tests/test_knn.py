@@ -1,4 +1,4 @@
-"""Weighted kNN: votes as scikit-learn counts them, and k chosen without the test images."""
+"""Weighted kNN: the votes of scikit-learn, and selection of k on training images."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from evaluation.knn import Knn, fit_knn, neighbors
 
 
 @pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (20, 0.07), (200, 0.1)])
-def test_knn__predicts_what_scikit_learn_predicts(k, temperature):
+def test_knn__agrees_with_scikit_learn(k, temperature):
     (bank, labels), (queries, _) = fashion_pixels("train", 1000), fashion_pixels("test", 400)
     ours = Knn(torch.nn.functional.normalize(bank, dim=1), labels, 10, k, temperature, None)(queries)
     theirs = KNeighborsClassifier(k, metric="cosine", weights=lambda distance: np.exp((1 - distance) / temperature))
@@ -20,7 +20,7 @@ def test_knn__predicts_what_scikit_learn_predicts(k, temperature):
     assert (ours.argmax(1).numpy() == expected.argmax(1)).mean() >= 0.9975  # one tie may fall either way
 
 
-def test_neighbors__leave_the_query_itself_out():
+def test_neighbors__exclude_the_query_itself():
     bank = torch.nn.functional.normalize(fashion_pixels("train", 50)[0], dim=1)
     own = torch.arange(50)
     _, index = neighbors(bank, bank, 5, own)
@@ -28,7 +28,7 @@ def test_neighbors__leave_the_query_itself_out():
     assert torch.equal(neighbors(bank, bank, 1)[1][:, 0], own)
 
 
-def test_fit_knn__chooses_many_neighbors_where_labels_are_noisy_and_one_where_they_are_not():
+def test_fit_knn__selects_many_neighbors_for_noisy_labels_only():
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(4, 16, generator=generator)
     labels = torch.arange(400) % 4
@@ -43,7 +43,7 @@ def test_fit_knn__chooses_many_neighbors_where_labels_are_noisy_and_one_where_th
     assert (fitted(centers).argmax(1) == torch.arange(4)).all()
 
 
-def test_fit_knn__one_image_a_class_leaves_nothing_to_choose():
+def test_fit_knn__uses_the_defaults_for_one_image_per_class():
     fitted = fit_knn(torch.eye(3), torch.arange(3), 3, seed=0)
     assert (fitted.k, fitted.validation_accuracy) == (1, None)
     assert torch.equal(fitted(torch.eye(3)).argmax(1), torch.arange(3))

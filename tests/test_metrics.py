@@ -1,4 +1,4 @@
-"""Metrics against scikit-learn and by hand, the interval against resampling, and the confusion matrix's picture."""
+"""Classification metrics, the bootstrap interval, and the plot of the confusion matrix."""
 
 import numpy as np
 import pytest
@@ -10,17 +10,19 @@ from evaluation.confusion import draw_confusion_matrix
 from evaluation.metrics import (
     ClassificationMetric,
     accuracy,
+    balanced_accuracy,
     bootstrap_interval,
     calibration_error,
     classification_metrics,
     confusion_matrix,
+    macro_f1,
     predictions_of,
 )
 from evaluation.results import classification_results
 
 
 def scores(num_images: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that are right about half the time, of classes that differ in size."""
+    """Return logits that are correct about half the time, and labels of classes with different sizes."""
     numbers = np.random.default_rng(seed)
     labels = (numbers.beta(1, 2, num_images) * num_classes).astype(np.int64)
     logits = numbers.normal(size=(num_images, num_classes)).astype(np.float32)
@@ -29,7 +31,7 @@ def scores(num_images: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray
 
 
 @pytest.mark.parametrize(("num_images", "num_classes"), [(2000, 10), (300, 40), (500, 6), (12, 10)])
-def test_all__agree_with_scikit_learn(num_images, num_classes):
+def test_metrics__agree_with_scikit_learn(num_images, num_classes):
     logits, labels = scores(num_images, num_classes)
     predictions, confidences = predictions_of(logits)
     found = classification_metrics(logits, labels)
@@ -43,6 +45,12 @@ def test_all__agree_with_scikit_learn(num_images, num_classes):
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-12)
     np.testing.assert_allclose(confidences, torch.tensor(logits).double().softmax(1).max(1).values, rtol=1e-6)
+
+
+def test_metrics__of_classes_that_only_occur_or_are_only_predicted():
+    references, predictions = np.array([0, 0, 1, 3]), np.array([0, 2, 1, 1])
+    assert balanced_accuracy(predictions, references) == pytest.approx((1 / 2 + 1 + 0) / 3)
+    assert macro_f1(predictions, references) == pytest.approx((2 / 3 + 2 / 3 + 0 + 0) / 4)
 
 
 def test_calibration_error__is_the_weighted_gap_of_fifteen_bins():
@@ -68,11 +76,11 @@ def test_calibration_error__of_known_cases():
     assert error([1, 0], [0.9, 0.2]) == pytest.approx((0.1 + 0.2) / 2)
 
 
-def test_top5__is_left_out_where_it_could_not_be_wrong():
+def test_top5__is_omitted_if_it_could_not_be_wrong():
     assert "top5_accuracy" not in classification_metrics(*scores(50, 5))
 
 
-def test_metrics__are_evaluate_s_own_kind_and_work_batch_by_batch_without_network():
+def test_metrics__are_evaluate_metrics_that_accept_batches():
     logits, labels = scores(100, 10)
     metric = ClassificationMetric(accuracy)
     for start in range(0, 100, 30):
@@ -87,7 +95,7 @@ def test_metrics__large_logits_do_not_overflow():
     assert found["calibration_error"] == 0
 
 
-def test_metrics__leave_the_random_states_alone():
+def test_metrics__do_not_change_random_states():
     before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     logits, labels = scores(50, 7)
     classification_metrics(logits, labels)
@@ -96,7 +104,7 @@ def test_metrics__leave_the_random_states_alone():
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
-def test_metrics__mistakes_are_told():
+def test_metrics__refuse_wrong_lengths_and_non_finite_logits():
     logits, labels = scores(20, 7)
     with pytest.raises(ValueError, match="20 rows of logits and 19 labels"):
         classification_metrics(logits, labels[1:])
@@ -106,7 +114,7 @@ def test_metrics__mistakes_are_told():
 
 
 @pytest.mark.parametrize(("share", "num_images"), [(0.8, 1000), (0.3, 50)])
-def test_interval__is_that_of_resampled_images(share, num_images):
+def test_interval__agrees_with_resampling_images(share, num_images):
     correct = np.arange(num_images) < share * num_images
     low, high = bootstrap_interval(correct, seed=0)
     numbers = np.random.default_rng(0)
@@ -118,7 +126,7 @@ def test_interval__is_that_of_resampled_images(share, num_images):
     assert low < narrow[0] < narrow[1] < high
 
 
-def test_interval__of_nothing_is_refused():
+def test_interval__refuses_an_empty_array():
     with pytest.raises(ValueError, match="no images to resample"):
         bootstrap_interval(np.array([]), seed=0)
 
@@ -130,7 +138,7 @@ def test_confusion_matrix__agrees_with_scikit_learn():
 
 
 @pytest.mark.parametrize("num_classes", [2, 10, 40, 200])
-def test_picture__is_drawn_for_any_number_of_classes(num_classes, tmp_path):
+def test_plot__is_drawn_for_any_number_of_classes(num_classes, tmp_path):
     logits, labels = scores(1000, num_classes)
     matrix = confusion_matrix(labels, logits.argmax(1), num_classes)
     names = [f"class {index} with a name that is far too long to show" for index in range(num_classes)]
@@ -143,7 +151,7 @@ def test_picture__is_drawn_for_any_number_of_classes(num_classes, tmp_path):
         draw_confusion_matrix(matrix, names[1:], tmp_path / "confusion.png")
 
 
-def test_results__have_an_interval_for_shares_of_right_images_and_the_number_of_images():
+def test_results__have_the_number_of_images_and_an_interval_for_accuracies():
     logits = np.random.default_rng(0).normal(size=(200, 8))
     labels = logits.argmax(axis=1)
     labels[:50] = (labels[:50] + 1) % 8

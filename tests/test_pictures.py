@@ -215,14 +215,14 @@ LONG_HISTORY = [{"loss": 1 / step, "learning_rate": 1e-4, "step": step} for step
         [{"eval_loss": 0.9, "step": 5}],
         [*LONG_HISTORY, {"eval_loss": 0.5, "step": 199}, {"train_loss": 0.6, "step": 199}],
     ],
-    ids=["one-training-point", "one-held-out-point", "long"],
+    ids=["one-training-point", "one-validation-point", "long"],
 )
-def test_training_curve__is_a_picture_with_ink(history, tmp_path):
+def test_training_curve__draws_the_losses(history, tmp_path):
     training_curve(history, tmp_path / "loss.png")
     with Image.open(tmp_path / "loss.png") as picture:
         assert picture.size == (1200, 675)
         pixels = np.asarray(picture.convert("RGB")).astype(int)
-    colorful = pixels.max(axis=2) - pixels.min(axis=2) > 60  # axes and text are gray; the loss is not
+    colorful = pixels.max(axis=2) - pixels.min(axis=2) > 60  # only the loss has a color; axes and text are gray
     assert colorful.sum() > 50
 
 

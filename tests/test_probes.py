@@ -1,4 +1,4 @@
-"""Probes on frozen features: the solver against scikit-learn, what is chosen on what, and what each can see."""
+"""Probes on frozen features: agreement with scikit-learn, selection of hyperparameters, and feature quality."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def accuracy(model, features: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("c", [1e-3, 1e-2])
-def test_logistic__is_scikit_learns_to_five_digits(c):
+def test_logistic__agrees_with_scikit_learn_to_five_digits(c):
     features, labels = fashion_pixels("train", 1000)
     features = features.double()
     mean, scale = _statistics(features)
@@ -41,7 +41,7 @@ def test_logistic__is_scikit_learns_to_five_digits(c):
     np.testing.assert_allclose(((features - mean) * scale)[:, is_used], standardized[:, is_used], rtol=1e-2, atol=1e-3)
 
 
-def test_logistic__in_single_precision_predicts_what_scikit_learn_does():
+def test_logistic__in_single_precision_has_the_predictions_of_scikit_learn():
     (train, labels), (test, truth) = fashion_pixels("train", 2000), fashion_pixels("test", 1000)
     ours = fit_logistic_at(train, labels, 10, 1e-2)
     mean, scale = _statistics(train)
@@ -60,7 +60,7 @@ def test_linear__reaches_the_accuracy_of_the_unregularized_optimum():
     assert accuracy(fit_linear(features, labels, 10, seed=0), queries, truth) == pytest.approx(expected, abs=0.015)
 
 
-def test_sgd__trains_the_learning_rates_side_by_side_as_it_would_one_alone():
+def test_sgd__trains_learning_rates_in_parallel_like_each_one_alone():
     features, labels = fashion_pixels("train", 300)
     together = train_by_sgd(features, labels, 10, [1e-3, 1e-1], seed=3)
     alone = train_by_sgd(features, labels, 10, [1e-1], seed=3)
@@ -69,7 +69,7 @@ def test_sgd__trains_the_learning_rates_side_by_side_as_it_would_one_alone():
 
 
 @pytest.mark.parametrize("fit", [fit_linear, fit_logistic])
-def test_probes__do_not_care_how_channels_are_scaled(fit):
+def test_probes__are_invariant_to_the_scale_of_channels(fit):
     (train, labels), (test, truth) = fashion_pixels("train", 300), fashion_pixels("test", 300)
     used = train.std(0) > 0.05
     train, test = train[:, used], test[:, used]
@@ -81,7 +81,7 @@ def test_probes__do_not_care_how_channels_are_scaled(fit):
 
 
 @pytest.mark.parametrize("fit", [fit_linear, fit_logistic])
-def test_probes__one_image_a_class_and_a_rate_that_diverges(fit):
+def test_probes__handle_one_image_per_class_and_divergence(fit):
     features, labels = fashion_pixels("train", 200)
     first = torch.stack([(labels == label).nonzero()[0, 0] for label in range(10)])
     few = fit(features[first], labels[first], 10, seed=0)
@@ -91,28 +91,28 @@ def test_probes__one_image_a_class_and_a_rate_that_diverges(fit):
     assert torch.isfinite(huge(features)).all()
 
 
-def test_folds__cover_each_image_once_and_keep_every_class_to_fit_on():
+def test_folds__validate_each_image_once_and_keep_every_class_for_training():
     labels = torch.tensor([0] * 10 + [1] * 3 + [2])
     folds = validation_folds(labels, seed=0)
-    judged = torch.cat([judged_on for _, judged_on in folds])
-    assert sorted(judged.tolist()) == list(range(13))  # the only image of class 2 is never judged
-    for fitted_on, judged_on in folds:
-        assert set(labels[fitted_on].tolist()) == {0, 1, 2}
-        assert not set(fitted_on.tolist()) & set(judged_on.tolist())
+    validated = torch.cat([validation for _, validation in folds])
+    assert sorted(validated.tolist()) == list(range(13))  # the only image of class 2 is never validated
+    for train, validation in folds:
+        assert set(labels[train].tolist()) == {0, 1, 2}
+        assert not set(train.tolist()) & set(validation.tolist())
     assert validation_folds(torch.arange(4), seed=0) == []
     assert len(validation_folds(torch.arange(2500) % 5, seed=0)) == 1
 
 
-def test_attentive__finds_the_one_patch_that_tells_and_the_mean_does_not():
+def test_attentive__finds_the_only_informative_patch():
     generator = torch.Generator().manual_seed(0)
     num_images, num_patches, width = 600, 16, 64
     patches = torch.randn(num_images, num_patches, width, generator=generator)
     labels = torch.arange(num_images) % 3
-    place = torch.randint(num_patches, (num_images,), generator=generator)
-    told = torch.zeros(num_images, width)
-    told[:, 0] = 12.0  # says: look here
-    told[torch.arange(num_images), 1 + labels] = 6.0
-    patches[torch.arange(num_images), place] += told
+    position = torch.randint(num_patches, (num_images,), generator=generator)
+    signal = torch.zeros(num_images, width)
+    signal[:, 0] = 12.0  # marks the informative patch
+    signal[torch.arange(num_images), 1 + labels] = 6.0
+    patches[torch.arange(num_images), position] += signal
     train, test = slice(0, 450), slice(450, None)
     probe = fit_attentive(patches[train].half(), labels[train], 3, seed=0)
     from_mean = fit_logistic(patches[train].mean(1), labels[train], 3, seed=0)
@@ -121,10 +121,10 @@ def test_attentive__finds_the_one_patch_that_tells_and_the_mean_does_not():
     assert attentive > accuracy(from_mean, patches[test].mean(1), labels[test]) + 0.1
     attention = probe.pooling.attention(patches[test])
     torch.testing.assert_close(attention.sum(2), torch.ones_like(attention.sum(2)))
-    assert (attention[:, 0].argmax(1) == place[test]).double().mean() > 0.9
+    assert (attention[:, 0].argmax(1) == position[test]).double().mean() > 0.9
 
 
-def test_probes__leave_the_global_random_state_alone():
+def test_probes__do_not_change_the_global_random_state():
     features, labels = fashion_pixels("train", 100)
     before = torch.get_rng_state()
     fit_linear(features, labels, 10, seed=0)
@@ -140,7 +140,7 @@ def test_rankme__counts_directions():
     assert rankme(orthogonal[:, :1] @ torch.ones(1, 8)) == pytest.approx(1, rel=1e-3)
 
 
-def test_feature_deviation__is_zero_when_collapsed_and_one_when_spread():
+def test_feature_std__is_zero_if_collapsed_and_one_if_spread():
     spread = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
     assert feature_std(spread) == pytest.approx(1, abs=0.02)
     assert feature_std(torch.ones(10, 32)) == pytest.approx(0, abs=1e-6)

@@ -1,4 +1,4 @@
-"""`run_evaluation.py` as a user types it: what it writes, what it says, and what it refuses."""
+"""The command `run_evaluation.py`: its files, messages and errors."""
 
 import json
 import re
@@ -73,10 +73,10 @@ def finished(encoder, labeled, tmp_path_factory) -> Path:
     return folder
 
 
-# ---- what it writes ----
+# ---- files ----
 
 
-def test_evaluation__writes_the_layout(finished):
+def test_evaluation__writes_all_files(finished):
     assert {path.name for path in finished.iterdir()} == {
         *("metrics.json", "report.html", "feature_maps.png", "labels.txt")
     }
@@ -84,7 +84,7 @@ def test_evaluation__writes_the_layout(finished):
     assert sorted(line.split("\t")[1] for line in lines) == sorted(NAMES * 6)
 
 
-def test_evaluation__metrics_hold_every_row_with_its_interval(finished):
+def test_evaluation__metrics_contain_every_row_with_its_interval(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     rows = [row for row in metrics["results"] if row["metric"] == "accuracy"]
     own = [row["name"] for row in rows if not row["reference"]]
@@ -105,7 +105,7 @@ def test_evaluation__metrics_hold_every_row_with_its_interval(finished):
     assert "feature std, class token" in names
 
 
-def test_evaluation__the_report_stands_alone_and_shows_the_rows(finished):
+def test_evaluation__the_report_is_self_contained_and_shows_the_rows(finished):
     page = (finished / "report.html").read_text()
     assert not re.search(r"""(src|href)=["'](?!data:)""", page)
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)
@@ -120,11 +120,11 @@ def test_evaluation__the_report_stands_alone_and_shows_the_rows(finished):
         "--labels_per_class 6",
     ):
         assert text in page
-    assert str(finished) not in page  # the user's folders are nobody's business
+    assert str(finished) not in page  # no folders of the user
     assert "{{" not in page
 
 
-def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labeled):
+def test_evaluation__knn_is_that_of_the_features(finished, encoder, labeled):
     metrics = json.loads((finished / "metrics.json").read_text())
     row = next(row for row in metrics["results"] if row["name"] == "kNN, mean of patches")
     opened, preprocess = run_evaluation.open_encoder(encoder)
@@ -143,8 +143,8 @@ def test_evaluation__its_knn_is_that_of_the_features(finished, encoder, labeled)
     assert row["value"] == pytest.approx((knn(parts["test"][0]).argmax(1) == parts["test"][1]).double().mean().item())
 
 
-def test_evaluation__the_test_labels_decide_nothing_but_the_score(encoder, labeled, finished, tmp_path):
-    """With the test labels turned round, all that was chosen is the same, and the scores are not."""
+def test_evaluation__selects_nothing_on_the_test_labels(encoder, labeled, finished, tmp_path):
+    """With permuted test labels, all selections are the same, but the scores differ."""
     turned = tmp_path / "clothes"
     (turned / "test").mkdir(parents=True)
     (turned / "train").symlink_to(labeled / "train")
@@ -163,7 +163,7 @@ def test_evaluation__the_test_labels_decide_nothing_but_the_score(encoder, label
     assert np.mean([turned for turned, _ in scores]) < np.mean([right for _, right in scores])
 
 
-def test_evaluation__without_a_test_part_a_share_is_held_out_and_said(encoder, labeled, tmp_path, capsys):
+def test_evaluation__holds_out_a_part_if_there_is_no_test_split(encoder, labeled, tmp_path, capsys):
     arguments = ("--probes", "knn", "--output_dir", tmp_path)
     assert evaluate("--model", encoder, "--dataset", labeled / "train", *arguments) == 0
     assert "note: tested on 20% of each class" in capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_evaluation__a_swin_has_no_class_token(labeled, tmp_path):
     assert all(row["accuracy_where_chosen"] is None for row in metrics["results"] if row["metric"] == "accuracy")
 
 
-def test_embed__features_of_images_without_labels(encoder, tmp_path, capsys):
+def test_embed__writes_features_of_unlabeled_images(encoder, tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
     source = ROOT / "data" / "samples" / "photographs" / "train"
@@ -197,10 +197,10 @@ def test_embed__features_of_images_without_labels(encoder, tmp_path, capsys):
     assert {"class_token", "mean", "patches"} < set(table.column_names)
 
 
-# ---- what it refuses ----
+# ---- errors ----
 
 
-def test_evaluation__says_what_is_wrong(encoder, labeled, tmp_path, capsys):
+def test_evaluation__names_the_problem(encoder, labeled, tmp_path, capsys):
     assert "--model" in refusal(capsys, "--dataset", labeled)
     assert "did you mean --labels_per_class" in refusal(
         capsys, "--model", encoder, "--dataset", labeled, "--label_per_class", 3
@@ -239,14 +239,14 @@ def test_help__fits_in_100_columns_and_exits(flag, capsys):
     assert "--help_all" not in text
 
 
-def test_evaluation__other_programs_results_are_not_overwritten(encoder, labeled, tmp_path, capsys):
+def test_evaluation__does_not_overwrite_results_of_other_programs(encoder, labeled, tmp_path, capsys):
     (tmp_path / "metrics.json").write_text('{"results": []}')
     message = refusal(capsys, "--model", encoder, "--dataset", labeled, "--output_dir", tmp_path)
     assert "is not overwritten" in message
     assert (tmp_path / "metrics.json").read_text() == '{"results": []}'
 
 
-# ---- the report's own arithmetic ----
+# ---- calculations of the report ----
 
 
 def row_of(correct: np.ndarray, source: str = "trained", **changes) -> Row:
@@ -261,7 +261,7 @@ def row_of(correct: np.ndarray, source: str = "trained", **changes) -> Row:
     return Row(**settings, correct=correct, predictions=predictions, interval=(0.4, 0.6), balanced_accuracy=0.5)
 
 
-def test_difference__is_paired_and_so_sees_more_than_two_intervals():
+def test_difference__is_paired():
     better = np.arange(1000) < 700
     slightly = np.arange(1000) < 680  # wrong on 20 more of the same images
     gain, (low, high) = difference(row_of(better), row_of(slightly))
@@ -274,7 +274,7 @@ def test_difference__is_paired_and_so_sees_more_than_two_intervals():
     assert same[0].startswith("Not significantly different from the untrained encoder")
 
 
-def test_by_class__the_weakest_first_with_what_it_is_taken_for():
+def test_accuracy_by_class__lists_the_lowest_first_with_the_confused_class():
     labels = fashion_pixels("test", 300)[1].numpy()
     predictions = labels.copy()
     shirts = np.flatnonzero(labels == 6)
