@@ -66,7 +66,7 @@ def open_preprocessor(name: str, num_channels: int) -> Preprocessor:
         settings, _ = BaseImageProcessor.get_image_processor_dict(name)
     except OSError:
         raise ValueError(
-            f"model {name!r} has no preprocessor_config.json, which defines how images are resized and standardized; "
+            f"`model` {name} has no preprocessor_config.json, which defines how images are resized and standardized; "
             "save its image processor in the same folder, or use the output folder of a finished run"
         ) from None
     kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "ViTImageProcessor"
@@ -74,7 +74,7 @@ def open_preprocessor(name: str, num_channels: int) -> Preprocessor:
     processor = getattr(transformers, f"{kind}Pil", None)
     if processor is None:
         raise ValueError(
-            f"model {name!r} needs the image processor {kind}, which has no Pillow version in transformers"
+            f"`model` {name} needs the image processor {kind}, which has no Pillow version in transformers"
         )
     return Preprocessor(processor.from_dict(settings), num_channels)
 
