@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from transformers import AutoModelForPreTraining, TrainingArguments, set_seed
+from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
 
 from commands.artifacts import Artifacts
-from commands.hub_settings import bring_back, build_hub_push, open_repository
+from commands.job import Job, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
 from commands.memory import Footprint, measure_footprint
-from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run, logging_into, prepare_output_dir
+from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run
 from commands.parsing import make_parser
 from commands.pretraining_plan import PretrainingPlan, make_pretraining_plan
 from commands.pretraining_settings import PretrainingSettings, default_output_dir, load_pretraining_settings
@@ -35,7 +35,7 @@ from evaluation.panels import panel_drawer
 from evaluation.pictures import panel_indices
 from hub.export.native import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
-from hub.init_weights import read_weights
+from hub.init_weights import Weights, read_weights
 from modeling import CONFIGS, MODELS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import show_panels, show_progress
@@ -50,11 +50,10 @@ QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.y
 
 def main(argv: list[str]) -> None:
     settings = load_pretraining_settings(argv, CONFIGS, starting_point)
-    state, log = join(settings.use_cpu)
-    repository = open_repository(settings)
+    state, _ = join(settings.use_cpu)
     grid = patch_grid(settings.image_size, settings.patch_size)
     targets = open_targets(settings, MODELS[settings.method], grid)
-    parts = first_on_main(
+    splits = first_on_main(
         state,
         lambda: open_pretraining_splits(
             settings.dataset,
@@ -63,87 +62,72 @@ def main(argv: list[str]) -> None:
             seed=settings.seed,
         ),
     )
-    config = model_config(settings, parts, targets)
+    config = model_config(settings, splits, targets)
     collator = build_collator(settings, config)
-    blank = without_weights(config)
-    numbers = (len(parts.train), len(parts.validation), model_footprint(settings, config, collator))
-    plan = make_pretraining_plan(settings, find_hardware(state), *numbers, parts.describe())
-    output_dir = plan.output_dir
-    log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
-    if parts.bad:
-        log(f"note: {len(parts.bad)} unreadable images are left out:\n  " + parts.bad.describe("\n  "))
-    if problem := native_root_problem(blank):
-        log(f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
-    weights = initial_weights(settings, blank, log)
-    online_evaluation = open_evaluation(settings, state)
-    if settings.dry_run:
-        return
-
-    def prepare() -> Path | None:
-        if repository is not None:
-            bring_back(repository, settings, output_dir, WRITTEN_LAST, log)
-        return prepare_output_dir(output_dir, settings, parts.bad, log, WRITTEN_LAST)
-
-    checkpoint = first_on_main(state, prepare)
-    with logging_into(output_dir):
-        trainer = build_trainer(settings, plan, config, collator, parts, targets)
-    trainer.model.load_state_dict(weights, strict=False)
-    if weights and all(name.startswith("encoder.") for name in weights):
-        model: Any = trainer.model
-        model.after_loading_encoder()
-    artifacts, hub_push = Artifacts(trainer, settings, parts, argv), None
-    if repository is not None:
-        hub_push = build_hub_push(repository, artifacts, settings, log)
-        trainer.add_callback(hub_push)
-    if online_evaluation is not None:
-        log(f"online evaluation: {online_evaluation.describe()}")
-        every = int(plan.training_arguments()["eval_steps"])
-        trainer.add_callback(EvaluateOnline(trainer, every, online_evaluation, summarize))
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    artifacts.finish()
-    log(
-        f"{output_dir}: {'' if problem else 'encoder for AutoModel.from_pretrained, '}whole model in {PRETRAINING}/, "
-        f"pictures in {PANELS}/, card in README.md"
+    plan = make_pretraining_plan(
+        settings,
+        find_hardware(state),
+        len(splits.train),
+        len(splits.validation),
+        model_footprint(settings, config, collator),
+        splits.describe(),
     )
-    if hasattr(trainer, "end"):  # absent in transformers 5.17
-        trainer.end()
-    if hub_push is not None and state.is_main_process:
-        hub_push.finish()
+    blank = without_weights(config)
+    weights = initial_weights(settings, blank)
+    evaluation = open_evaluation(settings, state)
+    lines = [f"note: {note}" for note in weights.notes]
+    if problem := native_root_problem(blank):
+        lines.insert(0, f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
+    callbacks: list[Callable[[MimTrainer], TrainerCallback]] = []
+    if evaluation is not None:
+        lines.append(f"online evaluation: {evaluation.describe()}")
+        every = int(plan.training_arguments()["eval_steps"])
+        callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, summarize))
+    artifacts = Artifacts(settings, splits, argv)
+    train(
+        Job(
+            plan=plan,
+            bad=splits.bad,
+            lines=lines,
+            written_last=WRITTEN_LAST,
+            build_trainer=lambda checkpoint: build_trainer(
+                settings, plan, config, collator, splits, targets, weights.state
+            ),
+            callbacks=callbacks,
+            stage=artifacts.stage,
+            finish=artifacts.finish,
+        )
+    )
 
 
-# ---- what it begins from ----
+# ---- the model that the run starts from ----
 
 
 def starting_point(chosen: Mapping[str, Any]) -> StartingModel:
-    """What `--init_from` names; an interrupted run's own checkpoint tells as much, and the rest may be gone by now."""
+    """Open what --init_from names, or the checkpoint of an interrupted run, which has the same sizes."""
     names = (chosen["model"], chosen["method"], chosen["dataset"])
     checkpoint = interrupted_run(Path(chosen.get("output_dir") or default_output_dir(*names)), chosen)
     name = str(checkpoint or chosen["init_from"])
     return open_starting_model(name, chosen["method"], sizes_only=checkpoint is not None)
 
 
-def initial_weights(
-    settings: PretrainingSettings, head: MimPreTrainedModel, log: Callable[[str], None]
-) -> Mapping[str, torch.Tensor]:
-    """Of the model that the run begins from, by the names of `head`; nothing from scratch or for a continued run.
+def initial_weights(settings: PretrainingSettings, model: MimPreTrainedModel) -> Weights:
+    """Return the initial weights under the parameter names of `model`; empty from scratch or for a continued run.
 
     Raises:
-        ValueError: they cannot be read, or would not do.
+        ValueError: If they cannot be read, or do not fit.
     """
     start = settings.start
     if not isinstance(start, StartingModel) or start.sizes_only:
-        return {}
-    weights = read_weights(start, head, settings.repair_positions)
-    for note in weights.notes:
-        log(f"note: {note}")
-    return weights.state
+        return Weights({}, [])
+    return read_weights(start, model, settings.repair_positions)
 
 
 # ---- images ----
 
 
 def open_evaluation(settings: PretrainingSettings, state: PartialState) -> OnlineEvaluation | None:
-    """What `--eval_dataset` names, in the first process, which does the looking; a mistake is told to all."""
+    """Open what --eval_dataset names on the main process, which evaluates; errors are raised on all processes."""
     opened: list[OnlineEvaluation] = []
     if (dataset := settings.eval_dataset) is not None:
         wanted = (settings.image_size, settings.num_channels, settings.seed, settings.eval_label_column)
@@ -152,7 +136,9 @@ def open_evaluation(settings: PretrainingSettings, state: PartialState) -> Onlin
     return opened[0] if opened else None
 
 
-def model_config(settings: PretrainingSettings, parts: PretrainingSplits, targets: Targets | None = None) -> MimConfig:
+def model_config(
+    settings: PretrainingSettings, splits: PretrainingSplits, targets: Targets | None = None
+) -> MimConfig:
     """Return the method's config: the encoder's sizes, the method's settings, and how pixels are standardized."""
     derived: dict[str, Any] = dict(targets.config_settings) if targets is not None else {}
     for name, value in derived.items():
@@ -162,7 +148,7 @@ def model_config(settings: PretrainingSettings, parts: PretrainingSplits, target
         derived |= settings.start.image_stats
     if settings.image_stats == "auto":
         transform = single_view(CenterCrop(settings.image_size), settings.num_channels)
-        images = ImageDataset(parts.train, transform, seed=settings.seed)
+        images = ImageDataset(splits.train, transform, seed=settings.seed)
         derived |= zip(("image_mean", "image_std"), measure_image_stats(images), strict=True)
     return CONFIGS[settings.method](
         encoder_config=settings.encoder_settings(), **{**settings.method_settings, **derived}
@@ -225,8 +211,9 @@ def build_trainer(
     plan: PretrainingPlan,
     config: MimConfig,
     collator: MaskingCollator,
-    parts: PretrainingSplits,
-    targets: Targets | None = None,
+    splits: PretrainingSplits,
+    targets: Targets | None,
+    weights: Mapping[str, torch.Tensor],
 ) -> MimTrainer:
     """Create the data sets, the model, the trainer and its callbacks."""
     output_dir = plan.output_dir
@@ -234,7 +221,11 @@ def build_trainer(
     if targets is not None:
         targets = targets.to(arguments.device)
     set_seed(settings.seed)
-    model = AutoModelForPreTraining.from_config(config)
+    model: Any = AutoModelForPreTraining.from_config(config)
+    if weights:
+        model.load_state_dict(weights, strict=False)
+        if all(name.startswith("encoder.") for name in weights):  # else a teacher is among them
+            model.after_loading_encoder()
 
     def dataset(samples: Samples, transform: Transform, train: bool = False) -> ImageDataset:
         return ImageDataset(
@@ -246,7 +237,7 @@ def build_trainer(
             bad_images_file=output_dir / BAD_IMAGES_FILE,
         )
 
-    samples: Samples = parts.train
+    samples: Samples = splits.train
     fixed = transform_of(settings, config, targets, train=False)
     train_transform = fixed if settings.cache_tokens else transform_of(settings, config, targets, train=True)
     central = dataset(samples, fixed)
@@ -255,7 +246,7 @@ def build_trainer(
         file = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
         samples = SamplesWithTargets(samples, targets.output, np.load(file, mmap_mode="r"))  # shared by the workers
         train_transform = transform_of(settings, config, None, train=False)
-    validation = dataset(parts.validation, fixed) if len(parts.validation) else None
+    validation = dataset(splits.validation, fixed) if len(splits.validation) else None
     trainer = MimTrainer(
         model=model,
         args=arguments,
@@ -266,7 +257,7 @@ def build_trainer(
         lr_drop_step=plan.lr_drop_step,
         layer_decay=settings.layer_decay,
     )
-    show_progress(trainer, output_dir / BAD_IMAGES_FILE, parts.bad, settings.max_bad_fraction, QUICKSTART)
+    show_progress(trainer, output_dir / BAD_IMAGES_FILE, splits.bad, settings.max_bad_fraction, QUICKSTART)
     if problem := model.panel_problem(targets):
         printer(PartialState())(f"note: there are no reconstruction panels: {problem}")
         return trainer

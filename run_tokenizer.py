@@ -19,10 +19,10 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments, set_seed
 
-from commands.hub_settings import open_repository
+from commands.job import Job, train
 from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import Footprint, measure_footprint
-from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, logging_into, prepare_output_dir
+from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS
 from commands.parsing import make_parser
 from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
 from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
@@ -37,20 +37,18 @@ from hub.redaction import shorten_command
 from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
-from training.hub_push import HubPush
 from training.trainer import MimTrainer
 
 QUICKSTART = "accelerate launch run_tokenizer.py --config recipes/dvae_nano_sample.yaml"
 CODEBOOK_FILE = "codebook.json"
-# Of held-out images that the use of the codebook is counted on at the end; fewer leave rare codes unseen.
+# Tokens of validation images on which the use of the codebook is counted; with fewer, rare codes do not occur.
 MIN_TOKENS = 50_000
 _WRITTEN_LAST = "config.json"
 
 
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
-    state, log = join(settings.use_cpu)
-    repository = open_repository(settings)
+    state, _ = join(settings.use_cpu)
     config = DvaeConfig(**settings.config_settings())
     images = first_on_main(
         state,
@@ -69,27 +67,15 @@ def main(argv: list[str]) -> None:
         *measure_model(config),
         data=images.describe(),
     )
-    output_dir = plan.output_dir
-    log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
-    if images.bad:
-        log(f"note: {len(images.bad)} unreadable images are left out:\n  " + images.bad.describe("\n  "))
-    if settings.dry_run:
-        return
-
-    checkpoint = first_on_main(state, lambda: prepare_output_dir(output_dir, settings, images.bad, log, _WRITTEN_LAST))
-    with logging_into(output_dir):
-        trainer = build_trainer(settings, plan, config, images, is_new=checkpoint is None)
-    hub_push = None
-    if repository is not None:
-        hub_push = HubPush(repository, output_dir, lambda folder, name: None, log, at_saves=False)
-        trainer.add_callback(hub_push)
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    finish(trainer, settings, images, output_dir, argv)
-    log(f"{output_dir}: image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}")
-    if hasattr(trainer, "end"):  # absent in transformers 5.17
-        trainer.end()
-    if hub_push is not None and state.is_main_process:
-        hub_push.finish()
+    train(
+        Job(
+            plan=plan,
+            bad=images.bad,
+            written_last=_WRITTEN_LAST,
+            build_trainer=partial(build_trainer, settings, plan, config, images),
+            finish=partial(finish, settings, images, argv),
+        )
+    )
 
 
 def measure_model(config: DvaeConfig) -> tuple[Footprint, tuple[int, int]]:
@@ -105,15 +91,19 @@ def measure_model(config: DvaeConfig) -> tuple[Footprint, tuple[int, int]]:
 
 
 def build_trainer(
-    settings: TokenizerSettings, plan: TokenizerPlan, config: DvaeConfig, images: PretrainingSplits, is_new: bool
+    settings: TokenizerSettings,
+    plan: TokenizerPlan,
+    config: DvaeConfig,
+    images: PretrainingSplits,
+    checkpoint: Path | None,
 ) -> MimTrainer:
-    """Everything of the run as objects: data, tokenizer, trainer and what a person sees."""
+    """Create the data sets, the tokenizer, the trainer and its callbacks."""
     output_dir = plan.output_dir
     arguments = TrainingArguments(**plan.training_arguments())
     set_seed(settings.seed)
     tokenizer = DvaeModel(config)
     train = image_crops(settings, images.train, crop_of(settings), plan, train=True)
-    if is_new and settings.start_from_images:
+    if checkpoint is None and settings.start_from_images:
         some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
         generator = seeded_generator(settings.seed, "codebook_start")
         start_from_images(tokenizer, map_pixels(torch.stack(list(some))), generator)
@@ -157,22 +147,21 @@ def image_crops(
 # ---- the end ----
 
 
-def finish(
-    trainer: MimTrainer, settings: TokenizerSettings, images: PretrainingSplits, output_dir: Path, argv: list[str]
-) -> None:
-    """Check the weights, count the codes in use, and write the averaged tokenizer with its card."""
-    trainer.stop_if_not_finite()
+def finish(settings: TokenizerSettings, images: PretrainingSplits, argv: list[str], trainer: MimTrainer) -> str:
+    """Count the codes in use, and write the averaged tokenizer with its card; returns a description."""
+    output_dir = trainer.output_dir
     trainer.evaluate_at_the_end()
     if trainer.is_world_process_zero():
         with trainer.averaged():
             facts = codebook_facts(trainer, settings, images)
             write_tokenizer(trainer, settings, facts, output_dir, argv)
     trainer.accelerator.wait_for_everyone()
+    return f"image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}"
 
 
 @torch.no_grad()
 def codebook_facts(trainer: MimTrainer, settings: TokenizerSettings, images: PretrainingSplits) -> dict[str, Any]:
-    """The use of the codebook on random crops of the held-out images, as many as `MIN_TOKENS` takes; logged."""
+    """Log and return the use of the codebook on `MIN_TOKENS` or more tokens of random crops of validation images."""
     if not len(images.validation):
         return {}
     tokenizer: Any = trainer.model.eval()

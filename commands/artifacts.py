@@ -14,7 +14,7 @@ from data.splits import PretrainingSplits
 from evaluation.online_history import results_at
 from evaluation.pictures import training_curve
 from hub.checkpoints import stage_checkpoint
-from hub.export.native import export, native_root_problem
+from hub.export.native import PRETRAINING, export, native_root_problem
 from hub.model_card import write_model_card
 from hub.redaction import shorten_values
 from training.trainer import MimTrainer
@@ -28,39 +28,40 @@ class Artifacts:
         argv: Command line without the name of the command.
     """
 
-    trainer: MimTrainer
     settings: PretrainingSettings
-    parts: PretrainingSplits
+    splits: PretrainingSplits
     argv: list[str]
 
-    def finish(self) -> None:
-        """Check the weights, evaluate them unless the last evaluation did, and write everything."""
-        trainer = self.trainer
-        trainer.stop_if_not_finite()
+    def finish(self, trainer: MimTrainer) -> str:
+        """Evaluate the weights unless the last evaluation did, and write everything; returns a description."""
         trainer.evaluate_at_the_end()
         trainer.save_state()
         if trainer.is_world_process_zero():
-            self.write(trainer.output_dir)
+            self.write(trainer, trainer.output_dir)
         trainer.accelerator.wait_for_everyone()
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        encoder = "" if native_root_problem(model) else "encoder for AutoModel.from_pretrained, "
+        return f"{encoder}whole model in {PRETRAINING}/, images in {PANELS}/, card in README.md"
 
-    def stage(self, folder: Path, checkpoint_name: str | None) -> None:
+    def stage(self, trainer: MimTrainer, folder: Path, checkpoint_name: str | None) -> None:
         """Write an upload during training: the output, and the training state if it has a name on the Hub."""
-        step, last = self.trainer.state.global_step, self.trainer.state.max_steps
-        self.write(folder, f"Training continues: this is step {step:,} of {last:,}." if step < last else None)
+        step, last = trainer.state.global_step, trainer.state.max_steps
+        self.write(trainer, folder, f"Training continues: this is step {step:,} of {last:,}." if step < last else None)
         if checkpoint_name is not None:
-            output_dir = self.trainer.output_dir
+            output_dir = trainer.output_dir
             stage_checkpoint(output_dir / f"checkpoint-{step}", output_dir / SETTINGS_FILE, folder / checkpoint_name)
 
-    def write(self, folder: Path, unfinished: str | None = None) -> None:
-        head = self.trainer.accelerator.unwrap_model(self.trainer.model)
+    def write(self, trainer: MimTrainer, folder: Path, unfinished: str | None = None) -> None:
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
         # A config that is uploaded must not contain folders of this computer.
-        export(head, folder, method=self.settings.method, recipe=shorten_values(self.settings.as_recipe()))
-        self._write_card(folder, unfinished)
+        export(model, folder, method=self.settings.method, recipe=shorten_values(self.settings.as_recipe()))
+        self._write_card(trainer, folder, unfinished)
 
-    def _write_card(self, folder: Path, unfinished: str | None) -> None:
-        trainer, settings, parts, output_dir = self.trainer, self.settings, self.parts, self.trainer.output_dir
-        head, history = trainer.accelerator.unwrap_model(trainer.model), trainer.state.log_history
-        encoder: Any = head.exported_encoder  # type: ignore[union-attr]
+    def _write_card(self, trainer: MimTrainer, folder: Path, unfinished: str | None) -> None:
+        settings, splits, output_dir = self.settings, self.splits, trainer.output_dir
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        history = trainer.state.log_history
+        encoder = model.exported_encoder
         dataset = " + ".join(settings.eval_dataset or [])
         curve = panel = None
         if any("loss" in entry or "eval_loss" in entry for entry in history):
@@ -80,10 +81,10 @@ class Artifacts:
             base_model=settings.init_from,
             recipe=settings.as_recipe(),
             data_summary={
-                "dataset": parts.train.source.describe(),
-                "training images": len(parts.train),
-                "held-out images": len(parts.validation),
-                "sizes": parts.summary.describe(),
+                "dataset": splits.train.source.describe(),
+                "training images": len(splits.train),
+                "validation images": len(splits.validation),
+                "sizes": splits.summary.describe(),
                 "unreadable images left out": len(BadImages.read(output_dir / BAD_IMAGES_FILE)),
             },
             metrics=metrics,
@@ -96,5 +97,5 @@ class Artifacts:
             online_results=results_at(history, trainer.state.global_step, dataset),
             num_extra_tokens=sum(hasattr(encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")),
             pools_mean=getattr(encoder.config, "use_mean_pooling", False),
-            native_root_problem=native_root_problem(head),
+            native_root_problem=native_root_problem(model),
         )

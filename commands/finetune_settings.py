@@ -186,10 +186,6 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
         super().__post_init__()
         if self.label_fraction is not None and self.labels_per_class is not None:
             raise SettingsError("--label_fraction and --labels_per_class both set the number of labels; give one")
-        if self.is_users("hub_strategy") and self.hub_strategy != HubStrategy.END:
-            raise SettingsError(
-                f"--hub_strategy {self.hub_strategy.value}: a fine-tuning is uploaded when it is finished"
-            )
 
 
 def load_finetune_settings(argv: Sequence[str], open_encoder: Callable[[str], EncoderFacts]) -> FinetuneSettings:

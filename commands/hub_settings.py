@@ -5,10 +5,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import HubStrategy
 
-from commands.artifacts import Artifacts
 from commands.output_folder import SETTINGS_FILE
 from commands.settings import TrainingSettings
-from hub.card_rules import license_problem
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
 from training.checkpoints import last_whole_checkpoint
@@ -21,13 +19,7 @@ _NAMES_OF_STATES: dict[HubStrategy, Callable[[int], str]] = {
 
 
 def open_repository(settings: TrainingSettings) -> Repository | None:
-    """Return the repository to upload to, or None; makes no request.
-
-    Raises:
-        ValueError: If --hub_model_id is not a valid repository id, or the Hub does not know the license.
-    """
-    if settings.license and (problem := license_problem(settings.license)):
-        raise ValueError(f"--{problem}")
+    """Return the repository to upload to, or None; makes no request."""
     if not settings.push_to_hub:
         return None
     assert settings.hub_model_id is not None
@@ -56,9 +48,17 @@ def bring_back(
 
 
 def build_hub_push(
-    repository: Repository, artifacts: Artifacts, settings: TrainingSettings, log: Callable[[str], None]
+    repository: Repository,
+    settings: TrainingSettings,
+    output_dir: Path,
+    stage: Callable[[Path, str | None], None] | None,
+    log: Callable[[str], None],
 ) -> HubPush:
-    """Return the callback that uploads the output at every save, with training states if --hub_strategy says so."""
-    strategy, output_dir = settings.hub_strategy, artifacts.trainer.output_dir
-    name = _NAMES_OF_STATES.get(strategy)
-    return HubPush(repository, output_dir, artifacts.stage, log, name, at_saves=strategy is not HubStrategy.END)
+    """Return the callback that uploads the result, and what `stage` writes at every save if --hub_strategy says so."""
+    if stage is None or settings.hub_strategy is HubStrategy.END:
+        return HubPush(repository, output_dir, stage or _stage_nothing, log, at_saves=False)
+    return HubPush(repository, output_dir, stage, log, _NAMES_OF_STATES.get(settings.hub_strategy))
+
+
+def _stage_nothing(folder: Path, checkpoint_name: str | None) -> None:
+    raise AssertionError("only the result is uploaded")

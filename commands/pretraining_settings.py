@@ -121,6 +121,7 @@ class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags,
     method_settings: Mapping[str, Any]
     start: StartingPoint | None
 
+    uploads_at_saves: ClassVar = True
     program: ClassVar = {
         "prog": "run_pretraining.py",
         "usage": "accelerate launch run_pretraining.py [--flag value ...]",

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_ty
 
 import yaml
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from commands.flags import (
     SUCCESSORS,
@@ -26,6 +27,8 @@ from commands.flags import (
     tuple_in,
 )
 from commands.parsing import SettingsError, as_argv, make_parser, nearest, parse
+from hub.card_rules import license_problem
+from hub.push import check_repo_id
 
 __all__ = ["RECIPES", "CommandLine", "Origin", "Settings", "SettingsError", "TrainingSettings"]
 
@@ -125,12 +128,21 @@ class TrainingSettings(RunFlags, TrainingFlags, Settings):
     """
 
     other_training_arguments: Mapping[str, Any]
+    max_bad_fraction: float  # declared by a group of each command
+
+    uploads_at_saves: ClassVar = False  # False: --hub_strategy can only be end
 
     def __post_init__(self) -> None:
+        if self.license and (problem := license_problem(self.license)):
+            raise SettingsError(f"--{problem}")
         if self.base_learning_rate is None and not self.counts("learning_rate"):
             raise SettingsError(f"{self.labels[Origin.METHOD]} must give base_learning_rate or learning_rate")
         if self.push_to_hub and not self.hub_model_id:
             raise SettingsError("--push_to_hub needs --hub_model_id organization/name (or user/name)")
+        if self.hub_model_id:
+            check_repo_id(self.hub_model_id)
+        if not self.uploads_at_saves and self.is_users("hub_strategy") and self.hub_strategy != HubStrategy.END:
+            raise SettingsError(f"--hub_strategy {self.hub_strategy.value}: only the finished run is uploaded")
         if self.hub_always_push:
             raise SettingsError("--hub_always_push: leave it out; every save is uploaded unless a newer one exists")
         flags = [name for name in self.values if name.startswith("hub_") and name != "hub_token"]

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from transformers.trainer_utils import HubStrategy
+
 from commands.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_UP_TO_ONE, SIDES, ImageFlags, Range, flag
 from commands.settings import RECIPES, CommandLine, Origin, TrainingSettings, data_name
 
@@ -84,6 +86,8 @@ class TokenizerSettings(TokenizerModelFlags, TokenizerObjectiveFlags, ImageFlags
     )
     learning_rate: float = flag(help="peak learning rate (default: the recipe's)", within=POSITIVE)
     output_dir: str | None = flag(help="where all files go (default: outputs/<model>-<data>)")
+    push_to_hub: bool = flag(help="upload the finished tokenizer to --hub_model_id")
+    hub_strategy: HubStrategy = flag(help="only end: nothing is uploaded before the run has finished (default: end)")
 
     program: ClassVar = {
         "prog": "run_tokenizer.py",

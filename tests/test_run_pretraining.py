@@ -20,11 +20,14 @@ from transformers import AutoModel
 from commands.launch import has_accelerator
 
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
+CODE = ("mae.py", "base.py", "patches.py", "reconstruction.py", "schedules.py")
 LAYOUT = {
     *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "settings.yaml"),
-    *("mae.py", "base.py", "patches.py", "training_curve.png", "reconstructions.png", "trainer_state.json"),
+    *("training_curve.png", "reconstructions.png", "trainer_state.json"),
     *("pretraining/config.json", "pretraining/model.safetensors", "pretraining/preprocessor_config.json"),
-    *("pretraining/mae.py", "pretraining/base.py", "pretraining/patches.py", "panels/step-0000002.png"),
+    "panels/step-0000002.png",
+    *CODE,
+    *(f"pretraining/{name}" for name in CODE),
 }
 PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
 
