@@ -1,5 +1,5 @@
 PYTHON ?= python
-CODE = modeling data training evaluation hub commands benchmarks run_pretraining.py run_tokenizer.py run_finetune.py run_evaluation.py
+CODE = modeling data training evaluation hub commands tasks benchmarks run_pretraining.py run_tokenizer.py run_finetune.py run_evaluation.py
 
 .PHONY: style check test test-slow test-oldest
 

@@ -1,6 +1,6 @@
 """The plan of a fine-tuning run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,34 +10,32 @@ from commands.finetune_settings import FinetuneSettings
 from commands.memory import Footprint
 from commands.plan import Plan, in_millions
 
-_METRICS = ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "calibration_error", "loss")
-_TOP = 5
-
 
 @dataclass(frozen=True)
 class FinetunePlan(Plan):
-    """The plan of a fine-tuning run; its validation images choose the best checkpoint."""
+    """The plan of a fine-tuning run; its validation images choose the best checkpoint.
+
+    Args:
+        rows_of_task: Lines about the input, the labels and the views by name.
+    """
 
     settings: FinetuneSettings
-    num_classes: int
+    rows_of_task: Mapping[str, str]
 
     batch_on_cpu: ClassVar = 32
     min_steps: ClassVar = 1000
 
     def task_rows(self) -> dict[str, str]:
-        settings, size = self.settings, self.settings.image_size
+        settings = self.settings
         what = {"finetune": "everything", "linear": "the head"}.get(
             settings.mode, f"the last {settings.num_trained_blocks} blocks and the head"
         )
-        grid = f"{self.grid[0]} x {self.grid[1]} patches"
         decayed = f", each layer {settings.layer_decay:g} of the one above" if settings.layer_decay < 1 else ""
         return {
             "model": f"{Path(settings.model).name}{', random weights' if settings.from_scratch else ''}, "
             f"{in_millions(self.footprint.num_parameters)}",
             "trained": f"{what}, {in_millions(self.footprint.num_trained_parameters)}{decayed}",
-            "input": f"{size} x {size} pixels, {grid}; the head reads the {settings.pooling}",
-            "classes": f"{self.num_classes:,}",
-            "views": self._views(),
+            **self.rows_of_task,
         }
 
     def training_arguments(self) -> dict[str, Any]:
@@ -54,47 +52,39 @@ class FinetunePlan(Plan):
             "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
         }
 
-    def _views(self) -> str:
-        settings, views = self.settings, []
-        for name in ("rand_augment", "mixup", "cutmix", "label_smoothing_factor", "erasing", "drop_path"):
-            if value := getattr(settings, name):
-                views.append(f"{name.removesuffix('_factor').replace('_', ' ')} {value:g}")
-        low, high = settings.crop_scale
-        return ", ".join([f"crops of {low:g} to {high:g} of the image", "flipped half the time", *views])
-
 
 def make_finetune_plan(
     settings: FinetuneSettings,
     hardware: Hardware,
     num_images: tuple[int, int],
-    num_classes: int,
+    metrics: Sequence[str],
     footprint: Footprint,
     grid: tuple[int, int],
     data: str,
+    rows_of_task: Mapping[str, str],
     notes: Sequence[str] = (),
 ) -> FinetunePlan:
     """Plan a fine-tuning run.
 
     Args:
         num_images: Number of training and of validation images.
+        metrics: Names of the metrics that may choose the best checkpoint.
 
     Raises:
         ValueError: If there are fewer images than processes, the device does not support the precision, or the best
             checkpoint cannot be chosen.
     """
-    _check_choice(settings, num_images[1], num_classes)
-    return FinetunePlan.make(settings, hardware, data, num_images, footprint, grid, notes, num_classes=num_classes)
+    _check_choice(settings, num_images[1], metrics)
+    return FinetunePlan.make(settings, hardware, data, num_images, footprint, grid, notes, rows_of_task=rows_of_task)
 
 
-def _check_choice(settings: FinetuneSettings, num_validation_images: int, num_classes: int) -> None:
+def _check_choice(settings: FinetuneSettings, num_validation_images: int, metrics: Sequence[str]) -> None:
     """Check that there are images and a metric for early stopping and for the best checkpoint."""
     if settings.early_stopping_patience and (not num_validation_images or settings.eval_strategy == "no"):
         raise ValueError(
             "--early_stopping_patience needs validation images: use --validation_fraction 0.1, or leave "
             "--early_stopping_patience out"
         )
-    metric, possible = settings.metric_for_best_model.removeprefix("eval_"), list(_METRICS)
-    if num_classes <= _TOP:
-        possible.remove("top5_accuracy")
-    if metric not in possible:
-        raise ValueError(f"--metric_for_best_model is {metric}, expected one of: {', '.join(possible)}")
+    metric = settings.metric_for_best_model.removeprefix("eval_")
+    if metric not in metrics:
+        raise ValueError(f"--metric_for_best_model is {metric}, expected one of: {', '.join(metrics)}")

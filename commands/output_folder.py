@@ -33,7 +33,7 @@ FREE_TO_CHANGE = (
 # Settings that must be those of the checkpoint to load it.
 SHAPES = (
     *("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size"),
-    *("pooling", "mode", "num_trained_blocks"),  # of a fine-tuning run
+    *("task", "pooling", "mode", "num_trained_blocks"),  # of a fine-tuning run
 )
 # What runs write, besides the code files of the model, which are named as in `modeling`.
 WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", PANELS, "runs", ".hub")

@@ -1,10 +1,12 @@
 """Open the splits that a run uses: readable images, with a validation split and the requested number of labels."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from data.bad_images import BadImages
 from data.image_checks import Summary, check_images
-from data.images import SourceSamples, split_validation
+from data.images import Samples, SourceSamples, split_validation
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, with_validation
 from data.sources import open_source
 
@@ -46,8 +48,29 @@ def open_pretraining_splits(
     return PretrainingSplits(*splits, bad, checked.summary)
 
 
+class Splits(ABC):
+    """Readable images with labels of any kind."""
+
+    bad: BadImages
+
+    @property
+    @abstractmethod
+    def by_name(self) -> Mapping[str, Samples]:
+        """The splits: "train" and maybe "validation" and "test"."""
+
+    @abstractmethod
+    def describe(self) -> tuple[str, str]:
+        """Return where the images are from, and their sizes."""
+
+    @property
+    def measured(self) -> tuple[str, Samples | None]:
+        """The name of the split that results are measured on, and the split: test if there is one, else validation."""
+        name = "test" if "test" in self.by_name else "validation"
+        return name, self.by_name.get(name)
+
+
 @dataclass(frozen=True)
-class LabeledSplits:
+class LabeledSplits(Splits):
     """Readable labeled images, and a summary of all training images; `has_subset`: not all labels are used."""
 
     images: LabeledImages
@@ -56,10 +79,11 @@ class LabeledSplits:
     has_subset: bool
 
     @property
-    def measured(self) -> tuple[str, LabeledSplit | None]:
-        """The name of the split that results are measured on, and the split: test if there is one, else validation."""
-        name = "validation" if self.images.test is None else "test"
-        return name, self.images.splits.get(name)
+    def by_name(self) -> Mapping[str, LabeledSplit]:
+        return self.images.splits
+
+    def describe(self) -> tuple[str, str]:
+        return self.images.train.source.describe(), self.summary.describe()
 
     @property
     def num_gray(self) -> int:

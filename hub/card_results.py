@@ -19,7 +19,7 @@ the encoder on your own task before relying on it."""
 # Markers around the output of `results_section`, so that later results can replace it.
 _BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
 _SECTION = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
-_QUALITY = ("accuracy", "f1")
+_QUALITY = ("accuracy", "f1", "iou")
 
 
 class Result(NamedTuple):
@@ -73,11 +73,13 @@ def results_section(results: Sequence[Result]) -> str:
     return "\n\n".join([_BEGIN, *parts, _END])
 
 
-def eval_results(results: Sequence[Result]) -> list[EvalResult]:
-    """Return the entries of `model-index`, without the references."""
+def eval_results(results: Sequence[Result], pipeline_tag: str | None = None) -> list[EvalResult]:
+    """Return the entries of `model-index`, without the references; an encoder is evaluated by classification."""
+    if pipeline_tag in (None, "image-feature-extraction"):
+        pipeline_tag = "image-classification"
     return [
         EvalResult(
-            task_type="image-classification",
+            task_type=str(pipeline_tag),
             dataset_type=_identifier(result.dataset or "unnamed"),
             dataset_name=result.dataset or "unnamed",
             metric_type=_identifier(result.metric),

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -19,6 +19,24 @@ _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _ELSEWHERE = "path/to/this/folder"
 _CHECKPOINT_LINE = re.compile(r'^checkpoint = ".*"$', re.MULTILINE)
 _METRIC_NAMES = {"train_loss": "training loss", "eval_loss": "validation loss"}
+
+
+class TaskCard(NamedTuple):
+    """The parts of a fine-tuned model's card that depend on its task.
+
+    Args:
+        kind: What the model is, as the start of a sentence.
+        usage: Markdown with examples, in which a line `checkpoint = ""` is filled in.
+        limitations: A sentence about what the model is for.
+        caption: Caption of the panel.
+    """
+
+    pipeline_tag: str
+    kind: str
+    usage: str
+    limitations: str
+    caption: str
+    classes: Sequence[str] = ()
 
 
 def write_model_card(
@@ -39,7 +57,7 @@ def write_model_card(
     num_extra_tokens: int = 1,
     pools_mean: bool = False,
     native_root_problem: str | None = None,
-    classes: Sequence[str] = (),
+    task: TaskCard | None = None,
     from_scratch: bool = False,
     unfinished: str | None = None,
     online_results: Sequence[Mapping[str, Any]] = (),
@@ -58,8 +76,8 @@ def write_model_card(
         num_extra_tokens: Number of tokens before the patches: 1 for a class token, else 0.
         pools_mean: Whether the encoder's pooler normalizes the mean of the patches rather than the class token.
         native_root_problem: Why there is no native encoder in the folder, if so (`hub.export`).
-        classes: Names of a classifier's classes.
-        from_scratch: Whether a classifier was trained from random weights.
+        task: The task of a fine-tuned model; None for an encoder.
+        from_scratch: Whether a fine-tuned model was trained from random weights.
         unfinished: A sentence at the top of the card while training continues.
         online_results: Results of the online evaluation, as entries of `metrics.json`.
 
@@ -68,16 +86,16 @@ def write_model_card(
     """
     results = read_results(folder) or as_results(online_results)
     on_hub = model_name if HUB_ID.fullmatch(model_name) else None
-    title = shorten_paths(model_name).split("/")[-1]
+    title, checkpoint = shorten_paths(model_name).split("/")[-1], on_hub or _ELSEWHERE
     card_data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification" if classes else "image-feature-extraction",
+        pipeline_tag=task.pipeline_tag if task else "image-feature-extraction",
         tags=None if from_scratch else ["masked-image-modeling", "self-supervised-learning", method],
         license=license,
         base_model=base_model if base_model and _is_on_hub(base_model) else None,
         datasets=[name for name in datasets if _is_on_hub(name)] or None,
         model_name=title if results else None,  # of `model-index`
-        eval_results=eval_results(results) or None,
+        eval_results=eval_results(results, task.pipeline_tag if task else None) or None,
     )
     from modeling import CONFIGS  # brings torch, which hub.push does without
 
@@ -87,12 +105,14 @@ def write_model_card(
         card_data,
         template_path=str(_TEMPLATE),
         title=title,
-        checkpoint=on_hub or _ELSEWHERE,
+        checkpoint=checkpoint,
         base_model=base_model and shorten_paths(base_model),
         method=method,
         method_in_words=f" ({method}{linked})",
         paper=paper,
-        classes=[_cell(name) for name in classes],
+        task=task,
+        usage=_with_checkpoint(task.usage.strip(), checkpoint) if task else "",
+        classes=[_cell(name) for name in task.classes] if task else [],
         from_scratch=from_scratch,
         unfinished=unfinished,
         native_root_problem=native_root_problem,
@@ -126,14 +146,18 @@ def card_for(folder: Path, repo_id: str) -> str:
         )
     text = file.read_text(encoding="utf-8")
     check_card(text)
-    text = _CHECKPOINT_LINE.sub(lambda _: f"checkpoint = {json.dumps(repo_id)}", text)
+    text = _with_checkpoint(text, repo_id)
     if results := read_results(folder):
         card = ModelCard(with_results(text, results))
         card.data["model_name"] = card.data.get("model_name", repo_id.split("/")[-1])
-        card.data["eval_results"] = eval_results(results) or None
+        card.data["eval_results"] = eval_results(results, card.data.get("pipeline_tag")) or None
         text = str(card)
         check_card(text)
     return text
+
+
+def _with_checkpoint(text: str, checkpoint: str) -> str:
+    return _CHECKPOINT_LINE.sub(lambda _: f"checkpoint = {json.dumps(checkpoint)}", text)
 
 
 def _is_on_hub(name: str) -> bool:

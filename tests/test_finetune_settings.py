@@ -1,7 +1,6 @@
 """The fine-tuning recipes hold the published constants, and each encoder gets the one of its method and size."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,27 +9,32 @@ import yaml
 
 from commands.arithmetic import Hardware
 from commands.finetune_plan import make_finetune_plan
-from commands.finetune_settings import EncoderFacts, load_finetune_settings
+from commands.finetune_settings import load_finetune_settings
 from commands.memory import Footprint
 from commands.settings import RECIPES, SettingsError
-from run_finetune import facts_of
+from tasks import SETTINGS
 
 NAMED = ["--model", "encoder", "--dataset", "labeled"]
 PUBLISHED = sorted(path.stem for path in RECIPES.glob("finetune_*.yaml") if not path.stem.endswith("_few"))
 NUM_IMAGENET_IMAGES = 1_281_167
 
 
-def encoder(name: str) -> EncoderFacts:
-    """The facts about MAE's ViT-B/16."""
-    return EncoderFacts("finetune_mae_vit-base", (224, 224), ("mean", "class"), True, 224)
+def encoder(method="mae", family="vit", width=768) -> SimpleNamespace:
+    """By default the config of MAE's ViT-B/16."""
+    return SimpleNamespace(mim_method=method, model_type=family, hidden_size=width, image_size=224)
 
 
-def load(*argv: str):
-    return load_finetune_settings([*NAMED, *argv], encoder)
+def load(*argv: str, config=encoder()):  # noqa: B008
+    return load_finetune_settings(argv, SETTINGS, lambda name: config)
+
+
+def load_named(*argv: str):
+    return load(*NAMED, *argv)
 
 
 def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), trained=10):  # noqa: B008
-    return make_finetune_plan(settings, hardware, num_images, 10, Footprint(1000, trained, 1000), (7, 7), "labeled")
+    footprint = Footprint(1000, trained, 1000)
+    return make_finetune_plan(settings, hardware, num_images, ("accuracy",), footprint, (7, 7), "labeled", {})
 
 
 @pytest.mark.parametrize(
@@ -55,8 +59,7 @@ def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), trained=
     ],
 )
 def test_recipe_name__is_that_of_the_encoders_own_method_and_size(method, family, width, expected):
-    config = SimpleNamespace(mim_method=method, model_type=family, hidden_size=width, image_size=224)
-    assert facts_of(config).recipe == expected
+    assert SETTINGS["classification"].recipe_for(encoder(method, family, width), "finetune") == expected
     assert expected in PUBLISHED
 
 
@@ -142,7 +145,7 @@ def test_recipe__has_the_published_constants(recipe, published, peak, floor, num
     text = path.read_text(encoding="utf-8")
     run = next(line for line in text.splitlines() if line.startswith("# Run:"))
     argv = run.split("run_finetune.py")[1].split()
-    settings = load_finetune_settings(argv, lambda name: replace(encoder(name), recipe="finetune_beit_vit-large"))
+    settings = load(*argv, config=encoder("beit", "beit", 1024))
     common = {
         "pooling": "mean",
         "mixup": 0.8,
@@ -182,7 +185,7 @@ def test_recipe__header_says_where_it_comes_from_and_leaves_encoder_and_data_to_
 
 
 def test_linear__has_a_recipe_of_its_own_without_mixing():
-    settings = load("--mode", "linear")
+    settings = load_named("--mode", "linear")
     wanted = {"pooling": "class", "rand_augment": 0, "mixup": 0, "cutmix": 0, "drop_path": 0, "num_train_epochs": 90}
     assert {name: settings.values[name] for name in wanted} == wanted
 
@@ -190,24 +193,24 @@ def test_linear__has_a_recipe_of_its_own_without_mixing():
 def test_precedence__command_line_over_config_over_the_encoders_recipe(tmp_path: Path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("mixup: 0.2\nlayer_decay: 0.8\n")
-    settings = load("--config", str(mine), "--layer_decay", "0.9")
+    settings = load_named("--config", str(mine), "--layer_decay", "0.9")
     assert (settings.mixup, settings.layer_decay, settings.cutmix) == (0.2, 0.9, 1.0)
     assert "recipes/finetune_mae_vit-base.yaml" in settings.describe()
 
 
 def test_plan__small_data_get_steps_enough_and_the_best_checkpoint_is_saved():
-    plan = plan_of(load("--eval_steps", "50"), num_images=(200, 40))
+    plan = plan_of(load_named("--eval_steps", "50"), num_images=(200, 40))
     assert plan.num_steps >= 1000
     assert any("epochs instead of 100" in note for note in plan.notes)
     arguments = plan.training_arguments()
     assert (arguments["eval_steps"], arguments["save_steps"]) == (50, 50)
     assert (arguments["load_best_model_at_end"], arguments["greater_is_better"]) == (True, True)
-    nothing_to_choose_by = plan_of(load(), num_images=(200, 0)).training_arguments()
+    nothing_to_choose_by = plan_of(load_named(), num_images=(200, 0)).training_arguments()
     assert (nothing_to_choose_by["load_best_model_at_end"], nothing_to_choose_by["eval_strategy"]) == (False, "no")
 
 
 def test_plan__counts_only_what_trains_for_adam():
-    whole, head = (plan_of(load(), trained=trained).bytes_for_weights for trained in (1000, 10))
+    whole, head = (plan_of(load_named(), trained=trained).bytes_for_weights for trained in (1000, 10))
     assert (whole, head) == (16_000, 160 + 4 * 990)
 
 
@@ -228,13 +231,13 @@ def test_plan__counts_only_what_trains_for_adam():
 )
 def test_mistake__is_told_with_what_was_expected(argv, message):
     with pytest.raises(SettingsError) as error:
-        load_finetune_settings(argv, encoder)
+        load(*argv)
     assert message in str(error.value)
 
 
 def test_help__names_every_flag_with_its_default(capsys):
     with pytest.raises(SystemExit):
-        load("--help")
+        load_named("--help")
     text = capsys.readouterr().out
     assert "--labels_per_class" in text
     assert "attentive" not in text
@@ -243,4 +246,4 @@ def test_help__names_every_flag_with_its_default(capsys):
 
 def test_schedule__another_one_leaves_the_recipes_own_options_behind():
     argv = ["--model", "x", "--dataset", "y", "--lr_scheduler_type", "cosine"]
-    assert not load_finetune_settings(argv, encoder).values["lr_scheduler_kwargs"]
+    assert not load(*argv).values["lr_scheduler_kwargs"]

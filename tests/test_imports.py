@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = {"modeling", "data", "training", "evaluation", "hub", "commands"}
+FOLDERS = {"modeling", "data", "training", "evaluation", "hub", "commands", "tasks"}
 ALLOWED = {
     "modeling": set(),
     "data": set(),
@@ -15,6 +15,7 @@ ALLOWED = {
     "evaluation": {"data"},
     "hub": {"modeling"},
     "commands": {"data", "training", "evaluation", "hub", "modeling"},
+    "tasks": {"commands", "data", "training", "evaluation", "hub", "modeling"},
 }
 # Leaf mathematics and plain data: every folder may import them.
 LEAVES = {"modeling.patches", "modeling.ema", "modeling.schedules"}

@@ -10,6 +10,7 @@ from transformers.pipelines import SUPPORTED_TASKS
 
 from hub.card_rules import check_card
 from hub.model_card import card_for, shorten_command, shorten_paths, write_model_card
+from tasks.classification import classification_card
 
 TOKEN = "hf_" + "aB3" * 12
 
@@ -190,7 +191,7 @@ def test_card__names_license_and_data_sets_of_the_hub(tmp_path):
 
 
 def test_card__of_a_classifier_names_its_classes_and_loads_it(tmp_path):
-    text = card_text(tmp_path, classes=["cat", "dog"], base_model="ann/enc")
+    text = card_text(tmp_path, task=classification_card(["cat", "dog"]), base_model="ann/enc")
     assert ModelCard(text).data.pipeline_tag == "image-classification"
     assert "Classes: cat, dog." in text
     assert "AutoModelForImageClassification" in text

@@ -20,14 +20,16 @@ from test_push import connect
 from transformers import AutoModelForImageClassification, ResNetConfig
 
 import run_finetune
-from commands.finetune_settings import FinetuneSettings, load_finetune_settings
+from commands.finetune_settings import load_finetune_settings
 from commands.parsing import make_parser
 from data.sources import BUNDLED
 from hub.export.native import export
+from tasks import SETTINGS
 
 PHOTOGRAPHS = sorted((BUNDLED["sample"] / "train").glob("*.jpg"))
 NAMES = ("small", "wide", "tall")
 SHORT = ["--use_cpu", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--report_to", "none"]
+build_parser = partial(make_parser, SETTINGS["classification"])
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +56,7 @@ def encoders(tmp_path_factory) -> dict[str, Path]:
 def finetune(encoder: Path, dataset: Path | str, output_dir: Path, *argv: str, code: int = 0) -> Path:
     named = ["--model", str(encoder), "--dataset", str(dataset), "--output_dir", str(output_dir)]
     steps = [] if "--max_steps" in argv else ["--max_steps", "6"]
-    assert (
-        run_finetune.run([*named, *SHORT, *steps, *argv], run_finetune.main, partial(make_parser, FinetuneSettings))
-        == code
-    )
+    assert run_finetune.run([*named, *SHORT, *steps, *argv], run_finetune.main, build_parser) == code
     return output_dir
 
 
@@ -92,8 +91,8 @@ def test_result__a_pipeline_without_this_project_gives_our_logits_and_says_nothi
 
     # Ours: the view that training evaluated with, standardized as the trainer does.
     argv = ["--model", str(encoders[variant]), "--dataset", str(labeled)]
-    settings = load_finetune_settings(argv, lambda name: run_finetune.facts_of(run_finetune.encoder_config(name)))
-    pixel_values = run_finetune.evaluation_view(settings)(photograph, 3).unsqueeze(0)  # (1, C, H, W) uint8
+    settings = load_finetune_settings(argv, SETTINGS, run_finetune.encoder_config)
+    pixel_values = settings.evaluation_view(photograph, 3).unsqueeze(0)  # (1, C, H, W) uint8
     stats, _ = run_finetune.image_stats(str(encoders[variant]))
     mean, std = (torch.tensor(stats[name]).view(1, 3, 1, 1) * 255 for name in ("image_mean", "image_std"))
     native = AutoModelForImageClassification.from_pretrained(out).eval()
@@ -232,7 +231,7 @@ def test_early_stopping__ends_after_evaluations_without_a_better_one(encoders, l
 
 
 def refusal(capsys, *argv: str) -> str:
-    assert run_finetune.run([*SHORT, *argv], run_finetune.main, partial(make_parser, FinetuneSettings)) == 2
+    assert run_finetune.run([*SHORT, *argv], run_finetune.main, build_parser) == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message
     return message
@@ -359,5 +358,5 @@ def test_tensorboard__has_one_folder_of_the_run_itself(encoders, labeled, tmp_pa
 def test_evaluation__sees_the_share_of_the_picture_that_the_method_published(variant, size, share, tmp_path):
     export(tiny_model(variant), tmp_path / "encoder", method=variant, recipe={})
     argv = ["--model", str(tmp_path / "encoder"), "--dataset", "images", "--image_size", str(size)]
-    settings = load_finetune_settings(argv, lambda name: run_finetune.facts_of(run_finetune.encoder_config(name)))
+    settings = load_finetune_settings(argv, SETTINGS, run_finetune.encoder_config)
     assert settings.eval_crop_share == share

@@ -16,6 +16,7 @@ from data.collators import stack_items
 from data.images import ImageDataset
 from data.labeled import LabeledSplit, open_labeled
 from modeling.image_classification import build_classifier, random_encoder
+from tasks.classification import MixedCrossEntropy
 from training.finetune_trainer import FinetuneTrainer
 from training.mixing import Mixing
 
@@ -56,10 +57,9 @@ def tiny_finetune_trainer(
         args=tiny_arguments(folder, prediction_loss_only=False, **arguments),
         train_dataset=ImageDataset(part, single_view(train_view((SIZE, SIZE)), 3), train=True),
         data_collator=stack_items,
-        mixing=mixing or Mixing(NUM_CLASSES, label_smoothing=0.1, **off),
+        loss=MixedCrossEntropy(mixing or Mixing(NUM_CLASSES, label_smoothing=0.1, **off), weights),
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
-        class_weights=weights,
         layer_decay=layer_decay,
     )
 

@@ -22,15 +22,22 @@ _NUM_TIMED_STEPS = 3
 
 
 def show_progress(
-    trainer: Trainer, bad_images: Path, left_out: BadImages, max_bad_fraction: float, shorter: str
+    trainer: Trainer,
+    bad_images: Path,
+    left_out: BadImages,
+    max_bad_fraction: float,
+    shorter: str,
+    describe_metrics: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> None:
     """What every run shows and watches, in place of `Trainer`'s own bar.
 
     `left_out`: the images that are known to be bad, with the reason. `shorter`: what a slow CPU run could be instead.
+    `describe_metrics`: phrases about metrics for a line of the log; by default those of the model.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(MimProgress())
+    model: Any = trainer.model
+    trainer.add_callback(MimProgress(describe_metrics or getattr(model, "describe_metrics", None)))
     arguments, dataset = trainer.args, trainer.train_dataset
     num_images = arguments.max_steps * arguments.train_batch_size * arguments.world_size
     if has_length(dataset):
@@ -54,6 +61,10 @@ def show_panels(
 class MimProgress(ProgressCallback):
     """`Trainer`'s bar with loss, images/s, data-wait share and time left; plain lines where nobody watches."""
 
+    def __init__(self, describe_metrics: Callable[[dict[str, Any]], list[str]] | None) -> None:
+        super().__init__()
+        self.describe_metrics = describe_metrics
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.current_step = state.global_step
         if state.is_world_process_zero:
@@ -67,12 +78,10 @@ class MimProgress(ProgressCallback):
         if sys.stderr.isatty():
             super().on_prediction_step(*args, **kwargs)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict | None = None, model: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.training_bar is None or not logs:
             return
-        text = describe_log(logs, getattr(model, "describe_metrics", None))
+        text = describe_log(logs, self.describe_metrics)
         if not text:
             return
         if not self.training_bar.disable and "loss" in logs:

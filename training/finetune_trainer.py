@@ -1,19 +1,17 @@
-"""The trainer of classifiers: frozen layers, mixed images with soft targets, and checkpoints with current key names.
+"""The trainer of fine-tuning: frozen layers, the loss of a task, and checkpoints with current key names.
 
-Shapes: B images of a micro-batch, C channels, H W pixels, K classes.
+Shapes: C channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from training.layer_decay import depths_of, layer_id, layer_ids
-from training.mixing import Mixing
 from training.trainer import MimTrainer
 
 # No weight decay, beside 1-D tensors, as in the authors' code (which decays the bias tables of a BEiT).
@@ -22,7 +20,9 @@ _NO_WEIGHT_DECAY_IN_SWIN = ("relative_position_bias_table",)
 
 
 def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
-    """Freeze everything but the classification head ("linear"), or everything below the last blocks ("partial").
+    """Freeze the whole encoder ("linear"), or everything below its last blocks ("partial").
+
+    The encoder is `model.base_model`; the head is everything else.
 
     Raises:
         ValueError: If the encoder has fewer than `num_trained_blocks` blocks.
@@ -33,7 +33,8 @@ def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
         raise ValueError(f"num_trained_blocks is {num_trained_blocks}, but this encoder has {num_blocks} blocks")
     last_frozen = {"finetune": -1, "partial": num_blocks - num_trained_blocks, "linear": num_blocks + 1}[mode]
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(ids[name] > last_frozen or name.startswith("classifier."))
+        is_head = not name.startswith(f"{model.base_model_prefix}.")
+        parameter.requires_grad_(is_head or ids[name] > last_frozen)
     encoder: Any = model.base_model
     depths = depths_of(encoder.config)
     for name, module in encoder.named_modules():
@@ -42,21 +43,14 @@ def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
             module.drop_prob = 0.0
 
 
-def balanced_weights(labels: np.ndarray) -> torch.Tensor:
-    """Return weights (K,) that balance the classes, with a mean of 1 over the images."""
-    counts = np.bincount(labels)
-    return torch.tensor(len(labels) / (len(counts) * counts), dtype=torch.float32)
-
-
 class FinetuneTrainer(MimTrainer):
-    """`MimTrainer` for a native classifier and batches of uint8 `pixel_values` and `labels`.
-
-    The loss is a mean over the images: some native classes sum it over accumulation steps or processes.
+    """`MimTrainer` for a model on a pre-trained encoder, its `base_model`, and batches of uint8 `pixel_values`.
 
     Args:
-        mixing: Augmentation of training batches; evaluation uses plain images and labels.
-        image_mean, image_std: Mean and standard deviation of each channel, in [0, 1].
-        class_weights: (K,), the weight of each class in the training loss.
+        loss: `loss(model, batch, counters)` returns the mean loss over the images and the outputs to evaluate, from a
+            batch with standardized images. The counters (step, micro-batch and process) seed its random choices; in
+            evaluation they are None.
+        image_mean, image_std: (C,), mean and standard deviation of each channel, in [0, 1].
     """
 
     model: Any
@@ -64,51 +58,30 @@ class FinetuneTrainer(MimTrainer):
     def __init__(
         self,
         *args: Any,
-        mixing: Mixing,
+        loss: Callable[[Any, dict[str, Any], tuple[int, ...] | None], tuple[torch.Tensor, dict[str, Any]]],
         image_mean: Sequence[float],
         image_std: Sequence[float],
-        class_weights: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False
-        self.mixing = mixing
-        device = self.args.device
+        self.model_accepts_loss_kwargs = False  # some native classes sum the loss over micro-batches or processes
+        self.loss = loss
         self.image_mean, self.image_std = (
-            torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (image_mean, image_std)
+            torch.tensor(values, device=self.args.device).view(-1, 1, 1) * 255 for values in (image_mean, image_std)
         )
-        self.class_weights = None if class_weights is None else class_weights.to(device)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        labels: torch.Tensor = inputs["labels"]  # (B,)
-        pixel_values = (inputs["pixel_values"] - self.image_mean) / self.image_std
-        targets, weights = labels, None
-        if model.training:
-            counters = (self.state.global_step, self._micro_step, self.args.process_index)
-            pixel_values, targets = self.mixing(pixel_values, labels, *counters)  # (B, K)
-            weights = self.class_weights
-        outputs = model(pixel_values=pixel_values)
-        loss = nn.functional.cross_entropy(outputs.logits.float(), targets, weight=weights)
-        return (loss, {"logits": outputs.logits}) if return_outputs else loss
+    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        batch = {**inputs, "pixel_values": (inputs["pixel_values"] - self.image_mean) / self.image_std}
+        counters = (self.state.global_step, self._micro_step, self.args.process_index)
+        return self.loss(model, batch, counters if model.training else None)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         return self.get_eval_dataloader(test_dataset)  # `Trainer` would drop the last, smaller batch
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        is_swin = self.model.config.model_type == "swin"
+        is_swin = self.model.base_model.config.model_type == "swin"
         exempt = (*_NO_WEIGHT_DECAY, *(_NO_WEIGHT_DECAY_IN_SWIN if is_swin else ()))
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
-
-    def _has_finite_loss(self, item: dict[str, Any]) -> bool:
-        batch = self._prepare_inputs(self.data_collator([item]))
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return bool(torch.isfinite(self.compute_loss(self.model, batch)))
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         # By default native models are saved with the key names of transformers 4, which `Trainer` then loads with

@@ -145,11 +145,15 @@ class MimTrainer(Trainer):
     ) -> Any:
         scheduled = self.progress.values if model.training else {}
         inputs = inputs | {name: value for name, value in scheduled.items() if name in self._forward_arguments}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = self.loss_and_outputs(model, inputs)
         self._metrics[model.training].add(outputs.get("metrics") or {})
         if model.training and self._total_counts:
             loss = self._share_of_step(loss, outputs.get("losses"), self._loss_counts(inputs))
         return (loss, outputs) if return_outputs else loss
+
+    def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """Return the mean loss of a micro-batch and the outputs of the model."""
+        return super().compute_loss(model, inputs, return_outputs=True)  # type: ignore[return-value]
 
     def _share_of_step(
         self, loss: torch.Tensor, losses: Mapping[str, torch.Tensor] | None, counts: Mapping[str, int]
@@ -274,7 +278,7 @@ class MimTrainer(Trainer):
         batch = self._prepare_inputs(self.data_collator([item]))
         batch.pop("image_index", None)
         with self.compute_loss_context_manager():
-            return bool(torch.isfinite(self.model(**self._with_targets(batch)).loss))
+            return bool(torch.isfinite(self.loss_and_outputs(self.model, self._with_targets(batch))[0]))
 
     def _last_good(self) -> str:
         checkpoint, _ = last_whole_checkpoint(self.output_dir)
