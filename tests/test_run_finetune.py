@@ -320,7 +320,7 @@ def test_encoder__of_a_kind_that_cannot_be_tuned_or_with_lost_weights_is_refused
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--early_stopping_patience", "3", "--validation_fraction", "0"), "needs images to evaluate on"),
+        (("--early_stopping_patience", "3", "--validation_fraction", "0"), "needs validation images"),
         (("--metric_for_best_model", "top5_accuracy"), "top5_accuracy, expected one of: accuracy, balanced_accuracy"),
         (("--metric_for_best_model", "acuracy"), "is acuracy, expected one of"),
     ],
