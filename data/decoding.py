@@ -92,28 +92,20 @@ def decode(data: bytes | Path, num_channels: int) -> Image.Image:
             return pixels.transpose(_TRANSPOSE[header.orientation]) if header.orientation > 1 else pixels
 
 
-def load_crop(
-    data: bytes | Path,
-    choose_box: Callable[[int, int], Box],
-    size: tuple[int, int],
-    num_channels: int,
-    resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> Image.Image:
-    """Decode, crop and resize to `size` (height, width); `choose_box(width, height)` is called with the image's size.
-
-    The order matters for speed: because the crop is known first, a JPEG is decoded at 1/2, 1/4 or 1/8 scale whenever
-    that leaves enough pixels, and only the crop is converted, turned upright and resized.
-    """
-    return load_views(data, choose_box, [(size, resample)], num_channels)[0]
-
-
 def load_views(
     data: bytes | Path,
     choose_box: Callable[[int, int], Box],
     views: Sequence[View],
     num_channels: int,
 ) -> list[Image.Image]:
-    """Like `load_crop`, but resize the crop to each of `views`; the image is decoded once, for the largest view."""
+    """Decode and crop an image, and resize the crop to each of `views`; `choose_box(width, height)` returns the crop.
+
+    The order matters for speed: because the crop is known first, a JPEG is decoded at 1/2, 1/4 or 1/8 scale whenever
+    that leaves enough pixels for the largest view, and only the crop is converted, turned upright and resized.
+
+    Raises:
+        BadImage: If the image is unreadable.
+    """
     with _opened(data) as image:
         header = _header(image)
         box = choose_box(header.width, header.height)

@@ -6,7 +6,7 @@ Shapes: N images, H W pixels.
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -21,9 +21,8 @@ from data.tables import find_image_column
 class ImageSource(ABC):
     """An indexed collection of encoded images; it does not decode them."""
 
-    def __init__(self, description: str, open_validation: "Callable[[], ImageSource] | None" = None) -> None:
+    def __init__(self, description: str) -> None:
         self._description = description
-        self._open_validation = open_validation
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -40,10 +39,6 @@ class ImageSource(ABC):
         entry = self.entry(index)
         return entry if isinstance(entry, bytes) else read_bytes(entry)
 
-    def validation(self) -> "ImageSource | None":
-        """Open the dataset's own validation split, if it has one."""
-        return self._open_validation() if self._open_validation else None
-
     def describe(self) -> str:
         return self._description
 
@@ -54,14 +49,8 @@ class FileSource(ImageSource):
     `folder` is the folder that was searched, None for a list of paths.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[bytes],
-        description: str,
-        open_validation: Callable[[], ImageSource] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        super().__init__(description, open_validation)
+    def __init__(self, paths: Sequence[bytes], description: str, folder: Path | None = None) -> None:
+        super().__init__(description)
         self.folder = folder
         self._paths = pa.array(paths, pa.large_binary())  # binary, because a file name need not be valid Unicode
 
@@ -78,11 +67,9 @@ class FileSource(ImageSource):
 class TableSource(ImageSource):
     """The image column of a `datasets.Dataset`; `table` has all columns."""
 
-    def __init__(
-        self, table: datasets.Dataset, title: str, open_validation: Callable[[], ImageSource] | None = None
-    ) -> None:
+    def __init__(self, table: datasets.Dataset, title: str) -> None:
         column = find_image_column(table.features, title)
-        super().__init__(f"{title}: {len(table):,} rows, image column {column!r}", open_validation)
+        super().__init__(f"{title}: {len(table):,} rows, image column {column!r}")
         self.table = table
         self._images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self._column = column
@@ -104,15 +91,9 @@ class TableSource(ImageSource):
 class ArraySource(ImageSource):
     """Grayscale images (N, H, W) of type uint8 in memory, with `labels` (N,) if there are any."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray | None,
-        title: str,
-        open_validation: Callable[[], ImageSource] | None = None,
-    ) -> None:
+    def __init__(self, images: np.ndarray, labels: np.ndarray | None, title: str) -> None:
         num_images, height, width = images.shape
-        super().__init__(f"{title}: {num_images:,} grayscale images of {width}x{height} px", open_validation)
+        super().__init__(f"{title}: {num_images:,} grayscale images of {width}x{height} px")
         self.labels = labels
         self._images = images
         self._title = title
@@ -146,10 +127,6 @@ class JoinedSource(ImageSource):
     def name(self, index: int) -> str:
         source, index = self._locate(index)
         return source.name(index)
-
-    def validation(self) -> ImageSource | None:
-        splits = [split for source in self._sources if (split := source.validation()) is not None]
-        return join_sources(splits) if splits else None
 
     def _locate(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._starts, index) - 1

@@ -106,15 +106,15 @@ def _table_labels(source: TableSource, label_column: str | None) -> RawLabels:
         raise ValueError(f"no column {column!r} in {source.describe()}; its columns are {', '.join(features)}")
     feature = features[column]
     values: Sequence[Any] = source.table.with_format(None)[column][:]
+    class_names, name_of = None, str
     if isinstance(feature, datasets.ClassLabel):
-        # Published test splits mark secret labels by -1.
-        labeled = [index for index, value in enumerate(values) if value is not None and value >= 0]
-        names = [feature.int2str(values[index]) for index in labeled]
-        return RawLabels(source, np.array(labeled, np.int64), names, tuple(feature.names), len(values) - len(names))
-    _check_type(column, feature, values, source.describe())
+        class_names, name_of = tuple(feature.names), feature.int2str
+        values = [None if value is None or value < 0 else value for value in values]  # -1 marks secret test labels
+    else:
+        _check_type(column, feature, values, source.describe())
     labeled = [index for index, value in enumerate(values) if value is not None]
-    names = [str(values[index]) for index in labeled]
-    return RawLabels(source, np.array(labeled, np.int64), names, num_missing=len(values) - len(names))
+    names = [name_of(values[index]) for index in labeled]
+    return RawLabels(source, np.array(labeled, np.int64), names, class_names, len(values) - len(names))
 
 
 def _label_column(features: datasets.Features, title: str) -> str:

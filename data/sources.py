@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import datasets
@@ -47,6 +46,16 @@ def open_source(dataset: str | list[str], split: str | None = "train") -> ImageS
     if _HUB_ID.fullmatch(dataset) and path.suffix.lower() not in IMAGE_EXTENSIONS | TABLE_EXTENSIONS | LIST_EXTENSIONS:
         return _open_hub(dataset, split)
     raise ValueError(f"dataset {dataset!r}: {_describe_missing(path)}, and this is not a valid Hub id (owner/name)")
+
+
+def open_validation(dataset: str | list[str]) -> ImageSource | None:
+    """Open the validation split of a dataset, or those of several; None if there are none."""
+    if isinstance(dataset, str):
+        names = split_names(dataset)
+        name = next((name for name in VALIDATION_NAMES if name in names), None)
+        return None if name is None else open_source(dataset, name)
+    sources = [source for one in dataset if (source := open_validation(one)) is not None]
+    return join_sources(sources) if sources else None
 
 
 def split_names(dataset: str) -> list[str]:
@@ -92,14 +101,13 @@ def _open_folder(folder: Path, split: str | None) -> ImageSource:
     images, tables, others = _list_files(subfolder)
     if images:
         if split not in (None, "train") and subfolder == folder:
-            raise ValueError(f"there is no folder {split!r} in {folder}, which has no splits; use split 'train'")
+            raise ValueError(f"no split {split!r} in {folder}; it has: {', '.join(split_names(str(folder)))}")
         description = f"{subfolder}: {len(images):,} image files"
-        if validation is None:
-            return FileSource(images, description, folder=subfolder)
-        description += f" ({validation.name}/ beside it is for validation)"
-        return FileSource(images, description, partial(_open_folder, validation, None), folder=subfolder)
+        if validation is not None:
+            description += f" ({validation.name}/ beside it is for validation)"
+        return FileSource(images, description, subfolder)
     if tables:
-        return _open_tables(subfolder, tables, split, validation)
+        return _open_tables(subfolder, tables, split)
     found = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5)) or "nothing"
     raise ValueError(
         f"no image files in {subfolder} (found {found}); expected {_or(IMAGE_EXTENSIONS)} files, "
@@ -146,41 +154,31 @@ def _raise(error: OSError) -> None:
     raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}); check its permissions")
 
 
-def _open_tables(folder: Path, tables: list[Path], split: str | None, validation: Path | None) -> ImageSource:
-    by_split = group_by_split(tables, folder)
-    if folder.name == split:  # the folder itself is the split: train/part.parquet
-        by_split = {split: tables}
-    chosen = tables if split is None else by_split.get(split)
-    if chosen is None:
-        raise ValueError(f"no split {split!r} in {folder}; its tables are named after: {', '.join(sorted(by_split))}")
-    name = next((name for name in VALIDATION_NAMES if name in by_split), None)
-    open_validation = None
-    if validation is not None:
-        open_validation = partial(_open_folder, validation, None)
-    elif split == "train" and name is not None:
-        open_validation = partial(_open_tables, folder, tables, name, None)
-    return TableSource(load_tables(chosen), f"{folder}/{split}" if split else str(folder), open_validation)
+def _open_tables(folder: Path, tables: list[Path], split: str | None) -> ImageSource:
+    if split is None:
+        return TableSource(load_tables(tables), str(folder))
+    is_split = folder.name.lower() == split  # as in train/part.parquet
+    groups = {split: tables} if is_split else group_by_split(tables, folder)
+    return _open_splits(list(groups), split, folder, lambda name, title: TableSource(load_tables(groups[name]), title))
 
 
 def _open_saved(folder: Path, split: str | None) -> ImageSource:
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.Dataset):
         return TableSource(saved, str(folder))
-    return _from_splits(list(saved), split, str(folder), partial(_open_saved, folder), saved.__getitem__)
+    return _open_splits(list(saved), split, folder, lambda name, title: TableSource(saved[name], title))
 
 
 def _open_idx(folder: Path, split: str | None) -> ImageSource:
     files = find_idx_files(folder)
-    if split is None:
-        return join_sources([_open_idx(folder, name) for name in files])
-    if split not in files:
-        raise ValueError(f"no split {split!r} in {folder}; its idx files are for: {', '.join(files)}")
-    open_validation = partial(_open_idx, folder, "test") if split == "train" and "test" in files else None
-    return ArraySource(*read_idx(*files[split]), f"{folder}/{split}", open_validation)
+    return _open_splits(list(files), split, folder, lambda name, title: ArraySource(*read_idx(*files[name]), title))
 
 
-def _open_hub(name: str, split: str | None) -> ImageSource:
-    return _from_splits(_hub_split_names(name), split, name, partial(_open_hub, name), partial(_load_hub, name))
+def _open_hub(dataset: str, split: str | None) -> ImageSource:
+    def open_split(name: str, title: str) -> ImageSource:
+        return TableSource(datasets.load_dataset(dataset, split=name), title)
+
+    return _open_splits(_hub_split_names(dataset), split, dataset, open_split)
 
 
 def _hub_split_names(name: str) -> list[str]:
@@ -194,24 +192,13 @@ def _hub_split_names(name: str) -> list[str]:
         ) from error
 
 
-def _load_hub(name: str, split: str) -> datasets.Dataset:
-    return datasets.load_dataset(name, split=split)
-
-
-def _from_splits(
-    splits: list[str],
-    split: str | None,
-    title: str,
-    reopen: Callable[[str], ImageSource],
-    load: Callable[[str], datasets.Dataset],
+def _open_splits(
+    names: list[str], split: str | None, dataset: str | Path, open_split: Callable[[str, str], ImageSource]
 ) -> ImageSource:
-    if split is None:
-        return join_sources([TableSource(load(name), f"{title}/{name}") for name in splits])
-    if split not in splits:
-        raise ValueError(f"no split {split!r} in {title}; it has: {', '.join(splits)}")
-    validation = next((name for name in VALIDATION_NAMES if name in splits), None)
-    open_validation = partial(reopen, validation) if validation and split == "train" else None
-    return TableSource(load(split), f"{title}/{split}", open_validation)
+    """Open one split, or all of them for None; `open_split` takes the name of a split and its title."""
+    if split is not None and split not in names:
+        raise ValueError(f"no split {split!r} in {dataset}; it has: {', '.join(names)}")
+    return join_sources([open_split(name, f"{dataset}/{name}") for name in ([split] if split else names)])
 
 
 def _describe_missing(path: Path) -> str:

@@ -8,7 +8,7 @@ from data.bad_images import BadImages
 from data.image_checks import Summary, check_images
 from data.images import Samples, SourceSamples, split_validation
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, with_validation
-from data.sources import open_source
+from data.sources import open_source, open_validation
 
 _VALIDATION_FRACTION = 0.1  # of labeled training images
 _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # of Pillow
@@ -36,7 +36,7 @@ def open_pretraining_splits(
         ValueError: If the dataset cannot be opened or too many of its images are unreadable.
     """
     source = open_source(dataset)
-    checked, validation_source = check_images(source, max_bad_fraction), source.validation()
+    checked, validation_source = check_images(source, max_bad_fraction), open_validation(dataset)
     images, bad = SourceSamples(source, checked.good), checked.bad
     if validation_source is not None and validation_fraction:
         validation = check_images(validation_source, max_bad_fraction)

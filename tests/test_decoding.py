@@ -3,6 +3,7 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from data import decoding
-from data.decoding import BadImage, check, decode, load_crop
+from data.decoding import BadImage, check, decode, load_views
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))
@@ -55,6 +56,12 @@ def displacement(first: Image.Image, second: Image.Image) -> np.ndarray:
     moved, still = (np.asarray(image.convert("L"), np.float64) for image in (first, second))
     gradients = np.stack([gradient.ravel() for gradient in np.gradient(still)], 1)
     return np.linalg.lstsq(gradients, (moved - still).ravel(), rcond=None)[0]
+
+
+def load_crop(
+    data: bytes, choose_box: Callable[[int, int], decoding.Box], size: tuple[int, int], num_channels: int
+) -> Image.Image:
+    return load_views(data, choose_box, [(size, Image.Resampling.BICUBIC)], num_channels)[0]
 
 
 def whole(width: int, height: int) -> decoding.Box:

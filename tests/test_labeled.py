@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data.labeled import labeled_subset, open_labeled, split_stratified, with_validation, write_subset
-from data.sources import BUNDLED, open_source
+from data.sources import BUNDLED, open_source, open_validation
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def test_idx__pictures_and_labels_come_back(clothes, tmp_path, suffix):
     assert images.test.labels.tolist() == clothes["test"]["label"]
     np.testing.assert_array_equal(pixels(images.test, 3), np.asarray(clothes["test"][3]["image"]))
     assert len(open_source(str(tmp_path))) == 18  # unlabeled too: pre-training reads the same folder
-    assert len(open_source(str(tmp_path)).validation()) == 6
+    assert len(open_validation(str(tmp_path))) == 6
     assert len(open_source(str(tmp_path), split=None)) == 24
 
 

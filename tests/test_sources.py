@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import sources
 from data.image_checks import check_images
-from data.sources import open_source
+from data.sources import open_source, open_validation
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data/samples/photographs/train").glob("*.jpg"))
 
@@ -52,7 +52,7 @@ def test_folder__is_read_at_any_depth_in_sorted_order(tmp_path: Path, photograph
     assert sorted(names_in(source, tmp_path)) == sorted(wanted)
     assert names_in(source, tmp_path) == names_in(open_source(str(tmp_path)), tmp_path)
     assert all(source.read(index) == photograph for index in range(4))
-    assert source.validation() is None
+    assert open_validation(str(tmp_path)) is None
     assert "4 image files" in source.describe()
 
 
@@ -81,7 +81,7 @@ def test_folder__follows_links_but_not_in_circles(tmp_path: Path, photograph: by
 def test_folder__keeps_its_own_validation_split_apart(tmp_path: Path, photograph: bytes, validation_name: str) -> None:
     fill(tmp_path, ["train/x/1.jpg", "train/y/2.jpg", f"{validation_name}/x/3.jpg"], photograph)
     source = open_source(str(tmp_path))
-    validation = source.validation()
+    validation = open_validation(str(tmp_path))
     assert names_in(source, tmp_path) == ["train/x/1.jpg", "train/y/2.jpg"]
     assert validation is not None
     assert names_in(validation, tmp_path) == [f"{validation_name}/x/3.jpg"]
@@ -93,15 +93,16 @@ def test_folder__keeps_its_own_validation_split_apart(tmp_path: Path, photograph
 def test_folder__takes_train_for_a_class_without_a_validation_folder(tmp_path: Path, photograph: bytes) -> None:
     fill(tmp_path, ["train/1.jpg", "car/2.jpg"], photograph)  # a folder of vehicles
     assert len(open_source(str(tmp_path))) == 2
-    with pytest.raises(ValueError, match="no folder 'val'"):
+    with pytest.raises(ValueError, match=r"no split 'val' in .*; it has: train"):
         open_source(str(tmp_path), split="val")
 
 
 def test_several_folders__are_joined_with_their_validation_splits(tmp_path: Path, photograph: bytes) -> None:
     fill(tmp_path, ["a/1.jpg", "a/2.jpg", "b/train/3.jpg", "b/val/4.jpg"], photograph)
-    source = open_source([str(tmp_path / "a"), str(tmp_path / "b")])
+    folders = [str(tmp_path / "a"), str(tmp_path / "b")]
+    source = open_source(folders)
     assert names_in(source, tmp_path) == ["a/1.jpg", "a/2.jpg", "b/train/3.jpg"]
-    validation = source.validation()
+    validation = open_validation(folders)
     assert validation is not None
     assert names_in(validation, tmp_path) == ["b/val/4.jpg"]
     assert source.read(2) == photograph
@@ -131,7 +132,7 @@ def test_parquet__gives_the_bytes_of_its_image_column(tmp_path: Path, photograph
     assert source.name(4).endswith("#4")
     assert "'photo'" in source.describe()
     if layout != "file":
-        validation = source.validation()
+        validation = open_validation(str(tmp_path))
         assert validation is not None
         assert len(validation) == 2
         assert len(open_source(str(tmp_path), "test")) == 2
@@ -163,7 +164,7 @@ def test_saved_datasets__open_with_and_without_splits(tmp_path: Path, photograph
     assert open_source(str(tmp_path / "plain")).read(2) == photograph
     assert len(open_source(str(next((tmp_path / "plain").glob("*.arrow"))))) == 3
     source = open_source(str(tmp_path / "dict"))
-    validation = source.validation()
+    validation = open_validation(str(tmp_path / "dict"))
     assert validation is not None
     assert (len(source), len(validation), len(open_source(str(tmp_path / "dict"), None))) == (4, 2, 6)
     with pytest.raises(ValueError, match=r"no split 'test' in .* it has: train, validation"):
@@ -175,7 +176,7 @@ def test_hub_dataset__is_loaded_with_its_validation_split(monkeypatch: pytest.Mo
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name: list(sizes))
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: image_table(sizes[split], photograph))
     source = open_source("someone/photos")
-    validation = source.validation()
+    validation = open_validation("someone/photos")
     assert validation is not None
     assert (len(source), len(validation)) == (3, 2)
     assert source.name(1) == "someone/photos/train#1"
@@ -185,7 +186,7 @@ def test_hub_dataset__is_loaded_with_its_validation_split(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("dataset", ["sample", "sample-fashion"])
 def test_bundled_samples__open_by_name_with_a_validation_split(dataset: str) -> None:
     source = open_source(dataset)
-    validation = source.validation()
+    validation = open_validation(dataset)
     assert validation is not None
     assert len(validation) < len(source)
     assert not {source.read(index) for index in range(10)} & {validation.read(index) for index in range(4)}
@@ -194,10 +195,11 @@ def test_bundled_samples__open_by_name_with_a_validation_split(dataset: str) -> 
 
 def test_sources__travel_to_worker_processes(tmp_path: Path, photograph: bytes) -> None:
     fill(tmp_path, ["train/1.jpg", "val/2.jpg"], photograph)
-    for source in (open_source(str(tmp_path)), open_source([str(tmp_path)] * 2), open_source("sample-fashion")):
-        copy = pickle.loads(pickle.dumps(source))
-        assert copy.read(0) == source.read(0)
-        assert len(copy.validation()) == len(source.validation())  # type: ignore[arg-type]
+    for dataset in (str(tmp_path), [str(tmp_path)] * 2, "sample-fashion"):
+        for source in (open_source(dataset), open_validation(dataset)):
+            copy = pickle.loads(pickle.dumps(source))
+            assert copy.read(0) == source.read(0)
+            assert len(copy) == len(source)
 
 
 def test_paths__are_stored_without_a_python_object_each(tmp_path: Path, photograph: bytes) -> None:

@@ -217,8 +217,7 @@ def test_evaluation__counts_every_image_though_training_drops_the_last_batch(tmp
 
 
 def fashion(train: bool, num_images: int, seed: int = 0) -> ImageDataset:
-    source = open_source("sample-fashion")
-    source = source if train else source.validation()
+    source = open_source("sample-fashion", "train" if train else "test")
     indices = np.arange(min(num_images, len(source)))
     samples, transform = SourceSamples(source, indices), single_view(CenterCrop((28, 28)), 1)
     return ImageDataset(samples, transform, seed=seed, train=train, images_per_step=128)
