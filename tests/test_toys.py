@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
@@ -89,3 +91,46 @@ def test_contract__holds_for_the_toys(tree):
     output = run(tree, "-m", "pytest", "tests/test_contract.py", "tests/test_recipes.py", "-p", "no:xdist", "-k", only)
     assert "[100%]" in output
     assert output.count(".") > 40
+
+
+@pytest.fixture
+def masked(tmp_path: Path) -> Path:
+    """Photographs, with their bright pixels as the foreground."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "classes.txt").write_text("dark\nbright\n")
+    for photograph in sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))[:24]:
+        with Image.open(photograph) as image:
+            brightness = np.asarray(image.convert("L"))
+        (tmp_path / "images" / photograph.name).symlink_to(photograph)
+        mask = Image.fromarray((brightness > np.median(brightness)).astype(np.uint8))
+        mask.save(tmp_path / "masks" / f"{photograph.stem}.png")
+    return tmp_path
+
+
+def test_segmentation_task__is_trained_measured_drawn_exported_and_resumed(tree, masked):
+    few = ["--max_steps", "4", "--per_device_train_batch_size", "8"]
+    run(tree, "run_pretraining.py", *SMALL, *few, "--output_dir", "out-mae")
+    words = ["--task", "patch_classes", "--model", "out-mae", "--dataset", str(masked), "--use_cpu"]
+    words += [*few, "--save_steps", "2", "--eval_steps", "2", "--report_to", "none", "--learning_rate", "1e-2"]
+    output = run(tree, "run_finetune.py", *words, "--output_dir", "whole")
+    assert "validation IoU" in output
+    whole = tree / "whole"
+    metrics = json.loads((whole / "metrics.json").read_text())
+    values = {entry["metric"]: entry["value"] for entry in metrics["results"]}
+    assert (metrics["part"], metrics["num_labels"], metrics["weights"][:13]) == ("validation", 22, "best mean_iou")
+    assert values["pixel_accuracy"] > 0.55  # the classes are equally frequent
+    assert 0.3 < values["mean_iou"] < values["pixel_accuracy"]
+    with Image.open(whole / "segmentations.png") as figure:
+        assert figure.width > 200
+    assert yaml.safe_load((whole / "settings.yaml").read_text())["task"] == "patch_classes"
+    assert "Classes: dark, bright." in (whole / "README.md").read_text()
+    assert type(AutoModel.from_pretrained(whole)).__name__ == "ViTModel"
+    assert load_file(whole / "head.safetensors")["weight"].shape == (2, 192)
+
+    die = "import runpy; runpy.run_path('tests/finetune_and_die.py', run_name='__main__')"
+    run(tree, "-c", die, "3", *words, "--output_dir", "killed", returncode=-9)
+    assert "continuing from killed/checkpoint-2" in run(tree, "run_finetune.py", *words, "--output_dir", "killed")
+    for file in ("model.safetensors", "head.safetensors"):
+        for name, expected in load_file(whole / file).items():
+            assert torch.equal(load_file(tree / "killed" / file)[name], expected), name
