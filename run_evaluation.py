@@ -174,7 +174,7 @@ class Task:
 
 
 def find_task(settings: EvaluationSettings) -> Task:
-    """Open the training split, with the requested labels, and the test split, validation split or a held-out part."""
+    """Open the training split, with the requested labels, and the test split, the validation split or a share."""
     images = open_labeled(settings.dataset, settings.label_column)
     train, test, tested_on = images.train, images.test, "its test split"
     if test is None:

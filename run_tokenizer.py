@@ -242,12 +242,15 @@ def tokenizer_card(
     if facts:
         lines += [
             "",
-            f"On held-out images ({facts['num_tokens']:,} codes: {facts['num_crops']:,} random crops of "
+            f"On validation images ({facts['num_tokens']:,} codes: {facts['num_crops']:,} random crops of "
             f"{facts['num_images']:,} images) {facts['num_alive']:,} of {facts['vocab_size']:,} codes occur; the "
             f"perplexity of their frequencies is {facts['perplexity']:.1f}.",
         ]
     if eval_loss is not None:
-        lines += ["", f"Held-out reconstruction loss, from picked codes: {eval_loss:.4g} nats a number."]
+        lines += [
+            "",
+            f"Validation reconstruction loss, from the chosen codes: {eval_loss:.4g} nats per pixel channel.",
+        ]
     if (output_dir / PANEL_FILE).exists():
         lines += ["", f"![Images and their reconstructions]({PANEL_FILE})"]
     return "\n".join(lines) + "\n"

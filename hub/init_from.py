@@ -1,7 +1,7 @@
-"""What `--init_from` names, as far as its configs tell: whether a method can go on from it, and with which sizes.
+"""Read the config of the model that a training starts from, and check that the method can continue from it.
 
-A model is taken only if the method's encoder can compute exactly what it computes (`hub.encoder_states`), so that
-training goes on from its features and not from somewhere near them. `hub.init_weights` reads the weights.
+The method's encoder must be able to compute exactly what the model computes (`hub.encoder_states`), so that training
+starts from its features and not from similar ones. `hub.init_weights` reads the weights.
 """
 
 from dataclasses import dataclass, field, fields
@@ -17,11 +17,14 @@ from modeling import CONFIGS, MimConfig
 
 @dataclass(frozen=True)
 class StartingModel:
-    """A model to begin from.
+    """The model that a training starts from.
 
-    `encoder`: keyword arguments of our encoder's native config. `fixed` and `defaults`: flags by name; the first
-    follow from the weights, the others can be chosen anew. `image_stats`: mean and deviation, if it says them.
-    `sizes_only`: an interrupted run's own checkpoint, whose weights `Trainer` reads.
+    Args:
+        encoder: Keyword arguments of the encoder's native config.
+        fixed: Settings that follow from the weights, by name.
+        defaults: Settings that may be changed, by name.
+        image_stats: Mean and standard deviation of the images, if the model has them.
+        sizes_only: Whether this is the run's own checkpoint, whose weights `Trainer` loads.
     """
 
     name: str
@@ -36,7 +39,7 @@ class StartingModel:
 
     @property
     def own_method(self) -> str | None:
-        """The method that it was trained with, if it is a head of ours."""
+        """The method that it was trained with, if it is a pre-training model of ours."""
         return _own_method(self.config)
 
     @property
@@ -45,7 +48,7 @@ class StartingModel:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """The number of rows and columns of patches."""
         return grid_of(_encoder_config(self.config))
 
     @property
@@ -54,10 +57,10 @@ class StartingModel:
 
 
 def open_starting_model(name: str, method: str, sizes_only: bool = False) -> StartingModel:
-    """What a folder or a Hub id holds.
+    """Open the config of a folder or Hub id.
 
     Raises:
-        ValueError: nothing is there, or the method cannot continue from it; the message says which can.
+        ValueError: If there is no model, or the method cannot continue from it; the message lists methods that can.
     """
     config, subfolder = open_whole_config(name, "init_from")
     encoder_config: Any = _encoder_config(config)
@@ -93,7 +96,7 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
 
 
 def grid_of(config: Any) -> tuple[int, int]:
-    """Rows and columns of whole patches; classes of transformers leave the rest of an image out."""
+    """Return the rows and columns of whole patches; transformers ignores the rest of an image."""
     size, patch = config.image_size, config.patch_size
     height, width = (size, size) if isinstance(size, int) else size
     side = patch if isinstance(patch, int) else patch[0]
@@ -113,13 +116,13 @@ def _keeps_head(config: PreTrainedConfig, method: str) -> bool:
 
 
 def _head_settings(config: PreTrainedConfig, method: str) -> dict[str, Any]:
-    """The settings of a head that is kept; transformers' ViTMAE calls them as we do."""
+    """Return the method's settings of a model that is continued; transformers' ViTMAE uses the same names."""
     names = {setting.name for setting in fields(CONFIGS[method])} - {setting.name for setting in fields(MimConfig)}
     return {name: getattr(config, name) for name in sorted(names - {*CONFIGS[method].settings_of_targets})}
 
 
 def _host(name: str, config: PreTrainedConfig, method: str) -> str:
-    """The type of the method's encoder that can compute the same function."""
+    """Return the type of the method's encoder that can compute the same function."""
     types = CONFIGS[method].encoder_types
     for host in types:
         if obstacle(config, host) is None:
@@ -136,7 +139,7 @@ def _host(name: str, config: PreTrainedConfig, method: str) -> str:
 def _image_stats(name: str, config: PreTrainedConfig, subfolder: str) -> dict[str, list[float]]:
     if isinstance(config, MimConfig):
         return {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
-    return processor_stats(name, config.num_channels, subfolder)  # if none, the plan says what is used instead
+    return processor_stats(name, config.num_channels, subfolder)  # the plan shows what is used if there are none
 
 
 def _single(patch_size: int | list[int], name: str) -> int:

@@ -1,6 +1,6 @@
-"""The weights of what `--init_from` names, under the names and in the shapes of a head of ours.
+"""Read the weights that a training starts from, under the names and in the shapes of a pre-training model.
 
-What the source lacks keeps the initialization that the head has from scratch; that, and what is not used, is said.
+Parts that the source lacks keep their random initialization; these, and unused weights, are logged.
 """
 
 import copy
@@ -31,7 +31,7 @@ from modeling.positions import resize_positions, resize_relative_bias
 
 _WITHOUT_POOLER = {"add_pooling_layer": False}
 _WITH_MASK_TOKEN = {**_WITHOUT_POOLER, "use_mask_token": True}
-# How a model type is opened so that nothing is drawn at random that is not in the file, but for a mask token.
+# How to open a model type so that nothing but a mask token is initialized at random.
 _CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
     "vit": (ViTModel, _WITH_MASK_TOKEN),
     "vit_mae": (ViTMAEForPreTraining, {}),
@@ -45,18 +45,18 @@ _TABLES = ("position_embeddings", "decoder_positions", "relative_position_bias_t
 
 
 class Weights(NamedTuple):
-    """What goes into a head, by the head's names, and what to say about it."""
+    """Weights by the names of the pre-training model, and notes for the log."""
 
     state: State
     notes: list[str]
 
 
 def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_positions: bool = False) -> Weights:
-    """`head` may lie on the meta device: only its names and shapes are looked at.
+    """Read the weights for a model, of which only names and shapes matter: it may be on the meta device.
 
     Raises:
-        ValueError: the files cannot be read or lack a part of the encoder, the position tables are empty, or the
-            head's grid of patches does not fit.
+        ValueError: If the files cannot be read or lack a part of the encoder, the position tables are all zero, or the
+            model's grid of patches does not fit.
     """
     config = head.config.encoder_config
     grid = grid_of(config)
@@ -86,7 +86,7 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
 
 
 def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
-    """Encoder, head where it is kept, and the names of what is left aside."""
+    """Return the encoder, the other weights if the method continues them, and the names of unused weights."""
     if start.own_method is not None:
         model = open_model(
             start.name, "init_from", model_class=MODELS[start.own_method], subfolder=start.subfolder
@@ -101,7 +101,7 @@ def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
     if model_class is BeitModel and BeitForMaskedImageModeling.__name__ in (config.architectures or ()):
         model_class, options = BeitForMaskedImageModeling, {}
     if hasattr(config, "use_mask_token"):
-        config.use_mask_token = True  # or the file's would not be read
+        config.use_mask_token = True  # otherwise the file's would not be read
     model, absent, unused = open_model(
         start.name, "init_from", model_class=model_class, optional=("mask_token", "decoder."), config=config, **options
     )
@@ -113,7 +113,7 @@ def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
 
 
 def _repair(start: StartingModel, encoder: State, head: State, repair_positions: bool) -> list[str]:
-    """Sine-cosine tables in place of empty ones: transformers makes ViTMAE with tables of zeros, and freezes them."""
+    """Replace position tables of zeros by sine-cosine tables; transformers initializes ViTMAE with frozen zeros."""
     tables = [(encoder, "embeddings.position_embeddings"), (head, "decoder_positions")]
     empty = [(state, name) for state, name in tables if name in state and not state[name].any()]
     if start.config.model_type not in ("vit", "vit_mae") or not empty:
@@ -139,7 +139,7 @@ def _refuse_rectangle(start: StartingModel, config: Any, grid: tuple[int, int]) 
 def _resized(
     name: str, tensor: torch.Tensor, old: tuple[int, int], new: tuple[int, int], wanted: torch.Tensor | None
 ) -> torch.Tensor:
-    """A position table for the new grid, or, in a Swin, for the new window; anything else as it is."""
+    """Resize a position table to the new grid, or to the new window of a Swin; return other weights unchanged."""
     if not name.endswith(_TABLES) or wanted is None:
         return tensor
     if not name.endswith("relative_position_bias_table"):
@@ -155,7 +155,7 @@ def _window(num_offsets: int) -> tuple[int, int]:
 
 
 def _parts(names: Iterable[str]) -> list[str]:
-    """Which parts of a model these weights make up: decoder_layers.0.mlp.fc1.bias -> decoder."""
+    """Return the parts of a model that weights belong to: decoder_layers.0.mlp.fc1.bias -> decoder."""
     parts = []
     for name in names:
         top = name.removeprefix("encoder.").split(".")[0]

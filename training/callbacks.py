@@ -59,7 +59,7 @@ def show_panels(
 
 
 class MimProgress(ProgressCallback):
-    """`Trainer`'s bar with loss, images/s, data-wait share and time left; plain lines where nobody watches."""
+    """`Trainer`'s bar with loss, images/s, data-wait share and time left; plain lines without a terminal."""
 
     def __init__(self, describe_metrics: Callable[[dict[str, Any]], list[str]] | None) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class ReconstructionPanels(TrainerCallback):
             self._write(model, state.global_step, (metrics or {}).get("eval_loss"))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.eval_strategy == "no" and state.is_world_process_zero:  # nothing is held out
+        if args.eval_strategy == "no" and state.is_world_process_zero:  # there are no validation images
             self._write(model, state.global_step, None)
 
     def _write(self, model: Any, step: int, eval_loss: float | None) -> None:

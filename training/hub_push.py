@@ -1,4 +1,4 @@
-"""Uploads at every save, beside the training: whatever goes wrong with them is told, and the training goes on."""
+"""Upload at every save in the background; a failed upload is reported and training continues."""
 
 import shutil
 import threading

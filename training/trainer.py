@@ -355,7 +355,7 @@ class MimTrainer(Trainer):
 
 
 class _StepHooks(TrainerCallback):
-    """What the trainer does between steps, where `Trainer` calls nobody else."""
+    """The parts of the trainer that `Trainer` only calls as callbacks, between steps."""
 
     def __init__(self, trainer: MimTrainer) -> None:
         self.trainer = trainer
