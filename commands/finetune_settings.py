@@ -16,6 +16,7 @@ from transformers.trainer_utils import HubStrategy
 
 from commands.flags import BELOW_ONE, COUNT, FRACTION, POSITIVE_UP_TO_ONE, SCALE, flag
 from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings, data_name, find_recipe
+from modeling.patches import height_and_width
 
 _TASKS = Path(__file__).resolve().parent.parent / "tasks"
 _TASK_NAMES = tuple(sorted(file.stem for file in _TASKS.glob("*.py") if file.stem not in ("__init__", "base")))
@@ -142,7 +143,7 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
             SettingsError: If the encoder's images are not square and no size is given.
         """
         size = encoder_config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_and_width(size)
         if values["image_size"] is None and height != width:
             raise SettingsError(
                 f"--model {values['model']} is for images of {height} x {width} pixels, but fine-tuning needs square "

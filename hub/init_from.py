@@ -13,6 +13,7 @@ from hub.encoder_states import FAMILIES, FAMILIES_OF, encoder_settings, obstacle
 from hub.image_stats import processor_stats
 from hub.open_model import open_whole_config
 from modeling import CONFIGS, MimConfig
+from modeling.patches import height_and_width
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
 def grid_of(config: Any) -> tuple[int, int]:
     """Return the rows and columns of whole patches; transformers ignores the rest of an image."""
     size, patch = config.image_size, config.patch_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(size)
     side = patch if isinstance(patch, int) else patch[0]
     return height // side, width // side
 

@@ -28,7 +28,7 @@ from transformers import (
 
 from .encoders import BeitEncoder, PositionBias, SwinEncoder, SwinStages
 from .mae import MaeEncoder
-from .patches import patch_grid
+from .patches import height_and_width, patch_grid
 from .positions import resize_positions, resize_relative_bias
 
 # The supported model types of encoders, and the pooling that their classifiers offer; the first one is the default.
@@ -206,7 +206,7 @@ def _classifier_config(encoder_config: PreTrainedConfig, image_size: int, poolin
 
 def _window_size(config: PreTrainedConfig, image_size: int) -> int:
     """Scale the window with the image if that gives a whole number, for example from 6 at 192 pixels to 7 at 224."""
-    old_size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    old_size, _ = height_and_width(config.image_size)
     window, rest = divmod(config.window_size * image_size, old_size)
     return int(config.window_size if rest else window)
 

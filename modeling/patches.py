@@ -6,6 +6,7 @@ patch, D width, V visible and M masked patches (V + M = N).
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -35,13 +36,18 @@ def unpatchify(patches: torch.Tensor, patch_size: PatchSize, grid: tuple[int, in
     return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, h * ph, w * pw)
 
 
-def patch_grid(image_size: int | tuple[int, int] | list[int], patch_size: int) -> tuple[int, int]:
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """Return the sides of an image, of which a config names one or both."""
+    return (image_size, image_size) if isinstance(image_size, int) else (image_size[0], image_size[1])
+
+
+def patch_grid(image_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
     """Return the rows and columns of patches.
 
     Raises:
         ValueError: If the patch size does not divide the image size.
     """
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    height, width = height_and_width(image_size)
     if height % patch_size or width % patch_size or min(height, width) < patch_size:
         down, up = (
             tuple(max(f(s / patch_size), 1) * patch_size for s in (height, width)) for f in (math.floor, math.ceil)

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from transformers import FlavaImageCodebook, PreTrainedModel
 
+from modeling.patches import height_and_width
+
 # Pixels in [0, 1] are mapped into [0.1, 0.9] for the DALL-E encoder: logit-Laplace needs them away from 0 and 1.
 _DALLE_EPSILON = 0.1
 _DALLE_IMAGE_SIZE = 112  # BEiT's view for the DALL-E encoder, whose config names no size
@@ -75,7 +77,7 @@ class TokenizerTargets(Targets):
         self.model = tokenizer.eval().requires_grad_(False)
         self.can_decode = hasattr(tokenizer, "decode")
         size = getattr(tokenizer.config, "image_size", _DALLE_IMAGE_SIZE)
-        height, width = (size, size) if isinstance(size, int) else size
+        height, width = height_and_width(size)
         self._check_grid(height, width, grid, name)
         self.view = ExtraView("tokenizer_pixel_values", (height, width), Image.Resampling.LANCZOS)
         vocab_size = getattr(tokenizer, "vocab_size", None) or self.model.config.vocab_size

@@ -25,6 +25,7 @@ from hub.export.native import PRETRAINING, export, export_native
 from hub.open_model import open_model
 from modeling import MimPreTrainedModel
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
+from modeling.patches import height_and_width
 
 FORMATS: dict[str, Any] = {
     "mae": mae,
@@ -217,7 +218,7 @@ def _verify(folder: Path, converted: Converted) -> list[str]:
         return []
     written = open_model(str(folder), keeps_classifier=True).model.eval()
     size = config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(size)
     pixel_values = torch.randn(1, config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
     weights = {key: tensor.float() for key, tensor in converted.weights.items()}
     expected = reference_output(weights, pixel_values, config.num_attention_heads)

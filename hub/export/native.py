@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoModelForImageClassification, PreTrainedM
 from transformers.image_utils import PILImageResampling
 
 from modeling import MimPreTrainedModel
+from modeling.patches import height_and_width
 
 PRETRAINING = "pretraining"
 
@@ -58,7 +59,7 @@ def write_image_processor(
         resize_to: Size of the short side, if larger than the crop.
     """
     size = encoder_config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = height_and_width(size)
     square = height == width
     settings = {
         "image_processor_type": "ViTImageProcessor",
@@ -167,7 +168,7 @@ def _verify(folder: Path, ours: PreTrainedModel) -> None:
     opened, info = auto_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     leftovers = {key: value for key, value in info.items() if value}
     size = ours.config.image_size
-    shape = (1, ours.config.num_channels, *((size, size) if isinstance(size, int) else size))
+    shape = (1, ours.config.num_channels, *height_and_width(size))
     probe = torch.linspace(-2, 2, shape[1] * shape[2] * shape[3]).reshape(shape)
     was_training = ours.training
     parameter = next(ours.parameters())

@@ -11,6 +11,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from hub.open_model import open_model
+from modeling.patches import height_and_width
 
 # An ONNX file cannot exceed 2 GB; larger weights go to a second file next to it.
 _MOST_BYTES = 1_800_000_000
@@ -42,7 +43,7 @@ def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
     # Fused attention with a relative position bias cannot be exported (transformers 5.23, torch 2.13).
     model = open_model(str(folder), keeps_classifier=True, attn_implementation="eager").model.eval()
     config: Any = model.config
-    height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    height, width = height_and_width(config.image_size)
     output_names = ["logits"] if hasattr(model, "classifier") else ["last_hidden_state", "pooler_output"]
     is_dynamic = has_dynamic_image_size(config)
     options = {"interpolate_pos_encoding": True} if is_dynamic and _interpolates_on_request(model) else {}

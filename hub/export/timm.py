@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from hub.convert.key_names import TABLES, from_native
 from hub.export.timm_shapes import timm_shapes
 from hub.open_model import open_model
+from modeling.patches import height_and_width
 
 _STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 
@@ -128,7 +129,7 @@ def _compare_with_timm(model: PreTrainedModel, state: dict[str, torch.Tensor]) -
     except RuntimeError as error:
         raise ValueError(f"timm {timm.__version__} rejects these weights: {error}") from error
     size = model.config.image_size
-    shape = (1, model.config.num_channels, *((size, size) if isinstance(size, int) else size))
+    shape = (1, model.config.num_channels, *height_and_width(size))
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = model(images)[0]
     computed = (theirs(images) if hasattr(model, "classifier") else theirs.forward_features(images)).view_as(expected)

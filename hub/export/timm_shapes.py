@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from modeling.patches import height_and_width
+
 
 def timm_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the weights that `export_timm` writes for `model`."""
@@ -21,7 +23,7 @@ def timm_shapes(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
 
 def _vit_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     width, heads, is_beit = config.hidden_size, config.num_attention_heads, config.model_type == "beit"
-    height, breadth = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
+    height, breadth = height_and_width(config.image_size)
     rows, columns = height // config.patch_size, breadth // config.patch_size
     table = ((2 * rows - 1) * (2 * columns - 1) + 3, heads)
     shapes: dict[str, tuple[int, ...]] = {"cls_token": (1, 1, width)}
