@@ -86,7 +86,7 @@ def whole(width: int, height: int) -> decoding.Box:
         ("CMYK", "TIFF", 2),
     ],
 )
-def test_decode__gives_the_same_picture_from_every_mode(
+def test_decode__gives_the_same_image_from_every_mode(
     photograph: Image.Image, source_mode: str, format_name: str, tolerance: float, num_channels: int, mode: str
 ) -> None:
     image = photograph.quantize(256) if source_mode == "P" else photograph.convert(source_mode)
@@ -126,7 +126,7 @@ def test_decode__keeps_partial_transparency_proportional() -> None:
 @pytest.mark.parametrize("format_name", ["PNG", "TIFF", "PPM"])
 def test_decode__scales_sixteen_bits_alike_in_every_image(photograph: Image.Image, format_name: str) -> None:
     gray = np.asarray(photograph.convert("L"))
-    for strength in (257, 64):  # full range, and a dark picture that must stay dark
+    for strength in (257, 64):  # full range, and a dark image that must stay dark
         data = encoded(Image.fromarray(gray.astype(np.uint16) * strength), format_name)
         assert check(data).mode.startswith("I")
         expected = (gray.astype(np.int32) * strength) >> 8
@@ -148,7 +148,7 @@ def test_decode__stretches_float_pixels_and_survives_nan(photograph: Image.Image
     assert (decoded.min(), decoded.max()) == (0, 255)
     assert decoded[0, 0] == 0
     crop = np.asarray(load_crop(encoded(Image.fromarray(pixels), "TIFF"), lambda w, h: (8, 8, 40, 40), (32, 32), 1))
-    assert (crop == decoded[8:40, 8:40]).all()  # the scale is the picture's, not the crop's
+    assert (crop == decoded[8:40, 8:40]).all()  # the scale is the image's, not the crop's
 
 
 def test_decode__turns_one_bit_into_black_and_white(photograph: Image.Image) -> None:
@@ -171,7 +171,7 @@ def test_decode__reads_a_single_pixel(num_channels: int) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation__gives_the_crop_of_the_upright_picture(photograph: Image.Image, orientation: int) -> None:
+def test_exif_orientation__gives_the_crop_of_the_upright_image(photograph: Image.Image, orientation: int) -> None:
     data = rotated_by_exif(photograph, orientation)
     upright = ImageOps.exif_transpose(Image.open(BytesIO(data)))
     header = check(data)
@@ -187,7 +187,7 @@ def test_exif_orientation__gives_the_crop_of_the_upright_picture(photograph: Ima
 def test_draft__does_not_move_the_crop(
     photograph: Image.Image, orientation: int, num_channels: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # 251 x 187 is no multiple of 8, so that a turned picture starts at the partial last block.
+    # 251 x 187 is not a multiple of 8, so that a rotated image starts with a partial block.
     data = rotated_by_exif(photograph.resize((251, 187)), orientation)
 
     def crop(box: decoding.Box) -> Image.Image:
@@ -219,7 +219,7 @@ def test_draft__decodes_fewer_pixels(photograph: Image.Image, monkeypatch: pytes
     assert list(dict.fromkeys(decoded_sizes)) == [(128, 96), (512, 384), (1024, 768)]  # scales 1/8, 1/2, 1 and 1
 
 
-def test_transparent_crop__equals_the_crop_of_the_decoded_picture(photograph: Image.Image) -> None:
+def test_transparent_crop__equals_the_crop_of_the_decoded_image(photograph: Image.Image) -> None:
     image = photograph.quantize(32)
     data = encoded(image, "PNG", transparency=image.getpixel((40, 40)))
     box = (20, 20, 100, 90)
@@ -316,7 +316,7 @@ def test_missing_files__say_what_is_missing(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # pytest undoes the filter that data.decoding sets
-def test_damaged_exif__does_not_cost_the_picture(photograph: Image.Image) -> None:
+def test_damaged_exif__is_ignored(photograph: Image.Image) -> None:
     data = encoded(photograph, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff garbage")
     assert check(data).orientation == 1
 

@@ -18,7 +18,7 @@ from data.sources import BUNDLED, open_source, open_validation
 
 @pytest.fixture(scope="module")
 def clothes() -> datasets.DatasetDict:
-    """Real pictures: three classes of the bundled Fashion-MNIST, six training and two test images each."""
+    """Real images: three classes of the bundled Fashion-MNIST, six training and two test images each."""
     files = {split: str(BUNDLED["sample-fashion"] / f"{split}.parquet") for split in ("train", "test")}
     found = datasets.load_dataset("parquet", data_files=files)
     chosen = {
@@ -42,16 +42,16 @@ def write_folders(
     return folder
 
 
-def write_idx(folder: Path, prefix: str, pictures: np.ndarray, labels: np.ndarray | None, suffix: str = "-") -> None:
-    for kind, values in (("images", pictures), ("labels", labels)):
+def write_idx(folder: Path, prefix: str, images: np.ndarray, labels: np.ndarray | None, suffix: str = "-") -> None:
+    for kind, values in (("images", images), ("labels", labels)):
         if values is not None:
             header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
             file = folder / f"{prefix}-{kind}{suffix}idx{values.ndim}-ubyte.gz"
             file.write_bytes(gzip.compress(header + values.astype(np.uint8).tobytes()))
 
 
-def pixels(part, index: int) -> np.ndarray:
-    return np.asarray(Image.open(BytesIO(part.sample(index)["image"])))
+def pixels(split, index: int) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(split.sample(index)["image"])))
 
 
 def test_sample_fashion__has_its_class_names_and_official_split():
@@ -62,7 +62,7 @@ def test_sample_fashion__has_its_class_names_and_official_split():
     assert np.bincount(images.test.labels).tolist() == [100] * 10
 
 
-def test_class_folders__without_parts(clothes, tmp_path):
+def test_class_folders__without_splits(clothes, tmp_path):
     images = open_labeled([str(write_folders(clothes["train"], tmp_path))])
     assert images.class_names == ("pullover", "shirt", "trouser")
     assert images.validation is None
@@ -76,11 +76,11 @@ def test_class_folders__without_parts(clothes, tmp_path):
 
 @pytest.mark.parametrize("validation", ["val", "validation"])
 def test_class_folders__with_splits(clothes, tmp_path, validation):
-    for part in ("train", validation, "test"):
-        write_folders(clothes["train" if part == "train" else "test"], tmp_path / part)
+    for split in ("train", validation, "test"):
+        write_folders(clothes["train" if split == "train" else "test"], tmp_path / split)
     images = open_labeled(str(tmp_path))
     assert images.class_names == ("pullover", "shirt", "trouser")
-    assert [len(part) for part in (images.train, images.validation, images.test)] == [18, 6, 6]
+    assert [len(split) for split in (images.train, images.validation, images.test)] == [18, 6, 6]
     assert images.validation.name(0).startswith(str(tmp_path / validation))
 
 
@@ -159,8 +159,8 @@ def test_tables__of_several_label_columns_one_is_asked_for(clothes, tmp_path):
 def test_idx__pictures_and_labels_come_back(clothes, tmp_path, suffix):
     for prefix, split in (("train", "train"), ("t10k", "test")):
         rows = clothes[split]
-        pictures = np.stack([np.asarray(image) for image in rows["image"]])
-        write_idx(tmp_path, prefix, pictures, np.array(rows["label"]), suffix)
+        images = np.stack([np.asarray(image) for image in rows["image"]])
+        write_idx(tmp_path, prefix, images, np.array(rows["label"]), suffix)
     images = open_labeled(str(tmp_path))
     assert images.class_names == ("0", "1", "2")
     assert images.test.labels.tolist() == clothes["test"]["label"]
@@ -185,11 +185,11 @@ def test_readable__a_broken_image_is_left_out_with_its_label(clothes, tmp_path):
     write_folders(clothes["train"], tmp_path)
     (tmp_path / "shirt" / "0.png").write_bytes(b"no image")
     images = open_labeled(str(tmp_path))
-    part, found = images.train.readable(0.1)
-    assert np.bincount(part.labels).tolist() == [6, 5, 6]
+    split, found = images.train.readable(0.1)
+    assert np.bincount(split.labels).tolist() == [6, 5, 6]
     assert list(found.bad) == [str(tmp_path / "shirt" / "0.png")]
-    for index, label in enumerate(part.labels):
-        assert Path(part.name(index)).parent.name == images.class_names[label]
+    for index, label in enumerate(split.labels):
+        assert Path(split.name(index)).parent.name == images.class_names[label]
     for file in (tmp_path / "shirt").iterdir():
         file.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"all images of 1 classes are unreadable, such as .*shirt"):
@@ -302,8 +302,8 @@ def test_mistake__declared_classes_without_images_are_ignored_with_a_warning(clo
 
 
 def test_mistake__validation_folders_are_not_taken_for_classes(clothes, tmp_path):
-    for part in ("val", "test"):
-        write_folders(clothes["test"], tmp_path / part)
+    for split in ("val", "test"):
+        write_folders(clothes["test"], tmp_path / split)
     with pytest.raises(ValueError, match=r"there is no train folder in .*, which has 'test', 'val'"):
         open_labeled(str(tmp_path))
 
@@ -315,11 +315,11 @@ def test_mistake__no_training_split(clothes, tmp_path):
 
 
 def test_mistake__idx_files_that_do_not_fit(clothes, tmp_path):
-    pictures = np.stack([np.asarray(image) for image in clothes["train"]["image"]])
-    write_idx(tmp_path, "train", pictures, np.zeros(17, np.uint8))
+    images = np.stack([np.asarray(image) for image in clothes["train"]["image"]])
+    write_idx(tmp_path, "train", images, np.zeros(17, np.uint8))
     with pytest.raises(ValueError, match=r"has 17 labels, but train-images-idx3-ubyte.gz has 18 images"):
         open_labeled(str(tmp_path))
-    write_idx(tmp_path, "train", pictures, None)
+    write_idx(tmp_path, "train", images, None)
     (tmp_path / "train-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(ValueError, match=r"the training split of .* has no labels"):
         open_labeled(str(tmp_path))

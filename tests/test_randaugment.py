@@ -75,7 +75,7 @@ def test_draws__are_the_generator_s_and_leave_the_global_one_alone():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gray_images__are_changed_like_the_same_picture_in_color(name):
+def test_gray_images__are_changed_like_the_same_image_in_color(name):
     gray = Image.fromarray(tiles()[0, 0]).convert("L")
     argument = ARGUMENT[name](0.9, 1.0)
     of_gray, of_color = APPLY[name](gray, argument, 110), APPLY[name](gray.convert("RGB"), argument, (110,) * 3)

@@ -21,32 +21,32 @@ def folder(tmp_path_factory):
     return str(root)
 
 
-def sizes(parts) -> dict[str, int]:
-    return {name: len(part) for name, part in parts.images.splits.items()}
+def sizes(opened) -> dict[str, int]:
+    return {name: len(split) for name, split in opened.images.splits.items()}
 
 
 def test_splits__without_validation_use_a_tenth_of_each_class_for_it(folder):
-    parts = open_labeled_splits([folder], None, **ALL)
-    assert sizes(parts) == {"train": 54, "validation": 6}
-    assert parts.measured[0] == "validation"
-    assert (parts.num_gray, parts.has_subset) == (40, False)
+    opened = open_labeled_splits([folder], None, **ALL)
+    assert sizes(opened) == {"train": 54, "validation": 6}
+    assert opened.measured[0] == "validation"
+    assert (opened.num_gray, opened.has_subset) == (40, False)
 
 
 def test_splits__few_labels_are_taken_from_the_other_training_images(folder):
-    parts = open_labeled_splits([folder], None, **{**ALL, "num_per_class": 5})
-    assert sizes(parts) == {"train": 15, "validation": 6}
-    train, validation = ({part.name(i) for i in range(len(part))} for part in parts.images.splits.values())
+    opened = open_labeled_splits([folder], None, **{**ALL, "num_per_class": 5})
+    assert sizes(opened) == {"train": 15, "validation": 6}
+    train, validation = ({split.name(i) for i in range(len(split))} for split in opened.images.splits.values())
     assert not train & validation
 
 
 def test_splits__with_a_test_split_use_no_other_labels_than_those_requested():
-    parts = open_labeled_splits(["sample-fashion"], None, **{**ALL, "num_per_class": 20})
-    assert sizes(parts) == {"train": 200, "test": 1000}
-    assert parts.measured[0] == "test"
+    opened = open_labeled_splits(["sample-fashion"], None, **{**ALL, "num_per_class": 20})
+    assert sizes(opened) == {"train": 200, "test": 1000}
+    assert opened.measured[0] == "test"
     validation = open_labeled_splits(
         ["sample-fashion"], None, **{**ALL, "num_per_class": 20, "validation_fraction": 0.25}
     )
     assert sizes(validation) == {"train": 150, "validation": 50, "test": 1000}
-    few = {parts.images.train.name(i) for i in range(200)}
+    few = {opened.images.train.name(i) for i in range(200)}
     images = validation.images
-    assert few == {part.name(i) for part in (images.train, images.validation) for i in range(len(part))}
+    assert few == {split.name(i) for split in (images.train, images.validation) for i in range(len(split))}
