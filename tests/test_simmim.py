@@ -64,10 +64,10 @@ def test_golden__encoder_map_and_reconstruction_equal_the_authors(golden):
 @pytest.mark.parametrize(
     ("key", "problem"),
     [
-        ("encoder.mask_token", "lacks encoder.mask_token"),
-        ("decoder.0.weight", "lacks decoder.0.weight"),
+        ("encoder.mask_token", "incomplete SimMIM: encoder.mask_token missing"),
+        ("decoder.0.weight", "incomplete SimMIM: decoder.0.weight missing"),
         ("encoder.norm.weight", "missing encoder.norm.weight"),
-        (None, "not understood encoder.surprise, other"),
+        (None, "unexpected encoder.surprise, other"),
     ],
 )
 def test_converter__accounts_for_every_key(key, problem, tmp_path):
