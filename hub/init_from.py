@@ -67,7 +67,7 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
     encoder_config: Any = _encoder_config(config)
     if encoder_config.model_type not in FAMILIES:
         raise ValueError(
-            f"--init_from {name} is a model of type {encoder_config.model_type}; training can begin from what this "
+            f"`init_from` {name} is a model of type {encoder_config.model_type}; training can begin from what this "
             f"program wrote, and from {', '.join(FAMILIES.values())}"
         )
     keeps_head, is_own = _keeps_head(config, method), _own_method(config) == method
@@ -131,7 +131,7 @@ def _host(name: str, config: PreTrainedConfig, method: str) -> str:
     others = [other for other, kind in CONFIGS.items() if any(obstacle(config, h) is None for h in kind.encoder_types)]
     taken = dict.fromkeys(family for host in types for family in FAMILIES_OF[host])
     raise ValueError(
-        f"--method {method} cannot continue from {name} ({FAMILIES[config.model_type]}): "
+        f"`method` {method} cannot continue from {name} ({FAMILIES[config.model_type]}): "
         f"{obstacle(config, types[0])}. Methods that can: {', '.join(others) or 'none'}. "
         f"{method} continues from: {', '.join(taken)}"
     )
@@ -146,5 +146,5 @@ def _image_stats(name: str, config: PreTrainedConfig, subfolder: str) -> dict[st
 def _single(patch_size: int | list[int], name: str) -> int:
     sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
     if len(sides) > 1:
-        raise ValueError(f"--init_from {name} has patches of {patch_size} pixels, expected square ones")
+        raise ValueError(f"`init_from` {name} has patches of {patch_size} pixels, expected square ones")
     return sides.pop()

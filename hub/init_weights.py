@@ -131,8 +131,8 @@ def _repair(start: StartingModel, encoder: State, head: State, repair_positions:
 def _refuse_rectangle(start: StartingModel, config: Any, grid: tuple[int, int]) -> None:
     if getattr(config, "use_absolute_position_embeddings", False) and len(set(grid)) > 1:
         raise ValueError(
-            f"--method {start.method} holds the absolute positions of {start.name} in a BeitModel, which reads "
-            f"square images only; got {grid[0]} x {grid[1]} patches: give --image_size one number"
+            f"`method` {start.method} holds the absolute positions of {start.name} in a BeitModel, which reads "
+            f"square images only; got {grid[0]} x {grid[1]} patches: give `image_size` one number"
         )
 
 

@@ -112,7 +112,7 @@ def test_items__carry_the_label_of_their_own_image(clothes):
     evaluated = ImageDataset(clothes, single_view(eval_view((28, 28), 1.0), 3))
     assert [evaluated[index]["image_index"] for index in range(40)] == list(range(40))
     assert clothes.labels.tolist() == [evaluated[index]["labels"] for index in range(40)]
-    assert set(epoch[0]) == {"pixel_values", "labels", "image_index"}
+    assert set(epoch[0]) == {"pixel_values", "labels", "image_index", "epoch", "step"}
 
 
 def test_items__of_an_image_that_cannot_be_read_are_another_with_its_label(clothes, tmp_path):

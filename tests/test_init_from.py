@@ -330,7 +330,7 @@ def test_resize__to_a_rectangle_is_two_dimensional(tmp_path):
     new = torch.nn.functional.interpolate(old, size=(2, 8), mode="bicubic", align_corners=False)
     assert_close(table[:, 1:], new.flatten(2).transpose(1, 2))
     assert torch.equal(table[:, :1], source.embeddings.position_embeddings[:, :1])
-    with pytest.raises(ValueError, match="give --image_size one number"):
+    with pytest.raises(ValueError, match="give `image_size` one number"):
         continued(tmp_path, "simmim", image_size=[16, 64])
 
 

@@ -85,7 +85,7 @@ def test_counts__of_the_paper():
 def test_masks__unequal_counts_are_refused():
     mask = torch.eye(4, dtype=torch.bool)
     mask[0] = True
-    with pytest.raises(ValueError, match="same number of patches"):
+    with pytest.raises(ValueError, match="same number of masked patches"):
         visible_and_masked_indices(mask)
 
 

@@ -163,7 +163,7 @@ def test_nan__a_learning_rate_of_1e38_leaves_a_checkpoint_from_before(tmp_path):
     trainer = make_trainer(
         tmp_path, learning_rate=1e38, save_strategy="steps", save_steps=1, lr_scheduler_type="constant"
     )
-    with pytest.raises(NonFiniteError, match="--learning_rate"):
+    with pytest.raises(NonFiniteError, match="Lower `learning_rate`"):
         trainer.train()
     checkpoint, _ = last_whole_checkpoint(tmp_path)
     assert finite_weights(checkpoint)

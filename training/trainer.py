@@ -243,7 +243,7 @@ class MimTrainer(Trainer):
         """
         if self.guard.is_raised_anywhere():
             step, culprits, batch = self.guard.first_bad_step(), *self._bad_images()
-            calmer = "lower --learning_rate, or clip with --max_grad_norm 1; under fp16 use --bf16"
+            calmer = "lower `learning_rate`, or clip with `max_grad_norm` 1; under `fp16` use `bf16`"
             if not batch:
                 cause = f"every loss was finite, the gradient was not: {calmer}."
             elif 0 < len(culprits) < len(batch):
@@ -260,7 +260,7 @@ class MimTrainer(Trainer):
         if not has_only_finite_weights(self.model):
             raise NonFiniteError(
                 f"weights became NaN or infinite by step {self.state.global_step}, with a learning rate of "
-                f"{self._get_learning_rate():.3g}. {self._last_good()} Lower --learning_rate."
+                f"{self._get_learning_rate():.3g}. {self._last_good()} Lower `learning_rate`."
             )
 
     def _bad_images(self) -> tuple[list[str], list[str]]:
