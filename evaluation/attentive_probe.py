@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.seeds import seeded_generator
-from evaluation.folds import validation_folds
+from evaluation.folds import shuffled_batches, validation_folds
 
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 _DEFAULT_LEARNING_RATE = 1e-2
@@ -77,15 +77,11 @@ def fit_attentive(patches: Tensor, labels: Tensor, num_classes: int, seed: int) 
 
 
 def _train(patches: Tensor, labels: Tensor, num_classes: int, learning_rate: float, seed: int) -> AttentivePooling:
-    generator, steps_per_epoch = seeded_generator(seed, "attentive probe"), math.ceil(len(patches) / _BATCH_SIZE)
+    generator = seeded_generator(seed, "attentive probe")
     probe = AttentivePooling(*_statistics(patches), num_classes, generator)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=learning_rate, weight_decay=_WEIGHT_DECAY)
-    num_steps = max(_MIN_STEPS, _NUM_EPOCHS * steps_per_epoch)
-    for step in range(num_steps):
-        if step % steps_per_epoch == 0:
-            batches = torch.randperm(len(patches), generator=generator).to(patches.device).split(_BATCH_SIZE)
-        batch = batches[step % steps_per_epoch]
-        optimizer.param_groups[0]["lr"] = learning_rate * (0.5 + 0.5 * math.cos(math.pi * step / num_steps))
+    for batch, factor in shuffled_batches(patches, _BATCH_SIZE, _NUM_EPOCHS, _MIN_STEPS, generator):
+        optimizer.param_groups[0]["lr"] = learning_rate * factor
         with torch.enable_grad():
             loss = F.cross_entropy(probe(patches[batch]), labels[batch])
             gradients = torch.autograd.grad(loss, list(probe.parameters()))

@@ -3,6 +3,7 @@
 Shapes: B batch size, h, w rows and columns of patches, D feature dimension.
 """
 
+import itertools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,34 +31,32 @@ def write_embeddings(
     Raises:
         ValueError: If no image can be read.
     """
-    partial = path.with_name(path.name + ".part")
-    writer, num_rows = None, 0
+    tables = (_table(batch, encoder(batch.pixel_values), source, with_patches) for batch in images)
+    first = next(tables, None)
+    if first is None:
+        raise ValueError(f"no image of {source.describe()} can be read")
+    partial, num_rows = path.with_name(path.name + ".part"), 0
     try:
-        for batch in images:
-            tokens = encoder(batch.pixel_values)
-            columns = {"name": pa.array([source.name(position) for position in batch.positions])}
-            columns |= {name: _as_lists(value) for name, value in _columns(tokens, with_patches).items()}
-            height, width = tokens.patches.shape[1:3]
-            table = pa.table(columns).replace_schema_metadata({b"patches": f"{height} x {width}".encode()})
-            if writer is None:
-                writer = pq.ParquetWriter(partial, table.schema, compression="zstd")
-            writer.write_table(table)
-            num_rows += len(table)
+        with pq.ParquetWriter(partial, first.schema, compression="zstd") as writer:
+            for table in itertools.chain([first], tables):
+                writer.write_table(table)
+                num_rows += len(table)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    finally:
-        if writer is not None:
-            writer.close()
-    if not num_rows:
-        raise ValueError(f"no image of {source.describe()} can be read")
     os.replace(partial, path)
     return num_rows
 
 
-def _columns(tokens: Tokens, with_patches: bool) -> dict[str, Tensor]:
-    columns = {} if tokens.class_token is None else {"class_token": tokens.class_token}
-    return columns | {"mean": tokens.mean} | ({"patches": tokens.patches.flatten(1)} if with_patches else {})
+def _table(batch: Batch, tokens: Tokens, source: ImageSource, with_patches: bool) -> pa.Table:
+    columns = {"name": pa.array([source.name(position) for position in batch.positions])}
+    if tokens.class_token is not None:
+        columns["class_token"] = _as_lists(tokens.class_token)
+    columns["mean"] = _as_lists(tokens.mean)
+    if with_patches:
+        columns["patches"] = _as_lists(tokens.patches.flatten(1))
+    height, width = tokens.patches.shape[1:3]
+    return pa.table(columns).replace_schema_metadata({b"patches": f"{height} x {width}".encode()})
 
 
 def _as_lists(values: Tensor) -> pa.Array:

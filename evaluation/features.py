@@ -7,8 +7,7 @@ P = h * w patches, D feature dimension, T tokens.
 import copy
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from data.seeds import seeded_generator
 from evaluation.preprocessing import Batch, Preprocessor
+from modeling.patches import height_and_width
 
 CLASS_TOKEN, MEAN, BOTH = "class token", "mean of patches", "class token and mean"
 _MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
@@ -35,14 +35,21 @@ class Tokens:
     def mean(self) -> Tensor:
         return self.patches.flatten(1, 2).mean(1)  # (B, D)
 
+    @property
+    def by_kind(self) -> dict[str, Tensor]:
+        """The features (B, D) of each kind."""
+        if self.class_token is None:
+            return {MEAN: self.mean}
+        both = torch.cat([self.class_token, self.mean], 1)
+        return {CLASS_TOKEN: self.class_token, MEAN: self.mean, BOTH: both}
+
 
 class FrozenEncoder:
     """An encoder that maps pixels (B, C, H, W) to `Tokens`, without gradients and always in evaluation mode."""
 
-    model: Any
-
     def __init__(self, model: nn.Module, config: Any) -> None:
-        self.model, self.config = model, config
+        self.model: Any = model
+        self.config = config
         self.device = next(model.parameters()).device
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
 
@@ -52,12 +59,17 @@ class FrozenEncoder:
     @torch.no_grad()
     def outputs(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Return the model's own outputs; `kwargs` go to its forward method."""
-        size = getattr(self.config, "image_size", None)
-        expected = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-        if self._interpolates and tuple(pixel_values.shape[2:]) != expected:
+        if self._interpolates and tuple(pixel_values.shape[2:]) != height_and_width(
+            getattr(self.config, "image_size", 0)
+        ):
             kwargs["interpolate_pos_encoding"] = True
-        with evaluating(self.model):
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()
+        try:
             return self.model(pixel_values=pixel_values.to(self.device), **kwargs)
+        finally:  # each module as it was: some may always be in evaluation mode
+            for module in training:
+                module.training = True
 
     def split(self, hidden: Tensor, image_size: Iterable[int]) -> Tokens:
         """Split hidden states, (B, T, D) of a transformer or (B, D, h, w) of a convolutional network."""
@@ -69,8 +81,7 @@ class FrozenEncoder:
 
     def _layout(self, num_tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
         """Return the number of tokens before the patches and the patch grid; stages may have merged 2 x 2 patches."""
-        patch = getattr(self.config, "patch_size", 1)
-        patch_height, patch_width = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+        patch_height, patch_width = height_and_width(getattr(self.config, "patch_size", 1))
         for times in (1, 2, 4, 8, 16, 32):
             grid = math.ceil(height / (patch_height * times)), math.ceil(width / (patch_width * times))
             num_extra = num_tokens - math.prod(grid)
@@ -80,19 +91,6 @@ class FrozenEncoder:
             f"{self.config.model_type} returns {num_tokens} tokens for an image of {height} x {width} pixels, which "
             f"are not a grid of {patch_height} x {patch_width} patches; expected an encoder with a grid of features"
         )
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode, and restore the mode of each one afterwards."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:
@@ -135,14 +133,13 @@ def collect(
     """
     positions: list[int] = []
     batches: dict[str, list[dict[str, Tensor]]] = {name: [] for name in encoders}
-    patches: list[Tensor] = []
-    small: list[Tensor] = []
+    patches, small = [], []
     for batch in images:
         positions += batch.positions
         small.append(thumbnails(preprocessor.unnormalize(batch.pixel_values)))
         for name, encoder in encoders.items():
             tokens = encoder(batch.pixel_values)
-            batches[name].append({kind: value.cpu() for kind, value in kinds_of(tokens).items()})
+            batches[name].append({kind: value.cpu() for kind, value in tokens.by_kind.items()})
             if name == patches_of:
                 patches.append(tokens.patches.flatten(1, 2).half().cpu())
     if not positions:
@@ -155,11 +152,3 @@ def collect(
         for name, of_encoder in batches.items()
     }
     return positions, features, torch.cat(small)
-
-
-def kinds_of(tokens: Tokens) -> dict[str, Tensor]:
-    """Return the features (B, D) by kind."""
-    mean = tokens.mean
-    if tokens.class_token is None:
-        return {MEAN: mean}
-    return {CLASS_TOKEN: tokens.class_token, MEAN: mean, BOTH: torch.cat([tokens.class_token, mean], 1)}

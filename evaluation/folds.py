@@ -1,7 +1,10 @@
-"""Validation folds of the training images, on which probes select their hyperparameters instead of the test images.
+"""Validation folds, on which probes select their hyperparameters instead of the test images, and training batches.
 
 Shapes: N training images.
 """
+
+import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -32,3 +35,15 @@ def validation_folds(labels: Tensor, seed: int) -> list[tuple[Tensor, Tensor]]:
         for number in range(num_folds)
         if (fold == number).any()
     ]
+
+
+def shuffled_batches(
+    images: Tensor, batch_size: int, num_epochs: int, min_steps: int, generator: torch.Generator
+) -> Iterator[tuple[Tensor, float]]:
+    """Yield the indices of each batch of `images`, and the factor of the learning rate, which falls as a cosine."""
+    steps_per_epoch = math.ceil(len(images) / batch_size)
+    num_steps = max(min_steps, num_epochs * steps_per_epoch)
+    for step in range(num_steps):
+        if step % steps_per_epoch == 0:
+            batches = torch.randperm(len(images), generator=generator).to(images.device).split(batch_size)
+        yield batches[step % steps_per_epoch], 0.5 + 0.5 * math.cos(math.pi * step / num_steps)

@@ -19,20 +19,14 @@ from evaluation.linear_probe import fit_linear, fit_logistic
 from evaluation.metrics import balanced_accuracy, bootstrap_interval
 from evaluation.quality import feature_std, rankme
 
-PROBES = {
-    "knn": "kNN",
-    "linear": "linear probe",
-    "logistic": "logistic regression",
-    "attentive": "attentive probe",
+PROBES: dict[str, tuple[str, Callable[..., Any]]] = {  # name in the report, and the function that fits it
+    "knn": ("kNN", fit_knn),
+    "linear": ("linear probe", fit_linear),
+    "logistic": ("logistic regression", fit_logistic),
+    "attentive": ("attentive probe", fit_attentive),
 }
 LOGISTIC_UP_TO = 10_000  # training images: L-BFGS uses all of them in each step
 TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
-_FITS: dict[str, Callable[..., Any]] = {
-    "knn": fit_knn,
-    "linear": fit_linear,
-    "logistic": fit_logistic,
-    "attentive": fit_attentive,
-}
 
 
 @dataclass(frozen=True)
@@ -51,9 +45,8 @@ class Row:
 
     @property
     def name(self) -> str:
-        if self.source == PIXELS:
-            return f"{PROBES[self.probe]}, raw pixels"
-        return f"{PROBES[self.probe]}, {self.features}" + (", untrained" if self.source == UNTRAINED else "")
+        of = {TRAINED: self.features, UNTRAINED: f"{self.features}, untrained", PIXELS: "raw pixels"}
+        return f"{PROBES[self.probe][0]}, {of[self.source]}"
 
     @property
     def accuracy(self) -> float:
@@ -101,7 +94,7 @@ def evaluate_probes(
     rows: list[Row] = []
 
     def add(probe: str, kind: str, source: str, train_features: Tensor, test_features: Tensor) -> None:
-        classifier = _FITS[probe](train_features.to(device), train.labels.to(device), num_classes, seed)
+        classifier = PROBES[probe][1](train_features.to(device), train.labels.to(device), num_classes, seed)
         rows.append(_row(probe, kind, source, classifier, test_features.to(device), test.labels, seed))
         log(f"{rows[-1].name}: {rows[-1].accuracy:.1%}")
 

@@ -7,7 +7,6 @@ on the test images; k = 1 and 5 are tried too, for few labels.
 Shapes: N training images (the bank), Q queries, D feature dimension, K classes, k neighbors.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -52,22 +51,15 @@ def neighbors(bank: Tensor, queries: Tensor, k: int, own: Tensor | None = None) 
     Args:
         own: (Q,), the index of each query in the bank, to exclude it from its own neighbors.
     """
-    parts = [_neighbors(bank, chunk, k, own_chunk) for chunk, own_chunk in _chunks(queries, own)]
-    similarity, index = zip(*parts, strict=True)
-    return torch.cat(similarity), torch.cat(index)
-
-
-def _chunks(queries: Tensor, own: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    found = []
     for start in range(0, len(queries), _CHUNK):
-        part = slice(start, start + _CHUNK)
-        yield queries[part], None if own is None else own[part]
-
-
-def _neighbors(bank: Tensor, queries: Tensor, k: int, own: Tensor | None) -> tuple[Tensor, Tensor]:
-    similarity = F.normalize(queries, dim=1) @ bank.T  # (Q, N)
-    if own is not None:
-        similarity.scatter_(1, own[:, None], -torch.inf)
-    return similarity.topk(k, dim=1)
+        chunk = slice(start, start + _CHUNK)
+        similarity = F.normalize(queries[chunk], dim=1) @ bank.T  # (chunk, N)
+        if own is not None:
+            similarity.scatter_(1, own[chunk, None], -torch.inf)
+        found.append(similarity.topk(k, dim=1))
+    similarities, indices = zip(*found, strict=True)
+    return torch.cat(similarities), torch.cat(indices)
 
 
 def _votes(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:

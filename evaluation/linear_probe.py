@@ -8,7 +8,6 @@ validation folds replaces LARS with a fixed learning rate and a batch size of 16
 Shapes: N training images, B batch size, D feature dimension, K classes, R learning rates.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.seeds import seeded_generator
-from evaluation.folds import validation_folds
+from evaluation.folds import shuffled_batches, validation_folds
 
 LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 INVERSE_REGULARIZATIONS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, on standardized features
@@ -84,18 +83,13 @@ def train_by_sgd(
     x = torch.cat([x, x.new_ones(len(x), 1)], 1)  # (N, D + 1), to train the bias as a weight
     weight = x.new_zeros(x.shape[1], num_rates * num_classes)  # (D + 1, R*K)
     velocity, targets = torch.zeros_like(weight), F.one_hot(labels, num_classes).to(x.dtype)[:, None]  # (N, 1, K)
-    generator, steps_per_epoch = seeded_generator(seed, "linear probe"), math.ceil(len(x) / _BATCH_SIZE)
-    num_steps = max(_MIN_STEPS, _NUM_EPOCHS * steps_per_epoch)
-    for step in range(num_steps):
-        if step % steps_per_epoch == 0:
-            order = torch.randperm(len(x), generator=generator).to(x.device)
-            batches = order.split(_BATCH_SIZE)
-        batch = batches[step % steps_per_epoch]
+    generator = seeded_generator(seed, "linear probe")
+    for batch, factor in shuffled_batches(x, _BATCH_SIZE, _NUM_EPOCHS, _MIN_STEPS, generator):
         probabilities = (x[batch] @ weight).view(len(batch), num_rates, num_classes).softmax(-1)  # (B, R, K)
         probabilities.masked_fill_(probabilities < _MIN_PROBABILITY, 0)
         error = (probabilities - targets[batch]).view(len(batch), -1)  # (B, R*K)
         velocity.mul_(_MOMENTUM).add_(x[batch].T @ error, alpha=1 / len(batch))
-        weight -= rates * (0.5 + 0.5 * math.cos(math.pi * step / num_steps)) * velocity
+        weight -= rates * factor * velocity
     return [(each[:-1], each[-1]) for each in weight.split(num_classes, dim=1)]
 
 

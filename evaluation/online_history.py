@@ -61,21 +61,25 @@ def draw_history(axes: Axes, history: Mapping[str, tuple[np.ndarray, np.ndarray]
     axes.set_ylabel("accuracy on frozen features")
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axes.set_title(title, fontsize="medium", loc="left", pad=24)  # above the legend
+    finish_axes(axes, add_right_axis(axes, "RankMe", *history[RANKME]), num_columns=3)
+
+
+def add_right_axis(axes: Axes, label: str, steps: np.ndarray, values: np.ndarray) -> Axes:
+    """Plot a secondary curve on an axis of its own on the right."""
+    right = axes.twinx()
+    right.plot(steps, values, color=_GRAY, linewidth=0.9, linestyle=":", label=label)
+    right.set_ylabel(label, color=_GRAY)
+    right.set_ylim(bottom=0)
+    right.tick_params(axis="y", colors=_GRAY)
+    right.spines[["top", "left", "right"]].set_visible(False)
+    return right
+
+
+def finish_axes(axes: Axes, right: Axes | None, num_columns: int) -> None:
+    """Add a grid, and a legend of both axes above the plot."""
     axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
-    rank_axes = axes.twinx()
-    rank_axes.plot(*history[RANKME], color=_GRAY, linewidth=0.9, linestyle=":", label="RankMe")
-    rank_axes.set_ylabel("RankMe", color=_GRAY)
-    rank_axes.set_ylim(bottom=0)
-    rank_axes.tick_params(axis="y", colors=_GRAY)
-    rank_axes.spines[["top", "left", "right"]].set_visible(False)
-    handles = axes.get_legend_handles_labels()[0] + rank_axes.get_legend_handles_labels()[0]
+    handles = [handle for each in (axes, right) if each is not None for handle in each.get_legend_handles_labels()[0]]
     axes.legend(
-        handles,
-        [str(handle.get_label()) for handle in handles],
-        frameon=False,
-        ncols=3,
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=0.2,
+        handles=handles, frameon=False, ncols=num_columns, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2
     )

@@ -15,14 +15,14 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from evaluation.online_history import KNN, LINEAR, RANKME, describe_trend, draw_history
+from evaluation.online_history import KNN, LINEAR, RANKME, add_right_axis, describe_trend, draw_history, finish_axes
 
 MAX_ROWS = 8
 
 _ENLARGE_TO, _SHRINK_TO, _MIN_COLUMN_WIDTH = 224, 256, 128  # pixels
 _MARGIN, _GAP, _FONT_SIZE, _LINE_HEIGHT = 16, 8, 14, 18  # pixels
 _INK, _PALE_INK = "#1a1a1a", "#595959"
-_BLUE, _VERMILLION, _GRAY = "#0072B2", "#D55E00", "#767676"  # Okabe and Ito: distinguishable for color-blind readers
+_BLUE, _VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito: distinguishable for color-blind readers
 _MEDIAN_FROM_POINTS = 60  # shorter curves need no smoothing
 
 
@@ -50,18 +50,14 @@ def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
         axes = feature_axes = figure.subplots()
     rate_axes = _draw_learning_rate(axes, *_series(log_history, "learning_rate"))
     _draw_training_loss(axes, *train)
-    _draw_validation_loss(axes, *validation)
+    if len(validation[0]):
+        style = {"linewidth": 1.6, "linestyle": "--", "marker": "s", "markersize": 4}
+        axes.plot(*validation, color=_VERMILLION, label=f"validation loss (last: {validation[1][-1]:.4g})", **style)
     axes.set(ylabel="loss")
     feature_axes.set(xlabel="step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(axis="y", color="#E5E5E5", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes.get_legend_handles_labels()
-    if rate_axes is not None:
-        handles += rate_axes.get_legend_handles_labels()[0]
-        labels += rate_axes.get_legend_handles_labels()[1]
-    axes.legend(handles, labels, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)
+    finish_axes(axes, rate_axes, num_columns=2)
     figure.savefig(path, format="png")
 
 
@@ -128,25 +124,12 @@ def _draw_training_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> No
     axes.plot(middle, medians, color=_BLUE, linewidth=1.8, label=f"running median over {window} log entries")
 
 
-def _draw_validation_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
-    if len(steps):
-        label = f"validation loss (last: {losses[-1]:.4g})"
-        axes.plot(
-            steps, losses, color=_VERMILLION, linewidth=1.6, linestyle="--", marker="s", markersize=4, label=label
-        )
-
-
 def _draw_learning_rate(axes: Axes, steps: np.ndarray, rates: np.ndarray) -> Axes | None:
     if not len(steps):
         return None
-    rate_axes = axes.twinx()
-    rate_axes.plot(steps, rates, color=_GRAY, linewidth=0.9, linestyle=":", label="learning rate")
-    rate_axes.set_ylabel("learning rate", color=_GRAY)
-    rate_axes.set_ylim(bottom=0)
+    rate_axes = add_right_axis(axes, "learning rate", steps, rates)
     rate_axes.yaxis.set_major_locator(MaxNLocator(4))
     rate_axes.yaxis.set_major_formatter(FuncFormatter(lambda rate, _: f"{rate:.1e}" if rate else "0"))
-    rate_axes.tick_params(axis="y", colors=_GRAY)
-    rate_axes.spines[["top", "left", "right"]].set_visible(False)
     axes.set_zorder(rate_axes.get_zorder() + 1)  # draw the loss above the learning rate
     axes.patch.set_visible(False)
     return rate_axes

@@ -42,10 +42,8 @@ class Preprocessor:
         """Undo the standardization of pixels (B, C, H, W); returns values in [0, 1]."""
         if not getattr(self.processor, "do_normalize", False):
             return pixel_values.clamp(0, 1)
-        mean, std = (
-            torch.tensor(values).view(-1, 1, 1) for values in (self.processor.image_mean, self.processor.image_std)
-        )
-        return (pixel_values * std + mean).clamp(0, 1)
+        mean, std = torch.tensor(self.processor.image_mean), torch.tensor(self.processor.image_std)
+        return (pixel_values * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -95,10 +93,8 @@ def batches(
     def prepare(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:
         try:
             return Batch(positions, preprocess([source.entry(int(indices[each])) for each in positions])), []
-        except BadImage:
-            return prepare_one_by_one(positions)
-
-    def prepare_one_by_one(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:
+        except BadImage:  # find out which ones
+            pass
         good, bad = {}, []
         for position in positions:
             try:

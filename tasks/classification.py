@@ -31,8 +31,7 @@ from data.labeled import write_subset
 from data.randaugment import RandAugment
 from data.splits import LabeledSplits, open_labeled_splits
 from evaluation.confusion import draw_confusion_matrix
-from evaluation.metrics import classification_metrics, confusion_matrix
-from evaluation.results import classification_results
+from evaluation.metrics import classification_metrics, classification_results, confusion_matrix
 from hub.export.native import export_native
 from hub.model_card import TaskCard
 from modeling import CONFIGS, MimConfig

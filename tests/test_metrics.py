@@ -14,11 +14,11 @@ from evaluation.metrics import (
     bootstrap_interval,
     calibration_error,
     classification_metrics,
+    classification_results,
     confusion_matrix,
     macro_f1,
     predictions_of,
 )
-from evaluation.results import classification_results
 
 
 def scores(num_images: int, num_classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
