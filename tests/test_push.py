@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -249,16 +250,17 @@ def test_failures__at_each_step_leave_the_training_as_it_is_and_name_the_command
     weights, said = train(tmp_path / "out", destination, OneAfterAnother)
     assert_same(weights, undisturbed)
     assert set(destination.errors) == set(STEPS)
-    assert all(note.startswith("note: nothing was pushed") for note in said[:-1])
-    assert said[0].endswith("; training goes on")
+    failed = re.compile(r"warning: (creating the repository|the upload at step \d+) failed: ")
+    assert all(failed.match(note) for note in said[:-1])
+    assert said[0].endswith("; training continues")
     if isinstance(how, int):
         assert f"(HTTP status {how})" in said[0]
-    assert said[-1].startswith("note: the finished run is not on the Hub: ann/enc: ")
+    assert said[-1].startswith("warning: the upload of the finished run failed: ann/enc: ")
     assert not (tmp_path / "out" / STAGING).exists()
 
     hub.heal()
     monkeypatch.setattr(hub_push, "_TIMEOUT", 10.0)
-    command = shlex.split(said[-1].split("this finishes it: ")[1])
+    command = shlex.split(said[-1].split("to upload it, run: ")[1])
     assert command[:3] == ["python", "-m", "hub.push"]
     assert hub_push.main(command[3:]) == 0
     uploaded = hub.repos["ann/enc"].files
@@ -291,7 +293,7 @@ def test_failures__offline_is_said_at_once(hub, tmp_path, undisturbed, monkeypat
     weights, said = train(tmp_path / "out", Repository("ann/enc"))
     assert_same(weights, undisturbed)
     assert "HF_HUB_OFFLINE is set" in said[0]
-    assert len(said) == 2  # the same reason is told once, and at the end with the command
+    assert len(said) == 2  # the same reason is logged once, and at the end with the command
     assert f"python -m hub.push {tmp_path / 'out'} --to ann/enc" in said[1]
 
 
@@ -306,7 +308,7 @@ def test_failures__of_the_staging_itself_do_not_reach_the_training(hub, tmp_path
 
     weights, said = train(tmp_path / "out", Repository("ann/enc"), write=fails_once)
     assert_same(weights, undisturbed)
-    assert said[0] == "note: nothing was pushed at step 1: No space left on device; training goes on"
+    assert said[0] == "warning: the upload at step 1 failed: No space left on device; training continues"
     assert said[-1] == f"pushed to {hub.url}/ann/enc"
 
 
@@ -325,7 +327,7 @@ def test_uploads__never_make_the_training_wait_and_the_newest_one_wins(hub, tmp_
     assert commits[-2:] == ["Training in progress, step 8", "End of training"]
     assert len(commits) < 9
     assert said == [
-        "training is done; waiting for an upload to ann/enc (Ctrl-C gives up the upload only)",
+        "training is done; waiting for an upload to ann/enc (Ctrl-C cancels the upload only)",
         f"pushed to {hub.url}/ann/enc",
     ]
 
@@ -382,8 +384,8 @@ def test_run__ends_well_without_the_hub_and_says_what_to_type(hub, tmp_path, und
     folder = tmp_path / "out"
     assert pretrain([*RUN, *PUSH, "--hub_private_repo", "--output_dir", str(folder)]) == 0
     last = capsys.readouterr().out.splitlines()[-2:]
-    assert last[0].startswith("note: the finished run is not on the Hub: lab/enc: ")
-    assert last[1] == f"  this finishes it: python -m hub.push {folder} --to lab/enc --private"
+    assert last[0].startswith("warning: the upload of the finished run failed: lab/enc: ")
+    assert last[1] == f"  to upload it, run: python -m hub.push {folder} --to lab/enc --private"
     assert_same(load_file(folder / "model.safetensors"), load_file(undisturbed_run / "model.safetensors"))
 
 

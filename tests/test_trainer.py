@@ -64,9 +64,9 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume__after_a_kill_gives_the_undisturbed_weights_bit_by_bit(undisturbed, tmp_path, death, num_workers):
     assert train_in_a_process(tmp_path, "--die_at", death, "--num_workers", str(num_workers)) == KILLED
-    checkpoint, passed_over = last_whole_checkpoint(tmp_path)
+    checkpoint, skipped = last_whole_checkpoint(tmp_path)
     assert checkpoint.name == {"step 10": "checkpoint-8", "step 12": "checkpoint-12", "save 8": "checkpoint-4"}[death]
-    assert list(passed_over) == (["checkpoint-8"] if death == "save 8" else [])
+    assert list(skipped) == (["checkpoint-8"] if death == "save 8" else [])
     assert train_in_a_process(tmp_path, "--num_workers", str(num_workers), "--resume") == 0
     resumed = load_file(tmp_path / "final.safetensors")
     for name, expected in undisturbed.items():

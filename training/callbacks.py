@@ -1,4 +1,4 @@
-"""What a person sees while it trains: a progress bar with images per second, and pictures at every evaluation."""
+"""Progress of a training: a bar with images per second, panels of predictions, and limits on unreadable images."""
 
 import sys
 import time
@@ -17,22 +17,24 @@ from transformers.trainer_utils import has_length
 
 from data.bad_images import BadImages
 
-# Steps timed before a CPU run says how long it will take; the first one also builds and warms everything.
+# Steps that are timed to estimate the duration of a run on the CPU, after a first one that includes warm-up.
 _NUM_TIMED_STEPS = 3
 
 
 def show_progress(
     trainer: Trainer,
     bad_images: Path,
-    left_out: BadImages,
+    excluded: BadImages,
     max_bad_fraction: float,
     shorter: str,
     describe_metrics: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> None:
-    """What every run shows and watches, in place of `Trainer`'s own bar.
+    """Replace `Trainer`'s progress bar, limit unreadable images, and estimate the duration on the CPU.
 
-    `left_out`: the images that are known to be bad, with the reason. `shorter`: what a slow CPU run could be instead.
-    `describe_metrics`: phrases about metrics for a line of the log; by default those of the model.
+    Args:
+        excluded: Unreadable images that were found before training.
+        shorter: What to run instead on a slow CPU.
+        describe_metrics: Returns phrases about metrics for a line of the log; by default the model's.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -42,7 +44,7 @@ def show_progress(
     num_images = arguments.max_steps * arguments.train_batch_size * arguments.world_size
     if has_length(dataset):
         num_images = len(dataset)  # type: ignore[arg-type]
-    trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, left_out.keys()))
+    trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, excluded.keys()))
     if trainer.args.device.type == "cpu":
         trainer.add_callback(CpuEstimate(shorter))
 
@@ -59,7 +61,7 @@ def show_panels(
 
 
 class MimProgress(ProgressCallback):
-    """`Trainer`'s bar with loss, images/s, data-wait share and time left; plain lines without a terminal."""
+    """`Trainer`'s bar with loss, images/s, share of waiting for data and time left; lines without a terminal."""
 
     def __init__(self, describe_metrics: Callable[[dict[str, Any]], list[str]] | None) -> None:
         super().__init__()
@@ -91,7 +93,7 @@ class MimProgress(ProgressCallback):
 
 
 def describe_log(logs: dict[str, Any], describe_metrics: Callable[[dict[str, Any]], list[str]] | None = None) -> str:
-    """Return one line of those that are there: losses, what the model says of its metrics, and speed."""
+    """Return a line with the losses, the model's metrics and the speed, as far as they are logged."""
     phrases = []
     if "loss" in logs:
         phrases.append(f"loss {logs['loss']:.4f}")
@@ -108,7 +110,7 @@ def describe_log(logs: dict[str, Any], describe_metrics: Callable[[dict[str, Any
 
 
 def duration(seconds: float) -> str:
-    """90 -> "1 min 30 s"; days, hours and minutes above."""
+    """Return a duration in its two largest units: 90 -> "1 min 30 s"."""
     if seconds < 60:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -119,7 +121,7 @@ def duration(seconds: float) -> str:
 
 
 class CpuEstimate(TrainerCallback):
-    """Without an accelerator: once the first steps are timed, how long the run takes and what is shorter."""
+    """Print how long a run on the CPU takes if that is long, and what to run instead."""
 
     def __init__(self, shorter: str, threshold_seconds: float = 1800) -> None:
         self.shorter, self.threshold_seconds = shorter, threshold_seconds
@@ -131,9 +133,9 @@ class CpuEstimate(TrainerCallback):
         if len(self.times) <= _NUM_TIMED_STEPS:
             self.times.append(time.perf_counter())
             if len(self.times) == _NUM_TIMED_STEPS + 1 and state.is_world_process_zero:
-                self._say((self.times[-1] - self.times[1]) / (_NUM_TIMED_STEPS - 1), state)
+                self._print_estimate((self.times[-1] - self.times[1]) / (_NUM_TIMED_STEPS - 1), state)
 
-    def _say(self, seconds_per_step: float, state: Any) -> None:
+    def _print_estimate(self, seconds_per_step: float, state: Any) -> None:
         seconds = seconds_per_step * (state.max_steps - state.global_step)
         if seconds > self.threshold_seconds:
             print(
@@ -144,11 +146,12 @@ class CpuEstimate(TrainerCallback):
 
 
 class ReconstructionPanels(TrainerCallback):
-    """At every evaluation the same images under the same masks: a PNG in `folder` and a picture in TensorBoard.
+    """Write a panel of the same images and masks at every evaluation, or at every checkpoint without evaluation.
 
-    At every checkpoint where nothing is evaluated.
-
-    `draw(model, batch, step, eval_loss)` is handed in by the run script; `batch` was made once by the collator.
+    Args:
+        folder: Folder of the PNG files.
+        batch: A batch of the collator.
+        draw: `draw(model, batch, step, eval_loss)` returns the panel.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The trainer of fine-tuning: frozen layers, the loss of a task, and checkpoints with current key names.
+"""Trainer for fine-tuning: frozen layers, the loss of a task, and checkpoints with current key names.
 
 Shapes: C channels.
 """
@@ -20,9 +20,7 @@ _NO_WEIGHT_DECAY_IN_SWIN = ("relative_position_bias_table",)
 
 
 def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
-    """Freeze the whole encoder ("linear"), or everything below its last blocks ("partial").
-
-    The encoder is `model.base_model`; the head is everything else.
+    """Freeze the whole encoder, `model.base_model`, for "linear", or all but its last blocks for "partial".
 
     Raises:
         ValueError: If the encoder has fewer than `num_trained_blocks` blocks.

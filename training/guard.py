@@ -1,8 +1,8 @@
-"""Stop a run whose numbers stopped being numbers, and say at which step and because of which images.
+"""Detect the first non-finite loss or gradient, and the step and images that caused it.
 
-A flag on the device is raised by a non-finite loss or gradient and stays raised: the optimizer reads it there and
-skips this and every later update, so the weights stay those from before. The host looks at the flag only where it
-waits for the device anyway (when logging) and always before a save, so no step waits for it.
+It raises a flag on the device for good. The optimizer reads the flag there and skips this and every later update, so
+that the weights stay as they were before. The host reads it only where it waits for the device anyway (when logging)
+and before each save, so that no step waits for it.
 
 Shapes: B images of a micro-batch.
 """
@@ -17,11 +17,10 @@ class NonFiniteError(RuntimeError):
 
 
 class NonFiniteGuard:
-    """Watches one process's micro-batches.
+    """The flag of one process.
 
     Args:
-        device: where the losses live.
-        gradients_may_overflow: True under fp16 loss scaling, where an infinite gradient is part of the method.
+        gradients_may_overflow: True under fp16 loss scaling, where infinite gradients are part of the method.
     """
 
     def __init__(self, device: torch.device, gradients_may_overflow: bool) -> None:
@@ -31,7 +30,7 @@ class NonFiniteGuard:
         self.image_index = torch.empty(0, dtype=torch.int64, device=device)  # (B,) of the first bad micro-batch
 
     def watch_loss(self, loss: torch.Tensor, image_index: torch.Tensor | None, step: int) -> None:
-        """After each micro-batch; `image_index` (B,) is remembered if this is the first bad one."""
+        """Check the loss of a micro-batch; `image_index` (B,) is kept if it is the first bad one."""
         is_first = ~torch.isfinite(loss.detach()) & (self.flag == 0)
         if image_index is not None:
             if self.image_index.shape != image_index.shape:  # the first call, or a smaller last batch
@@ -40,12 +39,12 @@ class NonFiniteGuard:
         self._raise_flag(is_first, step)
 
     def watch_gradient(self, grad_norm: torch.Tensor, step: int) -> None:
-        """Once a step, after the processes have averaged their gradients: so all of them raise the flag together."""
+        """Check the norm of a step's gradient, averaged over the processes, so that all of them raise the flag."""
         if not self.gradients_may_overflow:
             self._raise_flag(~torch.isfinite(grad_norm.detach()) & (self.flag == 0), step)
 
     def skip_update_if_raised(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Let a fused optimizer skip its update on the device. False if this optimizer cannot."""
+        """Let a fused optimizer skip its update on the device; return whether this optimizer can do that."""
         if not getattr(optimizer, "_step_supports_amp_scaling", False):
             return False
         if not self.gradients_may_overflow:  # under fp16 GradScaler sets it, from the same infinities
@@ -53,7 +52,7 @@ class NonFiniteGuard:
         return True
 
     def is_raised_anywhere(self) -> bool:
-        """Waits for the device. The same answer in every process."""
+        """Return whether any process raised the flag; waits for the device."""
         flag = self.flag
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             flag = flag.clone()
@@ -75,6 +74,6 @@ class NonFiniteGuard:
 
 
 def has_only_finite_weights(model: nn.Module) -> bool:
-    """Waits for the device."""
+    """Return whether all weights are finite; waits for the device."""
     norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()], ord=float("inf"))
     return bool(torch.isfinite(torch.stack(norms)).all())

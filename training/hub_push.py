@@ -1,4 +1,4 @@
-"""Upload at every save in the background; a failed upload is reported and training continues."""
+"""Upload the model at every save, in the background; a failed upload is logged, and training continues."""
 
 import shutil
 import threading
@@ -10,11 +10,11 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-STAGING = ".hub"  # in the output folder: what waits to be uploaded
+STAGING = ".hub"  # in the output folder: files that wait for their upload
 
 
 class Destination(Protocol):
-    """Where uploads go. `push` returns the address; both raise errors whose text a person understands."""
+    """A repository; `push` returns its address. Errors have readable messages."""
 
     repo_id: str
 
@@ -26,13 +26,14 @@ class Destination(Protocol):
 
 
 class HubPush(TrainerCallback):
-    """At each save the main process stages what others need and uploads it in a thread; a newer save takes the place
-    of one that still waits.
+    """Stage the public files at each save on the main process, and upload them in a thread.
+
+    A newer save replaces one that still waits for its upload.
 
     Args:
-        stage: `stage(folder, checkpoint_name)` writes the public files of the model as it is now into a folder that
-            does not exist yet, and the training state into a subfolder if that has a name.
-        checkpoint_name: step -> name of the training state on the Hub; None: no training state goes there.
+        stage: `stage(folder, checkpoint_name)` writes the current public files to a new folder, and the training state
+            to a subfolder if `checkpoint_name` is not None.
+        checkpoint_name: Returns the name of the training state of a step on the Hub; None to upload no training state.
         at_saves: False to upload the finished run only.
     """
 
@@ -48,54 +49,55 @@ class HubPush(TrainerCallback):
         self.destination, self.output_dir, self.stage, self.log = destination, output_dir, stage, log
         self.checkpoint_name, self.at_saves = checkpoint_name, at_saves
         self._uploads = _Uploads()
-        self._told = ""  # the last problem: told once, however often it comes back
+        self._last_problem = ""  # logged once, however often it occurs
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             shutil.rmtree(self.output_dir / STAGING, ignore_errors=True)  # of a run that was killed
-            self._uploads.put(lambda: self._try("yet", self.destination.create))  # a wrong token shows at once
+            create = lambda: self._try("creating the repository", self.destination.create)  # noqa: E731
+            self._uploads.put(create)  # reveals a wrong token at once
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.checkpoint_name is not None:
             PartialState().wait_for_everyone()  # every process writes a part of the checkpoint
         is_last = state.global_step >= state.max_steps
         if not state.is_world_process_zero or not self.at_saves or (is_last and self.checkpoint_name is None):
-            return  # what `finish` pushes is the model of the last step
+            return  # `finish` uploads the model of the last step
         step = state.global_step
         folder = self.output_dir / STAGING / f"step-{step}"
         name = self.checkpoint_name(step) if self.checkpoint_name else None
         with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):
-            staged = self._try(f"at step {step}", lambda: self.stage(folder, name))
+            staged = self._try(f"the upload at step {step}", lambda: self.stage(folder, name))
         if staged:
             upload = lambda: self.destination.push(folder, f"Training in progress, step {step}", name)  # noqa: E731
-            self._uploads.put(lambda: self._try(f"at step {step}", upload), lambda: _remove(folder))
+            self._uploads.put(lambda: self._try(f"the upload at step {step}", upload), lambda: _remove(folder))
         else:
             _remove(folder)
 
     def finish(self) -> None:
-        """On the main process, when the output folder is complete: push it and say how that went."""
+        """Upload the complete output folder, on the main process, and log the result."""
         repo_id = self.destination.repo_id
         try:
             if self._uploads.are_under_way:
-                self.log(f"training is done; waiting for an upload to {repo_id} (Ctrl-C gives up the upload only)")
+                self.log(f"training is done; waiting for an upload to {repo_id} (Ctrl-C cancels the upload only)")
             self._uploads.wait()
             address = self.destination.push(self.output_dir, "End of training")
         except (Exception, KeyboardInterrupt) as error:  # the run is finished and on disk
             reason = str(error) or type(error).__name__
             command = self.destination.finishing_command(self.output_dir)
-            self.log(f"note: the finished run is not on the Hub: {reason}\n  this finishes it: {command}")
+            self.log(f"warning: the upload of the finished run failed: {reason}\n  to upload it, run: {command}")
         else:
             self.log(f"pushed to {address}")
         _remove(self.output_dir / STAGING)
 
-    def _try(self, when: str, work: Callable[[], Any]) -> bool:
+    def _try(self, what: str, work: Callable[[], Any]) -> bool:
         try:
             work()
-        except Exception as error:  # whatever it is, no upload is worth a training
+        except Exception as error:  # no failed upload may stop a training
             problem = str(error) or type(error).__name__
-            if problem != self._told:
-                self.log(f"note: nothing was pushed {when}: {problem}; training goes on")
-            self._told = problem
+            if problem != self._last_problem:
+                self.log(f"warning: {what} failed: {problem}; training continues")
+            self._last_problem = problem
             return False
         return True
 
@@ -106,7 +108,7 @@ class _Job(NamedTuple):
 
 
 class _Uploads:
-    """Runs jobs one after another in a thread; of those that wait, only the newest is kept."""
+    """A thread that runs one job at a time; only the newest of the waiting jobs is kept."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -119,18 +121,18 @@ class _Uploads:
         return self._is_running or self._waiting is not None
 
     def put(self, run: Callable[[], Any], clean_up: Callable[[], None] = lambda: None) -> None:
-        """`clean_up` is called after the job, and in its place if a newer one replaces it."""
+        """Add a job; `clean_up` is called after it, or instead of it if a newer job replaces it."""
         with self._changed:
             replaced, self._waiting = self._waiting, _Job(run, clean_up)
             self._changed.notify_all()
         if replaced is not None:
             replaced.clean_up()
-        if self._thread is None:  # a daemon: a run that ends early does not wait for it
+        if self._thread is None:  # a daemon, so that a run that ends early does not wait for it
             self._thread = threading.Thread(target=self._work, name="hub-push", daemon=True)
             self._thread.start()
 
     def wait(self) -> None:
-        """Until nothing is left to do."""
+        """Wait until all jobs are done."""
         with self._changed:
             self._changed.wait_for(lambda: not self.are_under_way)
 

@@ -1,4 +1,4 @@
-"""Layer-wise learning rates: the deeper a weight lies below the head, the smaller its rate.
+"""Layer-wise learning rates, which decrease from the head down to the embeddings.
 
 Papers: Clark et al. 2020 (ELECTRA), arXiv:2003.10555, App. B; Bao et al. 2021 (BEiT), arXiv:2106.08254, Sec. 3.1.
 Code: microsoft/unilm/beit/optim_factory.py at 768a3c8; microsoft/SimMIM/optimizer.py at d3e29bc.
@@ -18,10 +18,12 @@ _FLAT = re.compile(r"(?:^|\.)layers?\.(\d+)\.")
 def layer_decay_groups(
     model: PreTrainedModel, learning_rate: float, weight_decay: float, layer_decay: float, decayed: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Parameter groups of an optimizer: each layer once with weight decay and once without.
+    """Return an optimizer's parameter groups: for each layer one with weight decay and one without.
 
-    Only what trains is in a group. `decayed`: names of the parameters with weight decay. The first group has the full
-    rate, because that is the one that `Trainer` logs.
+    The groups hold trainable parameters only. The first one has the full rate, which is the one that `Trainer` logs.
+
+    Args:
+        decayed: Names of the parameters with weight decay.
     """
     ids, scales = layer_ids(model), layer_scales(model, layer_decay)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
@@ -35,13 +37,13 @@ def layer_decay_groups(
 
 
 def layer_scales(model: PreTrainedModel, layer_decay: float) -> list[float]:
-    """What the learning rate is multiplied with, by layer id."""
+    """Return the factor of the learning rate for each layer id."""
     last = max(layer_ids(model).values())
     return [layer_decay ** (last - number) for number in range(last + 1)]
 
 
 def layer_ids(model: PreTrainedModel) -> dict[str, int]:
-    """Every parameter's layer: 0 what embeds, 1 to N the blocks, N + 1 what follows, or lies outside the encoder."""
+    """Return each parameter's layer: 0 for embeddings, 1 to N for blocks, N + 1 for all that follows them."""
     encoder: Any = model.base_model
     depths = depths_of(encoder.config)
     within = {id(parameter): layer_id(name, depths) for name, parameter in encoder.named_parameters()}
@@ -49,15 +51,15 @@ def layer_ids(model: PreTrainedModel) -> dict[str, int]:
 
 
 def layer_id(name: str, depths: list[int]) -> int:
-    """The layer of an encoder's parameter; `depths` are the blocks of each stage, one number for a plain ViT.
+    """Return the layer of an encoder's parameter; `depths` as returned by `depths_of`.
 
     Raises:
-        ValueError: a block of a kind that is not known here.
+        ValueError: If the parameter belongs to an unknown kind of layer.
     """
     if len(depths) > 1 and (match := _STAGED.search(name)):
         stage = int(match[1])
         before = [0, *accumulate(depths)]
-        # A stage ends with what merges its patches: that has the rate of the stage's last block.
+        # Patch merging at the end of a stage has the rate of the stage's last block.
         return before[stage + 1] if match[2] is None else before[stage] + int(match[2]) + 1
     if len(depths) == 1 and (match := _FLAT.search(name)):
         return int(match[1]) + 1
@@ -73,5 +75,5 @@ _AFTER_THE_BLOCKS = ("layernorm.", "pooler.", "shared_position_bias.", "encoder.
 
 
 def depths_of(config: PreTrainedConfig) -> list[int]:
-    """Blocks of each stage, one number for a plain ViT."""
+    """Return the number of blocks in each stage; a plain ViT has one stage."""
     return list(config.depths) if hasattr(config, "depths") else [config.num_hidden_layers]

@@ -1,8 +1,9 @@
-"""Random erasing, then mixup or CutMix of a whole batch on its device, with soft targets.
+"""Random erasing, then mixup or CutMix of a batch on its device, with soft targets.
 
 Papers: Zhang et al. 2017 (mixup), arXiv:1710.09412; Yun et al. 2019 (CutMix), arXiv:1905.04899; Zhong et al. 2017
-(random erasing), arXiv:1708.04896.  As timm applies them in the fine-tuning of MAE, SimMIM and BEiT: one choice and
-one lambda for the batch, sample i mixed with sample B-1-i, erased pixels filled with normal noise.
+(random erasing), arXiv:1708.04896.
+As in timm, which MAE, SimMIM and BEiT fine-tune with: one choice and one lambda per batch, image i is mixed with image
+B-1-i, and erased pixels become normal noise.
 Shapes: B images, C channels, H W pixels, K classes.
 """
 
@@ -15,23 +16,23 @@ from torch import Tensor
 
 from data.seeds import seeded_generator
 
-_ERASED_AREA = (0.02, 1 / 3)  # share of the picture
+_ERASED_AREA = (0.02, 1 / 3)  # share of the image
 _ERASED_LOG_RATIO = (math.log(0.3), math.log(1 / 0.3))  # height over width
-_NUM_TRIES = 10  # boxes drawn until one fits in the picture
+_NUM_TRIES = 10  # boxes drawn until one fits in the image
 _NUMBERS_PER_TRY = 4  # area, ratio, top, left
 
 
 @dataclass(frozen=True)
 class Mixing:
-    """What fine-tuning does to a standardized training batch; all choices depend on seed and counters only.
+    """Augmentation of a standardized training batch; all choices depend on the seed and the counters only.
 
     Args:
-        mixup_alpha: of lambda ~ Beta(alpha, alpha); 0 for no mixup.
-        cutmix_alpha: likewise.
-        mix_prob: probability that a batch is mixed at all.
-        switch_prob: probability of CutMix in a mixed batch, where both are on.
-        label_smoothing: share of the target that is spread over all classes.
-        erasing_prob: probability that a box of an image is erased.
+        mixup_alpha: Parameter of mixup's lambda ~ Beta(alpha, alpha); 0 for no mixup.
+        cutmix_alpha: The same for CutMix.
+        mix_prob: Probability that a batch is mixed.
+        switch_prob: Probability of CutMix instead of mixup in a mixed batch.
+        label_smoothing: Share of the target that is spread over all classes.
+        erasing_prob: Probability that a box of an image is erased.
     """
 
     num_classes: int
@@ -52,13 +53,13 @@ class Mixing:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 (off) or more")
 
     def __call__(self, pixel_values: Tensor, labels: Tensor, *counters: int) -> tuple[Tensor, Tensor]:
-        """Standardized float images (B, C, H, W) and labels (B,) -> images and soft targets (B, K).
+        """Return images and soft targets (B, K) for standardized images (B, C, H, W) and labels (B,).
 
-        `counters` name the batch: the optimizer step, its part of the accumulation, the process.
+        `counters` identify the batch: the optimizer step, the micro-batch and the process.
         """
         if not pixel_values.is_floating_point():
             raise ValueError(
-                f"the images are {pixel_values.dtype}, expected standardized floats: noise has a std of 1"
+                f"the images are {pixel_values.dtype}, expected standardized floats: erased boxes get noise with std 1"
             )
         generator = seeded_generator(self.seed, "mix", *counters)
         pixel_values = self._erase(pixel_values, generator)
@@ -67,7 +68,7 @@ class Mixing:
         return pixel_values, torch.lerp(targets.flip(0), targets, share)
 
     def _mix(self, pixel_values: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-        """The mixed images, and the share that each keeps of itself."""
+        """Return the mixed images, and the share that each keeps of itself."""
         for_mix, for_switch, *for_center = torch.rand(4, generator=generator).tolist()
         if for_mix >= self.mix_prob or not (self.mixup_alpha or self.cutmix_alpha):
             return pixel_values, 1.0
@@ -81,7 +82,7 @@ class Mixing:
             return pixel_values
         num_images, num_channels, height, width = pixel_values.shape
         numbers = torch.rand(num_images, 1 + _NUM_TRIES * _NUMBERS_PER_TRY, generator=generator).tolist()
-        # The noise is drawn where the images are: made on the CPU it would cost more than the step's own work.
+        # The noise is drawn on the images' device: on the CPU it would take longer than the rest of the step.
         noise_seed = int(torch.randint(2**63 - 1, (), generator=generator))
         noise_generator = torch.Generator(pixel_values.device).manual_seed(noise_seed)
         pixel_values = pixel_values.clone()
@@ -99,14 +100,14 @@ class Mixing:
 
 
 def smoothed_targets(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
-    """Labels (B,) -> (B, K) with rows that sum to 1; `smoothing` is spread over all classes, the true one included."""
+    """Return targets (B, K) for labels (B,); `smoothing` is spread over all classes, including the true one."""
     off = smoothing / num_classes
     targets = torch.full((len(labels), num_classes), off, device=labels.device)  # (B, K)
     return targets.scatter_(1, labels[:, None], 1 - smoothing + off)
 
 
 def cutmix(pixel_values: Tensor, share: float, center: list[float]) -> tuple[Tensor, float]:
-    """Pastes a box of image B-1-i into image i; the share kept is corrected to what the box really covers."""
+    """Paste a box of image B-1-i into image i; return the images and the share that is really kept."""
     height, width = pixel_values.shape[-2:]
     side = math.sqrt(1 - share)
     rows, columns = _span(int(height * side), height, center[0]), _span(int(width * side), width, center[1])
@@ -117,13 +118,13 @@ def cutmix(pixel_values: Tensor, share: float, center: list[float]) -> tuple[Ten
 
 
 def _span(length: int, whole: int, position: float) -> slice:
-    """`length` pixels about a middle anywhere in the picture; what lies outside is cut off."""
+    """Return `length` pixels around a center anywhere in the image, clipped to it."""
     middle = int(position * whole)
     return slice(max(0, middle - length // 2), min(whole, middle + (length + 1) // 2))
 
 
 def _choose_box(height: int, width: int, numbers: list[float]) -> tuple[int, int, int, int] | None:
-    """Top, left, height and width of the first try that is smaller than the picture both ways."""
+    """Return top, left, height and width of the first box that fits in the image, if any."""
     for start in range(0, len(numbers), _NUMBERS_PER_TRY):
         for_area, for_ratio, for_top, for_left = numbers[start : start + _NUMBERS_PER_TRY]
         area = height * width * _between(_ERASED_AREA, for_area)
@@ -144,5 +145,5 @@ def _between(bounds: tuple[float, float], number: float) -> float:
 
 
 def _draw_beta(alpha: float, generator: torch.Generator) -> float:
-    """From Beta(alpha, alpha), by numpy: torch's distributions take no generator."""
+    """Draw from Beta(alpha, alpha) with NumPy, because torch's distributions take no generator."""
     return float(np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator))).beta(alpha, alpha))

@@ -1,4 +1,4 @@
-"""Every few steps, a look at the model that is no training: what is measured is handed in by the run script."""
+"""Evaluate the encoder during training with a function of the run script."""
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +11,14 @@ from training.trainer import MimTrainer
 
 
 class EvaluateOnline(TrainerCallback):
-    """Logs the numbers that `measure(model)` returns before the first step, every `every` steps and after the last.
+    """Log metrics before the first step, every `every` steps and after the last step.
 
-    They are in the log history before a checkpoint of the same step is saved; if it returns none, nothing is logged.
-    `describe(log_history)` is a line about them for a person. Only the first process measures. Training goes on as if
-    nothing had happened, as long as `measure` draws no random numbers and leaves the model as it found it.
+    They are in the log history before a checkpoint of the same step is saved. Only the main process evaluates.
+
+    Args:
+        measure: Returns the metrics of a model, or none to log nothing. It must neither draw random numbers nor change
+            the model, because training would then change.
+        describe: Returns a line about them, given the log history.
     """
 
     def __init__(
@@ -29,13 +32,13 @@ class EvaluateOnline(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._look(state, control)
+            self._evaluate(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.every == 0 or state.global_step >= state.max_steps:
-            self._look(state, control)
+            self._evaluate(state, control)
 
-    def _look(self, state: Any, control: Any) -> None:
+    def _evaluate(self, state: Any, control: Any) -> None:
         if not state.is_world_process_zero:
             return
         with self.trainer.clock_stopped():
@@ -44,6 +47,6 @@ class EvaluateOnline(TrainerCallback):
             return
         is_loss_due = control.should_log
         self.trainer.log(measured)
-        control.should_log = is_loss_due  # any log takes the loss for logged
+        control.should_log = is_loss_due  # logging anything resets it
         line = f"step {state.global_step}/{state.max_steps}  {self.describe(state.log_history)}"
         tqdm.write(line, file=sys.stderr)
