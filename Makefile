@@ -11,6 +11,7 @@ check:
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy $(CODE)
+	$(PYTHON) -m mypy --strict modeling
 	$(PYTHON) -m codespell_lib .
 
 test:

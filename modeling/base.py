@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .patches import coarsen_mask, masked_indices, patch_grid
 from .schedules import Progress, Schedule
@@ -107,7 +107,7 @@ class MimConfig(PreTrainedConfig):
     @property
     def prediction_side(self) -> int:
         """Side in pixels of the square that one prediction covers; a mask must hide such squares as a whole."""
-        return self.encoder_config.patch_size
+        return int(self.encoder_config.patch_size)
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -127,7 +127,7 @@ class MimConfig(PreTrainedConfig):
             return FinetuneRecipe(f"finetune_beit_vit-{size}", 383)
         return FinetuneRecipe(f"finetune_mae_vit-{'huge' if width >= 1280 else size}", 224)
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         known = {field.name for field in fields(self)}
         for name in kwargs:
             if name not in known | _LIBRARY_ARGUMENTS and not name.startswith("_"):
@@ -139,7 +139,7 @@ class MimConfig(PreTrainedConfig):
             if given.get("model_type", defaults["model_type"]) != defaults["model_type"]:
                 defaults = {}  # they are for another type of encoder
             self.encoder_config = AutoConfig.for_model(**{**defaults, **given})
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         if self.encoder_config.model_type not in self.encoder_types:
             raise ValueError(
                 f"{type(self).__name__} trains {' or '.join(self.encoder_types)}, "
@@ -290,7 +290,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
         return self.get_submodule(self.exported)  # type: ignore[return-value]
 
     def post_init(self) -> None:
-        super().post_init()
+        super().post_init()  # type: ignore[no-untyped-call]
         self.freeze()
 
     def freeze(self) -> None:
@@ -301,19 +301,19 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
                 parameter.requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, which makes every float parameter trainable; frozen ones are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).freeze()
         return loaded
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any):
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As in transformers, but with today's key names.
 
         The default writes v4 names of the native encoder inside, which `Trainer` reads back with
         `load_state_dict(strict=False)`: a resumed run would silently lose every transformer block.
         """
-        return super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False, **kwargs})
 
     # ---- pixels and masks ----
 

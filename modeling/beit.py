@@ -42,7 +42,7 @@ class BeitMimConfig(MimConfig):
 
     vocab_size: int = 8192
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         given = self.encoder_config if isinstance(self.encoder_config, dict) else {}
         if given.get("model_type", "beit") == "beit" and given.get("num_hidden_layers", 12) >= 24:
             # the authors' initial LayerScale is smaller in deep encoders
@@ -66,7 +66,7 @@ class BeitForPreTraining(MimPreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)  # truncated at one std: authors' code
             init.zeros_(module.bias)

@@ -50,7 +50,7 @@ class MaeConfig(MimConfig):
     decoder_intermediate_size: int = 2048
     norm_pix_loss: bool = True
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         patch_grid(self.encoder_config.image_size, self.encoder_config.patch_size)
 
@@ -70,10 +70,11 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
 
     # Initialization is defined here because transformers never runs a parent's `_init_weights` on a nested model.
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         init_like_mae(module)
         if module is self.embeddings:
             init.normal_(module.cls_token, std=0.02)
+            assert isinstance(self.config.patch_size, int)
             grid = patch_grid(self.config.image_size, self.config.patch_size)
             init.copy_(module.position_embeddings, sincos_positions(grid, self.config.hidden_size))
 
@@ -87,7 +88,8 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
         x = torch.cat([cls.to(x.dtype), x], dim=1)
         for layer in self.layers:
             x = layer(x)
-        return self.layernorm(x)
+        latent: torch.Tensor = self.layernorm(x)
+        return latent
 
 
 class MaeForPreTraining(MimPreTrainedModel):
@@ -119,7 +121,7 @@ class MaeForPreTraining(MimPreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         init_like_mae(module)
         if module is self:
             init.normal_(self.mask_token, std=0.02)
@@ -154,7 +156,8 @@ class MaeForPreTraining(MimPreTrainedModel):
         x = x + self.decoder_positions[0, indices]
         for layer in self.decoder_layers:
             x = layer(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, N, P)
+        logits: torch.Tensor = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, N, P)
+        return logits
 
     def pixel_loss(self, logits: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error of the masked patches (B, M, P), in float32 (Sec. 3)."""
@@ -191,7 +194,7 @@ class SimMimAsymmetricForPreTraining(MaeForPreTraining):
     config: SimMimAsymmetricConfig
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self:
             init.normal_(self.mask_token, std=self.config.decoder_hidden_size**-0.5)

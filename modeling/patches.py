@@ -71,7 +71,6 @@ def visible_and_masked_indices(
     Raises:
         ValueError: If the images have unequal numbers of masked patches, or none.
     """
-    num_patches = bool_masked_pos.shape[1]
     if num_masked_patches is None:
         counts = bool_masked_pos.sum(dim=1)
         fewest, most = counts.aminmax()
@@ -81,9 +80,9 @@ def visible_and_masked_indices(
                 f"{counts.tolist()}: use a mask strategy with exact counts"
             )
         num_masked_patches = int(most) * len(bool_masked_pos)
-    num_masked = num_masked_patches // len(bool_masked_pos)
+    num_visible = bool_masked_pos.shape[1] - num_masked_patches // len(bool_masked_pos)
     order = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N): False sorts before True
-    return order.split([num_patches - num_masked, num_masked], dim=1)
+    return order[:, :num_visible], order[:, num_visible:]
 
 
 def masked_indices(bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None) -> torch.Tensor:

@@ -51,7 +51,7 @@ class SimMimConfig(MimConfig):
     pixel_loss: str = "l1"
     norm_pix_loss: bool = False
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.encoder_config, dict) and self.encoder_config.get("model_type") == "swin":
             self.encoder_config = AutoConfig.for_model(**{**SWIN_DEFAULTS, **self.encoder_config})
         super().__post_init__(**kwargs)
@@ -64,7 +64,7 @@ class SimMimConfig(MimConfig):
         """S: the side of a patch, doubled by each patch merging of a Swin."""
         encoder = self.encoder_config
         merges = len(encoder.depths) - 1 if isinstance(encoder, SwinConfig) else 0
-        return encoder.patch_size * 2**merges
+        return int(encoder.patch_size * 2**merges)
 
     @classmethod
     def finetune_recipe(cls, encoder_config: Any) -> FinetuneRecipe:
@@ -91,7 +91,7 @@ class SimMimForPreTraining(MimPreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def _init_weights(self, module):
+    def _init_weights(self, module: nn.Module) -> None:
         if module is self.decoder:
             init_like_pytorch(module)
 
@@ -132,7 +132,8 @@ class SimMimForPreTraining(MimPreTrainedModel):
         error = PIXEL_LOSSES[self.config.pixel_loss](logits.float(), targets, reduction="sum")
         num_channels = self.config.encoder_config.num_channels
         num_pixels = math.prod(targets.shape) / num_channels
-        return error / (num_pixels + 1e-5) / num_channels  # the small number as in the authors' code
+        loss: torch.Tensor = error / (num_pixels + 1e-5) / num_channels  # the small number as in the authors' code
+        return loss
 
     def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
         """Return the input, the masked input and the predicted pixels."""
