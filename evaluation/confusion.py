@@ -1,7 +1,4 @@
-"""Plot of a confusion matrix.
-
-Shapes: K classes.
-"""
+"""Plot of a confusion matrix. Shapes: K classes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +16,7 @@ _DARK_FROM = 0.55  # row share above which text is white
 
 
 def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: Path, title: str = "") -> None:
-    """Write a PNG of counts (K, K) with true classes as rows; colors are row shares, to make rare classes visible.
-
-    Raises:
-        ValueError: If the shape of `matrix` does not match the class names.
-    """
+    """Write a PNG of counts (K, K) with true classes as rows; colors are row shares, to make rare classes visible."""
     num_classes = len(class_names)
     if matrix.shape != (num_classes, num_classes):
         raise ValueError(

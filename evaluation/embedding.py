@@ -23,13 +23,8 @@ def write_embeddings(
 ) -> int:
     """Write one row per image: `name`, `class_token` if there is one, `mean`, and `patches` (h * w * D, row-major).
 
-    The patch grid (h, w) is stored in the file's metadata. `path` is replaced once all rows are written.
-
-    Returns:
-        The number of rows.
-
-    Raises:
-        ValueError: If no image can be read.
+    The patch grid (h, w) is stored in the file's metadata. `path` is replaced once all rows are written; returns their
+    number. Raises ValueError if no image can be read.
     """
     tables = (_table(batch, encoder(batch.pixel_values), source, with_patches) for batch in images)
     first = next(tables, None)

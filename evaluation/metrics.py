@@ -66,8 +66,7 @@ def calibration_error(predictions: np.ndarray, references: np.ndarray, confidenc
 def classification_metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Compute all metrics of logits (N, K) and labels (N,), with the top-5 accuracy if there are more than 5 classes.
 
-    Raises:
-        ValueError: If the lengths differ, there are no images, or the logits are not finite.
+    Raises ValueError if the lengths differ, there are no images, or the logits are not finite.
     """
     if len(logits) != len(labels) or not len(labels):
         raise ValueError(f"there are {len(logits)} rows of logits and {len(labels)} labels, expected equally many")
@@ -119,10 +118,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of an accuracy, given which images (N,) were classified correctly.
 
-    It covers the choice of the test images, not the randomness of training.
-
-    Raises:
-        ValueError: If there are no images.
+    It covers the choice of the test images, not the randomness of training. Raises ValueError if there are no images.
     """
     if not len(correct):
         raise ValueError("there are no images to resample")

@@ -34,8 +34,7 @@ def panel_indices(num_images: int) -> list[int]:
 def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     """Plot the losses and the learning rate of a trainer's `log_history`, and the online evaluation if there was one.
 
-    Raises:
-        ValueError: If no loss was logged.
+    Raises ValueError if no loss was logged.
     """
     train, validation = _series(log_history, "loss"), _series(log_history, "eval_loss")
     if not len(train[0]) and not len(validation[0]):

@@ -40,11 +40,7 @@ class Result(NamedTuple):
 
 
 def read_results(folder: Path) -> list[Result]:
-    """Read the entries of `folder/metrics.json`, if there is such a file.
-
-    Raises:
-        ValueError: If the file cannot be read, or an entry has no name or no finite value.
-    """
+    """Read the entries of `folder/metrics.json`, if there is such a file; raises ValueError if they are malformed."""
     file = folder / RESULTS_FILE
     if not file.exists():
         return []

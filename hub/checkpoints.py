@@ -39,11 +39,8 @@ def stage_checkpoint(checkpoint: Path, settings_file: Path, target: Path) -> Non
 def fetch_checkpoint(repository: Repository, output_dir: Path, settings_name: str) -> Path | None:
     """Download the latest checkpoint as `output_dir/checkpoint-<step>`, and its settings to `output_dir`.
 
-    Returns:
-        The checkpoint, or None if the repository does not exist or has none.
-
-    Raises:
-        HubError: If the Hub cannot be reached.
+    Returns the checkpoint, or None if the repository does not exist or has none. Raises HubError if the Hub cannot be
+    reached.
     """
     with explained(repository.repo_id):
         try:

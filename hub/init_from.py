@@ -4,7 +4,7 @@ The method's encoder must be able to compute exactly what the model computes (`h
 starts from its features and not from similar ones. `hub.init_weights` reads the weights.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -21,6 +21,9 @@ class StartingModel:
     """The model that a training starts from.
 
     Args:
+        own_method: The method that it was trained with, if it is a pre-training model of ours.
+        keeps_head: Whether the method continues all of its weights and not only the encoder's.
+        grid: Rows and columns of patches.
         encoder: Keyword arguments of the encoder's native config.
         fixed: Settings that follow from the weights, by name.
         defaults: Settings that may be changed, by name.
@@ -32,29 +35,15 @@ class StartingModel:
     method: str
     config: PreTrainedConfig
     subfolder: str
+    own_method: str | None
+    keeps_head: bool
+    family: str
+    grid: tuple[int, int]
     encoder: dict[str, Any]
     fixed: dict[str, Any]
     defaults: dict[str, Any]
-    image_stats: dict[str, list[float]] = field(default_factory=dict)
-    sizes_only: bool = False
-
-    @property
-    def own_method(self) -> str | None:
-        """The method that it was trained with, if it is a pre-training model of ours."""
-        return _own_method(self.config)
-
-    @property
-    def keeps_head(self) -> bool:
-        return _keeps_head(self.config, self.method)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """The number of rows and columns of patches."""
-        return grid_of(_encoder_config(self.config))
-
-    @property
-    def family(self) -> str:
-        return FAMILIES[_encoder_config(self.config).model_type]
+    image_stats: dict[str, list[float]]
+    sizes_only: bool
 
 
 def open_starting_model(name: str, method: str, sizes_only: bool = False) -> StartingModel:
@@ -64,33 +53,45 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
         ValueError: If there is no model, or the method cannot continue from it; the message lists methods that can.
     """
     config, subfolder = open_whole_config(name, "init_from")
-    encoder_config: Any = _encoder_config(config)
+    encoder_config: Any = config.encoder_config if isinstance(config, MimConfig) else config
     if encoder_config.model_type not in FAMILIES:
         raise ValueError(
             f"`init_from` {name} is a model of type {encoder_config.model_type}; training can begin from what this "
             f"program wrote, and from {', '.join(FAMILIES.values())}"
         )
-    keeps_head, is_own = _keeps_head(config, method), _own_method(config) == method
+    own_method = next((own for own, kind in CONFIGS.items() if config.model_type == kind.model_type), None)
+    is_own = own_method == method
+    keeps_head = is_own or config.model_type in CONFIGS[method].transformers_model_types
     host = encoder_config.model_type if is_own else _host(name, encoder_config, method)
-    head = _head_settings(config, method) if keeps_head else {}
-    decoder = {
-        flag: value for flag, value in head.items() if flag.startswith(CONFIGS[method].settings_fixed_by_weights)
+    patch_height, patch_size = height_and_width(encoder_config.patch_size)
+    if patch_height != patch_size:
+        raise ValueError(f"`init_from` {name} has patches of {encoder_config.patch_size} pixels, expected square ones")
+    rows, columns = grid_of(encoder_config)
+    fixed: dict[str, Any] = {"patch_size": patch_size, "num_channels": encoder_config.num_channels}
+    defaults: dict[str, Any] = {
+        "image_size": rows * patch_size if rows == columns else [rows * patch_size, columns * patch_size]
     }
-    patch_size, grid = _single(encoder_config.patch_size, name), grid_of(encoder_config)
-    image_size = [length * patch_size for length in grid]
-    image_stats = _image_stats(name, config, subfolder)
+    if isinstance(config, MimConfig):
+        image_stats = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+    else:  # the plan shows what is used if there are none
+        image_stats = processor_stats(name, encoder_config.num_channels, subfolder)
+    if image_stats:
+        defaults["image_stats"] = "source"
+    for flag, value in (_head_settings(config, method) if keeps_head else {}).items():
+        is_fixed = flag.startswith(CONFIGS[method].settings_fixed_by_weights)
+        (fixed if is_fixed else defaults)[flag] = value
     return StartingModel(
         name=name,
         method=method,
         config=config,
         subfolder=subfolder,
+        own_method=own_method,
+        keeps_head=keeps_head,
+        family=FAMILIES[encoder_config.model_type],
+        grid=(rows, columns),
         encoder=encoder_settings(encoder_config, host, is_own),
-        fixed={"patch_size": patch_size, "num_channels": encoder_config.num_channels, **decoder},
-        defaults={
-            "image_size": image_size[0] if len(set(image_size)) == 1 else image_size,
-            **({"image_stats": "source"} if image_stats else {}),
-            **{flag: value for flag, value in head.items() if flag not in decoder},
-        },
+        fixed=fixed,
+        defaults=defaults,
         image_stats=image_stats,
         sizes_only=sizes_only,
     )
@@ -98,22 +99,8 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
 
 def grid_of(config: Any) -> tuple[int, int]:
     """Return the rows and columns of whole patches; transformers ignores the rest of an image."""
-    size, patch = config.image_size, config.patch_size
-    height, width = height_and_width(size)
-    side = patch if isinstance(patch, int) else patch[0]
-    return height // side, width // side
-
-
-def _encoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    return config.encoder_config if isinstance(config, MimConfig) else config
-
-
-def _own_method(config: PreTrainedConfig) -> str | None:
-    return next((method for method, kind in CONFIGS.items() if config.model_type == kind.model_type), None)
-
-
-def _keeps_head(config: PreTrainedConfig, method: str) -> bool:
-    return method == _own_method(config) or config.model_type in CONFIGS[method].transformers_model_types
+    (height, width), (patch_height, patch_width) = map(height_and_width, (config.image_size, config.patch_size))
+    return height // patch_height, width // patch_width
 
 
 def _head_settings(config: PreTrainedConfig, method: str) -> dict[str, Any]:
@@ -135,16 +122,3 @@ def _host(name: str, config: PreTrainedConfig, method: str) -> str:
         f"{obstacle(config, types[0])}. Methods that can: {', '.join(others) or 'none'}. "
         f"{method} continues from: {', '.join(taken)}"
     )
-
-
-def _image_stats(name: str, config: PreTrainedConfig, subfolder: str) -> dict[str, list[float]]:
-    if isinstance(config, MimConfig):
-        return {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
-    return processor_stats(name, config.num_channels, subfolder)  # the plan shows what is used if there are none
-
-
-def _single(patch_size: int | list[int], name: str) -> int:
-    sides = {patch_size} if isinstance(patch_size, int) else set(patch_size)
-    if len(sides) > 1:
-        raise ValueError(f"`init_from` {name} has patches of {patch_size} pixels, expected square ones")
-    return sides.pop()

@@ -4,23 +4,14 @@ Parts that the source lacks keep their random initialization; these, and unused 
 """
 
 import copy
+import inspect
 import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import (
-    BeitForMaskedImageModeling,
-    BeitModel,
-    Data2VecVisionModel,
-    DeiTModel,
-    Dinov2Model,
-    PreTrainedModel,
-    SwinModel,
-    ViTMAEForPreTraining,
-    ViTModel,
-)
+from transformers import MODEL_MAPPING, BeitForMaskedImageModeling, ViTMAEForPreTraining
 
 from hub.encoder_states import State, as_host, has_final_norm, native_state
 from hub.init_from import StartingModel, grid_of
@@ -29,18 +20,6 @@ from modeling import MODELS, MimPreTrainedModel
 from modeling.patches import sincos_positions
 from modeling.positions import resize_positions, resize_relative_bias
 
-_WITHOUT_POOLER = {"add_pooling_layer": False}
-_WITH_MASK_TOKEN = {**_WITHOUT_POOLER, "use_mask_token": True}
-# How to open a model type so that nothing but a mask token is initialized at random.
-_CLASSES: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
-    "vit": (ViTModel, _WITH_MASK_TOKEN),
-    "vit_mae": (ViTMAEForPreTraining, {}),
-    "deit": (DeiTModel, _WITH_MASK_TOKEN),
-    "beit": (BeitModel, _WITHOUT_POOLER),
-    "dinov2": (Dinov2Model, {}),
-    "data2vec-vision": (Data2VecVisionModel, _WITHOUT_POOLER),
-    "swin": (SwinModel, _WITH_MASK_TOKEN),
-}
 _TABLES = ("position_embeddings", "decoder_positions", "relative_position_bias_table")
 
 
@@ -97,9 +76,14 @@ def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
         encoder = {name.removeprefix(prefix): head.pop(name) for name in list(head) if name.startswith(prefix)}
         return (encoder, head, []) if start.keeps_head else (encoder, {}, list(head))
     config: Any = copy.deepcopy(start.config)
-    model_class, options = _CLASSES[config.model_type]
-    if model_class is BeitModel and BeitForMaskedImageModeling.__name__ in (config.architectures or ()):
-        model_class, options = BeitForMaskedImageModeling, {}
+    model_class: Any = MODEL_MAPPING[type(config)]
+    if config.model_type == "vit_mae":
+        model_class = ViTMAEForPreTraining
+    elif BeitForMaskedImageModeling.__name__ in (config.architectures or ()):
+        model_class = BeitForMaskedImageModeling
+    # With these, nothing but a mask token is initialized at random.
+    options = {"add_pooling_layer": False, "use_mask_token": True}
+    options = {name: options[name] for name in options.keys() & inspect.signature(model_class).parameters}
     if hasattr(config, "use_mask_token"):
         config.use_mask_token = True  # otherwise the file's would not be read
     model, absent, unused = open_model(

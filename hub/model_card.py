@@ -13,8 +13,6 @@ from hub.card_results import as_results, eval_results, read_results, results_sec
 from hub.card_rules import HUB_ID, check_card
 from hub.redaction import shorten_command, shorten_paths
 
-__all__ = ["card_for", "shorten_command", "shorten_paths", "write_model_card"]
-
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _ELSEWHERE = "path/to/this/folder"
 _CHECKPOINT_LINE = re.compile(r'^checkpoint = ".*"$', re.MULTILINE)
@@ -135,8 +133,7 @@ def write_model_card(
 def card_for(folder: Path, repo_id: str) -> str:
     """Return the card in `folder` for `repo_id`: the examples load from there, and the results are up to date.
 
-    Raises:
-        ValueError: If there is no card, or the Hub would refuse it.
+    Raises ValueError if there is no card, or the Hub would refuse it.
     """
     file = folder / "README.md"
     if not file.is_file():

@@ -11,10 +11,9 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -24,7 +23,6 @@ from hub.card_rules import HUB_ID
 from hub.model_card import card_for
 from hub.redaction import shorten_values
 
-_T = TypeVar("_T")
 PRETRAINING = "pretraining"  # as in `hub.export.native`, whose import would load torch
 _ROOT_FILES = ("config.json", "preprocessor_config.json", "metrics.json", "LICENSE*", "*.png", "*.onnx")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -73,11 +71,7 @@ class Repository:
         return f"{self.api.endpoint}/{self.repo_id}"
 
     def create(self) -> None:
-        """Create the repository unless it exists.
-
-        Raises:
-            HubError: If it cannot be created, or is public although `private` is set.
-        """
+        """Create the repository unless it exists; raises HubError if it is public although `private` is set."""
         self._with_retries(self._create)
 
     def _create(self) -> list[str]:
@@ -101,10 +95,10 @@ class Repository:
             HubError: If the upload fails; the repository is unchanged.
         """
         files = self._contents(folder, checkpoint)
-        self._with_retries(lambda: self._commit(files, [PRETRAINING, checkpoint or PRETRAINING], message))
+        self._with_retries(lambda: self._commit(files, (PRETRAINING, checkpoint), message))
         return self.url
 
-    def _commit(self, files: Mapping[str, bytes | str], whole_folders: Sequence[str], message: str) -> None:
+    def _commit(self, files: dict[str, bytes | str], whole_folders: tuple[str | None, ...], message: str) -> None:
         """Add or replace `files`, and delete everything else in `whole_folders`."""
         stale = [name for name in self._create() if name.partition("/")[0] in whole_folders and name not in files]
         additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in files.items()]
@@ -121,15 +115,17 @@ class Repository:
         words += ["--revision", self.revision] if self.revision else []
         return shlex.join(words)
 
-    def _with_retries(self, attempt: Callable[[], _T]) -> _T:
+    def _with_retries(self, attempt: Callable[[], object]) -> None:
         for wait in self.waits:
             try:
-                return attempt()
+                attempt()
             except HubError as error:
                 if not error.is_temporary:
                     raise
                 time.sleep(wait)
-        return attempt()
+            else:
+                return
+        attempt()
 
     def _contents(self, folder: Path, checkpoint: str | None) -> dict[str, bytes | str]:
         """Return content, or the file on disk if it is uploaded unchanged, by path in the repository."""
@@ -138,16 +134,13 @@ class Repository:
             paths += sorted(path for path in (folder / checkpoint).rglob("*") if path.is_file())
         files = {path.relative_to(folder).as_posix(): _redacted(path) for path in paths}
         files["README.md"] = card_for(folder, self.repo_id).encode()
-        self._refuse_token(files)
-        return files
-
-    def _refuse_token(self, files: dict[str, bytes | str]) -> None:
         token = self.api.token or get_token()
         for name, content in files.items():
             if token and name.endswith(_TEXT_FILES):
                 text = content if isinstance(content, bytes) else Path(content).read_bytes()
                 if str(token).encode() in text:
                     raise ValueError(f"{name} contains your Hub token, so nothing was pushed: remove it there")
+        return files
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -165,11 +158,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def public_files(folder: Path) -> list[Path]:
-    """Return the files of an output folder that are uploaded, except README.md.
-
-    Raises:
-        ValueError: If the folder has no finished model.
-    """
+    """Return the files of an output folder that are uploaded, except README.md; raises ValueError without a model."""
     whole = [path for path in sorted((folder / PRETRAINING).rglob("*")) if path.is_file()]
     root = [path for pattern in (*_ROOT_FILES, *_WEIGHTS) for path in sorted(folder.glob(pattern))]
     code = _code_files(folder, whole)

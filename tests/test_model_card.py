@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 from transformers.pipelines import SUPPORTED_TASKS
 
 from hub.card_rules import check_card
-from hub.model_card import card_for, shorten_command, shorten_paths, write_model_card
+from hub.model_card import card_for, write_model_card
+from hub.redaction import shorten_command, shorten_paths
 from tasks.classification import classification_card
 
 TOKEN = "hf_" + "aB3" * 12

@@ -27,6 +27,9 @@ from modeling import MimPreTrainedModel
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 from modeling.patches import height_and_width
 
+# A format has `convert`, which raises ValueError if the weights do not fit, and if it needs them: `add_flags`;
+# `required_flags`, which returns the flags that a file does not answer with the values of published files;
+# `image_stats`, the default of --image_stats if it is not ImageNet's; `WEIGHTS`, keys of the file by --weights.
 FORMATS: dict[str, Any] = {
     "mae": mae,
     "simmim": simmim,
@@ -116,10 +119,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--image_stats", choices=IMAGE_STATS, help="mean and std of the images: ImageNet's, or 0.5")
     if known.method:
         module = FORMATS[known.method]
-        if weights := getattr(module, "WEIGHTS", None):
-            default = next(iter(weights))
-            parser.add_argument("--weights", choices=list(weights), default=default, help="which of the two networks")
-        module.add_flags(parser)
+        if weights := list(getattr(module, "WEIGHTS", ())):
+            parser.add_argument("--weights", choices=weights, default=weights[0], help="which of the two networks")
+        if hasattr(module, "add_flags"):
+            module.add_flags(parser)
     return parser.parse_args(arguments)
 
 
@@ -144,7 +147,8 @@ def _refuse_other_formats(file: WeightFile, state: State, method: str) -> None:
 
 def _unanswered(state: State, options: argparse.Namespace) -> dict[str, str]:
     """Return flags that the file does not answer and the user did not give, with the values of published files."""
-    flags: dict[str, str] = FORMATS[options.method].required_flags(state)
+    module = FORMATS[options.method]
+    flags: dict[str, str] = module.required_flags(state) if hasattr(module, "required_flags") else {}
     return {flag: typical for flag, typical in flags.items() if getattr(options, flag) is None}
 
 
@@ -153,8 +157,8 @@ def _convert(state: State, options: argparse.Namespace) -> tuple[Converted, list
     if unknown := _unanswered(state, options):
         flags = ", ".join(f"--{flag} {typical}" for flag, typical in unknown.items())
         raise ValueError(f"the file does not store every setting: add {flags} (values of published files)")
-    stats, notes = _image_stats(state, options.image_stats, module.image_stats(state))
-    options.image_mean, options.image_std = stats
+    default = module.image_stats(state) if hasattr(module, "image_stats") else "imagenet"
+    (options.image_mean, options.image_std), notes = _image_stats(state, options.image_stats, default)
     converted = module.convert(state, options)
     return converted, [*converted.notes, *notes]
 
@@ -208,18 +212,13 @@ def _describe(model: PreTrainedModel, unknown: dict[str, str]) -> str:
 
 @torch.no_grad()
 def _verify(folder: Path, converted: Converted) -> list[str]:
-    """Compare the written model with a computation on the file's own weights; there is none for a Swin.
-
-    Raises:
-        ValueError: If the outputs differ; `folder` is removed.
-    """
+    """Compare the written model with a computation on the file's weights; remove it if the outputs differ."""
     config: Any = getattr(converted.model.config, "encoder_config", converted.model.config)
-    if config.model_type == "swin":
+    if config.model_type == "swin":  # `reference_output` cannot compute it
         return []
     written = open_model(str(folder), keeps_classifier=True).model.eval()
-    size = config.image_size
-    height, width = height_and_width(size)
-    pixel_values = torch.randn(1, config.num_channels, height, width, generator=torch.Generator().manual_seed(0))
+    shape = (1, config.num_channels, *height_and_width(config.image_size))
+    pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weights = {key: tensor.float() for key, tensor in converted.weights.items()}
     expected = reference_output(weights, pixel_values, config.num_attention_heads)
     output = written(pixel_values)

@@ -20,7 +20,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def required_flags(state: State) -> dict[str, str]:
-    """Return the flags that the file does not answer, with the values of published files."""
     has_table = SHARED_TABLE in state or BLOCK_TABLE in state
     return {} if has_table else {"num_attention_heads": suggested_num_heads(state)}
 
@@ -30,7 +29,6 @@ def image_stats(state: State) -> str:
 
 
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Build the model. Raises ValueError, naming the keys, if this is not a BEiT."""
     if "lm_head.weight" not in state or any(key.startswith("cls_pt_layers.") for key in state):
         return convert_beit(state, options.num_attention_heads, reasons=_REASONS)
     if missing := [key for key in ("mask_token", "lm_head.bias") if key not in state]:

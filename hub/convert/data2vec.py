@@ -12,20 +12,11 @@ from hub.convert.weight_file import State
 WEIGHTS = {"student": ("model", "module", ""), "teacher": ("model_ema",)}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add nothing: `--weights` is the only choice."""
-
-
-def required_flags(state: State) -> dict[str, str]:
-    return {}
-
-
 def image_stats(state: State) -> str:
     return "half" if "fc_norm.weight" in state else "imagenet"  # as in the authors' commands for either stage
 
 
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Build the model. Raises ValueError, naming the keys, if this is not a data2vec."""
     head = state.get("lm_head.weight")
     if head is not None and head.shape[0] != head.shape[1]:
         raise ValueError(

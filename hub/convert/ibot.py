@@ -20,16 +20,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def required_flags(state: State) -> dict[str, str]:
-    """Return the flags that the file does not answer, with the values of published files."""
     return {"image_size": "224"} if is_swin(state) else {"num_attention_heads": suggested_num_heads(state)}
 
 
-def image_stats(state: State) -> str:
-    return "imagenet"
-
-
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Build the model. Raises ValueError, naming the keys, if this is not an iBOT."""
     if not is_swin(state):
         return convert_vit(state, options.num_attention_heads, reasons=_REASONS)
     converted = convert_swin(state, options.image_size, reasons=_REASONS)

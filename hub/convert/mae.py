@@ -28,17 +28,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def required_flags(state: State) -> dict[str, str]:
-    """Return the flags that the file does not answer, with the values of published files."""
     flags = {"num_attention_heads": suggested_num_heads(state)}
     return {**flags, "norm_pix_loss": "true|false"} if "decoder_embed.weight" in state else flags
 
 
-def image_stats(state: State) -> str:
-    return "imagenet"
-
-
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Build the model. Raises ValueError, naming the keys, if this is not an MAE."""
     if "decoder_embed.weight" not in state:
         return convert_vit(state, options.num_attention_heads, reasons=_REASONS)
     model = MaeForPreTraining(_config(state, options))

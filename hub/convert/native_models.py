@@ -6,29 +6,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    BeitForImageClassification,
-    BeitModel,
-    PreTrainedModel,
-    SwinForImageClassification,
-    SwinModel,
-    ViTForImageClassification,
-    ViTModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
 
-from hub.convert.key_names import BEIT, TABLES, Table, native_to_theirs, to_native
+from hub.convert.key_names import BEIT, TABLES, VIT, Table, native_to_theirs, to_native
 from hub.convert.sizes import beit_settings, swin_settings, vit_settings
 from hub.convert.weight_file import State
 from modeling.encoders import SwinEncoder
 
 DERIVED = {r"relative_position_index$|attn_mask$": "computed from the sizes"}
 NO_MASK_TOKEN = "AutoModel builds this encoder without a mask token"
-_MODELS: dict[str, tuple[type[PreTrainedModel], type[PreTrainedModel]]] = {
-    "vit": (ViTModel, ViTForImageClassification),
-    "beit": (BeitModel, BeitForImageClassification),
-    "swin": (SwinModel, SwinForImageClassification),
-}
 _LAYER_SCALE = re.compile(r"\.ls([12])\.gamma$")
 _KEY_BIAS = "its key part adds the same number to all scores of a query, which cancels in the softmax"
 
@@ -99,14 +85,14 @@ def convert_swin(state: State, image_size: int | None, reasons: Any = None) -> C
 
 
 def _build(state: State, settings: dict[str, Any], dropped: dict[str, str]) -> Converted:
-    family = settings["model_type"]
-    is_classifier = "head.weight" in state
-    if is_classifier:
-        settings["num_labels"] = len(state["head.weight"])
-    model_class = _MODELS[family][is_classifier]
-    config: Any = AutoConfig.for_model(**settings)
-    model = ViTModel(config, add_pooling_layer=False) if model_class is ViTModel else model_class(config)
-    load_weights(model, rename(state, TABLES[family]), TABLES[family])
+    table = TABLES[settings["model_type"]]
+    if "head.weight" in state:
+        config = AutoConfig.for_model(**settings, num_labels=len(state["head.weight"]))
+        model = AutoModelForImageClassification.from_config(config)
+    else:
+        options = {"add_pooling_layer": False} if table is VIT else {}
+        model = AutoModel.from_config(AutoConfig.for_model(**settings), **options)
+    load_weights(model, rename(state, table), table)
     return Converted(model.eval(), state, dropped)
 
 
@@ -122,10 +108,8 @@ def load_weights(
 ) -> None:
     """Load all weights of `model` from (key in the file, key in the model or in its encoder, tensor).
 
-    `their_prefix` precedes the encoder's keys in the file.
-
-    Raises:
-        ValueError: If weights are missing, unexpected or of another shape; named as in the file.
+    Raises ValueError if weights are missing, unexpected or of another shape, with their names in the file, where
+    `their_prefix` precedes the encoder's.
     """
     expected = model.state_dict()
     prefix = model.base_model_prefix + "."

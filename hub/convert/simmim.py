@@ -22,13 +22,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def required_flags(state: State) -> dict[str, str]:
-    """Return the flags that the file does not answer, with the values of published files."""
     encoder = {key.removeprefix("encoder."): tensor for key, tensor in state.items()}
     return {"image_size": "192|224"} if is_swin(encoder) and not swin_image_size(encoder) else {}
-
-
-def image_stats(state: State) -> str:
-    return "imagenet"
 
 
 def is_swin(state: State) -> bool:
@@ -36,7 +31,6 @@ def is_swin(state: State) -> bool:
 
 
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Build the model. Raises ValueError, naming the keys, if this is not a SimMIM."""
     if not any(key.startswith("decoder.0.") for key in state):
         return convert_swin(state, options.image_size) if is_swin(state) else convert_beit(state)
     needed = ("encoder.patch_embed.proj.weight", "encoder.mask_token", "decoder.0.weight", "decoder.0.bias")

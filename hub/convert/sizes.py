@@ -17,31 +17,17 @@ BLOCK_TABLE = "blocks.0.attn.relative_position_bias_table"
 
 def vit_settings(state: State, num_attention_heads: int | None, image_size: list[int] | None = None) -> dict[str, Any]:
     """Return the settings of a plain ViT with learned or fixed absolute positions."""
-    settings = _transformer_settings(state, num_attention_heads)
-    side = image_size_from_positions(state)
-    return {
-        "model_type": "vit",
-        **settings,
-        "image_size": _as_setting(image_size) or side or _refuse_rectangle(state),
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-    }
+    settings = _transformer_settings(state, num_attention_heads, image_size)
+    return {"model_type": "vit", **settings, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
 
 
 def beit_settings(
     state: State, num_attention_heads: int | None = None, image_size: list[int] | None = None
 ) -> dict[str, Any]:
     """Return the settings of a BEiT: absolute or relative positions (shared or per block), LayerScale or not."""
-    table = state.get(SHARED_TABLE, state.get(BLOCK_TABLE))
-    settings = _transformer_settings(state, num_attention_heads if table is None else table.shape[1])
-    if table is None:
-        side = image_size_from_positions(state)
-    else:
-        num_offsets = _root(len(table) - 3, "rows of the relative position table (minus 3)")
-        side = (num_offsets + 1) // 2 * settings["patch_size"]
     return {
         "model_type": "beit",
-        **settings,
-        "image_size": _as_setting(image_size) or side or _refuse_rectangle(state),
+        **_transformer_settings(state, num_attention_heads, image_size),
         "use_absolute_position_embeddings": "pos_embed" in state,
         "use_relative_position_bias": BLOCK_TABLE in state,
         "use_shared_relative_position_bias": SHARED_TABLE in state,
@@ -99,30 +85,32 @@ def _require(state: State, key: str) -> torch.Tensor:
     return state[key]
 
 
-def _transformer_settings(state: State, num_attention_heads: int | None) -> dict[str, Any]:
+def _transformer_settings(
+    state: State, num_attention_heads: int | None, image_size: list[int] | None
+) -> dict[str, Any]:
     hidden_size, num_channels, patch_size, _ = _require(state, "patch_embed.proj.weight").shape
+    table, side = state.get(SHARED_TABLE, state.get(BLOCK_TABLE)), image_size_from_positions(state)
+    if table is not None:
+        num_attention_heads = table.shape[1]
+        side = (_root(len(table) - 3, "rows of the relative position table (minus 3)") + 1) // 2 * patch_size
     if num_attention_heads is None:
         _ask_for("--num_attention_heads")
     elif hidden_size % num_attention_heads:
         raise ValueError(f"--num_attention_heads {num_attention_heads} does not divide the hidden size {hidden_size}")
+    sides = image_size or ([side] if side else [])
+    if not sides:
+        num_positions = _require(state, "pos_embed").shape[1]
+        raise ValueError(f"{num_positions} positions (class token included) are not a square grid: add --image_size")
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": count_blocks(state, r"^blocks\.(\d+)\."),
         "num_attention_heads": num_attention_heads,
         "intermediate_size": _require(state, "blocks.0.mlp.fc1.weight").shape[0],
+        "image_size": sides[0] if len(set(sides)) == 1 else sides,
         "patch_size": patch_size,
         "num_channels": num_channels,
         "layer_norm_eps": 1e-6,  # in no file, but in the code of all these methods and of timm
     }
-
-
-def _as_setting(image_size: list[int] | None) -> int | list[int] | None:
-    return image_size[0] if image_size and len(set(image_size)) == 1 else image_size
-
-
-def _refuse_rectangle(state: State) -> Any:
-    num_positions = _require(state, "pos_embed").shape[1]
-    raise ValueError(f"{num_positions} positions (class token included) are not a square grid: add --image_size")
 
 
 def _ask_for(flag: str) -> Any:

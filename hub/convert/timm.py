@@ -29,11 +29,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def required_flags(state: State) -> dict[str, str]:
-    """Return the flags that the file does not answer, with the values of published files.
-
-    Raises:
-        ValueError: If the model has parts that no native class has; they are named.
-    """
+    """Refuse models with parts that no native class has."""
     for pattern, part in _UNSUPPORTED.items():
         if keys := [key for key in state if re.search(pattern, key)]:
             raise ValueError(f"transformers' ViT, BEiT and Swin do not have {part} ({', '.join(keys[:4])})")
@@ -52,7 +48,6 @@ def image_stats(state: State) -> None:
 
 
 def convert(state: State, options: argparse.Namespace) -> Converted:
-    """Build the model. Raises ValueError, naming the keys, if the weights do not fit."""
     state = {key.replace("head.fc.", "head."): tensor for key, tensor in state.items()}
     if is_swin(state):
         # timm merges patches at the start of a stage, the others at the end of the previous one

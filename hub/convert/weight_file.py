@@ -28,11 +28,7 @@ class WeightFile(NamedTuple):
     others: list[str]
 
     def state(self, *wanted: str) -> tuple[str, dict[str, torch.Tensor]]:
-        """Return the first of `wanted` in the file, as (key, state dict without wrappers' prefixes).
-
-        Raises:
-            ValueError: If the file has none of them.
-        """
+        """Return the first of `wanted` in the file, or raise ValueError: its key, and the weights without prefixes."""
         for name in wanted or ("", "model", "state_dict", "module", *self.states):
             if name in self.states:
                 return name, without_prefixes(self.states[name])

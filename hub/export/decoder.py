@@ -27,8 +27,7 @@ The code that uses them is `{module}.py` in `pretraining/` of the same model.
 def export_decoder(folder: str | Path, target: str | Path) -> list[str]:
     """Write `target/decoder.safetensors` and a README from the whole model in `folder`; return the report.
 
-    Raises:
-        ValueError: If `folder` has no whole model.
+    Raises ValueError if there is no whole model.
     """
     folder, target = Path(folder), Path(target)
     if not (folder / "config.json").is_file():

@@ -33,10 +33,8 @@ class _Encoder(nn.Module):
 def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
     """Write `file` from the encoder or classifier in `folder`; return the report.
 
-    The batch size is dynamic; the image size is dynamic if the encoder's positions can be interpolated.
-
-    Raises:
-        ValueError: If a library is missing, or the outputs of onnxruntime differ from PyTorch's.
+    The batch size is dynamic; the image size is dynamic if the encoder's positions can be interpolated. Raises
+    ValueError if a library is missing, or the outputs of onnxruntime differ from PyTorch's.
     """
     onnxruntime = _import_onnxruntime()
     file = Path(file)

@@ -26,8 +26,7 @@ _STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 def export_timm(folder: str | Path, file: str | Path) -> list[str]:
     """Write `file` (safetensors) from the native model in `folder`; return the report.
 
-    Raises:
-        ValueError: If timm has no such model, or the outputs of timm's model differ.
+    Raises ValueError if timm has no such model, or the outputs of timm's model differ.
     """
     model = open_model(str(folder), keeps_classifier=True).model.eval()
     state, dropped = timm_state(model)
@@ -73,27 +72,18 @@ def timm_state(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[st
 def timm_arguments(model: PreTrainedModel) -> dict[str, Any]:
     """Return the keyword arguments that build the same model in timm."""
     config: Any = model.config
-    arguments: dict[str, Any] = {
-        "img_size": config.image_size,
-        "patch_size": config.patch_size,
-        "in_chans": config.num_channels,
-    }
+    arguments = {"img_size": config.image_size, "patch_size": config.patch_size, "in_chans": config.num_channels}
     if config.model_type == "swin":
-        arguments |= {
-            "embed_dim": config.embed_dim,
-            "depths": tuple(config.depths),
-            "num_heads": tuple(config.num_heads),
-        }
-        arguments |= {"window_size": config.window_size, "mlp_ratio": config.mlp_ratio, "qkv_bias": config.qkv_bias}
+        arguments |= {name: getattr(config, name) for name in ("embed_dim", "depths", "num_heads", "window_size")}
+        arguments |= {"depths": tuple(config.depths), "num_heads": tuple(config.num_heads)}
+        arguments["mlp_ratio"] = config.mlp_ratio
     else:
         arguments |= {"embed_dim": config.hidden_size, "depth": config.num_hidden_layers}
-        arguments |= {"num_heads": config.num_attention_heads}
-        arguments |= {"mlp_ratio": config.intermediate_size / config.hidden_size}
-    if config.model_type == "vit":
-        arguments |= {"qkv_bias": config.qkv_bias}
+        arguments["num_heads"] = config.num_attention_heads
+        arguments["mlp_ratio"] = config.intermediate_size / config.hidden_size
+    arguments["qkv_bias"] = config.model_type == "beit" or config.qkv_bias
     if config.model_type == "beit":
         arguments |= {
-            "qkv_bias": True,
             "init_values": config.layer_scale_init_value or None,
             "use_abs_pos_emb": config.use_absolute_position_embeddings,
             "use_rel_pos_bias": config.use_relative_position_bias,
@@ -115,7 +105,7 @@ def _class_path(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def _compare_with_timm(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> str:
-    """Compare with timm's model. Raises ValueError if it rejects the weights or its outputs differ."""
+    """Compare with timm's model, if timm is installed. Raises ValueError if it rejects the weights or differs."""
     if importlib.util.find_spec("timm") is None:
         return "verified by names and shapes of timm 1.0.31 (timm is not installed)"
     try:
