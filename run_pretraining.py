@@ -31,8 +31,7 @@ from data.images import ImageDataset, Samples, SamplesWithTargets, Transform, me
 from data.splits import PretrainingSplits, open_pretraining_splits
 from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import summarize
-from evaluation.panels import panel_drawer
-from evaluation.pictures import panel_indices
+from evaluation.pictures import panel_drawer, panel_indices
 from hub.export.native import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
 from hub.init_weights import Weights, read_weights

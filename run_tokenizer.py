@@ -31,8 +31,7 @@ from data.collators import stack_items
 from data.images import ImageDataset, Samples
 from data.seeds import seeded_generator
 from data.splits import PretrainingSplits, open_pretraining_splits
-from evaluation.panels import panel_drawer
-from evaluation.pictures import panel_indices, training_curve
+from evaluation.pictures import panel_drawer, panel_indices, training_curve
 from hub.redaction import shorten_command
 from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress

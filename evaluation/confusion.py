@@ -28,19 +28,15 @@ def draw_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], path: 
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     if num_classes <= _MAX_CLASSES_WITH_NUMBERS:
-        _write_counts(axes, matrix, shares)
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:  # zeros would distract
+                color = "white" if shares[row, column] > _DARK_FROM else "#1a1a1a"
+                axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
     _name_classes(axes, class_names)
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     bar = figure.colorbar(image, ax=axes, shrink=0.7, format=PercentFormatter(1, decimals=0))
     bar.set_label("share of the true class's images")
     figure.savefig(path, format="png")
-
-
-def _write_counts(axes: Axes, matrix: np.ndarray, shares: np.ndarray) -> None:
-    for (row, column), count in np.ndenumerate(matrix):
-        if count:  # zeros would distract
-            color = "white" if shares[row, column] > _DARK_FROM else "#1a1a1a"
-            axes.text(column, row, f"{count:,}", ha="center", va="center", color=color, fontsize=8)
 
 
 def _name_classes(axes: Axes, class_names: Sequence[str]) -> None:

@@ -123,13 +123,9 @@ def collect(
     preprocessor: Preprocessor,
     patches_of: str | None = None,
 ) -> tuple[list[int], dict[str, Features], Tensor]:
-    """Compute the features of each encoder in one pass over the images.
+    """Compute the features of each encoder in one pass over the images, with the patches of the encoder `patches_of`.
 
-    Args:
-        patches_of: Name of the encoder whose patches are kept as well.
-
-    Returns:
-        The positions of the readable images, the features by encoder, and thumbnails (N, C, h, w).
+    Returns the positions of the readable images, the features by encoder, and thumbnails (N, C, h, w).
     """
     positions: list[int] = []
     batches: dict[str, list[dict[str, Tensor]]] = {name: [] for name in encoders}

@@ -88,15 +88,22 @@ def evaluate_probes(
 ) -> tuple[list[Row], Row]:
     """Fit the probes on `train` and evaluate them on `test`.
 
-    Returns:
-        All rows, those of the trained encoder first, and the headline: the row that is best on the training images.
+    Returns all rows, the trained encoder's first, and the headline: the row that is best on the training images.
     """
     rows: list[Row] = []
 
     def add(probe: str, kind: str, source: str, train_features: Tensor, test_features: Tensor) -> None:
         classifier = PROBES[probe][1](train_features.to(device), train.labels.to(device), num_classes, seed)
-        rows.append(_row(probe, kind, source, classifier, test_features.to(device), test.labels, seed))
-        log(f"{rows[-1].name}: {rows[-1].accuracy:.1%}")
+        predictions, labels = classifier(test_features.to(device)).argmax(1).cpu().numpy(), test.labels.cpu().numpy()
+        if isinstance(classifier, Knn):
+            chosen = {"k": classifier.k, "temperature": classifier.temperature}
+        else:
+            chosen = {"C" if probe == "logistic" else "learning_rate": classifier.setting}
+        correct, balanced = predictions == labels, balanced_accuracy(predictions, labels)
+        interval, validation_accuracy = bootstrap_interval(correct, seed), classifier.validation_accuracy
+        row = Row(probe, kind, source, chosen, validation_accuracy, correct, predictions, interval, balanced)
+        rows.append(row)
+        log(f"{row.name}: {row.accuracy:.1%}")
 
     def best(candidates: Iterable[Row]) -> Row:
         return max(candidates, key=lambda row: row.validation_accuracy or 0)
@@ -145,16 +152,3 @@ def _pixels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
         train, test = train[:, :1], test[:, :1]
     mean = train.mean((0, 2, 3), keepdim=True)  # (1, C, 1, 1)
     return (train - mean).flatten(1), (test - mean).flatten(1)
-
-
-def _row(probe: str, kind: str, source: str, classifier: Any, features: Tensor, labels: Tensor, seed: int) -> Row:
-    predictions, references = classifier(features).argmax(1).cpu().numpy(), labels.cpu().numpy()
-    correct = predictions == references
-    if isinstance(classifier, Knn):
-        chosen = {"k": classifier.k, "temperature": classifier.temperature}
-    else:
-        chosen = {"C" if probe == "logistic" else "learning_rate": classifier.setting}
-    return Row(
-        probe, kind, source, chosen, classifier.validation_accuracy, correct, predictions,
-        interval=bootstrap_interval(correct, seed), balanced_accuracy=balanced_accuracy(predictions, references),
-    )  # fmt: skip

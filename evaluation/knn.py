@@ -48,8 +48,7 @@ def fit_knn(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> Kn
 def neighbors(bank: Tensor, queries: Tensor, k: int, own: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the k largest cosine similarities (Q, k), sorted, and their indices in the normalized `bank` (Q, k).
 
-    Args:
-        own: (Q,), the index of each query in the bank, to exclude it from its own neighbors.
+    `own` (Q,) is the index of each query in the bank, to exclude it from its own neighbors.
     """
     found = []
     for start in range(0, len(queries), _CHUNK):

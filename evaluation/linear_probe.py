@@ -101,11 +101,7 @@ def solve_logistic(
     start: tuple[Tensor, Tensor] | None = None,
     tolerance: float = _TOLERANCE,
 ) -> tuple[Tensor, Tensor]:
-    """Minimize C * (sum of cross entropies) + |weight|**2 / 2, as scikit-learn does.
-
-    Returns:
-        Weight (D, K) and bias (K,).
-    """
+    """Return the weight (D, K) and bias (K,) that minimize C * (sum of cross entropies) + |weight|**2 / 2."""
     weight, bias = start or (x.new_zeros(x.shape[1], num_classes), x.new_zeros(num_classes))
     weight, bias = (tensor.clone().requires_grad_() for tensor in (weight, bias))
     decay = 1 / (2 * inverse_regularization * len(x))

@@ -20,16 +20,13 @@ COMPONENTS = "first three principal components of the patches, as colors"
 
 
 def feature_maps(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: Tensor) -> tuple[Image.Image, str]:
-    """Draw the input, the class token's attention (if there is one) and the components of images (B, C, H, W).
-
-    Returns:
-        The figure with one row per image, and a description of its columns.
-    """
+    """Draw input, attention and components of images (B, C, H, W) in columns, and describe these columns."""
     size = (pixel_values.shape[2], pixel_values.shape[3])
     views = {"input": preprocessor.unnormalize(pixel_values).expand(-1, 3, -1, -1)}
     attention = class_attention(encoder, pixel_values)
     if attention is not None:
-        views[ATTENTION] = _enlarged(_colored(attention), size)
+        colors = torch.from_numpy(colormaps["viridis"](attention.numpy())[..., :3]).float()  # (B, h, w, 3)
+        views[ATTENTION] = _enlarged(colors.permute(0, 3, 1, 2), size)
     views[COMPONENTS] = _enlarged(principal_colors(encoder(pixel_values).patches), size)
     footer = f"{len(pixel_values)} test images; similar colors: similar features"
     if attention is not None:
@@ -64,11 +61,6 @@ def principal_colors(patches: Tensor) -> Tensor:
     colors = ((values - low) / (high - low).clamp(min=1e-12)).clamp(0, 1).float()
     colors = F.pad(colors, (0, 3 - colors.shape[1]), value=0.5)  # if there are fewer than three
     return colors.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
-
-
-def _colored(values: Tensor) -> Tensor:
-    """Map values (B, h, w) in [0, 1] to colors (B, 3, h, w)."""
-    return torch.from_numpy(colormaps["viridis"](values.numpy())[..., :3]).permute(0, 3, 1, 2).float()
 
 
 def _enlarged(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,6 +16,7 @@ from datasets import Features, Value
 from data.seeds import seeded_generator
 
 NUM_CALIBRATION_BINS = 15
+_NUM_RESAMPLES = 10_000
 _INPUTS = {"predictions": Value("int64"), "references": Value("int64"), "confidences": Value("float64")}
 
 
@@ -113,9 +114,7 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: i
     return metrics.confusion_matrix(labels, predictions, labels=np.arange(num_classes))
 
 
-def bootstrap_interval(
-    correct: np.ndarray, seed: int, level: float = 0.95, num_resamples: int = 10_000
-) -> tuple[float, float]:
+def bootstrap_interval(correct: np.ndarray, seed: int, level: float = 0.95) -> tuple[float, float]:
     """Return the percentile bootstrap interval of an accuracy, given which images (N,) were classified correctly.
 
     It covers the choice of the test images, not the randomness of training. Raises ValueError if there are no images.
@@ -123,7 +122,7 @@ def bootstrap_interval(
     if not len(correct):
         raise ValueError("there are no images to resample")
     # Resampling N zeros and ones with replacement and counting the ones is one binomial draw.
-    count, share = torch.full((num_resamples,), float(len(correct))), float(np.mean(correct))
+    count, share = torch.full((_NUM_RESAMPLES,), float(len(correct))), float(np.mean(correct))
     hits = torch.binomial(count, torch.full_like(count, share), generator=seeded_generator(seed, "bootstrap"))
     low, high = np.quantile((hits.double() / len(correct)).numpy(), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

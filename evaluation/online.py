@@ -38,11 +38,7 @@ class OnlineEvaluation:
     num_classes: int
 
     def __call__(self, model: Any) -> dict[str, float]:
-        """Return the metrics of `model.exported_encoder`; empty if its features are not finite.
-
-        Args:
-            model: A pre-training model whose `standardize` takes uint8 images.
-        """
+        """Return the metrics of a pre-training model's `exported_encoder`; empty if its features are not finite."""
         train, test = (self._features(model, split.pixel_values) for split in (self.train, self.test))
         if not (train.isfinite().all() and test.isfinite().all()):
             return {}  # training has diverged, which the trainer reports itself
@@ -75,9 +71,6 @@ def open_online_evaluation(
 
     Evaluates on the validation split, or on a part of the training split if there is none, but never on the test
     split: the results influence which runs are stopped or selected.
-
-    Raises:
-        ValueError: If the dataset cannot be opened or has no usable labels.
     """
     images = open_labeled(dataset, label_column)
     train, test = images.train, images.validation

@@ -1,9 +1,10 @@
-"""Figures of a run: grids of labeled images, and training curves.
+"""Figures of a run: panels of labeled images, which show what a model predicts, and training curves.
 
 Shapes: B images, C channels, H, W height and width in pixels.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,29 @@ from torch import Tensor
 
 from evaluation.online_history import KNN, LINEAR, RANKME, add_right_axis, describe_trend, draw_history, finish_axes
 
-MAX_ROWS = 8
+Drawer = Callable[[Any, dict[str, Any], int, float | None], Image.Image]
 
+MAX_ROWS = 8
 _ENLARGE_TO, _SHRINK_TO, _MIN_COLUMN_WIDTH = 224, 256, 128  # pixels
 _MARGIN, _GAP, _FONT_SIZE, _LINE_HEIGHT = 16, 8, 14, 18  # pixels
 _INK, _PALE_INK = "#1a1a1a", "#595959"
 _BLUE, _VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito: distinguishable for color-blind readers
 _MEDIAN_FROM_POINTS = 60  # shorter curves need no smoothing
+
+
+def panel_drawer(name: str, views_of: Callable[[Any, dict[str, Any]], Mapping[str, Any]]) -> Drawer:
+    """Return `draw(model, batch, step, eval_loss)`; `views_of(model, batch)` gives the columns, `name` the footer."""
+
+    def draw(model: Any, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
+        facts = [name, f"step {step:,}"]
+        if eval_loss is not None:
+            facts.append(f"validation loss {eval_loss:.4g}")
+        if "bool_masked_pos" in batch:
+            facts.append(f"mask ratio {batch['bool_masked_pos'].float().mean().item():.2f}")
+        views = {label: images[:MAX_ROWS] for label, images in views_of(model, batch).items()}
+        return labeled_grid(views, footer="  ·  ".join(facts))
+
+    return draw
 
 
 def panel_indices(num_images: int) -> list[int]:

@@ -55,11 +55,7 @@ class Batch:
 
 
 def open_preprocessor(name: str, num_channels: int) -> Preprocessor:
-    """Load the image processor of a model in its Pillow version, which does not need torchvision.
-
-    Raises:
-        ValueError: If there is no image processor, or it has no Pillow version.
-    """
+    """Load a model's image processor in its Pillow version, without torchvision. Raises ValueError if it has none."""
     try:
         settings, _ = BaseImageProcessor.get_image_processor_dict(name)
     except OSError:
@@ -86,8 +82,7 @@ def batches(
 ) -> Iterator[Batch]:
     """Yield the images `indices` of `source` in order, prepared by threads.
 
-    Args:
-        on_bad: Called with the name of each image that cannot be read, and the reason; the image is skipped.
+    Images that cannot be read are skipped after a call of `on_bad` with the name and the reason.
     """
 
     def prepare(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:

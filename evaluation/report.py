@@ -42,7 +42,6 @@ def write_report(
         quality: The entries of `evaluation.frozen.measure_quality`.
         labels: Labels of the test images (Q,).
         figure_text: Description of `figure`, whose text is too small on a phone.
-        facts: Further information about how the evaluation was done.
     """
     classes, num_omitted = accuracy_by_class(headline, labels, class_names)
     png = BytesIO()

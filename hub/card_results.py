@@ -16,8 +16,7 @@ NOT_MEASURED = """\
 **The quality of the features has not been measured.** A pre-training loss shows that training progressed, not how
 good the features are, and losses of different methods, mask ratios or targets cannot be compared. Fine-tune or probe
 the encoder on your own task before relying on it."""
-# Markers around the output of `results_section`, so that later results can replace it.
-_BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"
+_BEGIN, _END = "<!-- measured -->", "<!-- end of measured -->"  # around a table that later results can replace
 _SECTION = re.compile(f"{_BEGIN}.*?{_END}", re.DOTALL)
 _QUALITY = ("accuracy", "f1", "iou")
 

@@ -19,10 +19,7 @@ _LEFT_OUT = "training_args.bin"  # a pickle with the token and absolute paths, w
 
 
 def stage_checkpoint(checkpoint: Path, settings_file: Path, target: Path) -> None:
-    """Link a checkpoint and its settings to `target` for the upload.
-
-    Hard links keep the files while `Trainer` deletes old checkpoints.
-    """
+    """Link a checkpoint to `target` for the upload, so that `Trainer` may delete it, and copy its settings."""
     for path in checkpoint.rglob("*"):
         if path.is_file() and path.name != _LEFT_OUT:
             link = target / path.relative_to(checkpoint)
@@ -39,8 +36,7 @@ def stage_checkpoint(checkpoint: Path, settings_file: Path, target: Path) -> Non
 def fetch_checkpoint(repository: Repository, output_dir: Path, settings_name: str) -> Path | None:
     """Download the latest checkpoint as `output_dir/checkpoint-<step>`, and its settings to `output_dir`.
 
-    Returns the checkpoint, or None if the repository does not exist or has none. Raises HubError if the Hub cannot be
-    reached.
+    Returns the checkpoint, or None if there is none. Raises HubError if the Hub cannot be reached.
     """
     with explained(repository.repo_id):
         try:

@@ -72,7 +72,7 @@ def obstacle(config: PreTrainedConfig, host: str) -> str | None:
     if getattr(config, "use_swiglu_ffn", False):
         return "its MLPs are gated (SwiGLU)"
     if host == "vit":
-        if _relative_positions(config):
+        if any(getattr(config, kind, False) for kind in _RELATIVE_KINDS):
             return "it has relative position biases, which a ViT does not"
         if not _absolute_positions(config):
             return "it has no position embeddings"
@@ -158,10 +158,6 @@ def _as_beit(state: State) -> tuple[State, list[str]]:
     for key in [name for name in kept if name.endswith(("q_proj.weight", "v_proj.weight"))]:
         kept.setdefault(key.replace("weight", "bias"), torch.zeros(len(kept[key])))
     return kept, ["key biases (they cancel in the softmax)"] if len(kept) < len(state) else []
-
-
-def _relative_positions(config: PreTrainedConfig) -> bool:
-    return any(getattr(config, kind, False) for kind in _RELATIVE_KINDS)
 
 
 def _absolute_positions(config: PreTrainedConfig) -> bool:

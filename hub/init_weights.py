@@ -34,12 +34,15 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
     """Read the weights for a model, of which only names and shapes matter: it may be on the meta device.
 
     Raises:
-        ValueError: If the files cannot be read or lack a part of the encoder, the position tables are all zero, or the
-            model's grid of patches does not fit.
+        ValueError: If the encoder cannot be read, its position tables are all zero, or its grid does not fit.
     """
     config = head.config.encoder_config
     grid = grid_of(config)
-    _refuse_rectangle(start, config, grid)
+    if getattr(config, "use_absolute_position_embeddings", False) and grid[0] != grid[1]:
+        raise ValueError(
+            f"`method` {start.method} holds the absolute positions of {start.name} in a BeitModel, which reads "
+            f"square images only; got {grid[0]} x {grid[1]} patches: give `image_size` one number"
+        )
     encoder, kept_head, unused = _read_state(start)
     notes = _repair(start, encoder, kept_head, repair_positions)
     encoder, changes = as_host(encoder, config.model_type, getattr(config, "qkv_bias", True))
@@ -112,14 +115,6 @@ def _repair(start: StartingModel, encoder: State, head: State, repair_positions:
     return ["position tables that were all zero are filled with sines and cosines"]
 
 
-def _refuse_rectangle(start: StartingModel, config: Any, grid: tuple[int, int]) -> None:
-    if getattr(config, "use_absolute_position_embeddings", False) and len(set(grid)) > 1:
-        raise ValueError(
-            f"`method` {start.method} holds the absolute positions of {start.name} in a BeitModel, which reads "
-            f"square images only; got {grid[0]} x {grid[1]} patches: give `image_size` one number"
-        )
-
-
 def _resized(
     name: str, tensor: torch.Tensor, old: tuple[int, int], new: tuple[int, int], wanted: torch.Tensor | None
 ) -> torch.Tensor:
@@ -129,13 +124,9 @@ def _resized(
     if not name.endswith("relative_position_bias_table"):
         return resize_positions(tensor, old, new)
     if ".blocks." in name:
-        old, new = (_window(len(tensor)), _window(len(wanted)))
+        window, new_window = ((math.isqrt(len(table)) + 1) // 2 for table in (tensor, wanted))
+        old, new = (window, window), (new_window, new_window)
     return resize_relative_bias(tensor, old, new)
-
-
-def _window(num_offsets: int) -> tuple[int, int]:
-    side = (math.isqrt(num_offsets) + 1) // 2
-    return side, side
 
 
 def _parts(names: Iterable[str]) -> list[str]:

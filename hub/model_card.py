@@ -26,7 +26,6 @@ class TaskCard(NamedTuple):
         kind: What the model is, as the start of a sentence.
         usage: Markdown with examples, in which a line `checkpoint = ""` is filled in.
         limitations: A sentence about what the model is for.
-        caption: Caption of the panel.
     """
 
     pipeline_tag: str
@@ -83,8 +82,8 @@ def write_model_card(
         ValueError: If a figure is not in `folder`, or the Hub would refuse the card (`hub.card_rules`).
     """
     results = read_results(folder) or as_results(online_results)
-    on_hub = model_name if HUB_ID.fullmatch(model_name) else None
-    title, checkpoint = shorten_paths(model_name).split("/")[-1], on_hub or _ELSEWHERE
+    title = shorten_paths(model_name).split("/")[-1]
+    checkpoint = model_name if HUB_ID.fullmatch(model_name) else _ELSEWHERE
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag if task else "image-feature-extraction",

@@ -44,10 +44,7 @@ class OpenedModel(NamedTuple):
 def open_config(
     name: str, role: str = "model", *, subfolder: str = "", accepts_whole_model: bool = True
 ) -> PreTrainedConfig:
-    """Return the config of the model that `name` refers to.
-
-    Args:
-        accepts_whole_model: Whether this may be a pre-training model of ours, encoder and decoder.
+    """Return the config of the model that `name` refers to; `accepts_whole_model` allows a pre-training model of ours.
 
     Raises:
         ValueError: If there is no such model; for a folder, the message says what it holds instead.

@@ -54,9 +54,6 @@ class Repository:
         private: Whether to create it as private; if True, a public repository is refused.
         token: None for HF_TOKEN or the stored login.
         revision: An existing branch; None for the main branch.
-
-    Raises:
-        ValueError: If `repo_id` is not a valid repository id.
     """
 
     def __init__(

@@ -24,7 +24,7 @@ from conftest import (
 from torch.testing import assert_close
 from transformers import AutoModel, Trainer, TrainerCallback
 
-from evaluation.panels import panel_drawer
+from evaluation.pictures import panel_drawer
 from hub.export.native import export
 from modeling import MODELS
 from training.checkpoints import last_whole_checkpoint

@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.panels import panel_drawer
-from evaluation.pictures import training_curve
+from evaluation.pictures import panel_drawer, training_curve
 from modeling.patches import patchify, unpatchify
 from modeling.reconstruction import estimate_statistics, reconstruction_views, target_statistics, unnormalize
 

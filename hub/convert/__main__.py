@@ -27,6 +27,7 @@ from modeling import MimPreTrainedModel
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 from modeling.patches import height_and_width
 
+IMAGE_STATS = ("imagenet", "half")
 # A format has `convert`, which raises ValueError if the weights do not fit, and if it needs them: `add_flags`;
 # `required_flags`, which returns the flags that a file does not answer with the values of published files;
 # `image_stats`, the default of --image_stats if it is not ImageNet's; `WEIGHTS`, keys of the file by --weights.
@@ -38,7 +39,6 @@ FORMATS: dict[str, Any] = {
     "ibot": ibot,
     "timm": timm,
 }
-IMAGE_STATS = ("imagenet", "half")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,20 +82,21 @@ def inspect(path: str) -> list[str]:
     if kind is None:
         raise ValueError(f"{path} is not a ViT, BEiT or Swin under a known naming scheme: {list(state)[:6]} ...")
     method = kind.methods[0]
-    options = _parse(["--from", method, path, "--to", "DIR"])
+    arguments = ["--from", method, path, "--to", "DIR"]
+    options = _parse(arguments)
     name, state = _select(file, options)
     unknown = _unanswered(state, options)
-    guesses = [word for flag, typical in unknown.items() for word in (f"--{flag}", *_first_choice(typical))]
-    options = _parse(["--from", method, path, "--to", "DIR", *guesses])
-    converted, notes = _convert(state, options)
-    command = ["python", "-m", "hub.convert", "--from", method, path, "--to", "DIR"]
+    guesses: list[str] = []
+    for flag, typical in unknown.items():
+        guesses += [f"--{flag}", *typical.replace("NUMBER", "1").split("|")[0].split()]
+    converted, notes = _convert(state, _parse([*arguments, *guesses]))
     flags = " ".join(f"--{flag} {typical}" for flag, typical in unknown.items())
     also = f"; {', '.join(kind.methods[1:])} files have the same keys" if kind.methods[1:] else ""
     return [
         f"{path}: {kind.form} (--from {method}{also})",
         f"  opens as {_describe(converted.model, unknown)}",
         *(f"  {line}" for line in (*_ignored(file, name), *_dropped(converted), *notes)),
-        f"  convert it: {shlex.join(command)} {flags}".rstrip(),
+        f"  convert it: python -m hub.convert {shlex.join(arguments)} {flags}".rstrip(),
         *(f"  --{flag}: not stored in the file" for flag in unknown),
     ]
 
@@ -172,10 +173,6 @@ def _image_stats(state: State, name: str | None, default: str | None) -> tuple[A
         raise ValueError(f"--image_stats imagenet needs 3 channels, but the encoder has {num_channels}")
     stats = (IMAGENET_MEAN, IMAGENET_STD) if chosen == "imagenet" else ((0.5,) * num_channels, (0.5,) * num_channels)
     return stats, [] if name else [f"images are standardized with --image_stats {chosen}, the default for such files"]
-
-
-def _first_choice(typical: str) -> list[str]:
-    return typical.replace("NUMBER", "1").split("|")[0].split()
 
 
 def _ignored(file: WeightFile, name: str) -> list[str]:

@@ -1,12 +1,9 @@
-"""Convert the authors' BEiT files (microsoft/unilm/beit).
-
-Pre-training -> `BeitForPreTraining`; encoder, fine-tuned and BEiT v2 -> native.
-"""
+"""Convert the authors' BEiT files (microsoft/unilm/beit): pre-training -> `BeitForPreTraining`, others -> native."""
 
 import argparse
 
 from hub.convert.key_names import BEIT
-from hub.convert.native_models import DERIVED, Converted, convert_beit, drop, load_weights, rename
+from hub.convert.native_models import Converted, convert_beit, drop, load_weights, rename
 from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, beit_settings
 from hub.convert.weight_file import State, suggested_num_heads
 from modeling.beit import BeitForPreTraining, BeitMimConfig
@@ -33,7 +30,7 @@ def convert(state: State, options: argparse.Namespace) -> Converted:
         return convert_beit(state, options.num_attention_heads, reasons=_REASONS)
     if missing := [key for key in ("mask_token", "lm_head.bias") if key not in state]:
         raise ValueError(f"not a pre-trained BEiT: {', '.join(missing)} missing; its first keys are {list(state)[:5]}")
-    state, dropped = drop(state, DERIVED)
+    state, dropped = drop(state)
     config = BeitMimConfig(
         encoder_config=beit_settings(state, options.num_attention_heads),
         image_mean=options.image_mean,

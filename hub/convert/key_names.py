@@ -87,6 +87,12 @@ def native_to_theirs(key: str, table: Table) -> str:
     return _PROJECTION.sub(r".attn.qkv.\1", name)
 
 
+def move_downsampling(state: State, stages: int) -> dict[str, torch.Tensor]:
+    """Renumber where a Swin merges patches: timm at the start of a stage, the others at the end of the one before."""
+    pattern = r"^layers\.(\d+)\.downsample\."
+    return {re.sub(pattern, lambda m: f"layers.{int(m[1]) + stages}.downsample.", key): t for key, t in state.items()}
+
+
 def _rename(key: str, table: Table) -> str:
     name = "^" + key
     for old, new in table:

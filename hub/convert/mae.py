@@ -1,7 +1,4 @@
-"""Convert the authors' MAE files (facebookresearch/mae).
-
-With decoder -> `MaeForPreTraining`; encoder or fine-tuned -> native.
-"""
+"""Convert the authors' MAE files (facebookresearch/mae): with decoder -> `MaeForPreTraining`, others -> native."""
 
 import argparse
 
@@ -35,18 +32,10 @@ def required_flags(state: State) -> dict[str, str]:
 def convert(state: State, options: argparse.Namespace) -> Converted:
     if "decoder_embed.weight" not in state:
         return convert_vit(state, options.num_attention_heads, reasons=_REASONS)
-    model = MaeForPreTraining(_config(state, options))
-    load_weights(model, rename(state, MAE), MAE)
-    encoder = {key: tensor for key, tensor in state.items() if not key.startswith(("decoder_", "mask_token"))}
-    return Converted(model.eval(), encoder)
-
-
-def _config(state: State, options: argparse.Namespace) -> MaeConfig:
-    """Read the sizes from the tensors' shapes; the grid is square, the only one in the authors' code."""
     width, heads = state["decoder_embed.weight"].shape[0], options.decoder_num_attention_heads
     if width % heads:
         raise ValueError(f"--decoder_num_attention_heads {heads} does not divide the decoder's hidden size {width}")
-    return MaeConfig(
+    config = MaeConfig(
         encoder_config=vit_settings(state, options.num_attention_heads),
         image_mean=options.image_mean,
         image_std=options.image_std,
@@ -56,3 +45,7 @@ def _config(state: State, options: argparse.Namespace) -> MaeConfig:
         decoder_intermediate_size=state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
         norm_pix_loss=options.norm_pix_loss == "true",
     )
+    model = MaeForPreTraining(config)
+    load_weights(model, rename(state, MAE), MAE)
+    encoder = {key: tensor for key, tensor in state.items() if not key.startswith(("decoder_", "mask_token"))}
+    return Converted(model.eval(), encoder)

@@ -13,7 +13,8 @@ from hub.convert.sizes import beit_settings, swin_settings, vit_settings
 from hub.convert.weight_file import State
 from modeling.encoders import SwinEncoder
 
-DERIVED = {r"relative_position_index$|attn_mask$": "computed from the sizes"}
+Reasons = Mapping[str, str]  # why keys are not used, by a regular expression
+_DERIVED = {r"relative_position_index$|attn_mask$": "computed from the sizes"}
 NO_MASK_TOKEN = "AutoModel builds this encoder without a mask token"
 _LAYER_SCALE = re.compile(r"\.ls([12])\.gamma$")
 _KEY_BIAS = "its key part adds the same number to all scores of a query, which cancels in the softmax"
@@ -21,36 +22,30 @@ _KEY_BIAS = "its key part adds the same number to all scores of a query, which c
 
 @dataclass
 class Converted:
-    """A converted model, and its encoder's weights under the authors' names.
-
-    `dropped` maps each unused key of the file to the reason; `notes` are lines for the report.
-    """
+    """A converted model, and what the report says about it."""
 
     model: PreTrainedModel
-    weights: State
-    dropped: dict[str, str] = field(default_factory=dict)
+    weights: State  # of its encoder, under the authors' names
+    dropped: dict[str, str] = field(default_factory=dict)  # the reason, by unused key of the file
     notes: list[str] = field(default_factory=list)
 
 
-def drop(state: State, reasons: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Remove the keys that match a regular expression of `reasons`; return the rest, and the reason by removed key."""
-    dropped = {}
-    for key in state:
-        for pattern, reason in reasons.items():
-            if re.search(pattern, key):
-                dropped[key] = reason
+def drop(state: State, reasons: Reasons = _DERIVED) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Remove derived keys and those that match `reasons`; return the rest, and the reason by removed key."""
+    reasons = {**_DERIVED, **reasons}
+    dropped = {key: reason for key in state for pattern, reason in reasons.items() if re.search(pattern, key)}
     return {key: tensor for key, tensor in state.items() if key not in dropped}, dropped
 
 
 def convert_vit(
-    state: State, num_attention_heads: int | None, image_size: list[int] | None = None, reasons: Any = None
+    state: State, num_attention_heads: int | None, image_size: list[int] | None = None, reasons: Reasons = _DERIVED
 ) -> Converted:
     """Convert a plain ViT to a ViTModel or ViTForImageClassification.
 
     With LayerScale, without key bias, or with its norm after mean pooling, it becomes a BEiT with absolute positions,
     which computes the same function.
     """
-    state, dropped = drop(state, {**DERIVED, **(reasons or {})})
+    state, dropped = drop(state, reasons)
     state = {_LAYER_SCALE.sub(r".gamma_\1", key): tensor for key, tensor in state.items()}
     if not {"fc_norm.weight", "blocks.0.gamma_1", "blocks.0.attn.q_bias"} & state.keys():
         if "mask_token" in state:
@@ -66,16 +61,16 @@ def convert_vit(
     return _build(state, settings, dropped)
 
 
-def convert_beit(state: State, num_attention_heads: int | None = None, reasons: Any = None) -> Converted:
+def convert_beit(state: State, num_attention_heads: int | None = None, reasons: Reasons = _DERIVED) -> Converted:
     """Convert the ViT of BEiT, SimMIM or data2vec to a BeitModel or BeitForImageClassification."""
-    state, dropped = drop(state, {**DERIVED, **(reasons or {})})
+    state, dropped = drop(state, reasons)
     return _build(state, beit_settings(state, num_attention_heads), dropped)
 
 
-def convert_swin(state: State, image_size: int | None, reasons: Any = None) -> Converted:
+def convert_swin(state: State, image_size: int | None, reasons: Reasons = _DERIVED) -> Converted:
     """Convert a Swin to a SwinModel or SwinForImageClassification."""
     settings = swin_settings(state, image_size)
-    state, dropped = drop(state, {**DERIVED, **(reasons or {}), r"^mask_token$": NO_MASK_TOKEN})
+    state, dropped = drop(state, {**reasons, r"^mask_token$": NO_MASK_TOKEN})
     config: Any = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         problem = SwinEncoder(config).native_root_problem

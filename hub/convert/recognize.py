@@ -18,11 +18,7 @@ _PROJECTION_HEAD = "head.mlp.0.weight"
 
 
 def recognize(file: WeightFile, state: State) -> Kind | None:
-    """Return the kind of `file`, or None if the converter cannot read it.
-
-    Args:
-        state: A state dict of the file, without prefixes.
-    """
+    """Return the kind of `file`, given its weights without prefixes, or None if the converter cannot read it."""
     form = "fine-tuned classifier" if {"head.weight", "head.fc.weight"} & state.keys() else "encoder only"
     if "decoder_embed.weight" in state:
         return Kind("MAE, encoder and decoder", ("mae",), ("decoder_embed.weight",))

@@ -14,14 +14,10 @@ from modeling.encoders import relative_position_index
 
 
 @torch.no_grad()
-def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int, eps: float = 1e-6) -> torch.Tensor:
+def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Return all tokens (B, 1+N, D) after the final norm, if there is one, or the logits of a classifier."""
-    x = F.conv2d(
-        pixel_values,
-        state["patch_embed.proj.weight"],
-        state["patch_embed.proj.bias"],
-        stride=state["patch_embed.proj.weight"].shape[-1],
-    )
+    weight = state["patch_embed.proj.weight"]
+    x = F.conv2d(pixel_values, weight, state["patch_embed.proj.bias"], stride=weight.shape[-1])
     grid = (x.shape[2], x.shape[3])
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1+N, D)
     if "pos_embed" in state:
@@ -32,14 +28,14 @@ def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int, e
         weights = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
         table = weights.get(BLOCK_TABLE.removeprefix("blocks.0."))
         bias = shared if table is None else shared + _bias(table, grid)
-        x = x + _scale(weights, 1) * _attention(weights, _norm(weights, "norm1", x, eps), bias, num_heads)
-        hidden = F.gelu(_linear(weights, "mlp.fc1", _norm(weights, "norm2", x, eps)))
-        x = x + _scale(weights, 2) * _linear(weights, "mlp.fc2", hidden)
+        x = x + weights.get("gamma_1", 1.0) * _attention(weights, _norm(weights, "norm1", x), bias, num_heads)
+        hidden = F.gelu(_linear(weights, "mlp.fc1", _norm(weights, "norm2", x)))
+        x = x + weights.get("gamma_2", 1.0) * _linear(weights, "mlp.fc2", hidden)
     if "norm.weight" in state:
-        x = _norm(state, "norm", x, eps)
+        x = _norm(state, "norm", x)
     if "head.weight" not in state:
         return x
-    mean_or_class = _norm(state, "fc_norm", x[:, 1:].mean(1), eps) if "fc_norm.weight" in state else x[:, 0]
+    mean_or_class = _norm(state, "fc_norm", x[:, 1:].mean(1)) if "fc_norm.weight" in state else x[:, 0]
     return _linear(state, "head", mean_or_class)
 
 
@@ -59,12 +55,8 @@ def _bias(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     return table[relative_position_index(grid, table.device)].permute(2, 0, 1)  # (A, 1+N, 1+N)
 
 
-def _scale(weights: State, branch: int) -> torch.Tensor | float:
-    return weights.get(f"gamma_{branch}", 1.0)
-
-
-def _norm(weights: State, name: str, x: torch.Tensor, eps: float) -> torch.Tensor:
-    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps)
+def _norm(weights: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], eps=1e-6)
 
 
 def _linear(weights: State, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
-"""Convert the authors' SimMIM files (microsoft/SimMIM, ViT and Swin).
+"""Convert the authors' SimMIM files (microsoft/SimMIM): pre-training -> `SimMimForPreTraining`, others -> native.
 
-Pre-training -> `SimMimForPreTraining`; encoder or fine-tuned -> native.
 Shapes: D hidden size, S side of a mask unit in pixels, C channels.
 """
 
@@ -9,7 +8,7 @@ import argparse
 import torch
 
 from hub.convert.key_names import BEIT, SWIN
-from hub.convert.native_models import DERIVED, Converted, convert_beit, convert_swin, drop, load_weights, rename
+from hub.convert.native_models import Converted, convert_beit, convert_swin, drop, load_weights, rename
 from hub.convert.sizes import beit_settings, swin_image_size, swin_settings
 from hub.convert.weight_file import State
 from modeling.simmim import PIXEL_LOSSES, SimMimConfig, SimMimForPreTraining
@@ -47,8 +46,8 @@ def convert(state: State, options: argparse.Namespace) -> Converted:
     )
     model = SimMimForPreTraining(config)
     table = SWIN if swin else BEIT
-    state, dropped = drop(state, DERIVED)
-    encoder, _ = drop(encoder, DERIVED)
+    state, dropped = drop(state)
+    encoder, _ = drop(encoder)
     weights = [(f"encoder.{theirs}", ours, tensor) for theirs, ours, tensor in rename(encoder, table)]
     for part in ("weight", "bias"):
         weights.append((f"decoder.0.{part}", f"decoder.{part}", _channels_last(state[f"decoder.0.{part}"], config)))

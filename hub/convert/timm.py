@@ -6,12 +6,12 @@ import re
 
 import torch
 
+from hub.convert.key_names import move_downsampling
 from hub.convert.native_models import Converted, convert_beit, convert_swin, convert_vit
 from hub.convert.simmim import is_swin
 from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, image_size_from_positions
 from hub.convert.weight_file import State, suggested_num_heads
 
-_STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
 _UNSUPPORTED = {
     r"^reg_token$": "register tokens",
     r"^dist_token$": "a distillation token",
@@ -50,9 +50,7 @@ def image_stats(state: State) -> None:
 def convert(state: State, options: argparse.Namespace) -> Converted:
     state = {key.replace("head.fc.", "head."): tensor for key, tensor in state.items()}
     if is_swin(state):
-        # timm merges patches at the start of a stage, the others at the end of the previous one
-        state = {_STAGE.sub(lambda m: f"layers.{int(m[1]) - 1}.downsample.", key): t for key, t in state.items()}
-        return convert_swin(state, options.image_size[0])
+        return convert_swin(move_downsampling(state, -1), options.image_size[0])
     if _is_beit(state):
         return convert_beit(state)
     if options.image_size is not None or not _omits_class_position(state):

@@ -7,6 +7,7 @@ Remote code of a subfolder is looked up at the root, so the code files are in bo
 
 import copy
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -53,13 +54,8 @@ def write_image_processor(
     resize_to: int | None = None,
     resample: int = PILImageResampling.BICUBIC,
 ) -> None:
-    """Write the `preprocessor_config.json` of a native image processor: resize the short side, center crop, RGB.
-
-    Args:
-        resize_to: Size of the short side, if larger than the crop.
-    """
-    size = encoder_config.image_size
-    height, width = height_and_width(size)
+    """Write the config of a native image processor: resize the short side (default: to the crop), crop the center."""
+    height, width = height_and_width(encoder_config.image_size)
     square = height == width
     settings = {
         "image_processor_type": "ViTImageProcessor",
@@ -86,11 +82,7 @@ def native_root_problem(model: MimPreTrainedModel) -> str | None:
 def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> str | None:
     """Write both artifacts to `output_dir`, which only changes after the new encoder was opened and compared.
 
-    Returns:
-        The `native_root_problem`; if there is one, only `pretraining/` and its code are written.
-
-    Raises:
-        RuntimeError: If the model that AutoModel opens differs from the encoder in memory.
+    Returns the `native_root_problem`; if there is one, only `pretraining/` and its code are written.
     """
     with _replacing(Path(output_dir)) as scratch:
         stats = (model.config.image_mean, model.config.image_std)
@@ -120,28 +112,21 @@ def export_native(
 ) -> str:
     """Write a native encoder or classifier; return the name of the Auto class that opens it.
 
-    Args:
-        resize_to: Size of the short side in the image processor; for a classifier, the authors' by default.
-
-    Raises:
-        RuntimeError: If the model that the Auto class opens differs from the one in memory.
+    For a classifier, the authors' size of the short side is the default of `resize_to`.
     """
     classifies = hasattr(model, "classifier")
     with _replacing(Path(output_dir)) as scratch:
         if classifies:
             _record_origin(model.config, method, recipe)
             model.save_pretrained(scratch)
-            resize_to = resize_to or _evaluation_size(model.config)
+            size = model.config.image_size
+            if not resize_to and isinstance(size, int) and size < 384:
+                resize_to = size * 256 // 224  # as in the evaluation of all these methods' authors
         else:
             native_encoder(model, method, recipe).save_pretrained(scratch)
         write_image_processor(scratch, model.config, image_mean, image_std, resize_to, resample)
         _verify(scratch, model)
     return (AutoModelForImageClassification if classifies else AutoModel).__name__
-
-
-def _evaluation_size(config: Any) -> int | None:
-    """Return the size of the short side in the evaluation of all these methods' authors: 256 for a crop of 224."""
-    return config.image_size * 256 // 224 if isinstance(config.image_size, int) and config.image_size < 384 else None
 
 
 @contextmanager
@@ -163,13 +148,12 @@ def _record_origin(config: Any, method: str | None, recipe: dict[str, Any]) -> N
 
 @torch.no_grad()
 def _verify(folder: Path, ours: PreTrainedModel) -> None:
-    """Open the folder as a user would and compare the outputs with those of the model in memory."""
+    """Open the folder as a user would. Raises RuntimeError if the outputs differ from those of the model in memory."""
     auto_class = AutoModelForImageClassification if hasattr(ours, "classifier") else AutoModel
     opened, info = auto_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
     leftovers = {key: value for key, value in info.items() if value}
-    size = ours.config.image_size
-    shape = (1, ours.config.num_channels, *height_and_width(size))
-    probe = torch.linspace(-2, 2, shape[1] * shape[2] * shape[3]).reshape(shape)
+    shape = (1, ours.config.num_channels, *height_and_width(ours.config.image_size))
+    probe = torch.linspace(-2, 2, math.prod(shape)).reshape(shape)
     was_training = ours.training
     parameter = next(ours.parameters())
     expected = ours.eval()(probe.to(parameter.device, parameter.dtype))[0].float().cpu()

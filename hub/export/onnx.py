@@ -44,7 +44,8 @@ def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
     height, width = height_and_width(config.image_size)
     output_names = ["logits"] if hasattr(model, "classifier") else ["last_hidden_state", "pooler_output"]
     is_dynamic = has_dynamic_image_size(config)
-    options = {"interpolate_pos_encoding": True} if is_dynamic and _interpolates_on_request(model) else {}
+    interpolates = is_dynamic and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    options = {"interpolate_pos_encoding": True} if interpolates else {}
     axes: dict[int, Any] = {0: Dim("batch", min=1)}
     if is_dynamic:
         axes |= {2: Dim("height", min=config.patch_size), 3: Dim("width", min=config.patch_size)}
@@ -70,7 +71,10 @@ def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
             raise ValueError(f"nothing was written: outputs of onnxruntime have a relative error of {difference:.2g}")
         for part in Path(scratch).iterdir():
             part.replace(file.parent / part.name)
-    size = "any multiple of the patch size" if is_dynamic else f"{height} x {width} only: {_why_fixed(config)}"
+    reason = "relative positions and windows are stored in the file as constants"
+    if not isinstance(config.image_size, int):
+        reason = "positions of a rectangular image cannot be interpolated"
+    size = "any multiple of the patch size" if is_dynamic else f"{height} x {width} only: {reason}"
     return [
         f"{file}: pixel_values (batch, {config.num_channels}, height, width) float32, standardized as in "
         f"{Path(folder) / 'preprocessor_config.json'} -> {', '.join(output_names)}",
@@ -89,16 +93,6 @@ def has_dynamic_image_size(config: Any) -> bool:
             config.use_relative_position_bias or config.use_shared_relative_position_bias
         )
     return config.model_type in ("vit", "deit")
-
-
-def _why_fixed(config: Any) -> str:
-    if not isinstance(config.image_size, int):
-        return "positions of a rectangular image cannot be interpolated"
-    return "relative positions and windows are stored in the file as constants"
-
-
-def _interpolates_on_request(model: PreTrainedModel) -> bool:
-    return "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
 
 
 def _import_onnxruntime() -> Any:

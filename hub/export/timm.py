@@ -14,12 +14,17 @@ import torch
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from hub.convert.key_names import TABLES, from_native
+from hub.convert.key_names import TABLES, from_native, move_downsampling
 from hub.export.timm_shapes import timm_shapes
 from hub.open_model import open_model
 from modeling.patches import height_and_width
 
-_STAGE = re.compile(r"^layers\.(\d+)\.downsample\.")
+# Module and name of timm's class, by model type.
+_CLASSES = {
+    "vit": ("timm.models.vision_transformer", "VisionTransformer"),
+    "beit": ("timm.models.beit", "Beit"),
+    "swin": ("timm.models.swin_transformer", "SwinTransformer"),
+}
 
 
 @torch.no_grad()
@@ -30,13 +35,13 @@ def export_timm(folder: str | Path, file: str | Path) -> list[str]:
     """
     model = open_model(str(folder), keeps_classifier=True).model.eval()
     state, dropped = timm_state(model)
+    module, name = _CLASSES[model.config.model_type]
     expected = timm_shapes(model)
     found = {key: tuple(tensor.shape) for key, tensor in state.items()}
     if found != expected:
         wrong = sorted({*found.items()} ^ {*expected.items()})
-        raise ValueError(f"weights do not fit timm's {_class_path(model)[1]}: {wrong[:6]}")
+        raise ValueError(f"weights do not fit timm's {name}: {wrong[:6]}")
     verified = _compare_with_timm(model, state)
-    module, name = _class_path(model)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, file, {"format": "pt"})
@@ -63,9 +68,7 @@ def timm_state(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], list[st
     dropped = [key for key in native if key.startswith("pooler.dense.") or key == "embeddings.mask_token"]
     state = from_native({key: t for key, t in native.items() if key not in dropped}, TABLES[config.model_type])
     if config.model_type == "swin":
-        # timm merges patches at the start of a stage, transformers at the end of the previous one
-        state = {_STAGE.sub(lambda m: f"layers.{int(m[1]) + 1}.downsample.", key): t for key, t in state.items()}
-        state = {re.sub(r"^head\.", "head.fc.", key): tensor for key, tensor in state.items()}
+        state = {re.sub(r"^head\.", "head.fc.", key): t for key, t in move_downsampling(state, 1).items()}
     return state, dropped
 
 
@@ -96,14 +99,6 @@ def timm_arguments(model: PreTrainedModel) -> dict[str, Any]:
     return arguments
 
 
-def _class_path(model: PreTrainedModel) -> tuple[str, str]:
-    return {
-        "vit": ("timm.models.vision_transformer", "VisionTransformer"),
-        "beit": ("timm.models.beit", "Beit"),
-        "swin": ("timm.models.swin_transformer", "SwinTransformer"),
-    }[model.config.model_type]
-
-
 def _compare_with_timm(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> str:
     """Compare with timm's model, if timm is installed. Raises ValueError if it rejects the weights or differs."""
     if importlib.util.find_spec("timm") is None:
@@ -112,14 +107,13 @@ def _compare_with_timm(model: PreTrainedModel, state: dict[str, torch.Tensor]) -
         import timm
     except (ImportError, RuntimeError) as error:  # if torchvision does not match torch
         return f"verified by names and shapes of timm 1.0.31 (timm cannot be imported: {error})"
-    module, name = _class_path(model)
+    module, name = _CLASSES[model.config.model_type]
     theirs = getattr(importlib.import_module(module), name)(**timm_arguments(model)).eval()
     try:
         theirs.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"timm {timm.__version__} rejects these weights: {error}") from error
-    size = model.config.image_size
-    shape = (1, model.config.num_channels, *height_and_width(size))
+    shape = (1, model.config.num_channels, *height_and_width(model.config.image_size))
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     expected = model(images)[0]
     computed = (theirs(images) if hasattr(model, "classifier") else theirs.forward_features(images)).view_as(expected)
