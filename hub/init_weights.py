@@ -60,6 +60,9 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
     lines = [f"begins from {start.name} ({start.family}): {', '.join(['encoder', *_parts(kept)])}"]
     if has_resized:
         lines.append("position tables resized from {} x {} to {} x {} patches".format(*start.grid, *grid))
+    if not kept:  # frozen weights, such as a teacher's, will be copies (`after_loading_encoder`)
+        frozen = tuple(f"{prefix}." for prefix in head.frozen_parameters)
+        missing = [name for name in missing if not f"{name}.".startswith(frozen)]
     if missing:
         lines.append(f"new, since the source has none that fits: {', '.join(_parts(missing))}")
     if unused or changes:
@@ -74,10 +77,11 @@ def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
             start.name, "init_from", model_class=MODELS[start.own_method], subfolder=start.subfolder
         ).model
         head = model.state_dict()
-        # Another method starts from the encoder that this one exports, such as a teacher.
+        # Another method starts from the encoder that this one exports, such as a teacher and not its student.
         prefix = "encoder." if start.keeps_head else f"{model.exported}."
         encoder = {name.removeprefix(prefix): head.pop(name) for name in list(head) if name.startswith(prefix)}
-        return (encoder, head, []) if start.keeps_head else (encoder, {}, list(head))
+        unused = [re.sub(r"^encoder\..*", "student", name) for name in head]
+        return (encoder, head, []) if start.keeps_head else (encoder, {}, unused)
     config: Any = copy.deepcopy(start.config)
     model_class: Any = MODEL_MAPPING[type(config)]
     if config.model_type == "vit_mae":

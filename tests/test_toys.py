@@ -85,6 +85,29 @@ def test_two_crops__equal_in_one_and_two_processes_and_export_the_teacher(tree):
     assert torch.equal(exported["layers.0.mlp.fc1.weight"], teacher["layers.0.mlp.fc1.weight"])
 
 
+def test_two_crops__teacher_starts_other_runs_and_is_logged_as_such(tree):
+    few = ["--image_size", "32", "--report_to", "none", "--use_cpu", "--per_device_train_batch_size", "8"]
+    start = [*SMALL, "--max_steps", "1", "--per_device_train_batch_size", "8", "--output_dir", "source"]
+    run(tree, "run_pretraining.py", "--method", "two-crops", *start)
+    shutil.copytree(tree / "source", tree / "teacher", ignore=shutil.ignore_patterns("pretraining", "checkpoint-*"))
+    few += ["--max_steps", "1", "--mask_unit", "8"]
+    output = run(tree, "run_pretraining.py", "--method", "simmim", "--init_from", "source", *few, "--output_dir", "a")
+    notes = [line for line in output.splitlines() if line.startswith(("note: new", "note: not taken over"))]
+    assert notes == [
+        "note: new, since the source has none that fits: decoder",
+        "note: not taken over: student, head, teacher_head",
+    ]
+    output = run(
+        tree, "run_pretraining.py", "--method", "two-crops", "--init_from", "teacher", *few[:-2], "--output_dir", "b"
+    )
+    assert "note: begins from teacher (BEiT): encoder\n" in output
+    assert "note: new, since the source has none that fits: head\n" in output  # the teacher is copied
+    first = load_file(tree / "b" / "checkpoint-0" / "model.safetensors")
+    exported = AutoModel.from_pretrained(tree / "teacher").state_dict()
+    for name in ("embeddings.cls_token", "layers.0.mlp.fc1.weight"):
+        assert torch.equal(first[f"teacher.{name}"], exported[name])
+
+
 def test_contract__holds_for_the_toys(tree):
     """The battery of test_contract.py, unchanged, in the tree that has the toys."""
     only = "hog or two-crops or two_processes or tiny_configuration"
