@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .patches import coarsen_mask, masked_indices, patch_grid
+from .patches import coarsen_mask, masked_indices, patch_grid, standardize
 from .schedules import Progress, Schedule
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -321,9 +321,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
         """Standardize uint8 images (B, C, H, W) to float32; float images are taken as standardized."""
         if pixel_values.dtype != torch.uint8:
             return pixel_values
-        mean = pixel_values.new_tensor(self.config.image_mean, dtype=torch.float32).view(-1, 1, 1) * 255
-        std = pixel_values.new_tensor(self.config.image_std, dtype=torch.float32).view(-1, 1, 1) * 255
-        return (pixel_values - mean) / std
+        return standardize(pixel_values, self.config.image_mean, self.config.image_std)
 
     def masked_units(self, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         """(B, N) -> (B, units): the mask on the squares that single predictions cover, usually the patches."""

@@ -1,4 +1,4 @@
-"""Images to patches and back, masks and their indices, fixed positions, and the initialization of MAE.
+"""Standardized images, patches and back, masks and their indices, fixed positions, and the initialization of MAE.
 
 Leaf mathematics: every folder may import it.
 Shapes: B images, C channels, H W pixels, h w patches per column and row (N = h * w), p side of a patch, P values of a
@@ -14,6 +14,17 @@ from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTAttention
 
 PatchSize = int | tuple[int, int]  # one side, or height and width
+
+
+def standardize(
+    pixel_values: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
+) -> torch.Tensor:
+    """Standardize uint8 images (..., C, H, W) to float32, with the mean and std of each channel in [0, 1]."""
+    low, scale = (
+        torch.as_tensor(values, dtype=torch.float32, device=pixel_values.device).view(-1, 1, 1) * 255
+        for values in (mean, std)
+    )
+    return (pixel_values - low) / scale
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from modeling.patches import standardize
 from training.layer_decay import depths_of, layer_id, layer_ids
 from training.trainer import MimTrainer
 
@@ -64,12 +65,10 @@ class FinetuneTrainer(MimTrainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # some native classes sum the loss over micro-batches or processes
         self.loss = loss
-        self.image_mean, self.image_std = (
-            torch.tensor(values, device=self.args.device).view(-1, 1, 1) * 255 for values in (image_mean, image_std)
-        )
+        self.image_stats = torch.tensor([image_mean, image_std], device=self.args.device)  # (2, C)
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        batch = {**inputs, "pixel_values": (inputs["pixel_values"] - self.image_mean) / self.image_std}
+        batch = {**inputs, "pixel_values": standardize(inputs["pixel_values"], *self.image_stats)}
         counters = (self.state.global_step, self._micro_step, self.args.process_index)
         return self.loss(model, batch, counters if model.training else None)
 
