@@ -5,7 +5,6 @@ and report.html. `--embed FILE.parquet` exports the features of unlabeled images
 """
 
 import json
-import os
 import platform
 import shlex
 import sys
@@ -30,14 +29,7 @@ from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_strat
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
 from evaluation.features import FrozenEncoder, collect, untrained
-from evaluation.frozen import (
-    LOGISTIC_UP_TO,
-    TRAINED,
-    UNTRAINED,
-    LabeledFeatures,
-    evaluate_probes,
-    measure_quality,
-)
+from evaluation.frozen import LOGISTIC_UP_TO, TRAINED, UNTRAINED, LabeledFeatures, evaluate_probes, measure_quality
 from evaluation.maps import feature_maps
 from evaluation.preprocessing import Batch, Preprocessor, batches, open_preprocessor
 from evaluation.report import write_report
@@ -65,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 
 def open_encoder(name: str, device: torch.device | str = "cpu") -> tuple[FrozenEncoder, Preprocessor]:
-    """Open an encoder and its image processor; raises ValueError if there is none or it is incomplete."""
+    """Open an encoder and its image processor; raises ValueError if one of them is missing or incomplete."""
     model = open_model(name).model
     preprocessor = open_preprocessor(name, getattr(model.config, "num_channels", 3))
     return FrozenEncoder(model.to(device), model.config), preprocessor
@@ -90,7 +82,9 @@ def evaluate(
     task = find_task(settings)
     model, dataset = short_name(settings.model), "-".join(map(short_name, settings.dataset))
     output_dir = Path(settings.output_dir or f"outputs/evaluation-{model}-{dataset}")
-    check_can_overwrite(output_dir / METRICS_FILE)
+    file = output_dir / METRICS_FILE
+    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("written_by") != _WRITTEN_BY:
+        raise ValueError(f"{file} was not written by {_WRITTEN_BY} and is not overwritten: use another --output_dir")
     probes = select_probes(settings, task, encoder, preprocessor)
     encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, settings.seed)}
 
@@ -141,7 +135,7 @@ def evaluate(
     }
     scratch = output_dir / f"{METRICS_FILE}.part"
     scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, output_dir / METRICS_FILE)
+    scratch.replace(file)
     write_report(
         output_dir / REPORT_FILE,
         model=model,
@@ -216,11 +210,7 @@ def with_progress(images: Iterator[Batch], num_images: int, name: str) -> Iterat
 def select_probes(
     settings: EvaluationSettings, task: Task, encoder: FrozenEncoder, preprocessor: Preprocessor
 ) -> list[str]:
-    """Return the requested probes that are feasible for this number of images, and print a note for each other one.
-
-    Raises:
-        ValueError: If no probe is left.
-    """
+    """Return the requested probes that are feasible for this number of images; raises ValueError if none is."""
     probes = list(dict.fromkeys(settings.probes))
     if "logistic" in probes and len(task.train) > LOGISTIC_UP_TO:
         print(f"note: logistic regression is skipped: it is limited to {LOGISTIC_UP_TO:,} training images")
@@ -258,16 +248,6 @@ def describe_setup(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_val
 def short_name(name: str) -> str:
     """Return the last folder of a path; Hub ids and names of bundled datasets are kept."""
     return Path(name).resolve().name if Path(name).exists() else shorten_paths(name).replace("/", "-")
-
-
-def check_can_overwrite(file: Path) -> None:
-    """Check that no other program wrote this file.
-
-    Raises:
-        ValueError: If another one did.
-    """
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("written_by") != _WRITTEN_BY:
-        raise ValueError(f"{file} was not written by {_WRITTEN_BY} and is not overwritten: use another --output_dir")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,10 @@ from accelerate import PartialState
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from commands.arithmetic import Hardware
-from commands.finetune_artifacts import FinetuneArtifacts
-from commands.finetune_plan import FinetunePlan, make_finetune_plan
+from commands.artifacts import FinetuneArtifacts
+from commands.finetune_plan import FinetunePlan
 from commands.finetune_settings import chosen_task, load_finetune_settings
-from commands.hub_settings import open_repository
-from commands.job import Job, train
+from commands.job import train
 from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE
@@ -35,7 +34,6 @@ _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode line
 def main(argv: list[str]) -> None:
     settings = load_finetune_settings(argv, SETTINGS, encoder_config)
     state, log = join(settings.use_cpu)
-    open_repository(settings)
 
     # The encoder and the labeled images make the task, which makes the model.
     config, (stats, notes) = encoder_config(settings.model), image_stats(settings.model)
@@ -47,14 +45,12 @@ def main(argv: list[str]) -> None:
 
     plan = plan_run(task, model, find_hardware(state), notes)
     train(
-        Job(
-            plan=plan,
-            bad=splits.bad,
-            written_last=_WRITTEN_LAST,
-            build_trainer=lambda checkpoint: build_trainer(task, plan, model),
-            finish=FinetuneArtifacts(task, argv, log).finish,
-            check=task.check_checkpoint,
-        )
+        plan,
+        splits.bad,
+        _WRITTEN_LAST,
+        build_trainer=lambda checkpoint: build_trainer(task, plan, model),
+        finish=FinetuneArtifacts(task, argv, log).finish,
+        check=task.check_checkpoint,
     )
 
 
@@ -67,16 +63,16 @@ def plan_run(task: Task, model: PreTrainedModel, hardware: Hardware, notes: list
     source, sizes = task.splits.describe()
     counts = ", ".join(f"{len(split):,} {name}" for name, split in by_name.items())
     image = torch.zeros(1, 3, settings.image_size, settings.image_size)
-    return make_finetune_plan(
+    return FinetunePlan.make(
         settings,
         hardware,
         num_images=(len(by_name["train"]), len(by_name.get("validation", ()))),
-        metrics=task.metrics,
         footprint=measure_footprint(model.eval(), {"pixel_values": image}),
-        grid=patch_grid(settings.image_size, task.encoder_config.patch_size),
         data=f"{source}: {counts}; {sizes}",
-        rows_of_task=task.plan_rows(),
+        grid=patch_grid(settings.image_size, task.encoder_config.patch_size),
         notes=[*notes, *task.notes()],
+        metrics=task.metrics,
+        rows_of_task=task.plan_rows(),
     )
 
 

@@ -7,7 +7,6 @@ Settings -> images -> plan -> Trainer -> two artifacts: the root of the output f
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,18 @@ from PIL import Image
 from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
 
 from commands.artifacts import Artifacts
-from commands.job import Job, train
+from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
 from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run
 from commands.parsing import make_parser
-from commands.pretraining_plan import PretrainingPlan, make_pretraining_plan
-from commands.pretraining_settings import PretrainingSettings, default_output_dir, load_pretraining_settings
+from commands.pretraining_plan import PretrainingPlan
+from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
 from commands.targets import open_targets
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, Transform, measure_image_stats
-from data.splits import PretrainingSplits, open_pretraining_splits
+from data.splits import PretrainingSplits
 from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import summarize
 from evaluation.pictures import panel_drawer, panel_indices
@@ -52,27 +51,16 @@ def main(argv: list[str]) -> None:
     state, _ = join(settings.use_cpu)
     grid = patch_grid(settings.image_size, settings.patch_size)
     targets = open_targets(settings, MODELS[settings.method], grid)
-    splits = first_on_main(
-        state,
-        lambda: open_pretraining_splits(
-            settings.dataset,
-            validation_fraction=settings.validation_fraction,
-            max_bad_fraction=settings.max_bad_fraction,
-            seed=settings.seed,
-        ),
-    )
+    splits = open_images(settings, state)
     config = model_config(settings, splits, targets)
     collator = build_collator(settings, config)
-    plan = make_pretraining_plan(
-        settings,
-        find_hardware(state),
-        len(splits.train),
-        len(splits.validation),
-        model_footprint(settings, config, collator),
-        splits.describe(),
-    )
+    footprint = model_footprint(settings, config, collator)
+    num_images = (len(splits.train), len(splits.validation))
+    plan = PretrainingPlan.make(settings, find_hardware(state), num_images, footprint, splits.describe(), grid)
     blank = without_weights(config)
-    weights = initial_weights(settings, blank)
+    weights, start = Weights({}, []), settings.start
+    if start is not None and not start.sizes_only:
+        weights = read_weights(start, blank, settings.repair_positions)
     evaluation = open_evaluation(settings, state)
     lines = [f"note: {note}" for note in weights.notes]
     if problem := native_root_problem(blank):
@@ -84,42 +72,22 @@ def main(argv: list[str]) -> None:
         callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, summarize))
     artifacts = Artifacts(settings, splits, argv)
     train(
-        Job(
-            plan=plan,
-            bad=splits.bad,
-            lines=lines,
-            written_last=WRITTEN_LAST,
-            build_trainer=lambda checkpoint: build_trainer(
-                settings, plan, config, collator, splits, targets, weights.state
-            ),
-            callbacks=callbacks,
-            stage=artifacts.stage,
-            finish=artifacts.finish,
-        )
+        plan,
+        splits.bad,
+        WRITTEN_LAST,
+        build_trainer=lambda _: build_trainer(settings, plan, config, collator, splits, targets, weights.state),
+        finish=artifacts.finish,
+        lines=lines,
+        stage=artifacts.stage,
+        callbacks=callbacks,
     )
 
 
-# ---- the model that the run starts from ----
-
-
-def starting_point(chosen: Mapping[str, Any]) -> StartingModel:
+def starting_point(chosen: PretrainingSettings) -> StartingModel:
     """Open what --init_from names, or the checkpoint of an interrupted run, which has the same sizes."""
-    names = (chosen["model"], chosen["method"], chosen["dataset"])
-    checkpoint = interrupted_run(Path(chosen.get("output_dir") or default_output_dir(*names)), chosen)
-    name = str(checkpoint or chosen["init_from"])
-    return open_starting_model(name, chosen["method"], sizes_only=checkpoint is not None)
-
-
-def initial_weights(settings: PretrainingSettings, model: MimPreTrainedModel) -> Weights:
-    """Return the initial weights under the parameter names of `model`; empty from scratch or for a continued run.
-
-    Raises:
-        ValueError: If they cannot be read, or do not fit.
-    """
-    start = settings.start
-    if not isinstance(start, StartingModel) or start.sizes_only:
-        return Weights({}, [])
-    return read_weights(start, model, settings.repair_positions)
+    checkpoint = interrupted_run(chosen)
+    name = str(checkpoint or chosen.init_from)
+    return open_starting_model(name, chosen.method, sizes_only=checkpoint is not None)
 
 
 # ---- images ----
@@ -182,11 +150,7 @@ def model_footprint(settings: PretrainingSettings, config: MimConfig, collator: 
 
 
 def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingCollator:
-    """Return the collator that draws masks for the encoder's patches.
-
-    Raises:
-        ValueError: If masks could cover a part of what the encoder merges into one token.
-    """
+    """Return the collator that draws masks; raises ValueError if they could cover a part of an encoder's token."""
     side = config.prediction_side
     if settings.mask_unit * settings.patch_size % side:
         raise ValueError(

@@ -7,9 +7,7 @@ Settings -> images -> plan -> Trainer -> a folder that `AutoModel.from_pretraine
 import json
 import math
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,19 +17,20 @@ import torch
 from huggingface_hub import ModelCardData
 from transformers import TrainingArguments, set_seed
 
-from commands.job import Job, train
-from commands.launch import find_hardware, first_on_main, join, run
-from commands.memory import Footprint, measure_footprint
-from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS
+from commands.artifacts import copy_panel, draw_curve
+from commands.job import open_images, train
+from commands.launch import find_hardware, join, run
+from commands.memory import measure_footprint
+from commands.output_folder import BAD_IMAGES_FILE, PANELS
 from commands.parsing import make_parser
-from commands.tokenizer_plan import TokenizerPlan, make_tokenizer_plan
+from commands.tokenizer_plan import TokenizerPlan
 from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
-from data.augmentations import CenterCrop, Crop, RandomResizedCrop, random_crop, single_view
+from data.augmentations import CenterCrop, Crop, random_crop, single_view
 from data.collators import stack_items
 from data.images import ImageDataset, Samples
 from data.seeds import seeded_generator
-from data.splits import PretrainingSplits, open_pretraining_splits
-from evaluation.pictures import panel_drawer, panel_indices, training_curve
+from data.splits import PretrainingSplits
+from evaluation.pictures import panel_drawer, panel_indices
 from hub.redaction import shorten_command
 from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
@@ -43,47 +42,50 @@ CODEBOOK_FILE = "codebook.json"
 # Tokens of validation images on which the use of the codebook is counted; with fewer, rare codes do not occur.
 MIN_TOKENS = 50_000
 _WRITTEN_LAST = "config.json"
+_CARD = """\
+---
+{metadata}
+---
+
+# {name}
+
+An image tokenizer: a discrete VAE as in [DALL-E](https://arxiv.org/abs/2102.12092).
+Loading it runs the Python file of this repository; read it first.
+
+```python
+from transformers import AutoModel
+
+checkpoint = "{name}"
+tokenizer = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
+codes = tokenizer.get_codebook_indices(pixel_values)  # (B, C, H, W) uint8, or floats in [0, 1] -> (B, h, w)
+images = tokenizer.decode(codes)  # in [0, 1]
+```
+
+```bash
+{command}
+```
+"""
 
 
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
     state, _ = join(settings.use_cpu)
     config = DvaeConfig(**settings.config_settings())
-    images = first_on_main(
-        state,
-        lambda: open_pretraining_splits(
-            settings.dataset,
-            validation_fraction=settings.validation_fraction,
-            max_bad_fraction=settings.max_bad_fraction,
-            seed=settings.seed,
-        ),
-    )
-    plan = make_tokenizer_plan(
-        settings,
-        find_hardware(state),
-        len(images.train),
-        len(images.validation),
-        *measure_model(config),
-        data=images.describe(),
-    )
-    train(
-        Job(
-            plan=plan,
-            bad=images.bad,
-            written_last=_WRITTEN_LAST,
-            build_trainer=partial(build_trainer, settings, plan, config, images),
-            finish=partial(finish, settings, images, argv),
-        )
-    )
-
-
-def measure_model(config: DvaeConfig) -> tuple[Footprint, tuple[int, int]]:
-    """Return the footprint of the tokenizer, and rows and columns of codes; computes nothing."""
+    images = open_images(settings, state)
     with torch.device("meta"):
-        model = DvaeModel(config).train()
         image = torch.empty(1, config.num_channels, *config.input_size)
+        footprint = measure_footprint(DvaeModel(config).train(), {"pixel_values": image})
     height, width = config.input_size
-    return measure_footprint(model, {"pixel_values": image}), (height // config.stride, width // config.stride)
+    grid = (height // config.stride, width // config.stride)  # of codes
+    num_images = (len(images.train), len(images.validation))
+    plan = TokenizerPlan.make(settings, find_hardware(state), num_images, footprint, images.describe(), grid)
+    train(
+        plan,
+        images.bad,
+        _WRITTEN_LAST,
+        build_trainer=partial(build_trainer, settings, plan, config, images),
+        finish=partial(finish, settings, images, argv),
+    )
 
 
 # ---- training ----
@@ -101,7 +103,9 @@ def build_trainer(
     arguments = TrainingArguments(**plan.training_arguments())
     set_seed(settings.seed)
     tokenizer = DvaeModel(config)
-    train = image_crops(settings, images.train, crop_of(settings), plan, train=True)
+    train = image_crops(
+        settings, images.train, random_crop(settings.image_size, settings.crop_scale), plan, train=True
+    )
     if checkpoint is None and settings.start_from_images:
         some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
         generator = seeded_generator(settings.seed, "codebook_start")
@@ -123,10 +127,6 @@ def build_trainer(
     name = f"discrete VAE, {tokenizer.vocab_size:,} codes"
     show_panels(trainer, output_dir / PANELS, batch, panel_drawer(name, lambda model, batch: model.panel(batch)))
     return trainer
-
-
-def crop_of(settings: TokenizerSettings) -> RandomResizedCrop:
-    return random_crop(settings.image_size, settings.crop_scale)
 
 
 def image_crops(
@@ -153,7 +153,17 @@ def finish(settings: TokenizerSettings, images: PretrainingSplits, argv: list[st
     if trainer.is_world_process_zero():
         with trainer.averaged():
             facts = codebook_facts(trainer, settings, images)
-            write_tokenizer(trainer, settings, facts, output_dir, argv)
+            trainer.save_state()
+            draw_curve(trainer, output_dir)
+            if facts:
+                (output_dir / CODEBOOK_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            card = tokenizer_card(trainer, settings, facts, argv)
+            (output_dir / "README.md").write_text(card, encoding="utf-8")
+            scratch = output_dir / ".export"
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
+            for path in sorted(scratch.iterdir(), key=lambda path: path.name == _WRITTEN_LAST):
+                path.replace(output_dir / path.name)
+            scratch.rmdir()
     trainer.accelerator.wait_for_everyone()
     return f"image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}"
 
@@ -166,7 +176,7 @@ def codebook_facts(trainer: MimTrainer, settings: TokenizerSettings, images: Pre
     tokenizer: Any = trainer.model.eval()
     crops = ImageDataset(
         images.validation,
-        single_view(crop_of(settings), settings.num_channels),
+        single_view(random_crop(settings.image_size, settings.crop_scale), settings.num_channels),
         seed=settings.seed,
         train=True,
         bad_images_file=trainer.train_dataset.bad_images_file,
@@ -174,7 +184,10 @@ def codebook_facts(trainer: MimTrainer, settings: TokenizerSettings, images: Pre
     tokens_per_image = math.prod(length // tokenizer.config.stride for length in settings.image_size)
     num_crops = math.ceil(MIN_TOKENS / tokens_per_image)
     histogram = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
-    for pixels in _batches(crops, num_crops, trainer.args.per_device_eval_batch_size):
+    batch_size = trainer.args.per_device_eval_batch_size
+    for start in range(0, num_crops, batch_size):
+        counters = range(start, min(start + batch_size, num_crops))
+        pixels = torch.stack([crops[counter]["pixel_values"] for counter in counters])
         codes = tokenizer.get_codebook_indices(pixels.to(trainer.args.device))
         histogram += torch.bincount(codes.flatten(), minlength=tokenizer.vocab_size).cpu()
     use = CodebookUse.of(histogram)
@@ -182,77 +195,24 @@ def codebook_facts(trainer: MimTrainer, settings: TokenizerSettings, images: Pre
     return {"vocab_size": tokenizer.vocab_size, **asdict(use), "num_crops": num_crops, "num_images": len(crops)}
 
 
-def _batches(crops: ImageDataset, num_crops: int, batch_size: int) -> Iterator[torch.Tensor]:
-    for start in range(0, num_crops, batch_size):
-        yield torch.stack(
-            [crops[counter]["pixel_values"] for counter in range(start, min(start + batch_size, num_crops))]
-        )
-
-
-def write_tokenizer(
-    trainer: MimTrainer, settings: TokenizerSettings, facts: dict[str, Any], output_dir: Path, argv: list[str]
-) -> None:
-    history = trainer.state.log_history
-    trainer.save_state()
-    if any("loss" in entry or "eval_loss" in entry for entry in history):
-        training_curve(history, output_dir / CURVE_FILE)
-    if panels := sorted((output_dir / PANELS).glob("*.png")):
-        shutil.copy(panels[-1], output_dir / PANEL_FILE)
+def tokenizer_card(trainer: MimTrainer, settings: TokenizerSettings, facts: dict[str, Any], argv: list[str]) -> str:
+    """Return the README.md of the folder: how to use the tokenizer, how it was trained, what was measured."""
+    output_dir = trainer.output_dir
+    metadata = ModelCardData(library_name="transformers", license=settings.license, tags=["image-tokenizer", "dvae"])
+    command = shorten_command(shlex.join(["python", "run_tokenizer.py", *argv]))
+    parts = [_CARD.format(metadata=metadata.to_yaml(), name=output_dir.name, command=command)]
     if facts:
-        (output_dir / CODEBOOK_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
-    card = tokenizer_card(settings.license, output_dir, facts, losses[-1] if losses else None, argv)
-    (output_dir / "README.md").write_text(card, encoding="utf-8")
-    scratch = output_dir / ".export"
-    trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
-    for path in sorted(scratch.iterdir(), key=lambda path: path.name == _WRITTEN_LAST):
-        path.replace(output_dir / path.name)
-    scratch.rmdir()
-
-
-def tokenizer_card(
-    license: str | None, output_dir: Path, facts: dict[str, Any], eval_loss: float | None, argv: list[str]
-) -> str:
-    """README.md of the folder: how to use it, how it was made, what was measured."""
-    metadata = ModelCardData(library_name="transformers", license=license, tags=["image-tokenizer", "dvae"])
-    lines = [
-        "---",
-        metadata.to_yaml(),
-        "---",
-        "",
-        f"# {output_dir.name}",
-        "",
-        "An image tokenizer: a discrete VAE as in [DALL-E](https://arxiv.org/abs/2102.12092).",
-        "Loading it runs the Python file of this repository; read it first.",
-        "",
-        "```python",
-        "from transformers import AutoModel",
-        "",
-        f'checkpoint = "{output_dir.name}"',
-        "tokenizer = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()",
-        "codes = tokenizer.get_codebook_indices(pixel_values)  # (B, C, H, W) uint8, or floats in [0, 1] -> (B, h, w)",
-        "images = tokenizer.decode(codes)  # in [0, 1]",
-        "```",
-        "",
-        "```bash",
-        shorten_command(shlex.join(["python", "run_tokenizer.py", *argv])),
-        "```",
-    ]
-    if facts:
-        lines += [
-            "",
+        parts.append(
             f"On validation images ({facts['num_tokens']:,} codes: {facts['num_crops']:,} random crops of "
             f"{facts['num_images']:,} images) {facts['num_alive']:,} of {facts['vocab_size']:,} codes occur; the "
-            f"perplexity of their frequencies is {facts['perplexity']:.1f}.",
-        ]
-    if eval_loss is not None:
-        lines += [
-            "",
-            f"Validation reconstruction loss, from the chosen codes: {eval_loss:.4g} nats per pixel channel.",
-        ]
-    if (output_dir / PANEL_FILE).exists():
-        lines += ["", f"![Images and their reconstructions]({PANEL_FILE})"]
-    return "\n".join(lines) + "\n"
+            f"perplexity of their frequencies is {facts['perplexity']:.1f}.\n"
+        )
+    if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
+        loss = f"{losses[-1]:.4g} nats per pixel channel"
+        parts.append(f"Validation reconstruction loss, from the chosen codes: {loss}.\n")
+    if panel := copy_panel(output_dir, output_dir):
+        parts.append(f"![Images and their reconstructions]({panel})\n")
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,7 @@ Small data never stops a run: a rule that lowers or raises a number for its sake
 """
 
 import math
-import sys
 from dataclasses import dataclass
-from typing import Any
 
 from commands.settings import TrainingSettings
 
@@ -18,11 +16,7 @@ _MAX_WORKERS_ON_GPU, _MAX_WORKERS_ON_CPU = 16, 4
 
 @dataclass(frozen=True)
 class Hardware:
-    """The devices and processes of a run.
-
-    Args:
-        num_cpus, num_local_processes: CPU cores and processes of one node.
-    """
+    """The devices and processes of a run; `num_cpus` and `num_local_processes` are those of one node."""
 
     device_type: str
     num_cpus: int
@@ -33,45 +27,6 @@ class Hardware:
     @property
     def is_cpu(self) -> bool:
         return self.device_type == "cpu"
-
-
-def training_schedule(
-    settings: TrainingSettings,
-    hardware: Hardware,
-    num_images: int | None,
-    notes: list[str],
-    batch_on_cpu: int,
-    min_steps: int,
-) -> dict[str, Any]:
-    """Return the numbers that do not depend on the kind of training, by their names in a `Plan`.
-
-    Args:
-        num_images: None for a stream, whose single epoch has max_steps.
-        batch_on_cpu: Default images per step on a CPU.
-        min_steps: Least number of steps of a run whose length the user did not choose.
-
-    Raises:
-        ValueError: If there are fewer images than processes, a stream without max_steps, or a precision that the
-            device does not support.
-    """
-    if num_images is None:
-        if not settings.counts("max_steps"):
-            raise ValueError("a data set without a length needs max_steps; give the number of optimizer steps")
-        num_images = sys.maxsize
-    batch_size, accumulation = batch_size_and_accumulation(settings, hardware, num_images, notes, batch_on_cpu)
-    steps_per_epoch = math.ceil(micro_batches(settings, num_images, batch_size, hardware) / accumulation)
-    num_steps = number_of_steps(settings, steps_per_epoch, notes, min_steps)
-    steps_per_epoch = min(steps_per_epoch, num_steps) if num_images == sys.maxsize else steps_per_epoch
-    return {
-        "batch_size": batch_size,
-        "accumulation": accumulation,
-        "steps_per_epoch": steps_per_epoch,
-        "num_steps": num_steps,
-        "learning_rate": peak_learning_rate(settings, batch_size * accumulation * hardware.world_size),
-        "warmup_steps": number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes),
-        "precision": precision_of(settings, hardware),
-        "num_workers": number_of_workers(settings, hardware),
-    }
 
 
 def batch_size_and_accumulation(
@@ -104,6 +59,7 @@ def micro_batches(settings: TrainingSettings, num_images: int, batch_size: int, 
 
 
 def number_of_steps(settings: TrainingSettings, steps_per_epoch: int, notes: list[str], min_steps: int) -> int:
+    """Return the optimizer steps of a run: at least `min_steps` unless the user chose its length."""
     if settings.counts("max_steps"):
         return settings.max_steps
     num_epochs = settings.num_train_epochs

@@ -1,14 +1,20 @@
-"""Output of a pre-training run: a native encoder at the root, the whole model in `pretraining/`, and a model card."""
+"""Output of a run: model, figures, metrics and model card."""
 
+import json
 import shlex
 import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from transformers import Trainer
+
 from commands.launch import launcher, software_and_hardware
-from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
+from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, METRICS_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
 from commands.pretraining_settings import PretrainingSettings
+from commands.settings import TrainingSettings
 from data.bad_images import BadImages
 from data.splits import PretrainingSplits
 from evaluation.online_history import results_at
@@ -16,13 +22,16 @@ from evaluation.pictures import training_curve
 from hub.checkpoints import stage_checkpoint
 from hub.export.native import PRETRAINING, export, native_root_problem
 from hub.model_card import write_model_card
-from hub.redaction import shorten_values
+from hub.redaction import shorten_paths, shorten_values
+from training.finetune_trainer import FinetuneTrainer
 from training.trainer import MimTrainer
 
 
 @dataclass(frozen=True)
 class Artifacts:
-    """Writer of the output of a run, with the weights that the trainer has at that time.
+    """Writer of the output of a pre-training run, with the weights that the trainer has at that time.
+
+    The root of the folder holds a native encoder, `pretraining/` the whole model.
 
     Args:
         argv: Command line without the name of the command.
@@ -52,50 +61,140 @@ class Artifacts:
             stage_checkpoint(output_dir / f"checkpoint-{step}", output_dir / SETTINGS_FILE, folder / checkpoint_name)
 
     def write(self, trainer: MimTrainer, folder: Path, unfinished: str | None = None) -> None:
+        settings, splits, history = self.settings, self.splits, trainer.state.log_history
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         # A config that is uploaded must not contain folders of this computer.
-        export(model, folder, method=self.settings.method, recipe=shorten_values(self.settings.as_recipe()))
-        self._write_card(trainer, folder, unfinished)
-
-    def _write_card(self, trainer: MimTrainer, folder: Path, unfinished: str | None) -> None:
-        settings, splits, output_dir = self.settings, self.splits, trainer.output_dir
-        model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        history = trainer.state.log_history
-        encoder = model.exported_encoder
-        dataset = " + ".join(settings.eval_dataset or [])
-        curve = panel = None
-        if any("loss" in entry or "eval_loss" in entry for entry in history):
-            training_curve(history, folder / (curve := CURVE_FILE))
-        if panels := sorted((output_dir / PANELS).glob("*.png")):
-            shutil.copy(panels[-1], folder / (panel := PANEL_FILE))
+        export(model, folder, method=settings.method, recipe=shorten_values(settings.as_recipe()))
+        encoder, dataset = model.exported_encoder, " + ".join(settings.eval_dataset or [])
         metrics = {
             name: [entry[key] for entry in history if key in entry][-1]
             for name, key in (("train_loss", "loss"), ("eval_loss", "eval_loss"))
             if any(key in entry for entry in history)
         }
-        write_model_card(
+        write_card(
+            trainer,
             folder,
-            command=shlex.join([*launcher(), "run_pretraining.py", *self.argv]),
-            method=settings.method,
-            model_name=settings.hub_model_id or output_dir.name,
-            base_model=settings.init_from,
-            recipe=settings.as_recipe(),
-            data_summary={
+            settings,
+            self.argv,
+            {
                 "dataset": splits.train.source.describe(),
                 "training images": len(splits.train),
                 "validation images": len(splits.validation),
                 "sizes": splits.summary.describe(),
-                "unreadable images left out": len(BadImages.read(output_dir / BAD_IMAGES_FILE)),
             },
+            method=settings.method,
+            base_model=settings.init_from,
             metrics=metrics,
-            versions=software_and_hardware(trainer),
-            panel=panel,
-            curve=curve,
-            license=settings.license,
-            datasets=settings.dataset,
+            panel=copy_panel(trainer.output_dir, folder),
             unfinished=unfinished,
             online_results=results_at(history, trainer.state.global_step, dataset),
             num_extra_tokens=sum(hasattr(encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")),
             pools_mean=getattr(encoder.config, "use_mean_pooling", False),
             native_root_problem=native_root_problem(model),
         )
+
+
+@dataclass(frozen=True)
+class FinetuneArtifacts:
+    """Writer of the output of a fine-tuning.
+
+    Args:
+        task: The `tasks.Task` of the run.
+        argv: Command line without the name of the command.
+        log: Prints on the main process only.
+    """
+
+    task: Any
+    argv: list[str]
+    log: Callable[[str], None]
+
+    def finish(self, trainer: FinetuneTrainer) -> str:
+        """Evaluate the final weights and write everything; return how to use the result."""
+        task, output_dir = self.task, trainer.output_dir
+        trainer.save_state()
+        split, figure = task.splits.measured[0], None
+        with trainer.averaged():
+            dataset = task.evaluation_set(split, output_dir / BAD_IMAGES_FILE)
+            if dataset is not None:
+                outputs = trainer.predict(dataset)
+                predictions, labels = np.asarray(outputs.predictions), np.asarray(outputs.label_ids)
+                results, title = task.results(predictions, labels), f"{split} part, {len(dataset):,} images"
+                values = "  ".join(f"{entry['metric'].replace('_', ' ')} {entry['value']:.4f}" for entry in results)
+                self.log(f"{title}: {values}")
+                if trainer.is_world_process_zero():
+                    metric = f"best {trainer.args.metric_for_best_model} on the validation part"
+                    content = {
+                        "dataset": shorten_paths(" + ".join(task.settings.dataset)),
+                        "part": split,
+                        "num_labels": len(task.splits.by_name["train"]),
+                        "seed": task.settings.seed,
+                        "weights": metric if trainer.args.load_best_model_at_end else "last step",
+                        "results": results,
+                    }
+                    text = json.dumps(content, indent=2) + "\n"
+                    (output_dir / METRICS_FILE).write_text(text, encoding="utf-8")
+                    figure = task.draw(predictions, labels, dataset, output_dir, title)
+            if trainer.is_world_process_zero():
+                self._write_card(trainer, figure)
+                task.export(trainer.accelerator.unwrap_model(trainer.model), output_dir)
+        trainer.accelerator.wait_for_everyone()
+        return f"{task.how_to_open(output_dir)}; card in README.md"
+
+    def _write_card(self, trainer: FinetuneTrainer, figure: str | None) -> None:
+        task, settings = self.task, self.task.settings
+        source, sizes = task.splits.describe()
+        sizes_of_splits = {f"{name} images": len(split) for name, split in task.splits.by_name.items()}
+        write_card(
+            trainer,
+            trainer.output_dir,
+            settings,
+            self.argv,
+            {"dataset": source, **sizes_of_splits, "sizes": sizes},
+            method=task.pretraining[0] or task.encoder_config.model_type,
+            base_model=None if settings.from_scratch else settings.model,
+            metrics={},
+            panel=figure,
+            task=task.card(),
+            from_scratch=settings.from_scratch,
+        )
+
+
+def write_card(
+    trainer: MimTrainer,
+    folder: Path,
+    settings: TrainingSettings,
+    argv: list[str],
+    data_summary: Mapping[str, Any],
+    **own: Any,
+) -> None:
+    """Draw the training curve and write the model card; `own` are arguments of `write_model_card`."""
+    num_bad = len(BadImages.read(trainer.output_dir / BAD_IMAGES_FILE))
+    write_model_card(
+        folder,
+        command=shlex.join([*launcher(), settings.program["prog"], *argv]),
+        model_name=settings.hub_model_id or trainer.output_dir.name,
+        recipe=settings.as_recipe(),
+        data_summary={**data_summary, "unreadable images left out": num_bad},
+        versions=software_and_hardware(trainer),
+        curve=draw_curve(trainer, folder),
+        license=settings.license,
+        datasets=settings.dataset,
+        **own,
+    )
+
+
+def draw_curve(trainer: Trainer, folder: Path) -> str | None:
+    """Draw the training curve unless no loss was logged; return the name of the file."""
+    history = trainer.state.log_history
+    if not any("loss" in entry or "eval_loss" in entry for entry in history):
+        return None
+    training_curve(history, folder / CURVE_FILE)
+    return CURVE_FILE
+
+
+def copy_panel(output_dir: Path, folder: Path) -> str | None:
+    """Copy the last panel of the run, if there is one; return the name of the file."""
+    if not (panels := sorted((output_dir / PANELS).glob("*.png"))):
+        return None
+    shutil.copy(panels[-1], folder / PANEL_FILE)
+    return PANEL_FILE

@@ -10,10 +10,6 @@ from commands.settings import CommandLine, Settings, SettingsError
 from evaluation.frozen import PROBES
 from evaluation.preprocessing import BATCH_SIZE
 
-_EPILOG = """\
-precedence: defaults < --config < command line. --labels-per-class is --labels_per_class.
-"""
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationDataFlags:
@@ -61,7 +57,7 @@ class EvaluationSettings(EvaluationDataFlags, MeasurementFlags, EvaluationRunFla
         "usage": "python run_evaluation.py --model ENCODER --dataset LABELED [--flag value ...]",
         "description": "Evaluate the frozen features of an encoder by kNN and probes on labeled images, or write the "
         "features to a file.",
-        "epilog": _EPILOG,
+        "epilog": "precedence: defaults < --config < command line. --labels-per-class is --labels_per_class.\n",
     }
     successors: ClassVar = {"batch_size": "--per_device_eval_batch_size", "no_cuda": "--use_cpu", "data": "--dataset"}
 
@@ -76,11 +72,7 @@ class EvaluationSettings(EvaluationDataFlags, MeasurementFlags, EvaluationRunFla
 
 
 def load_evaluation_settings(argv: Sequence[str]) -> EvaluationSettings:
-    """Resolve the settings of an evaluation.
-
-    Raises:
-        SettingsError: An unknown flag, an invalid value, no such recipe, or neither model nor data given.
-    """
+    """Resolve the settings of an evaluation; raises SettingsError if they are invalid."""
     command_line = CommandLine(EvaluationSettings, argv)
     command_line.require(model="the encoder", dataset="the images")
     return command_line.resolve({})

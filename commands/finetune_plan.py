@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from commands.arithmetic import Hardware
 from commands.finetune_settings import FinetuneSettings
-from commands.memory import Footprint
 from commands.plan import Plan, in_millions
 
 
@@ -16,14 +14,27 @@ class FinetunePlan(Plan):
     """The plan of a fine-tuning run; its validation images choose the best checkpoint.
 
     Args:
+        metrics: Names of the metrics that may choose the best checkpoint.
         rows_of_task: Lines about the input, the labels and the views by name.
     """
 
     settings: FinetuneSettings
+    metrics: Sequence[str]
     rows_of_task: Mapping[str, str]
 
     batch_on_cpu: ClassVar = 32
     min_steps: ClassVar = 1000
+
+    def __post_init__(self) -> None:
+        settings = self.settings
+        if settings.early_stopping_patience and (not self.num_validation_images or settings.eval_strategy == "no"):
+            raise ValueError(
+                "--early_stopping_patience needs validation images: use --validation_fraction 0.1, or leave "
+                "--early_stopping_patience out"
+            )
+        metric = settings.metric_for_best_model.removeprefix("eval_")
+        if metric not in self.metrics:
+            raise ValueError(f"--metric_for_best_model is {metric}, expected one of: {', '.join(self.metrics)}")
 
     def task_rows(self) -> dict[str, str]:
         settings = self.settings
@@ -51,40 +62,3 @@ class FinetunePlan(Plan):
             "greater_is_better": not metric.endswith(("loss", "error")),
             "restore_callback_states_from_checkpoint": True,  # how long early stopping has waited
         }
-
-
-def make_finetune_plan(
-    settings: FinetuneSettings,
-    hardware: Hardware,
-    num_images: tuple[int, int],
-    metrics: Sequence[str],
-    footprint: Footprint,
-    grid: tuple[int, int],
-    data: str,
-    rows_of_task: Mapping[str, str],
-    notes: Sequence[str] = (),
-) -> FinetunePlan:
-    """Plan a fine-tuning run.
-
-    Args:
-        num_images: Number of training and of validation images.
-        metrics: Names of the metrics that may choose the best checkpoint.
-
-    Raises:
-        ValueError: If there are fewer images than processes, the device does not support the precision, or the best
-            checkpoint cannot be chosen.
-    """
-    _check_choice(settings, num_images[1], metrics)
-    return FinetunePlan.make(settings, hardware, data, num_images, footprint, grid, notes, rows_of_task=rows_of_task)
-
-
-def _check_choice(settings: FinetuneSettings, num_validation_images: int, metrics: Sequence[str]) -> None:
-    """Check that there are images and a metric for early stopping and for the best checkpoint."""
-    if settings.early_stopping_patience and (not num_validation_images or settings.eval_strategy == "no"):
-        raise ValueError(
-            "--early_stopping_patience needs validation images: use --validation_fraction 0.1, or leave "
-            "--early_stopping_patience out"
-        )
-    metric = settings.metric_for_best_model.removeprefix("eval_")
-    if metric not in metrics:
-        raise ValueError(f"--metric_for_best_model is {metric}, expected one of: {', '.join(metrics)}")

@@ -14,12 +14,12 @@ import yaml
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import HubStrategy
 
-from commands.flags import BELOW_ONE, COUNT, FRACTION, POSITIVE_UP_TO_ONE, SCALE, flag
+from commands.flags import BELOW_ONE, COUNT, POSITIVE_UP_TO_ONE, SCALE, DataFlags, flag
 from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings, data_name, find_recipe
 from modeling.patches import height_and_width
 
-_TASKS = Path(__file__).resolve().parent.parent / "tasks"
-_TASK_NAMES = tuple(sorted(file.stem for file in _TASKS.glob("*.py") if file.stem not in ("__init__", "base")))
+_TASKS = sorted(file.stem for file in (RECIPES.parent / "tasks").glob("*.py"))
+_TASK_NAMES = tuple(name for name in _TASKS if name not in ("__init__", "base"))
 _DEFAULT_TASK = "classification"
 _RECIPES = "(default: the recipe's)"
 _EPILOG = """\
@@ -58,18 +58,8 @@ class FinetuneModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneDataFlags:
-    title: ClassVar = "data"
-
+class FinetuneDataFlags(DataFlags):
     dataset: list[str] = flag([], "labeled images")
-    validation_fraction: float | None = flag(
-        None,
-        "fraction of the training images used for validation if the data has no validation split (default: 0.1)",
-        BELOW_ONE,
-    )
-    max_bad_fraction: float = flag(
-        0.05, "stop before training if more than this fraction of the images cannot be read", FRACTION
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,24 +116,15 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
 
     @classmethod
     def recipe_for(cls, encoder_config: PreTrainedConfig, mode: str) -> str:
-        """Return the name of the file in recipes/ that fits the encoder.
-
-        Raises:
-            ValueError: If the task has no model for this encoder.
-        """
+        """Return the name of the recipe for the encoder; raises ValueError if the task has no model for it."""
         raise NotImplementedError
 
     @classmethod
     def values_for(
         cls, encoder_config: Any, values: Mapping[str, Any], origins: Mapping[str, Origin]
     ) -> dict[str, Any]:
-        """Return the settings that follow from the encoder, here its image size if none is given.
-
-        Raises:
-            SettingsError: If the encoder's images are not square and no size is given.
-        """
-        size = encoder_config.image_size
-        height, width = height_and_width(size)
+        """Return the settings that follow from the encoder, here its image size if none is given."""
+        height, width = height_and_width(encoder_config.image_size)
         if values["image_size"] is None and height != width:
             raise SettingsError(
                 f"--model {values['model']} is for images of {height} x {width} pixels, but fine-tuning needs square "
@@ -153,8 +134,7 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
 
     def as_recipe(self) -> dict[str, Any]:
         """As in the base class, without the default task."""
-        recipe = super().as_recipe()
-        return {name: value for name, value in recipe.items() if (name, value) != ("task", _DEFAULT_TASK)}
+        return {name: value for name, value in super().as_recipe().items() if (name, value) != ("task", _DEFAULT_TASK)}
 
 
 def load_finetune_settings(
@@ -162,20 +142,17 @@ def load_finetune_settings(
     settings_classes: Mapping[str, type[FinetuneSettings]],
     open_config: Callable[[str], PreTrainedConfig],
 ) -> FinetuneSettings:
-    """Resolve the settings of a fine-tuning.
+    """Resolve the settings of a fine-tuning; raises SettingsError if they are invalid.
 
     Args:
         settings_classes: The settings class of each task.
         open_config: Called with the value of --model; returns the encoder's config.
-
-    Raises:
-        SettingsError: An unknown flag, an invalid value, no such recipe, or neither model nor data given.
     """
     command_line = CommandLine(settings_classes[chosen_task(argv)], argv)
     chosen, settings_class = command_line.chosen, command_line.settings_class
     command_line.require(model="the pre-trained encoder", dataset="the labeled images")
-    config = open_config(chosen["model"])
-    recipe = RECIPES / f"{settings_class.recipe_for(config, chosen['mode'])}.yaml"
+    config = open_config(chosen.model)
+    recipe = RECIPES / f"{settings_class.recipe_for(config, chosen.mode)}.yaml"
     lower = {Origin.METHOD: command_line.read_recipe(recipe)}
     return command_line.resolve(lower, lambda values, origins: settings_class.values_for(config, values, origins))
 

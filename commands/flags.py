@@ -85,9 +85,22 @@ class RunFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageFlags:
+class DataFlags:
     title: ClassVar = "data"
 
+    dataset: list[str] = flag([], "images")
+    validation_fraction: float | None = flag(
+        None,
+        "fraction of the training images used for validation if the data has no validation split (default: 0.1)",
+        BELOW_ONE,
+    )
+    max_bad_fraction: float = flag(
+        0.05, "stop before training if more than this fraction of the images cannot be read", FRACTION
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFlags(DataFlags):
     dataset: list[str] = flag(
         ["sample"],
         "folders of images (any nesting), parquet or arrow files, text files of paths, or Hub ids; 'sample' and "
@@ -97,9 +110,6 @@ class ImageFlags:
         0.05,
         "fraction of the images kept for validation; unused if the data has a validation split of its own",
         BELOW_ONE,
-    )
-    max_bad_fraction: float = flag(
-        0.05, "stop before training if more than this fraction of the images cannot be read", FRACTION
     )
     crop_scale: tuple[float, float] = flag(
         None, "smallest and largest fraction of an image that a training crop shows (default: the recipe's)", SCALE

@@ -1,85 +1,138 @@
 """The course of a training command after planning: output folder, trainer, training, result, upload."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from transformers import TrainerCallback
+from transformers.trainer_utils import HubStrategy
 
-from commands.hub_settings import bring_back, build_hub_push, open_repository
 from commands.launch import first_on_main, printer
-from commands.output_folder import logging_into, prepare_output_dir
+from commands.output_folder import SETTINGS_FILE, logging_into, prepare_output_dir
 from commands.plan import Plan
+from commands.pretraining_settings import PretrainingSettings
+from commands.settings import TrainingSettings
+from commands.tokenizer_settings import TokenizerSettings
 from data.bad_images import BadImages
+from data.splits import PretrainingSplits, open_pretraining_splits
+from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
+from hub.push import HubError, Repository
+from training.checkpoints import last_whole_checkpoint
+from training.hub_push import HubPush
 from training.trainer import MimTrainer
 
+_NAMES_OF_STATES: dict[HubStrategy, Callable[[int], str]] = {
+    HubStrategy.CHECKPOINT: lambda step: LAST_CHECKPOINT,
+    HubStrategy.ALL_CHECKPOINTS: lambda step: f"checkpoint-{step}",
+}
 
-@dataclass(frozen=True)
-class Job:
-    """A planned training run.
+
+def open_images(settings: PretrainingSettings | TokenizerSettings, state: PartialState) -> PretrainingSplits:
+    """Open the images for training and validation on the main process."""
+    work = partial(
+        open_pretraining_splits,
+        settings.dataset,
+        validation_fraction=settings.validation_fraction,
+        max_bad_fraction=settings.max_bad_fraction,
+        seed=settings.seed,
+    )
+    splits: PretrainingSplits = first_on_main(state, work)
+    return splits
+
+
+def stage_nothing(trainer: MimTrainer, folder: Path, checkpoint_name: str | None) -> None:
+    raise AssertionError("only the result is uploaded")
+
+
+def train(
+    plan: Plan,
+    bad: BadImages,
+    written_last: str,
+    build_trainer: Callable[[Path | None], Any],
+    finish: Callable[[Any], str],
+    *,
+    lines: Sequence[str] = (),
+    stage: Callable[[Any, Path, str | None], None] = stage_nothing,
+    callbacks: Sequence[Callable[[MimTrainer], TrainerCallback]] = (),
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Log the plan and, unless it is a dry run, carry it out.
 
     Args:
-        bad: Images that are left out.
-        lines: Logged below the plan.
         written_last: File that exists only in the output folder of a finished run.
         build_trainer: Called with the checkpoint to continue from, or None.
         finish: Writes the result to the output folder and returns a description of it; called on all processes.
+        lines: Logged below the plan.
         stage: Writes an upload during training: called with the trainer, a new folder, and the name of the training
-            state in it, or None. Without it only the result is uploaded.
+            state in it, or None.
         callbacks: Called with the trainer; the results are called after all other callbacks.
         check: Raises ValueError if a checkpoint does not fit.
-    """
-
-    plan: Plan
-    bad: BadImages
-    written_last: str
-    build_trainer: Callable[[Path | None], MimTrainer]
-    finish: Callable[[Any], str]
-    lines: Sequence[str] = ()
-    stage: Callable[[Any, Path, str | None], None] | None = None
-    callbacks: Sequence[Callable[[MimTrainer], TrainerCallback]] = ()
-    check: Callable[[Path], None] | None = None
-
-
-def train(job: Job) -> None:
-    """Log the plan and, unless it is a dry run, carry it out.
 
     Raises:
         ValueError: If the output folder holds a finished run, or one that cannot or must not be continued.
     """
-    settings, output_dir, state = job.plan.settings, job.plan.output_dir, PartialState()
+    settings, output_dir, state = plan.settings, plan.output_dir, PartialState()
     log = printer(state)
-    log(f"settings\n{settings.describe()}\n\n{job.plan.describe()}")
-    if job.bad:
-        log(f"note: {len(job.bad)} unreadable images are left out:\n  " + job.bad.describe("\n  "))
-    for line in job.lines:
+    log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
+    if bad:
+        log(f"note: {len(bad)} unreadable images are left out:\n  " + bad.describe("\n  "))
+    for line in lines:
         log(line)
     if settings.dry_run:
         return
     repository = open_repository(settings)
 
     def prepare() -> Path | None:
-        if repository is not None and job.stage is not None:
-            bring_back(repository, settings, output_dir, job.written_last, log)
-        return prepare_output_dir(output_dir, settings, job.bad, log, job.written_last, job.check)
+        if repository is not None and settings.uploads_at_saves:
+            bring_back(repository, settings, output_dir, written_last, log)
+        return prepare_output_dir(output_dir, settings, bad, log, written_last, check)
 
     checkpoint = first_on_main(state, prepare)
     with logging_into(output_dir):
-        trainer = job.build_trainer(checkpoint)
+        trainer = build_trainer(checkpoint)
     hub_push = None
     if repository is not None:
-        stage = None if job.stage is None else partial(job.stage, trainer)
-        hub_push = build_hub_push(repository, settings, output_dir, stage, log)
+        at_saves = settings.uploads_at_saves and settings.hub_strategy is not HubStrategy.END
+        checkpoint_name = _NAMES_OF_STATES.get(settings.hub_strategy)
+        hub_push = HubPush(repository, output_dir, partial(stage, trainer), log, checkpoint_name, at_saves)
         trainer.add_callback(hub_push)
-    for make_callback in job.callbacks:
+    for make_callback in callbacks:
         trainer.add_callback(make_callback(trainer))
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     trainer.stop_if_not_finite()
-    log(f"{output_dir}: {job.finish(trainer)}")
+    log(f"{output_dir}: {finish(trainer)}")
     if hasattr(trainer, "end"):  # absent in transformers 5.17
         trainer.end()
     if hub_push is not None and state.is_main_process:
         hub_push.finish()
+
+
+def open_repository(settings: TrainingSettings) -> Repository | None:
+    """Return the repository to upload to, or None; makes no request."""
+    if not settings.push_to_hub:
+        return None
+    assert settings.hub_model_id is not None
+    return Repository(settings.hub_model_id, settings.hub_private_repo, settings.hub_token, settings.hub_revision)
+
+
+def bring_back(
+    repository: Repository, settings: TrainingSettings, output_dir: Path, written_last: str, log: Callable[[str], None]
+) -> None:
+    """Download the checkpoint of an earlier run into an output folder that has none."""
+    starts_anew = settings.overwrite or settings.resume == "never"
+    if settings.hub_strategy not in _NAMES_OF_STATES or starts_anew or settings.resume_from_checkpoint:
+        return
+    if (output_dir / written_last).exists() or last_whole_checkpoint(output_dir)[0] is not None:
+        return
+    try:
+        found = fetch_checkpoint(repository, output_dir, SETTINGS_FILE)
+    except HubError as error:
+        log(
+            f"warning: no checkpoint could be downloaded from the Hub ({error}), so training starts from step 0; "
+            "if there is one, stop now and try again"
+        )
+        return
+    if found is not None:
+        log(f"found a checkpoint of this run in {repository.url}: {found}")

@@ -24,10 +24,7 @@ from training.guard import NonFiniteError
 
 
 def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callable[[], ArgumentParser]) -> int:
-    """Run a command, reporting a user's mistake in one message instead of a traceback; returns the exit code.
-
-    Library code knows no flags: its messages name arguments, which become flags of the command's parser here.
-    """
+    """Run a command, reporting a user's mistake in one message instead of a traceback; returns the exit code."""
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     wants_traceback = "--debug" in argv
     if not wants_traceback:
@@ -40,7 +37,7 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
             raise
         if os.environ.get("RANK", "0") == "0":
             parser, message = build_parser(), str(error)
-            if not isinstance(error, SettingsError):  # its message names flags, or lines of a recipe
+            if not isinstance(error, SettingsError):  # which names flags, or lines of a recipe
                 message = with_flags(message, {action.dest: action.dest for action in parser._actions})
             print(f"{parser.prog}: {message}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 3
@@ -51,7 +48,7 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
-    """Replace names of arguments by the flags that set them.
+    """Replace names of arguments in messages of the library, which knows no flags, by the flags that set them.
 
     A name counts if it is in backticks, or has an underscore and stands alone: "`model`" and "mask_ratio", but neither
     "model", which may be an ordinary word, nor "mask_ratio.txt".
@@ -119,19 +116,18 @@ def launcher() -> list[str]:
 
 def software_and_hardware(trainer: Trainer) -> dict[str, str]:
     """Return the rows of a model card about versions, devices and training time."""
+    device = trainer.args.device
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
     runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
     return {
-        **{name: version(name) for name in ("transformers", "torch", "accelerate", "datasets")},
+        **{package: version(package) for package in ("transformers", "torch", "accelerate", "datasets")},
         "python": platform.python_version(),
-        "hardware": f"{trainer.args.world_size} x {_device_name(trainer.args.device)}",
+        "hardware": f"{trainer.args.world_size} x {name}",
         **({"training time": duration(sum(runtime))} if runtime else {}),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
 def restore_threads() -> str | None:
@@ -142,8 +138,7 @@ def restore_threads() -> str | None:
     """
     cores = _num_cores()
     wanted = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if not launched or os.environ.get("OMP_NUM_THREADS") != "1" or torch.get_num_threads() >= wanted:
+    if launcher() == ["python"] or os.environ.get("OMP_NUM_THREADS") != "1" or torch.get_num_threads() >= wanted:
         return None
     torch.set_num_threads(wanted)
     return f"the launcher left one thread (OMP_NUM_THREADS=1): using {wanted} of {cores} cores"
@@ -155,11 +150,7 @@ def has_accelerator() -> bool:
 
 
 def check_world(world_size: int) -> None:
-    """Check that the processes of the launcher work together, and not as independent jobs with one output folder.
-
-    Raises:
-        ValueError: If the launcher started more processes than joined.
-    """
+    """Raise ValueError if the launcher's processes would run as independent jobs with one output folder."""
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started != world_size:
         raise ValueError(

@@ -2,13 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import yaml
 
+from commands.pretraining_settings import PretrainingSettings
 from commands.settings import TrainingSettings
 from data.bad_images import BadImages
 from training.checkpoints import last_whole_checkpoint, problem_with
@@ -20,14 +20,7 @@ CURVE_FILE, PANEL_FILE, PANELS = "training_curve.png", "reconstructions.png", "p
 SUBSET_FILE, METRICS_FILE, CONFUSION_FILE = "labelled_images.txt", "metrics.json", "confusion_matrix.png"
 # Settings that do not change the result, so that a continued run may have other values.
 FREE_TO_CHANGE = (
-    "dataloader_",
-    "logging_",
-    "eval_",
-    "save_",
-    "report_to",
-    "disable_tqdm",
-    "hub_",
-    "push_to_hub",
+    *("dataloader_", "logging_", "eval_", "save_", "report_to", "disable_tqdm", "hub_", "push_to_hub"),
     "max_bad",
 )
 # Settings that must be those of the checkpoint to load it.
@@ -39,17 +32,8 @@ SHAPES = (
 WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", PANELS, "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *(
-        "trainer_state.json",
-        "codebook.json",
-        "tokens-*.npy",
-        CURVE_FILE,
-        SUBSET_FILE,
-        METRICS_FILE,
-        CONFUSION_FILE,
-        PANEL_FILE,
-        BAD_IMAGES_FILE,
-    ),
+    *("trainer_state.json", "codebook.json", "tokens-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),
+    *(SUBSET_FILE, METRICS_FILE, CONFUSION_FILE),
 )
 # What run_evaluation.py writes besides METRICS_FILE; deleted only if it wrote that, as users may have such files.
 _OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
@@ -66,7 +50,6 @@ def prepare_output_dir(
     """Prepare the output folder of a new or a continued run; returns the checkpoint to continue from, if any.
 
     Args:
-        bad: Images that are left out.
         written_last: File that exists only in the folder of a finished run.
         check: Raises ValueError if a checkpoint does not fit, before anything is written.
 
@@ -84,7 +67,7 @@ def prepare_output_dir(
     for name, problem in skipped.items():
         log(f"warning: {output_dir / name} is skipped: {problem}")
     if given := settings.resume_from_checkpoint:
-        checkpoint = Path(given) if given not in (True, "true", "True") else checkpoint
+        checkpoint = Path(given) if given not in ("true", "True") else checkpoint
         reason = "no complete checkpoint there" if checkpoint is None else problem_with(checkpoint)
         if reason:
             raise ValueError(f"--resume_from_checkpoint {given}: {reason}")
@@ -105,15 +88,16 @@ def prepare_output_dir(
     return checkpoint
 
 
-def interrupted_run(output_dir: Path, chosen: Mapping[str, Any]) -> Path | None:
+def interrupted_run(chosen: PretrainingSettings) -> Path | None:
     """Return the checkpoint of an interrupted run with the same method and --init_from, if any."""
-    if chosen["overwrite"] or chosen["resume"] == "never" or not (output_dir / SETTINGS_FILE).is_file():
+    output_dir = Path(chosen.output_dir or chosen.default_output_dir())
+    if chosen.overwrite or chosen.resume == "never" or not (output_dir / SETTINGS_FILE).is_file():
         return None
-    given = chosen.get("resume_from_checkpoint")
-    if given not in (None, True, "true", "True"):
+    given = chosen.resume_from_checkpoint
+    if given is not None and given not in ("true", "True"):
         return None if problem_with(Path(given)) else Path(given)
     saved = yaml.safe_load((output_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
-    if any(saved.get(name) != chosen[name] for name in ("init_from", "method")):
+    if (saved.get("init_from"), saved.get("method")) != (chosen.init_from, chosen.method):
         return None
     return last_whole_checkpoint(output_dir)[0]
 
@@ -144,16 +128,12 @@ def _delete_old_run(output_dir: Path) -> None:
     if not (output_dir / SETTINGS_FILE).exists():
         return
     code = {path.name for path in output_dir.glob("pretraining/*.py")} | {"dvae.py"}
-    report = _OF_AN_EVALUATION if _was_evaluated(output_dir) else ()
+    metrics = output_dir / METRICS_FILE
+    was_evaluated = metrics.is_file() and '"written_by": "run_evaluation.py"' in metrics.read_text(encoding="utf-8")
+    report = _OF_AN_EVALUATION if was_evaluated else ()
     for pattern in (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code, *report):
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _was_evaluated(output_dir: Path) -> bool:
-    """Return whether run_evaluation.py wrote its results to this folder."""
-    file = output_dir / METRICS_FILE
-    return file.is_file() and '"written_by": "run_evaluation.py"' in file.read_text(encoding="utf-8")
 
 
 @contextmanager

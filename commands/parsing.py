@@ -30,11 +30,7 @@ _EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "tr
 
 
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str], source: str = "") -> dict[str, Any]:
-    """Return only what `argv` gives, by name and with its type. Error messages start with `source`.
-
-    Raises:
-        SettingsError: An unknown flag, or a value of the wrong type.
-    """
+    """Return only what `argv` gives, by name and with its type; raises SettingsError, which names `source`."""
     prefix = f"{source}: " if source else ""
     try:
         namespace, rest = parser.parse_known_args(list(argv))
@@ -49,16 +45,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str], source: str = ""
 def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyType({})) -> argparse.ArgumentParser:
     """Return the parser of a command, whose namespace holds only what was given.
 
-    Args:
-        settings_class: The `commands.settings.Settings` of the command.
-        methods: Config class of each method; their settings are flags too.
+    Flags are the fields of `settings_class`, a `commands.settings.Settings`, and of the configs of the `methods`.
     """
     flags, hints = flags_of(settings_class), get_type_hints(settings_class)
-    groups = {title: [name for name in flags_of(group)] for title, group in settings_class.groups().items()}
-    parsed_groups = [
-        _parsed_group(title, {name: (_parsed_type(hints[name]), default_of(flags[name])) for name in names})
-        for title, names in groups.items()
-    ]
+    parsed_groups: list[type] = []
+    for title, group in settings_class.groups().items():
+        parsed: list[Any] = []
+        for name in flags_of(group):
+            pair, default = tuple_in(hints[name]), default_of(flags[name])
+            kind = hints[name] if pair is None else list[get_args(pair)[0]]  # type: ignore[misc]
+            if isinstance(default, list):
+                default = field(default_factory=partial(list, default))
+            parsed.append((name, kind, default))
+        parsed_groups.append(make_dataclass("Flags", parsed, namespace={"_argument_group_name": title}))
     if methods:
         parsed_groups.append(_method_group(methods))
     has_more_flags = issubclass(settings_class, TrainingFlags)
@@ -74,7 +73,7 @@ def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyT
     )
     parser.successors, parser.has_more_flags = settings_class.successors, has_more_flags
     parser.documented = frozenset(name for name, declared in flags.items() if declared.metadata["help"])
-    own = {name for names in groups.values() for name in names}
+    own = {name for group in settings_class.groups().values() for name in flags_of(group)}
     for action in parser._actions:
         declared = flags.get(action.dest)
         if declared is not None and declared.metadata["choices"]:
@@ -87,25 +86,15 @@ def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyT
         shows_choices = action.dest in own and len(list(action.choices or range(99))) <= _MOST_CHOICES_SHOWN
         if action.nargs != 0 and not shows_choices:
             action.metavar = "X"
-    parser.add_argument("-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this and stop")
-    if parser.has_more_flags:
-        parser.add_argument(
-            "--help_all",
-            "--help-all",
-            action=_Help,
-            nargs=0,
-            default=argparse.SUPPRESS,
-            help="show every flag and stop",
-        )
+    add_help = partial(parser.add_argument, action=_Help, nargs=0, default=argparse.SUPPRESS)
+    add_help("-h", "--help", help="show this and stop")
+    if has_more_flags:
+        add_help("--help_all", "--help-all", help="show every flag and stop")
     return parser
 
 
 def as_argv(parser: argparse.ArgumentParser, recipe: Mapping[str, Any], source: str) -> list[str]:
-    """Return a recipe as the equivalent command line, so that one parser converts all values.
-
-    Raises:
-        SettingsError: A name without a value, or one that is not a flag.
-    """
+    """Return a recipe as the equivalent command line, so that one parser converts all values."""
     actions = {action.dest: action for action in parser._actions if action.nargs != 0}
     argv: list[str] = []
     for key, value in recipe.items():
@@ -137,24 +126,8 @@ def _unknown(parser: Any, rest: Sequence[str]) -> str:
     if name in parser.successors:
         return f"there is no flag --{name}; use {parser.successors[name]}"
     known = nearest(name, (action.dest for action in parser._actions))
-    return f"unknown flag --{name}; " + (
-        f"did you mean --{known}?" if known else f"see {parser.full_help} for all flags"
-    )
-
-
-def _parsed_group(title: str, flags: Mapping[str, tuple[Any, Any]]) -> type:
-    """Return a dataclass that HfArgumentParser understands; `flags`: name -> type and default."""
-    parsed = [
-        (name, kind, field(default_factory=partial(list, default)) if isinstance(default, list) else default)
-        for name, (kind, default) in flags.items()
-    ]
-    return make_dataclass("Flags", parsed, namespace={"_argument_group_name": title})
-
-
-def _parsed_type(hint: Any) -> Any:
-    """Return the type that the parser converts to: a list of numbers in place of a tuple."""
-    pair = tuple_in(hint)
-    return hint if pair is None else list[get_args(pair)[0]]  # type: ignore[misc]
+    full_help = "--help_all" if parser.has_more_flags else "--help"
+    return f"unknown flag --{name}; " + (f"did you mean --{known}?" if known else f"see {full_help} for all flags")
 
 
 def _method_group(methods: Mapping[str, type]) -> type:
@@ -234,10 +207,6 @@ class _Parser(HfArgumentParser):
     documented: frozenset[str] = frozenset()  # flags that --help shows; --help_all shows the others too
     successors: Mapping[str, str] = {}
     has_more_flags = False
-
-    @property
-    def full_help(self) -> str:
-        return "--help_all" if self.has_more_flags else "--help"
 
     def error(self, message: str) -> Any:
         raise SettingsError(message)

@@ -1,11 +1,14 @@
 """The plan of a training run, printed before training; its numbers follow the rules of `commands.arithmetic`."""
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from commands.arithmetic import REFERENCE_BATCH, Hardware, training_schedule
+from commands import arithmetic
+from commands.arithmetic import REFERENCE_BATCH, Hardware
 from commands.memory import Footprint
 from commands.settings import TrainingSettings
 
@@ -43,18 +46,18 @@ class Plan:
     output_dir: Path
     notes: tuple[str, ...]
 
-    # Of a run whose settings do not give them.
+    # Of a run whose settings do not give them: images per step on a CPU, and the least number of steps.
     batch_on_cpu: ClassVar = 8
     min_steps: ClassVar = 2000
 
     @classmethod
     def make(
         cls,
-        settings: TrainingSettings,
+        settings: Any,
         hardware: Hardware,
-        data: str,
         num_images: tuple[int | None, int],
         footprint: Footprint,
+        data: str,
         grid: tuple[int, int],
         notes: Sequence[str] = (),
         **own: Any,
@@ -66,24 +69,43 @@ class Plan:
             own: Fields of the subclass.
 
         Raises:
-            ValueError: If there are fewer images than processes, or the device does not support the precision.
+            ValueError: If there are fewer images than processes, a stream without max_steps, or a precision that the
+                device does not support.
         """
         notes = list(notes)
-        numbers = training_schedule(settings, hardware, num_images[0], notes, cls.batch_on_cpu, cls.min_steps)
-        own |= cls.scheduled(settings, numbers["steps_per_epoch"], numbers["num_steps"], notes)
-        if not num_images[1] and settings.eval_strategy != "no":
+        num_train_images, num_validation_images = num_images
+        if num_train_images is None and not settings.counts("max_steps"):
+            raise ValueError("a data set without a length needs max_steps; give the number of optimizer steps")
+        available = sys.maxsize if num_train_images is None else num_train_images
+        batch_size, accumulation = arithmetic.batch_size_and_accumulation(
+            settings, hardware, available, notes, cls.batch_on_cpu
+        )
+        steps_per_epoch = math.ceil(arithmetic.micro_batches(settings, available, batch_size, hardware) / accumulation)
+        num_steps = arithmetic.number_of_steps(settings, steps_per_epoch, notes, cls.min_steps)
+        if num_train_images is None:  # the whole run is one epoch
+            steps_per_epoch = min(steps_per_epoch, num_steps)
+        warmup_steps = arithmetic.number_of_warmup_steps(settings, steps_per_epoch, num_steps, notes)
+        own |= cls.scheduled(settings, steps_per_epoch, num_steps, notes)
+        if not num_validation_images and settings.eval_strategy != "no":
             notes.append("there are no validation images, so nothing is evaluated during training")
         return cls(
             settings=settings,
             hardware=hardware,
             data=data,
-            num_train_images=num_images[0],
-            num_validation_images=num_images[1],
+            num_train_images=num_train_images,
+            num_validation_images=num_validation_images,
             footprint=footprint,
             grid=grid,
+            batch_size=batch_size,
+            accumulation=accumulation,
+            steps_per_epoch=steps_per_epoch,
+            num_steps=num_steps,
+            learning_rate=arithmetic.peak_learning_rate(settings, batch_size * accumulation * hardware.world_size),
+            warmup_steps=warmup_steps,
+            precision=arithmetic.precision_of(settings, hardware),
+            num_workers=arithmetic.number_of_workers(settings, hardware),
             output_dir=Path(settings.output_dir or settings.default_output_dir()),
             notes=tuple(notes),
-            **numbers,
             **own,
         )
 
@@ -114,17 +136,14 @@ class Plan:
         # `Trainer` would upload by itself, in another layout, with the token in a file, and fail when the Hub fails.
         ours = ("push_to_hub", "hub_")
         given = {n: value for n, value in self.settings.training_arguments().items() if not n.startswith(ours)}
-        every = {name: self._interval(name) for name in ("eval_steps", "save_steps")}
-        workers = {
+        return {
             "dataloader_num_workers": self.num_workers,
             "dataloader_persistent_workers": self.num_workers > 0,
             "dataloader_pin_memory": self.hardware.device_type == "cuda",
             "per_device_eval_batch_size": self.batch_size,
-        }
-        return {
-            **workers,
             **given,
-            **every,
+            "eval_steps": self._interval("eval_steps"),
+            "save_steps": self._interval("save_steps"),
             "output_dir": str(self.output_dir),
             "use_cpu": self.hardware.is_cpu,
             "eval_strategy": given["eval_strategy"] if self.num_validation_images else "no",
@@ -140,29 +159,24 @@ class Plan:
 
     def as_recipe(self) -> dict[str, Any]:
         """Return a flat recipe with the numbers of this plan; with as many devices and images it repeats the run."""
-        recipe = self.settings.as_recipe()
+        recipe, arguments = self.settings.as_recipe(), self.training_arguments()
         for name in ("base_learning_rate", "warmup_epochs", "num_train_epochs"):
             recipe.pop(name, None)
         names = ("learning_rate", "warmup_steps", "max_steps", "gradient_accumulation_steps", "bf16")
-        computed = {name: self.training_arguments()[name] for name in names}
-        return {**recipe, **computed, "per_device_train_batch_size": self.batch_size}
+        return {**recipe, **{name: arguments[name] for name in (*names, "per_device_train_batch_size")}}
 
     def describe(self) -> str:
         """Return about fifteen aligned lines, followed by the notes."""
-        rows = self.rows()
-        width = max(map(len, rows))
-        return "\n".join(
-            [f"{name:<{width}}  {text}" for name, text in rows.items()] + [f"note: {n}" for n in self.notes]
-        )
-
-    def rows(self) -> dict[str, str]:
-        """Return the lines of `describe` by name."""
-        return {
+        num_images = "an unknown number" if self.num_train_images is None else f"{self.num_train_images:,}"
+        processes = f"{self.hardware.world_size} process{'es' if self.hardware.world_size > 1 else ''}"
+        num_epochs = f"{self.num_epochs:,.2f}".rstrip("0").rstrip(".")
+        rows = {
             "data": self.data,
-            "images": f"{_count(self.num_train_images)} for training, {self.num_validation_images:,} for validation",
+            "images": f"{num_images} for training, {self.num_validation_images:,} for validation",
             **self.task_rows(),
-            "images per step": self._batch(),
-            "steps": f"{self.num_steps:,} = {_plain(self.num_epochs)} x {self.steps_per_epoch:,} per epoch",
+            "images per step": f"{self.batch_size} x {processes} x {self.accumulation} accumulation = "
+            f"{self.images_per_step:,}",
+            "steps": f"{self.num_steps:,} = {num_epochs} x {self.steps_per_epoch:,} per epoch",
             "learning rate": self.learning_rate_in_words(),
             "warm-up": f"{self.warmup_steps:,} steps, {self.warmup_steps / self.num_steps:.1%} of the run",
             "device": f"{self.hardware.device_type}, {self.precision}",
@@ -173,6 +187,9 @@ class Plan:
             f"{_size(self.bytes_for_activations)} activations",
             "output": str(self.output_dir),
         }
+        width = max(map(len, rows))
+        lines = [f"{name:<{width}}  {text}" for name, text in rows.items()]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def task_rows(self) -> dict[str, str]:
         """Return the lines about the model and its inputs by name."""
@@ -185,23 +202,11 @@ class Plan:
             return None if every is None else int(every)
         return max(1 if self.settings.is_given(name) else _MIN_INTERVAL, round(every * self.num_steps))
 
-    def _batch(self) -> str:
-        processes = f"{self.hardware.world_size} process{'es' if self.hardware.world_size > 1 else ''}"
-        return f"{self.batch_size} x {processes} x {self.accumulation} accumulation = {self.images_per_step:,}"
-
     def learning_rate_in_words(self) -> str:
         if self.settings.counts("learning_rate"):
             return f"{_scientific(self.learning_rate)}, as given"
         base = _scientific(self.learning_rate * REFERENCE_BATCH / self.images_per_step)
         return f"{base} x {self.images_per_step:,} / {REFERENCE_BATCH} = {_scientific(self.learning_rate)}"
-
-
-def _count(number: int | None) -> str:
-    return "an unknown number" if number is None else f"{number:,}"
-
-
-def _plain(number: float) -> str:
-    return f"{number:,.2f}".rstrip("0").rstrip(".")
 
 
 def in_millions(number: int) -> str:

@@ -57,5 +57,5 @@ METHOD_SIZES: dict[str, dict[str, int]] = {
         "decoder_num_hidden_layers": 2,
         "decoder_num_attention_heads": 4,
         "decoder_intermediate_size": 512,
-    },
+    }
 }

@@ -1,24 +1,16 @@
 """Settings of `run_pretraining.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from commands.flags import (
-    COUNT,
-    POSITIVE,
-    POSITIVE_UP_TO_ONE,
-    RATIO,
-    SIDES,
-    ImageFlags,
-    RunFlags,
-    flag,
-    method_flags,
-)
+from commands.flags import COUNT, POSITIVE, POSITIVE_UP_TO_ONE, RATIO, SIDES, ImageFlags, RunFlags, flag, method_flags
 from commands.presets import ENCODER_SIZES, METHOD_SIZES
 from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, data_name, label_of
-from commands.starting_point import OpenStart, StartingPoint, check_against_start, short_name
 from data.masks import MASK_STRATEGIES
+from hub.export.native import PRETRAINING
+from hub.init_from import StartingModel
 
 _EPILOG = """\
 small data: a step never takes more images than there are, an epoch has at least one step, warm-up is at most a tenth
@@ -53,7 +45,7 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFlags(ImageFlags):
+class PretrainingDataFlags(ImageFlags):
     eval_dataset: list[str] | None = flag(
         None,
         "labeled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe and RankMe "
@@ -109,7 +101,7 @@ class PretrainingRunFlags(RunFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags, TrainingSettings):
+class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, PretrainingRunFlags, TrainingSettings):
     """Settings of a pre-training run.
 
     Args:
@@ -119,7 +111,7 @@ class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags,
     """
 
     method_settings: Mapping[str, Any]
-    start: StartingPoint | None
+    start: StartingModel | None
 
     uploads_at_saves: ClassVar = True
     program: ClassVar = {
@@ -151,12 +143,50 @@ class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags,
             raise SettingsError(
                 "--image_stats is preset, expected auto for gray images: the statistics of ImageNet have three colors"
             )
-        check_against_start(self.values, {name for name in self.values if self.is_users(name)}, self.start)
+        self._check_against_start()
+
+    def _check_against_start(self) -> None:
+        """Check that the weights to start from have these sizes, and that each setting has an effect."""
+        start, name = self.start, self.init_from
+        if start is None:
+            if self.repair_positions:
+                raise SettingsError("--repair_positions has no effect without --init_from; leave it out")
+            if self.image_stats == "source":
+                raise SettingsError("--image_stats source needs --init_from; use preset or auto")
+            return
+        if self.image_stats == "source" and not start.image_stats:
+            raise SettingsError(
+                f"--image_stats source: {name} has no preprocessor_config.json with image_mean and image_std; "
+                "use preset or auto"
+            )
+        for setting, required in sorted(start.fixed.items()):
+            if self.is_users(setting) and self.values[setting] != required:
+                raise SettingsError(
+                    f"--{setting} {self.values[setting]} contradicts --init_from {name}, whose weights require "
+                    f"{required}; leave it out"
+                )
+        if self.is_users("model"):
+            for size, wanted in ENCODER_SIZES[self.model].items():
+                if size not in (*start.defaults, *start.fixed, "model_type") and start.encoder.get(size) != wanted:
+                    raise SettingsError(
+                        f"--model {self.model} contradicts --init_from {name}: {size} is {wanted} instead of "
+                        f"{start.encoder.get(size)}; leave --model out"
+                    )
 
     @classmethod
     def typed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         typed = super().typed(values)
-        return {**typed, "mask_unit": _mask_unit_in_patches(values, typed["image_size"])}
+        if values["mask_strategy"] != "random-unit":
+            return {**typed, "mask_unit": 1}
+        patch_size, (height, width) = values["patch_size"], typed["image_size"]
+        unit = values["mask_unit"] or patch_size
+        if height % unit or width % unit or unit % patch_size:
+            fitting = [n for n in range(patch_size, min(height, width), patch_size) if not (height % n or width % n)]
+            raise SettingsError(
+                f"--mask_unit is {unit} pixels, expected a multiple of the patch of {patch_size} that divides "
+                f"{height} x {width}: {', '.join(map(str, fitting)) or 'there is none'}"
+            )
+        return {**typed, "mask_unit": unit // patch_size}
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -165,7 +195,7 @@ class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags,
         return height // self.patch_size, width // self.patch_size
 
     def default_output_dir(self) -> str:
-        return default_output_dir(self.model, self.method, self.dataset)
+        return f"outputs/{self.model}-{self.method}-{data_name(self.dataset)}"
 
     def encoder_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the encoder's native config."""
@@ -181,82 +211,55 @@ class PretrainingSettings(ModelFlags, DataFlags, MaskFlags, PretrainingRunFlags,
 
 
 def load_pretraining_settings(
-    argv: Sequence[str], configs: Mapping[str, Any], open_start: OpenStart | None = None
+    argv: Sequence[str],
+    configs: Mapping[str, Any],
+    open_start: Callable[[PretrainingSettings], StartingModel] | None = None,
 ) -> PretrainingSettings:
-    """Resolve the settings of a pre-training run.
+    """Resolve the settings of a pre-training run; raises SettingsError if they are invalid.
 
     Args:
         configs: Config class of each method.
-        open_start: Opens what --init_from names.
-
-    Raises:
-        SettingsError: An unknown flag or method, an invalid value, or no such recipe.
+        open_start: Opens what --init_from names; called with `CommandLine.chosen`.
     """
     command_line = CommandLine(PretrainingSettings, argv, configs)
     chosen, method_defaults = command_line.chosen, command_line.method_defaults
-    model, method = chosen["model"], chosen["method"]
+    model, method = chosen.model, chosen.method
     recipe = RECIPES / f"{method}.yaml"
     if not recipe.is_file():
         raise SettingsError(f"method {method} has no {label_of(recipe)} with its published settings; write one")
     start, given = None, {}
-    if chosen["init_from"] is None:
-        _refuse_encoder(model, method, configs)
+    if chosen.init_from is None:
+        families = configs[method].encoder_families
+        if model.split("-")[0] not in families:
+            possible = [name for name in ENCODER_SIZES if name.split("-")[0] in families]
+            raise SettingsError(f"--method {method} cannot train {model}; it trains {', '.join(possible)}")
         preset = {name: ENCODER_SIZES[model][name] for name in ("image_size", "patch_size")}
         preset |= {name: size for name, size in METHOD_SIZES.get(model, {}).items() if name in method_defaults}
     else:
         assert open_start is not None, "this command has no --init_from"
-        model = chosen["model"] = command_line.users.get("model", short_name(chosen["init_from"]))
+        path = Path(chosen.init_from).resolve()
+        name = path.parent.name if path.name == PRETRAINING else path.name
+        model = command_line.users.get("model", name)
+        object.__setattr__(chosen, "model", model)
         start, preset = open_start(chosen), {}
         given = {"model": model, **start.fixed, **start.defaults}
     lower: dict[Origin, Layer] = {
         Origin.PRESET: (f"size of {model}", preset),
         Origin.METHOD: command_line.read_recipe(recipe),
-        Origin.SOURCE: (f"of {chosen['init_from']}", given),
+        Origin.SOURCE: (f"of {chosen.init_from}", given),
     }
+    settings_of = {name: method_flags(config_class) for name, config_class in configs.items()}
     for label, layer in (*lower.values(), command_line.config, ("command line", command_line.given)):
-        _refuse_other_methods_settings(layer, method, configs, label)
-    return command_line.resolve(lower, _choose_image_stats, start=start)
+        for name in layer:
+            owners = [owner for owner, settings in settings_of.items() if name in settings]
+            if owners and method not in owners:
+                raise SettingsError(
+                    f"{label}: {name} is a setting of {', '.join(owners)}, not of {method}, which has: "
+                    f"{', '.join(settings_of[method]) or 'none of its own'}"
+                )
 
+    def choose_image_stats(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, str]:
+        preset = "preset" if values["num_channels"] == 3 else "auto"  # the statistics of ImageNet have three colors
+        return {"image_stats": values["image_stats"] or preset}
 
-def default_output_dir(model: str, method: str, dataset: Sequence[str]) -> str:
-    """Return the output folder of a run without --output_dir."""
-    return f"outputs/{model}-{method}-{data_name(dataset)}"
-
-
-def _choose_image_stats(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, str]:
-    preset = "preset" if values["num_channels"] == 3 else "auto"  # the statistics of ImageNet have three colors
-    return {"image_stats": values["image_stats"] or preset}
-
-
-def _mask_unit_in_patches(values: Mapping[str, Any], image_size: tuple[int, int]) -> int:
-    if values["mask_strategy"] != "random-unit":
-        return 1
-    patch_size, (height, width) = values["patch_size"], image_size
-    unit = values["mask_unit"] or patch_size
-    if any(length % unit for length in (height, width)) or unit % patch_size:
-        fitting = [n for n in range(patch_size, min(height, width), patch_size) if not (height % n or width % n)]
-        raise SettingsError(
-            f"--mask_unit is {unit} pixels, expected a multiple of the patch of {patch_size} that divides "
-            f"{height} x {width}: {', '.join(map(str, fitting)) or 'there is none'}"
-        )
-    return unit // patch_size
-
-
-def _refuse_other_methods_settings(
-    layer: Mapping[str, Any], method: str, configs: Mapping[str, type], label: str
-) -> None:
-    own = method_flags(configs[method])
-    for name in layer:
-        owners = [other for other, config_class in configs.items() if name in method_flags(config_class)]
-        if owners and method not in owners:
-            raise SettingsError(
-                f"{label}: {name} is a setting of {', '.join(owners)}, not of {method}, which has: "
-                f"{', '.join(own) or 'none of its own'}"
-            )
-
-
-def _refuse_encoder(model: str, method: str, configs: Mapping[str, Any]) -> None:
-    families = configs[method].encoder_families
-    if model.split("-")[0] not in families:
-        possible = [name for name in ENCODER_SIZES if name.split("-")[0] in families]
-        raise SettingsError(f"--method {method} cannot train {model}; it trains {', '.join(possible)}")
+    return command_line.resolve(lower, choose_image_stats, start=start)

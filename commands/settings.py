@@ -19,6 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from commands.flags import (
     SUCCESSORS,
     TRANSFORMERS_DEFAULT,
+    DataFlags,
     RunFlags,
     TrainingFlags,
     default_of,
@@ -29,8 +30,6 @@ from commands.flags import (
 from commands.parsing import SettingsError, as_argv, make_parser, nearest, parse
 from hub.card_rules import license_problem
 from hub.push import check_repo_id
-
-__all__ = ["RECIPES", "CommandLine", "Origin", "Settings", "SettingsError", "TrainingSettings"]
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # These belong to one start of the program, or are secret: a recipe does not contain them.
@@ -120,15 +119,8 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings(RunFlags, TrainingFlags, Settings):
-    """Base class of the settings of a training command.
-
-    Args:
-        other_training_arguments: The fields of TrainingArguments that have no attribute here.
-    """
-
-    other_training_arguments: Mapping[str, Any]
-    max_bad_fraction: float  # declared by a group of each command
+class TrainingSettings(DataFlags, RunFlags, TrainingFlags, Settings):
+    """Base class of the settings of a training command."""
 
     uploads_at_saves: ClassVar = False  # False: --hub_strategy can only be end
 
@@ -149,12 +141,6 @@ class TrainingSettings(RunFlags, TrainingFlags, Settings):
         given = [name for name in flags if self.is_users(name)]
         if given and not self.push_to_hub:
             raise SettingsError(f"--{given[0]} has no effect without --push_to_hub")
-
-    @classmethod
-    def typed(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        typed = super().typed(values)
-        others = {name: values[name] for name in _transformers_defaults() if name not in typed}
-        return {**typed, "other_training_arguments": others}
 
     def default_output_dir(self) -> str:
         """Return the output folder of a run without --output_dir."""
@@ -190,10 +176,8 @@ S = TypeVar("S", bound=Settings)
 class CommandLine(Generic[S]):
     """What the user gives: the command line and the recipe of --config.
 
-    `chosen` holds the defaults, overridden by what the user gives, to choose recipes and presets by.
-
-    Raises:
-        SettingsError: An unknown flag, an invalid value, or no such recipe.
+    `chosen` is an unchecked draft of the settings, the defaults overridden by what the user gives: recipes, presets
+    and the model to start from are chosen by it.
     """
 
     def __init__(
@@ -209,19 +193,17 @@ class CommandLine(Generic[S]):
         own = {name: default for name, default in defaults.items() if default is not TRANSFORMERS_DEFAULT}
         training: dict[str, Any] = _transformers_defaults() if issubclass(settings_class, TrainingFlags) else {}
         self.users = {**self.config[1], **self.given}
-        self.chosen = {**training, **own, **self.users}
-        self.method_defaults = method_flags(methods[self.chosen["method"]]) if methods else {}
+        chosen = {**training, **own, **self.users}
+        self.chosen: S = object.__new__(settings_class)
+        vars(self.chosen).update(chosen)
+        self.method_defaults = method_flags(methods[chosen["method"]]) if methods else {}
         ours = {name: own.pop(name) for group in settings_class.groups().values() for name in flags_of(group)}
         self.defaults = {**ours, **self.method_defaults, **training, **own}
 
     def require(self, **descriptions: str) -> None:
-        """Check that these flags are given.
-
-        Raises:
-            SettingsError: If one is not.
-        """
+        """Raise SettingsError if one of these flags is not given."""
         for name, description in descriptions.items():
-            if not self.chosen[name]:
+            if not getattr(self.chosen, name):
                 raise SettingsError(f"--{name} is missing: {description}, a folder or a Hub id")
 
     def read_recipe(self, path: Path) -> Layer:
@@ -242,19 +224,23 @@ class CommandLine(Generic[S]):
         derive: Callable[[Mapping[str, Any], Mapping[str, Origin]], Mapping[str, Any]] = lambda values, origins: {},
         **attributes: Any,
     ) -> S:
-        """Return the settings.
+        """Return the settings; raises SettingsError if a value is missing, out of range or contradicts another.
 
         Args:
             lower: Layers below those of the user, lowest first.
             derive: Called with values and origins; returns values that follow from others.
             attributes: Attributes of the settings that are not flags.
-
-        Raises:
-            SettingsError: A value outside its range, one that is missing, or one that contradicts another.
         """
         layers = {Origin.DEFAULT: ("default", self.defaults), **lower}
         layers |= {Origin.CONFIG: self.config, Origin.COMMAND_LINE: ("command line", self.given)}
-        values, origins = _merged(layers)
+        values: dict[str, Any] = {}
+        origins: dict[str, Origin] = {}
+        for origin, (_, layer) in layers.items():
+            values |= layer
+            origins |= dict.fromkeys(layer, origin)
+        kwargs = "lr_scheduler_kwargs"
+        if kwargs in values and origins["lr_scheduler_type"] > origins[kwargs]:  # they belong to another schedule
+            values[kwargs], origins[kwargs] = self.defaults[kwargs], Origin.DEFAULT
         _check_ranges(self.settings_class, values)
         values |= derive(values, origins)
         labels = {origin: label for origin, (label, _) in layers.items()}
@@ -298,19 +284,6 @@ class _UniqueKeys(yaml.SafeLoader):
         if twice:
             raise yaml.constructor.ConstructorError(problem=f"{twice[0]} is given twice", problem_mark=node.start_mark)
         return super().construct_mapping(node, deep)
-
-
-def _merged(layers: Mapping[Origin, Layer]) -> tuple[dict[str, Any], dict[str, Origin]]:
-    """Return the values of the highest layers, and where each comes from."""
-    values: dict[str, Any] = {}
-    origins: dict[str, Origin] = {}
-    for origin, (_, layer) in layers.items():
-        values |= layer
-        origins |= dict.fromkeys(layer, origin)
-    kwargs = "lr_scheduler_kwargs"
-    if kwargs in values and origins["lr_scheduler_type"] > origins[kwargs]:  # they belong to another schedule
-        values[kwargs], origins[kwargs] = layers[Origin.DEFAULT][1][kwargs], Origin.DEFAULT
-    return values, origins
 
 
 def _check_ranges(settings_class: type[Settings], values: dict[str, Any]) -> None:

@@ -21,11 +21,7 @@ CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --t
 def open_targets(
     settings: PretrainingSettings, model_class: type[MimPreTrainedModel], grid: tuple[int, int]
 ) -> Targets | None:
-    """Return the targets that the method needs, or None.
-
-    Raises:
-        ValueError: If the method needs a source of targets that is not given, does not need it, or it does not fit.
-    """
+    """Return the targets that the method needs, or None; raises ValueError if their source is missing or unfit."""
     if model_class.targets is None:
         for flag in ("tokenizer", "cache_tokens"):
             if getattr(settings, flag):

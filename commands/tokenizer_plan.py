@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from commands.arithmetic import Hardware
-from commands.memory import Footprint
 from commands.plan import Plan, in_millions
 from commands.tokenizer_settings import TokenizerSettings
 from modeling.schedules import Schedule, constant
@@ -25,7 +23,27 @@ class TokenizerPlan(Plan):
     def scheduled(
         cls, settings: TokenizerSettings, steps_per_epoch: int, num_steps: int, notes: list[str]
     ) -> dict[str, Any]:
-        return {"schedules": _schedules(settings, num_steps, notes)}
+        """Return the arguments of the model's forward that change during training, all by half a cosine.
+
+        Paper: Ramesh et al. 2021 (DALL-E), arXiv:2102.12092, App. A.2.
+        """
+
+        def steps(name: str, most_share: float) -> int:
+            given: float = getattr(settings, name)
+            wanted = math.ceil(given * num_steps) if given < 1 else int(given)
+            most = num_steps if settings.is_users(name) else int(most_share * num_steps)
+            if wanted > most:
+                notes.append(f"{name} is {most:,} instead of {wanted:,}: the run has {num_steps:,} steps")
+            return min(wanted, most)
+
+        kl_weight_steps = steps("kl_weight_steps", _MOST_KL_WEIGHT_SHARE)
+        temperature_steps = steps("temperature_steps", _MOST_TEMPERATURE_SHARE)
+        schedules = {
+            "kl_weight": Schedule(0.0, settings.kl_weight, kl_weight_steps),
+            "temperature": Schedule(1.0, settings.final_temperature, temperature_steps),
+            "usage_weight": constant(settings.usage_weight),
+        }
+        return {"schedules": schedules}
 
     def task_rows(self) -> dict[str, str]:
         height, width = self.settings.image_size
@@ -37,44 +55,3 @@ class TokenizerPlan(Plan):
             "KL weight": f"0 to {schedules['kl_weight'].end:g} in {schedules['kl_weight'].num_steps:,} steps",
             "temperature": f"1 to {schedules['temperature'].end:g} in {schedules['temperature'].num_steps:,} steps",
         }
-
-
-def make_tokenizer_plan(
-    settings: TokenizerSettings,
-    hardware: Hardware,
-    num_train_images: int,
-    num_validation_images: int,
-    footprint: Footprint,
-    grid: tuple[int, int],
-    data: str,
-) -> TokenizerPlan:
-    """Plan the training of a tokenizer; `data` describes what was found.
-
-    Raises:
-        ValueError: If there are fewer images than processes, or the device does not support the precision.
-    """
-    num_images = (num_train_images, num_validation_images)
-    return TokenizerPlan.make(settings, hardware, data, num_images, footprint, grid)
-
-
-def _schedules(settings: TokenizerSettings, num_steps: int, notes: list[str]) -> dict[str, Schedule]:
-    """Return the keyword arguments of the model's forward that change during training, all by half a cosine.
-
-    Paper: Ramesh et al. 2021 (DALL-E), arXiv:2102.12092, App. A.2.
-    """
-
-    def steps(name: str, most_share: float) -> int:
-        given: float = getattr(settings, name)
-        wanted = math.ceil(given * num_steps) if given < 1 else int(given)
-        most = num_steps if settings.is_users(name) else int(most_share * num_steps)
-        if wanted > most:
-            notes.append(f"{name} is {most:,} instead of {wanted:,}: the run has {num_steps:,} steps")
-        return min(wanted, most)
-
-    kl_weight_steps = steps("kl_weight_steps", _MOST_KL_WEIGHT_SHARE)
-    temperature_steps = steps("temperature_steps", _MOST_TEMPERATURE_SHARE)
-    return {
-        "kl_weight": Schedule(0.0, settings.kl_weight, kl_weight_steps),
-        "temperature": Schedule(1.0, settings.final_temperature, temperature_steps),
-        "usage_weight": constant(settings.usage_weight),
-    }

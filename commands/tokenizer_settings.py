@@ -9,32 +9,20 @@ from transformers.trainer_utils import HubStrategy
 from commands.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_UP_TO_ONE, SIDES, ImageFlags, Range, flag
 from commands.settings import RECIPES, CommandLine, Origin, TrainingSettings, data_name
 
+
+def _dvae(hidden_size: int, num_blocks_per_group: int, decoder_input_size: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden_size,
+        "num_groups": 4,
+        "num_blocks_per_group": num_blocks_per_group,
+        "decoder_input_size": decoder_input_size,
+        "image_size": 112,
+    }
+
+
 # dvae: the encoder and decoder of DALL-E (Ramesh et al. 2021, arXiv:2102.12092, App. A), on the views of 112 pixels
 # that BEiT gives it (DALL-E's were 256). The others are ours; dvae-nano trains on two CPU cores in minutes.
-TOKENIZER_SIZES: dict[str, dict[str, Any]] = {
-    "dvae-nano": {
-        "hidden_size": 32,
-        "num_groups": 4,
-        "num_blocks_per_group": 1,
-        "decoder_input_size": 64,
-        "image_size": 112,
-    },
-    "dvae-small": {
-        "hidden_size": 64,
-        "num_groups": 4,
-        "num_blocks_per_group": 2,
-        "decoder_input_size": 128,
-        "image_size": 112,
-    },
-    "dvae": {
-        "hidden_size": 256,
-        "num_groups": 4,
-        "num_blocks_per_group": 2,
-        "decoder_input_size": 128,
-        "image_size": 112,
-    },
-}
-_METHOD = "dvae"
+TOKENIZER_SIZES = {"dvae-nano": _dvae(32, 1, 64), "dvae-small": _dvae(64, 2, 128), "dvae": _dvae(256, 2, 128)}
 _EPILOG = """\
 The result is an image tokenizer for BEiT: accelerate launch run_pretraining.py --method beit --tokenizer FOLDER.
 Small data: a step never takes more images than there are, and schedules that are longer than the run are shortened.
@@ -106,15 +94,11 @@ class TokenizerSettings(TokenizerModelFlags, TokenizerObjectiveFlags, ImageFlags
 
 
 def load_tokenizer_settings(argv: Sequence[str]) -> TokenizerSettings:
-    """Resolve the settings of a tokenizer's training.
-
-    Raises:
-        SettingsError: An unknown flag, an invalid value, or no such recipe.
-    """
+    """Resolve the settings of a tokenizer's training; raises SettingsError if they are invalid."""
     command_line = CommandLine(TokenizerSettings, argv)
-    model = command_line.chosen["model"]
+    model = command_line.chosen.model
     lower = {
         Origin.PRESET: (f"size of {model}", {"image_size": TOKENIZER_SIZES[model]["image_size"]}),
-        Origin.METHOD: command_line.read_recipe(RECIPES / f"{_METHOD}.yaml"),
+        Origin.METHOD: command_line.read_recipe(RECIPES / "dvae.yaml"),
     }
     return command_line.resolve(lower)

@@ -37,19 +37,14 @@ _IN_WORDS = {
 class Task(ABC):
     """A fine-tuning task.
 
-    Class attributes:
-
-    - `settings_class`: its settings; the flags of the command are their fields.
-    - `label_names`: entries of a batch that are gathered in evaluation, for `compute_metrics`.
-
     Args:
         encoder_config: The config of the pre-trained encoder.
         image_stats: `image_mean` and `image_std` of the encoder's image processor, three channels in [0, 1].
         splits: What `open_splits` returned.
     """
 
-    settings_class: ClassVar[type[FinetuneSettings]]
-    label_names: ClassVar[tuple[str, ...]] = ("labels",)
+    settings_class: ClassVar[type[FinetuneSettings]]  # its fields are the flags of the command
+    label_names: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch, gathered in evaluation for `compute_metrics`
 
     settings: Any
     encoder_config: PreTrainedConfig
@@ -61,11 +56,7 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def open_splits(cls, settings: Any) -> Splits:
-        """Open the labeled data; runs in the main process only.
-
-        Raises:
-            ValueError: If the data cannot be used for this task.
-        """
+        """Open the labeled data in the main process; raises ValueError if the task cannot use it."""
 
     @abstractmethod
     def transform(self, train: bool) -> Transform:
@@ -84,8 +75,7 @@ class Task(ABC):
         return StackedImages(images, num_threads=min(8, os.cpu_count() or 1))
 
     def _dataset(self, split: str, bad_images_file: Path) -> ImageDataset:
-        train, samples = split == "train", self.splits.by_name[split]
-        seed = self.settings.seed
+        train, samples, seed = split == "train", self.splits.by_name[split], self.settings.seed
         return ImageDataset(samples, self.transform(train), seed=seed, train=train, bad_images_file=bad_images_file)
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -105,11 +95,7 @@ class Task(ABC):
         """Return the model to train: its `base_model` is the encoder, and everything else is the head."""
 
     def check_checkpoint(self, checkpoint: Path) -> None:  # noqa: B027
-        """Check that the run that wrote this checkpoint can be continued.
-
-        Raises:
-            ValueError: If not, for example because its data had other classes.
-        """
+        """Raise ValueError if the run that wrote this checkpoint cannot be continued: its data had other classes."""
 
     @abstractmethod
     def loss(
@@ -149,10 +135,9 @@ class Task(ABC):
 
     def results(self, predictions: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
         """Return the metrics as entries of metrics.json."""
-        metrics = self.compute_metrics(predictions, labels).items()
         return [
             {"name": self.result_name, "metric": metric, "value": value, "interval": None, "n": len(labels)}
-            for metric, value in metrics
+            for metric, value in self.compute_metrics(predictions, labels).items()
         ]
 
     @property

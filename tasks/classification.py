@@ -36,13 +36,7 @@ from hub.export.native import export_native
 from hub.model_card import TaskCard
 from modeling import CONFIGS, MimConfig
 from modeling.base import FinetuneRecipe
-from modeling.image_classification import (
-    POOLINGS,
-    add_batch_norm,
-    build_classifier,
-    check_family,
-    native_classifier,
-)
+from modeling.image_classification import POOLINGS, add_batch_norm, build_classifier, check_family, native_classifier
 from modeling.patches import patch_grid
 from training.mixing import Mixing
 
@@ -105,9 +99,7 @@ class ClassificationFlags:
         POSITIVE_UP_TO_ONE,
     )
     rand_augment: float = flag(
-        0.0,
-        f"strength of RandAugment, up to 10; 0: off {_RECIPES}",
-        Range(lambda x: 0 <= x <= 10, "0 (off) to 10"),
+        0.0, f"strength of RandAugment, up to 10; 0: off {_RECIPES}", Range(lambda x: 0 <= x <= 10, "0 (off) to 10")
     )
     mixup: float = flag(
         0.0, f"parameter of the Beta distribution that blends two images; 0: off {_RECIPES}", NOT_NEGATIVE

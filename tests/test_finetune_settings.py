@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from commands.arithmetic import Hardware
-from commands.finetune_plan import make_finetune_plan
+from commands.finetune_plan import FinetunePlan
 from commands.finetune_settings import load_finetune_settings
 from commands.memory import Footprint
 from commands.settings import RECIPES, SettingsError
@@ -34,7 +34,9 @@ def load_named(*argv: str):
 
 def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), trained=10):  # noqa: B008
     footprint = Footprint(1000, trained, 1000)
-    return make_finetune_plan(settings, hardware, num_images, ("accuracy",), footprint, (7, 7), "labeled", {})
+    return FinetunePlan.make(
+        settings, hardware, num_images, footprint, "labeled", (7, 7), metrics=("accuracy",), rows_of_task={}
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 import run_pretraining
 from commands.arithmetic import Hardware
 from commands.memory import Footprint
-from commands.pretraining_plan import PretrainingPlan, make_pretraining_plan
+from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
 from modeling import MODELS
 
@@ -24,9 +24,8 @@ def plan(
     hardware: Hardware = LAPTOP,
     footprint: Footprint = Footprint(111_900_000, 111_700_000, 1),  # noqa: B008
 ) -> PretrainingPlan:
-    return make_pretraining_plan(
-        load_pretraining_settings(argv, CONFIGS), hardware, images, validation, footprint, "folder photos"
-    )
+    settings = load_pretraining_settings(argv, CONFIGS)
+    return PretrainingPlan.make(settings, hardware, (images, validation), footprint, "folder photos", settings.grid)
 
 
 def plan_of_real_model(*argv: str) -> PretrainingPlan:
@@ -34,7 +33,7 @@ def plan_of_real_model(*argv: str) -> PretrainingPlan:
     settings = load_pretraining_settings([*argv, "--per_device_train_batch_size", "1"], CONFIGS)
     config = CONFIGS[settings.method](encoder_config=settings.encoder_settings(), **settings.method_settings)
     footprint = run_pretraining.model_footprint(settings, config, run_pretraining.build_collator(settings, config))
-    return make_pretraining_plan(settings, LAPTOP, 1000, 50, footprint, "folder photos")
+    return PretrainingPlan.make(settings, LAPTOP, (1000, 50), footprint, "folder photos", settings.grid)
 
 
 def gpus(world_size: int, num_cpus: int = 96) -> Hardware:

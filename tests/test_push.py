@@ -18,7 +18,7 @@ from hubstub import STEPS, TOKEN, HubStub, connect, wait_until
 from pretraining_command import pretrain
 from safetensors.torch import load_file, save_file
 
-from commands.hub_settings import bring_back, open_repository
+from commands.job import bring_back, open_repository
 from commands.pretraining_settings import load_pretraining_settings
 from hub import push as hub_push
 from hub.export.native import export

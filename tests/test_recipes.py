@@ -9,7 +9,7 @@ import yaml
 
 from commands.arithmetic import Hardware
 from commands.memory import Footprint
-from commands.pretraining_plan import make_pretraining_plan
+from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
 from commands.settings import RECIPES
 from modeling import MODELS
@@ -105,7 +105,8 @@ def test_published_runs__are_1600_epochs_of_4096_images_a_step(
     )
     assert (sizes["intermediate_size"], sizes["patch_size"]) == (4 * width, patch_size)
     eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
-    plan = make_pretraining_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, Footprint(1, 1, 1), "imagenet")
+    num_images = (NUM_IMAGENET_IMAGES, 50_000)
+    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1), "imagenet", settings.grid)
     assert plan.images_per_step == 4096
     assert plan.learning_rate == pytest.approx(2.4e-3)
     assert plan.num_steps == 1600 * math.ceil(NUM_IMAGENET_IMAGES / 4096)  # the last step of an epoch is a smaller one
@@ -138,7 +139,8 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
     path = RECIPES / f"beit_{model}_in1k.yaml"
     settings = load(path)
     eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
-    plan = make_pretraining_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, Footprint(1, 1, 1), "imagenet")
+    num_images = (NUM_IMAGENET_IMAGES, 50_000)
+    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1), "imagenet", settings.grid)
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.num_steps == 800 * math.ceil(NUM_IMAGENET_IMAGES / 2048)
@@ -149,7 +151,7 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
 
 def test_quickstart__is_small_and_predicts_plain_pixels():
     settings = load(RECIPES / "quickstart.yaml")
-    plan = make_pretraining_plan(settings, Hardware("cpu", 2), 1000, 50, Footprint(1, 1, 1), "sample")
+    plan = PretrainingPlan.make(settings, Hardware("cpu", 2), (1000, 50), Footprint(1, 1, 1), "sample", settings.grid)
     assert settings.values["norm_pix_loss"] is False
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.grid == (8, 8)
@@ -193,7 +195,8 @@ def test_simmim__published_runs_are_of_2048_images_a_step(name, epochs, peak, dr
     path = RECIPES / f"simmim_{name}.yaml"
     settings = load(path)
     eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
-    plan = make_pretraining_plan(settings, eight_gpus, NUM_IMAGENET_IMAGES, 50_000, Footprint(1, 1, 1), "imagenet")
+    num_images = (NUM_IMAGENET_IMAGES, 50_000)
+    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1), "imagenet", settings.grid)
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(peak)
     assert plan.num_steps == epochs * math.ceil(NUM_IMAGENET_IMAGES / 2048)
@@ -218,7 +221,7 @@ def test_simmim__encoders_are_those_of_the_paper():
 
 def test_simmim_asymmetric__hides_40_percent_and_sees_117_of_196_patches():
     settings = load(RECIPES / "simmim-asymmetric.yaml")
-    plan = make_pretraining_plan(settings, Hardware("cpu", 2), 1000, 50, Footprint(1, 1, 1), "sample")
+    plan = PretrainingPlan.make(settings, Hardware("cpu", 2), (1000, 50), Footprint(1, 1, 1), "sample", settings.grid)
     assert plan.num_masked == (79, 79)
     assert settings.values["norm_pix_loss"] is False
     assert settings.values["decoder_num_hidden_layers"] == 8

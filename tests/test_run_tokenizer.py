@@ -14,11 +14,12 @@ from conftest import ROOT
 from transformers import AutoModel
 
 import run_tokenizer
+from commands.arithmetic import Hardware
 from commands.launch import has_accelerator, run
 from commands.memory import Footprint
 from commands.parsing import make_parser
 from commands.settings import RECIPES
-from commands.tokenizer_plan import Hardware, make_tokenizer_plan
+from commands.tokenizer_plan import TokenizerPlan
 from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
 from hub.open_model import open_model
 from modeling.dvae import DvaeConfig
@@ -246,7 +247,7 @@ def test_dvae__has_the_published_objective():
 
 def test_long_run__keeps_the_published_schedules():
     settings = load_tokenizer_settings(["--max_steps", "3000000"])
-    plan = make_tokenizer_plan(settings, Hardware("cuda", 16), 10**6, 1000, Footprint(1, 1, 1), (14, 14), "images")
+    plan = TokenizerPlan.make(settings, Hardware("cuda", 16), (10**6, 1000), Footprint(1, 1, 1), "images", (14, 14))
     temperature = plan.schedules["temperature"]
     assert plan.schedules["kl_weight"].at(5000) == 6.6
     assert temperature.at(150_000) == 1 / 16 < temperature.at(149_000)
