@@ -4,6 +4,8 @@ Images -> features of the encoder, of the same architecture untrained, and raw p
 and report.html. `--embed FILE.parquet` exports the features of unlabeled images instead. `--help` lists the flags.
 """
 
+import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
+
 import json
 import platform
 import shlex

@@ -5,6 +5,8 @@ transformers opens, with metrics.json and a card. What the labels are is the --t
 the flags.
 """
 
+import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
+
 import sys
 
 import torch

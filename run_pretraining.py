@@ -4,6 +4,8 @@ Settings -> images -> plan -> Trainer -> two artifacts: the root of the output f
 `AutoModel.from_pretrained` opens, its `pretraining/` the whole model. `--help` lists the flags.
 """
 
+import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
+
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial

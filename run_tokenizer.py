@@ -4,6 +4,8 @@ Settings -> images -> plan -> Trainer -> a folder that `AutoModel.from_pretraine
 `run_pretraining.py --method beit --tokenizer` takes. `--help` lists the flags.
 """
 
+import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
+
 import json
 import math
 import shlex

@@ -1,11 +1,13 @@
 """The course of a training command after planning: output folder, trainer, training, result, upload."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_utils import HubStrategy
 
@@ -20,6 +22,7 @@ from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
 from training.checkpoints import last_whole_checkpoint
+from training.guard import NonFiniteError
 from training.hub_push import HubPush
 from training.trainer import MimTrainer
 
@@ -89,24 +92,38 @@ def train(
             bring_back(repository, settings, output_dir, written_last, log)
         return prepare_output_dir(output_dir, settings, bad, log, written_last, check)
 
-    checkpoint = first_on_main(state, prepare)
-    with logging_into(output_dir):
-        trainer = build_trainer(checkpoint)
-    hub_push = None
-    if repository is not None:
-        at_saves = settings.uploads_at_saves and settings.hub_strategy is not HubStrategy.END
-        checkpoint_name = _NAMES_OF_STATES.get(settings.hub_strategy)
-        hub_push = HubPush(repository, output_dir, partial(stage, trainer), log, checkpoint_name, at_saves)
-        trainer.add_callback(hub_push)
-    for make_callback in callbacks:
-        trainer.add_callback(make_callback(trainer))
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    trainer.stop_if_not_finite()
-    log(f"{output_dir}: {finish(trainer)}")
-    if hasattr(trainer, "end"):  # absent in transformers 5.17
-        trainer.end()
-    if hub_push is not None and state.is_main_process:
-        hub_push.finish()
+    with naming_what_is_safe(output_dir):
+        checkpoint = first_on_main(state, prepare)
+        with logging_into(output_dir):
+            trainer = build_trainer(checkpoint)
+        hub_push = None
+        if repository is not None:
+            at_saves = settings.uploads_at_saves and settings.hub_strategy is not HubStrategy.END
+            checkpoint_name = _NAMES_OF_STATES.get(settings.hub_strategy)
+            hub_push = HubPush(repository, output_dir, partial(stage, trainer), log, checkpoint_name, at_saves)
+            trainer.add_callback(hub_push)
+        for make_callback in callbacks:
+            trainer.add_callback(make_callback(trainer))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        trainer.stop_if_not_finite()
+        log(f"{output_dir}: {finish(trainer)}")
+        if hasattr(trainer, "end"):  # absent in transformers 5.17
+            trainer.end()
+        if hub_push is not None and state.is_main_process:
+            hub_push.finish()
+
+
+@contextmanager
+def naming_what_is_safe(output_dir: Path) -> Iterator[None]:
+    """Add the checkpoint from which the run can continue to errors that are not about the settings."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not isinstance(error, NonFiniteError):
+            checkpoint, _ = last_whole_checkpoint(output_dir)
+            if checkpoint is not None:
+                error.add_note(f"{checkpoint} is complete: the same command continues from there")
+        raise
 
 
 def open_repository(settings: TrainingSettings) -> Repository | None:

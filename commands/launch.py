@@ -21,30 +21,64 @@ from commands.arithmetic import Hardware
 from commands.parsing import SettingsError
 from training.callbacks import duration
 from training.guard import NonFiniteError
+from training.stopping import Stopped, raising_stopped
 
 
 def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callable[[], ArgumentParser]) -> int:
-    """Run a command, reporting a user's mistake in one message instead of a traceback; returns the exit code."""
+    """Run a command and return its exit code; what a user can repair is one message instead of a traceback.
+
+    The codes: 2 for a mistake in the command or the data, 3 for a loss that is not finite, 4 for a fault of the system
+    (disk, memory), 130 and 143 for a run that SIGINT (Ctrl-C) or SIGTERM stopped.
+    """
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     wants_traceback = "--debug" in argv
     if not wants_traceback:
         transformers.utils.logging.set_verbosity_error()
         huggingface_hub.utils.logging.set_verbosity_error()
     try:
-        main(argv)
-    except (ValueError, NonFiniteError) as error:
-        if wants_traceback:
+        with raising_stopped(
+            "before the run was complete; the same command continues from its last checkpoint, if any"
+        ):
+            main(argv)
+    except Exception as error:
+        exit_code, message = _describe_failure(error)
+        if wants_traceback or not exit_code:
             raise
         if os.environ.get("RANK", "0") == "0":
-            parser, message = build_parser(), str(error)
+            parser = build_parser()
             if not isinstance(error, SettingsError):  # which names flags, or lines of a recipe
                 message = with_flags(message, {action.dest: action.dest for action in parser._actions})
-            print(f"{parser.prog}: {message}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 3
+            print("; ".join([f"{parser.prog}: {message}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return exit_code
     finally:
         if torch.distributed.is_initialized():  # left to the interpreter's end, gloo's threads sometimes abort it
             torch.distributed.destroy_process_group()
     return 0
+
+
+def _describe_failure(error: Exception) -> tuple[int, str]:
+    """Return the exit code and a message, or 0 for an error of ours, whose traceback is needed."""
+    if isinstance(error, Stopped):
+        return error.exit_code, str(error)
+    if isinstance(error, NonFiniteError | ValueError):
+        return 3 if isinstance(error, NonFiniteError) else 2, str(error)
+    fault = _system_fault(error)
+    return (0, "") if fault is None else (4, fault)
+
+
+def _system_fault(error: Exception) -> str | None:
+    """Return what the operating system refused, or None if the error is another one."""
+    if isinstance(error, OSError):
+        name = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror or error}{name}"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the device is out of memory: lower `per_device_train_batch_size` ({str(error).partition('. ')[0]})"
+    number = re.search(r"os error (\d+)", str(error))  # of safetensors
+    if number:
+        return os.strerror(int(number[1]))
+    if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
+        return "a checkpoint could not be written; is the disk full?"
+    return None
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:

@@ -1,8 +1,13 @@
 """What a command reports of a mistake: arguments of the library under the names of its own flags."""
 
+import errno
+import os
+import resource
 from argparse import ArgumentParser
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from commands.launch import run, set_by, with_flags
 from commands.parsing import SettingsError
@@ -15,11 +20,11 @@ def build_parser() -> ArgumentParser:
     return parser
 
 
-def reported(capsys, error: Exception) -> str:
+def reported(capsys, error: Exception, exit_code: int = 2) -> str:
     def main(argv: list[str]) -> None:
         raise error
 
-    assert run([], main, build_parser) == 2
+    assert run([], main, build_parser) == exit_code
     return capsys.readouterr().err
 
 
@@ -54,3 +59,37 @@ def test_set_by__names_the_flag_that_sets_an_argument_of_another_name(capsys):
     ):
         raise ValueError("choose one with label_column")
     assert "choose one with --eval_label_column" in reported(capsys, caught.value)
+
+
+def test_run__reports_what_the_system_refuses_and_what_is_safe(capsys, tmp_path):
+    refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/checkpoint-8")
+    refused.add_note("out/checkpoint-4 is complete")
+    expected = "run_toy.py: No space left on device: out/checkpoint-8; out/checkpoint-4 is complete\n"
+    assert reported(capsys, refused, exit_code=4) == expected
+    out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+    assert "lower `per_device_train_batch_size` (CUDA out of memory)" in reported(capsys, out_of_memory, exit_code=4)
+
+
+@pytest.fixture
+def small_files():
+    """Refuse writes beyond 64 KiB of a file, in the middle of a write as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("save", [save_file, torch.save], ids=["safetensors", "torch"])
+def test_run__reports_a_disk_that_takes_no_more_whichever_library_meets_it(capsys, tmp_path, small_files, save):
+    with pytest.raises(Exception, match=r".") as refused:
+        save({"weight": torch.zeros(100_000)}, tmp_path / "file")
+    message = reported(capsys, refused.value, exit_code=4)
+    assert "File too large" in message or "is the disk full?" in message
+
+
+def test_run__leaves_the_traceback_of_an_error_of_its_own():
+    def main(argv: list[str]) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        run([], main, build_parser)

@@ -88,6 +88,25 @@ def test_checkpoint__with_a_cut_or_missing_file_is_not_whole(tmp_path, cut):
     assert problem_with(checkpoint) is not None or cut == "rng_state.pth"  # torch is re-seeded at every step anyway
 
 
+@pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
+def test_checkpoint__with_flipped_bytes_is_not_whole(tmp_path, damaged):
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1).train()
+    file = tmp_path / "checkpoint-2" / damaged
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(255 - byte for byte in content[middle : middle + 64])
+    file.write_bytes(content)
+    newest, skipped = last_whole_checkpoint(tmp_path)
+    assert newest == tmp_path / "checkpoint-1"
+    assert skipped == {"checkpoint-2": f"{damaged} is damaged: its checksum is not the one that was written"}
+
+
+def test_checkpoint__of_an_earlier_version_without_checksums_is_whole(tmp_path):
+    make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    (tmp_path / "checkpoint-1" / "checksums.json").unlink()
+    assert problem_with(tmp_path / "checkpoint-1") is None
+
+
 def test_checkpoint__holds_no_training_arguments(tmp_path):
     make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     assert not (tmp_path / "checkpoint-1" / "training_args.bin").exists()

@@ -3,6 +3,8 @@
 import argparse
 import os
 import signal
+import sys
+import time
 from pathlib import Path
 
 from conftest import tiny_arguments, tiny_collator, tiny_images, tiny_model
@@ -10,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import TrainerCallback
 
 from training.checkpoints import last_whole_checkpoint
+from training.stopping import Stopped
 from training.trainer import MimTrainer
 
 
@@ -22,6 +25,24 @@ class Die(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Signal(TrainerCallback):
+    """Before the last micro-batch of a step: to the group of processes, to this one twice, or to rank 1 only."""
+
+    def __init__(self, step: str, name: str, target: str) -> None:
+        self.step, self.number, self.target = int(step), getattr(signal, name), target
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step != self.step:
+            return
+        if self.target == "group":
+            os.killpg(os.getpgid(0), self.number)
+        elif self.target == "twice" or args.process_index == 1:
+            os.kill(os.getpid(), self.number)
+        if self.target == "twice":
+            time.sleep(0.1)
+            os.kill(os.getpid(), self.number)
 
 
 class DiesWhileSaving(MimTrainer):
@@ -39,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--die_at", default="never 0")
+    parser.add_argument("--signal_at")
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
@@ -57,9 +79,15 @@ def main() -> None:
         data_collator=tiny_collator(with_image_index=True),
         callbacks=[Die(int(number))] if where == "step" else [],
     )
+    if options.signal_at:
+        trainer.add_callback(Signal(*options.signal_at.split()))
     trainer.dies_at = int(number) if where == "save" else -1
     checkpoint = last_whole_checkpoint(options.folder)[0] if options.resume else None
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(stop.exit_code)
     save_file(trainer.model.state_dict(), options.folder / "final.safetensors")
 
 

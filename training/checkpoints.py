@@ -1,25 +1,31 @@
 """Find the newest complete checkpoint to resume from.
 
 `Trainer` writes a checkpoint file by file, `trainer_state.json` last, and deletes old ones file by file. If it is
-killed in between, an incomplete folder remains.
+killed in between, an incomplete folder remains. Storage may also damage a file later, and PyTorch loads an optimizer
+state with flipped bits without complaint: `checksums.json` has the SHA-256 of each file.
 """
 
+import hashlib
 import json
+import os
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+_CHECKSUMS = "checksums.json"
+
 
 def problem_with(checkpoint: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None if it is complete; reads headers only."""
+    """Return why a checkpoint cannot be resumed, or None if it is complete and undamaged."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json is missing or truncated (it is written last)"
     if any(checkpoint.glob("pytorch_model_fsdp*")):  # sharded by FSDP, which keeps its own inventory
         return None
-    return _problem_with_weights(checkpoint) or _problem_with_states(checkpoint)
+    return _problem_with_weights(checkpoint) or _problem_with_states(checkpoint) or _damage(checkpoint)
 
 
 def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
@@ -32,6 +38,42 @@ def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, dict[str, str]
             return checkpoint, skipped
         skipped[checkpoint.name] = problem
     return None, skipped
+
+
+def write_checksums(checkpoint: Path) -> None:
+    """Write the SHA-256 of each file of a complete checkpoint."""
+    digests = {
+        path.relative_to(checkpoint).as_posix(): _digest(path)
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != _CHECKSUMS
+    }
+    unfinished = checkpoint / f"{_CHECKSUMS}.tmp"
+    unfinished.write_text(json.dumps(digests, indent=0), encoding="utf-8")
+    unfinished.replace(checkpoint / _CHECKSUMS)
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Return which file differs from what was written; None if none does, or if there are no checksums."""
+    file = checkpoint / _CHECKSUMS
+    if not file.exists():  # of an earlier version, or killed in the meantime: the other checks have to do
+        return None
+    try:
+        digests = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, digest in digests.items() if _digest(checkpoint / name) != digest]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"its checksums cannot be verified ({error})"
+    return f"{', '.join(changed)} is damaged: its checksum is not the one that was written" if changed else None
+
+
+def _digest(path: Path) -> str:
+    status = os.stat(path)
+    return _digest_of_version(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)  # a run asks for the last whole checkpoint several times
+def _digest_of_version(path: Path, size: int, mtime_ns: int) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _problem_with_weights(checkpoint: Path) -> str | None:

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
-from training.checkpoints import last_whole_checkpoint
+from training.checkpoints import last_whole_checkpoint, write_checksums
 from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
 from training.layer_decay import layer_decay_groups
+from training.stopping import StopOnSignal, init_worker
 from training.weight_average import WeightAverage
 
 _DROP_FACTOR = 0.1
@@ -75,6 +77,17 @@ class MimTrainer(Trainer):
         self._meter, self._metrics = _Meter(), {True: _MetricSums(), False: _MetricSums()}  # by model.training
         self._micro_step = 0
         self.add_callback(_StepHooks(self))
+        self._stop_on_signal = StopOnSignal()
+        self.add_callback(self._stop_on_signal)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `Trainer`.
+
+        Raises:
+            Stopped: If SIGINT or SIGTERM stopped it, after a checkpoint.
+        """
+        with self._stop_on_signal.listening():
+            return super().train(*args, **kwargs)
 
     # ---- data ----
 
@@ -92,6 +105,12 @@ class MimTrainer(Trainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.args.dataloader_drop_last = drop_last
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        base = getattr(loader, "base_dataloader", loader)
+        base.worker_init_fn = partial(init_worker, base.worker_init_fn)
+        return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -292,6 +311,9 @@ class MimTrainer(Trainer):
             shutil.rmtree(folder)  # its old trainer_state.json would make a half-overwritten checkpoint look whole
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its random generators
+        if self.args.should_save:
+            write_checksums(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -1,0 +1,73 @@
+"""SIGINT and SIGTERM: the step is finished, a checkpoint is written, and the same command continues exactly."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+
+from training.checkpoints import last_whole_checkpoint
+from training.stopping import Stopped, raising_stopped
+
+TRAIN = ROOT / "tests" / "train_and_die.py"
+
+
+def start(folder, *arguments, launcher=(sys.executable,)):
+    command = [*launcher, str(TRAIN), str(folder), *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert start(folder).wait() == 0
+    return load_file(folder / "final.safetensors")
+
+
+def assert_equal_weights(folder, expected):
+    resumed = load_file(folder / "final.safetensors")
+    assert resumed.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(resumed[name], value), name
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_signal__to_all_processes_of_a_run_is_followed_by_a_checkpoint_of_that_step(tmp_path, undisturbed, name):
+    """As from a terminal or a scheduler: the data workers receive the signal as well."""
+    process = start(tmp_path, "--num_workers", "2", "--signal_at", f"6 {name} group")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + getattr(signal, name)
+    assert f"stopped by {name} at step 7 of 16" in errors
+    assert str(tmp_path / "checkpoint-7") in errors
+    assert "Traceback" not in errors
+    assert last_whole_checkpoint(tmp_path)[0].name == "checkpoint-7"
+    assert start(tmp_path, "--num_workers", "2", "--resume").wait() == 0
+    assert_equal_weights(tmp_path, undisturbed)
+
+
+def test_second_signal__ends_the_process_at_once(tmp_path):
+    process = start(tmp_path, "--signal_at", "6 SIGTERM twice")
+    assert process.wait(timeout=120) == -signal.SIGTERM
+    assert last_whole_checkpoint(tmp_path)[0].name == "checkpoint-4"
+
+
+def test_signal__to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541"]
+    process = start(tmp_path, "--signal_at", "6 SIGTERM rank1", launcher=launcher)
+    process.communicate(timeout=180)
+    checkpoint = last_whole_checkpoint(tmp_path)[0]
+    assert checkpoint.name == "checkpoint-8"  # received in the seventh step, known everywhere one step later
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+
+
+def test_raising_stopped__ends_work_that_can_be_interrupted_anywhere():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=r"^stopped by SIGTERM in between$") as stopped, raising_stopped("in between"):
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
