@@ -8,6 +8,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import huggingface_hub
@@ -172,10 +173,20 @@ def restore_threads() -> str | None:
     """
     cores = _num_cores()
     wanted = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if launcher() == ["python"] or os.environ.get("OMP_NUM_THREADS") != "1" or torch.get_num_threads() >= wanted:
+    is_users = launcher() == ["python"] or "OMP_NUM_THREADS" in launcher_environment()
+    if is_users or os.environ.get("OMP_NUM_THREADS") != "1" or torch.get_num_threads() >= wanted:
         return None
     torch.set_num_threads(wanted)
     return f"the launcher left one thread (OMP_NUM_THREADS=1): using {wanted} of {cores} cores"
+
+
+def launcher_environment() -> dict[str, str]:
+    """Return the variables that the launcher found, before it set its own; empty where they cannot be read."""
+    try:
+        variables = Path(f"/proc/{os.getppid()}/environ").read_bytes()  # Linux
+    except OSError:
+        return {}
+    return dict(os.fsdecode(entry).partition("=")[::2] for entry in variables.split(b"\0") if entry)
 
 
 def has_accelerator() -> bool:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from commands import launch
@@ -69,8 +72,12 @@ def test_threads__are_restored_only_where_a_launcher_took_them(monkeypatch):
         for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
-        assert launch.restore_threads() is None  # the user's own wish
+        monkeypatch.setattr(launch, "launcher_environment", dict)
+        assert launch.restore_threads() is None  # there is no launcher: it is the user's choice
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+        monkeypatch.setattr(launch, "launcher_environment", lambda: {"OMP_NUM_THREADS": "1"})
+        assert launch.restore_threads() is None  # the launcher passes the user's choice on
+        monkeypatch.setattr(launch, "launcher_environment", dict)
         said = launch.restore_threads()
         assert torch.get_num_threads() == cores
         assert (said is None) == (cores == 1)
@@ -79,6 +86,17 @@ def test_threads__are_restored_only_where_a_launcher_took_them(monkeypatch):
         assert launch.restore_threads() is None  # one thread is this process's share
     finally:
         torch.set_num_threads(before)
+
+
+def test_launcher_environment__is_that_of_the_parent_process():
+    code = "from commands.launch import launcher_environment; print(launcher_environment().get('MARK'))"
+    parent = (
+        "import os, subprocess, sys; os.environ['MARK'] = 'set by the launcher'; "
+        f"subprocess.run([sys.executable, '-c', {code!r}], check=True)"
+    )
+    environment = os.environ | {"MARK": "users", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", parent], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "users"
 
 
 def test_world__larger_than_the_trainers_is_refused(monkeypatch):
