@@ -28,7 +28,7 @@ from transformers import (
 
 from .encoders import BeitEncoder, PositionBias, SwinEncoder, SwinStages
 from .mae import MaeEncoder
-from .patches import height_and_width, patch_grid
+from .patches import gray_to_rgb, height_and_width, patch_grid
 from .positions import resize_positions, resize_relative_bias
 
 # The supported model types of encoders, and the pooling that their classifiers offer; the first one is the default.
@@ -46,7 +46,6 @@ _SHARED_BY_VIT_AND_BEIT = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"),
     *("image_size", "patch_size", "num_channels"),
 )
-_LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue in a gray image
 _BATCH_NORM_EPS = 1e-6
 
 
@@ -229,7 +228,7 @@ def _copy_weights(classifier: PreTrainedModel, encoder: PreTrainedModel) -> None
             ]
             state[name] = resize_positions(state[name], *grids)
         elif name.endswith("patch_embeddings.projection.weight") and state[name].shape[1] == 1:
-            state[name] = state[name] * state[name].new_tensor(_LUMA).view(1, 3, 1, 1)
+            state[name] = gray_to_rgb(state[name])
     missing, unexpected = classifier.base_model.load_state_dict(state, strict=False)
     dropped = ("embeddings.mask_token", "pooler.", "layernorm.")  # unused by some classifiers
     added = ("pooler.layernorm.", "layernorm.")  # the norm before the head is new if the encoder ends without one

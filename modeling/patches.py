@@ -13,6 +13,8 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTAttention
 
+_LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue in a gray image
+
 PatchSize = int | tuple[int, int]  # one side, or height and width
 
 
@@ -128,6 +130,11 @@ def coarsen_mask(bool_masked_pos: torch.Tensor, grid: tuple[int, int], step: int
             f"masks with the strategy random-unit and units of {step} x {step} patches, or a multiple"
         )
     return first.flatten(1)
+
+
+def gray_to_rgb(weight: torch.Tensor) -> torch.Tensor:
+    """Extend a patch projection (D, 1, p, p) to colors, of which it sees the gray version, (D, 3, p, p)."""
+    return weight * weight.new_tensor(_LUMA).view(1, 3, 1, 1)
 
 
 def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

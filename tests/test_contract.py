@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -21,8 +22,9 @@ from conftest import (
     tiny_model,
     tiny_targets,
 )
+from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoModel, Trainer, TrainerCallback
+from transformers import AutoImageProcessor, AutoModel, Trainer, TrainerCallback, pipeline
 
 from evaluation.pictures import panel_drawer
 from hub.export.native import export
@@ -303,6 +305,25 @@ def test_root__carries_the_recipe_and_no_pointer_to_code(opened_elsewhere, varia
     assert config["mim_recipe"] == {"mask_ratio": 0.75}
     assert "auto_map" not in config
     assert opened_elsewhere[2][variant]["processor"].startswith("ViTImageProcessor")
+
+
+def test_export__of_a_gray_encoder_takes_any_picture(variant, tmp_path):
+    """As the model card promises: the processor and the pipeline convert to RGB."""
+    settings = TINY_MODELS[variant] | {"image_mean": [0.4], "image_std": [0.25]}
+    settings["encoder_config"] = settings["encoder_config"] | {"num_channels": 1}
+    head = model_class(variant)(model_class(variant).config_class(**settings)).eval()
+    export(head, tmp_path, method=variant, recipe={})
+    pipe = pipeline("image-feature-extraction", model=str(tmp_path))
+    color = Image.open(next((ROOT / "data/samples/photographs/train").glob("*.jpg")))
+    assert np.shape(pipe(color)) == np.shape(pipe(color.convert("L")))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    gray = color.convert("L").resize((SIZE, SIZE))
+    pixel_values = processor(gray.convert("RGB"), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        standardized = head.standardize(torch.from_numpy(np.array(gray))[None, None])
+        ours = head.exported_encoder(standardized).last_hidden_state
+        theirs = AutoModel.from_pretrained(tmp_path)(pixel_values).last_hidden_state
+    assert_close(theirs, ours, atol=1e-4, rtol=1e-4)
 
 
 def test_export__leaves_an_old_export_alone_when_the_new_one_is_wrong(variant, tmp_path, monkeypatch):

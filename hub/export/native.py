@@ -20,20 +20,27 @@ from transformers import AutoModel, AutoModelForImageClassification, PreTrainedM
 from transformers.image_utils import PILImageResampling
 
 from modeling import MimPreTrainedModel
-from modeling.patches import height_and_width
+from modeling.patches import gray_to_rgb, height_and_width
 
 PRETRAINING = "pretraining"
+_PATCH_PROJECTION = "patch_embeddings.projection.weight"
 
 
 def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[str, Any]) -> PreTrainedModel:
-    """Return the encoder as a native class, with `mim_method` and `mim_recipe` in its config for fine-tuning."""
+    """Return the encoder as a native class, with `mim_method` and `mim_recipe` in its config for fine-tuning.
+
+    A grayscale encoder takes RGB images, as those of every image processor and pipeline, and sees them in gray.
+    """
     config = copy.deepcopy(encoder.config)
     _record_origin(config, method, recipe)
     if config.model_type in ("vit", "deit"):
         # AutoModel always builds a pooler. With an identity nothing is random: pooler_output is the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
-    native = AutoModel.from_config(config, dtype=torch.float32)
     state = dict(encoder.state_dict())
+    if config.num_channels == 1:
+        config.num_channels = 3
+        state |= {name: gray_to_rgb(state[name]) for name in state if name.endswith(_PATCH_PROJECTION)}
+    native = AutoModel.from_config(config, dtype=torch.float32)
     if config.model_type in ("vit", "deit"):
         state["pooler.dense.weight"] = torch.eye(config.hidden_size)
         state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
@@ -59,7 +66,7 @@ def write_image_processor(
     square = height == width
     settings = {
         "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": encoder_config.num_channels == 3,
+        "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": resize_to or height} if square else {"height": height, "width": width},
         "resample": int(resample),
@@ -68,10 +75,14 @@ def write_image_processor(
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(image_mean),
-        "image_std": list(image_std),
+        "image_mean": _for_rgb(image_mean),
+        "image_std": _for_rgb(image_std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _for_rgb(values: Sequence[float]) -> list[float]:
+    return list(values) * (3 if len(values) == 1 else 1)
 
 
 def native_root_problem(model: MimPreTrainedModel) -> str | None:
@@ -158,6 +169,7 @@ def _verify(folder: Path, ours: PreTrainedModel) -> None:
     parameter = next(ours.parameters())
     expected = ours.eval()(probe.to(parameter.device, parameter.dtype))[0].float().cpu()
     ours.train(was_training)
+    probe = probe.expand(-1, opened.config.num_channels, -1, -1)  # a grayscale encoder was opened for RGB
     difference = (opened.eval()(probe)[0] - expected).abs().max().item()
     tolerance = 1e-4 * max(expected.abs().max().item(), 1.0)
     if leftovers or not difference <= tolerance:
