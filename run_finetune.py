@@ -50,8 +50,9 @@ def main(argv: list[str]) -> None:
         plan,
         splits.bad,
         _WRITTEN_LAST,
-        build_trainer=lambda checkpoint: build_trainer(task, plan, model),
+        build_trainer=lambda plan, _: build_trainer(task, plan, model),
         finish=FinetuneArtifacts(task, argv, log).finish,
+        shorter=_SHORTER,
         check=task.check_checkpoint,
     )
 

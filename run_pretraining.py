@@ -77,8 +77,9 @@ def main(argv: list[str]) -> None:
         plan,
         splits.bad,
         WRITTEN_LAST,
-        build_trainer=lambda _: build_trainer(settings, plan, config, collator, splits, targets, weights.state),
+        build_trainer=lambda plan, _: build_trainer(settings, plan, config, collator, splits, targets, weights.state),
         finish=artifacts.finish,
+        shorter=QUICKSTART,
         lines=lines,
         stage=artifacts.stage,
         callbacks=callbacks,
@@ -206,7 +207,7 @@ def build_trainer(
     fixed = transform_of(settings, config, targets, train=False)
     train_transform = fixed if settings.cache_tokens else transform_of(settings, config, targets, train=True)
     central = dataset(samples, fixed)
-    if targets is not None and settings.cache_tokens:
+    if targets is not None and settings.cache_tokens and not settings.dry_run:
         state = PartialState()
         file = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
         samples = SamplesWithTargets(samples, targets.output, np.load(file, mmap_mode="r"))  # shared by the workers

@@ -85,8 +85,9 @@ def main(argv: list[str]) -> None:
         plan,
         images.bad,
         _WRITTEN_LAST,
-        build_trainer=partial(build_trainer, settings, plan, config, images),
+        build_trainer=lambda plan, checkpoint: build_trainer(settings, plan, config, images, checkpoint),
         finish=partial(finish, settings, images, argv),
+        shorter=QUICKSTART,
     )
 
 

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import PartialState
@@ -21,6 +23,7 @@ from data.bad_images import BadImages
 from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
+from training.callbacks import describe_duration
 from training.checkpoints import last_whole_checkpoint
 from training.guard import NonFiniteError
 from training.hub_push import HubPush
@@ -53,8 +56,9 @@ def train(
     plan: Plan,
     bad: BadImages,
     written_last: str,
-    build_trainer: Callable[[Path | None], Any],
+    build_trainer: Callable[[Any, Path | None], Any],
     finish: Callable[[Any], str],
+    shorter: str,
     *,
     lines: Sequence[str] = (),
     stage: Callable[[Any, Path, str | None], None] = stage_nothing,
@@ -65,8 +69,9 @@ def train(
 
     Args:
         written_last: File that exists only in the output folder of a finished run.
-        build_trainer: Called with the checkpoint to continue from, or None.
+        build_trainer: Called with the plan, and the checkpoint to continue from or None.
         finish: Writes the result to the output folder and returns a description of it; called on all processes.
+        shorter: What to do for a result in minutes, for a run of more than a day.
         lines: Logged below the plan.
         stage: Writes an upload during training: called with the trainer, a new folder, and the name of the training
             state in it, or None.
@@ -84,6 +89,10 @@ def train(
     for line in lines:
         log(line)
     if settings.dry_run:
+        with TemporaryDirectory() as scratch, logging_into(Path(scratch)):
+            trainer = build_trainer(replace(plan, output_dir=Path(scratch)), None)
+            seconds_per_step = trainer.measure_seconds_per_step()
+        log(describe_duration(seconds_per_step, plan.num_steps, shorter))
         return
     repository = open_repository(settings)
 
@@ -95,7 +104,7 @@ def train(
     with naming_what_is_safe(output_dir):
         checkpoint = first_on_main(state, prepare)
         with logging_into(output_dir):
-            trainer = build_trainer(checkpoint)
+            trainer = build_trainer(plan, checkpoint)
         hub_push = None
         if repository is not None:
             at_saves = settings.uploads_at_saves and settings.hub_strategy is not HubStrategy.END

@@ -156,12 +156,12 @@ def software_and_hardware(trainer: Trainer) -> dict[str, str]:
         name = torch.cuda.get_device_name(device)
     else:
         name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
-    runtime = [entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry]
+    seconds = [entry["training_seconds"] for entry in trainer.state.log_history if "training_seconds" in entry]
     return {
         **{package: version(package) for package in ("transformers", "torch", "accelerate", "datasets")},
         "python": platform.python_version(),
         "hardware": f"{trainer.args.world_size} x {name}",
-        **({"training time": duration(sum(runtime))} if runtime else {}),
+        **({"training time": duration(seconds[-1])} if seconds else {}),
     }
 
 

@@ -12,7 +12,14 @@ from conftest import ROOT
 from PIL import Image
 
 from commands import launch
-from training.callbacks import BadImagesLimit, CpuEstimate, ReconstructionPanels, describe_log, duration
+from training.callbacks import (
+    BadImagesLimit,
+    DurationEstimate,
+    ReconstructionPanels,
+    describe_duration,
+    describe_log,
+    duration,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,16 +43,26 @@ def test_log_line__has_units_and_only_what_is_there():
     assert describe_log({"train_runtime": 3.0}) == ""
 
 
-@pytest.mark.parametrize(("max_steps", "speaks"), [(10**13, True), (10, False)])
-def test_cpu_estimate__names_the_quickstart_once_when_the_run_is_long(capsys, max_steps, speaks):
-    callback, state = (
-        CpuEstimate("QUICK"),
-        SimpleNamespace(global_step=0, max_steps=max_steps, is_world_process_zero=True),
+def test_duration_estimate__is_reported_once_and_leaves_out_the_first_step(monkeypatch):
+    ends = iter([0.0, 100.0, 102.0, 104.0, 106.0])
+    monkeypatch.setattr("training.callbacks.time.perf_counter", lambda: next(ends))
+    monkeypatch.setattr("training.callbacks._MAX_SECONDS", 1000)
+    reported, control = [], SimpleNamespace(should_training_stop=False)
+    callback = DurationEstimate(reported.append, ends_training=True)
+    state, arguments = SimpleNamespace(is_world_process_zero=True), SimpleNamespace(world_size=1)
+    callback.on_train_begin(arguments, state, control)
+    for number in range(10):
+        callback.on_step_end(arguments, state, control)
+        assert control.should_training_stop == (number >= 3)
+    assert reported == [2.0]
+
+
+def test_duration__of_a_run_that_nobody_waits_for_names_a_shorter_one():
+    assert describe_duration(2.0, 100, "QUICK") == "duration: about 3 min 20 s for 100 steps (2 s per step)"
+    assert describe_duration(2.0, 248_800, "QUICK") == (
+        "duration: about 5 days 18 h for 248,800 steps (2 s per step); for one hour, add --max_steps 1800; "
+        "for a result in minutes: QUICK"
     )
-    callback.on_train_begin(None, state, None)
-    for state.global_step in range(10):
-        callback.on_step_begin(None, state, None)
-    assert capsys.readouterr().err.count("QUICK") == int(speaks)
 
 
 def test_panels__are_drawn_in_evaluation_mode_without_gradient_and_leave_the_model_as_it_was(tmp_path):

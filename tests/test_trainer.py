@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from commands.launch import software_and_hardware
 from data.augmentations import CenterCrop, single_view
 from data.collators import MaskingCollator
 from data.images import ImageDataset, SourceSamples
@@ -86,6 +87,19 @@ def test_checkpoint__with_a_cut_or_missing_file_is_not_whole(tmp_path, cut):
     assert last_whole_checkpoint(tmp_path) == (tmp_path / "checkpoint-1", {"checkpoint-2": problem_with(checkpoint)})
     (checkpoint / cut).unlink()
     assert problem_with(checkpoint) is not None or cut == "rng_state.pth"  # torch is re-seeded at every step anyway
+
+
+def test_resume__counts_the_training_time_before_it(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
+    make_trainer(tmp_path, **settings).train()
+    state_file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(state_file.read_text())
+    state["log_history"][-1]["training_seconds"] = 5000.0
+    state_file.write_text(json.dumps(state))
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.log_history[-2]["training_seconds"] > 5000
+    assert software_and_hardware(resumed)["training time"].startswith("1 h 23 min")
 
 
 @pytest.mark.parametrize("damaged", ["model.safetensors", "optimizer.pt", "rng_state.pth"])

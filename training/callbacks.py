@@ -17,8 +17,8 @@ from transformers.trainer_utils import has_length
 
 from data.bad_images import BadImages
 
-# Steps that are timed to estimate the duration of a run on the CPU, after a first one that includes warm-up.
-_NUM_TIMED_STEPS = 3
+_NUM_TIMED_STEPS, _MAX_SECONDS = 4, 30.0  # of an estimate
+_LONG_SECONDS = 24 * 3600.0
 
 
 def show_progress(
@@ -45,8 +45,12 @@ def show_progress(
     if has_length(dataset):
         num_images = len(dataset)  # type: ignore[arg-type]
     trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, excluded.keys()))
-    if trainer.args.device.type == "cpu":
-        trainer.add_callback(CpuEstimate(shorter))
+
+    def report(seconds_per_step: float) -> None:
+        steps_left = trainer.state.max_steps - trainer.state.global_step
+        print(describe_duration(seconds_per_step, steps_left, shorter), file=sys.stderr)
+
+    trainer.add_callback(DurationEstimate(report))
 
 
 def show_panels(
@@ -120,29 +124,40 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
-class CpuEstimate(TrainerCallback):
-    """Print how long a run on the CPU takes if that is long, and what to run instead."""
+class DurationEstimate(TrainerCallback):
+    """Measure the first steps, report the seconds of a step once, and end the training if only that is wanted."""
 
-    def __init__(self, shorter: str, threshold_seconds: float = 1800) -> None:
-        self.shorter, self.threshold_seconds = shorter, threshold_seconds
+    def __init__(self, report: Callable[[float], None], ends_training: bool = False) -> None:
+        self.report, self.ends_training = report, ends_training
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times: list[float] = []
+        self.ends: list[float] | None = [time.perf_counter()]
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if len(self.times) <= _NUM_TIMED_STEPS:
-            self.times.append(time.perf_counter())
-            if len(self.times) == _NUM_TIMED_STEPS + 1 and state.is_world_process_zero:
-                self._print_estimate((self.times[-1] - self.times[1]) / (_NUM_TIMED_STEPS - 1), state)
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.ends is None:
+            return
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # otherwise the queue would be measured, not the work
+        self.ends.append(time.perf_counter())
+        is_slow = args.world_size == 1 and self.ends[-1] - self.ends[0] > _MAX_SECONDS  # processes end together
+        if len(self.ends) <= _NUM_TIMED_STEPS and not is_slow:
+            return
+        first = 1 if len(self.ends) > 2 else 0  # the first step also builds and warms everything
+        seconds_per_step = (self.ends[-1] - self.ends[first]) / (len(self.ends) - 1 - first)
+        self.ends = None
+        if state.is_world_process_zero:
+            self.report(seconds_per_step)
+        control.should_training_stop |= self.ends_training
 
-    def _print_estimate(self, seconds_per_step: float, state: Any) -> None:
-        seconds = seconds_per_step * (state.max_steps - state.global_step)
-        if seconds > self.threshold_seconds:
-            print(
-                f"note: on this CPU the run takes about {duration(seconds)} ({seconds_per_step:.2g} s per step); "
-                f"for a result in minutes: {self.shorter}",
-                file=sys.stderr,
-            )
+
+def describe_duration(seconds_per_step: float, num_steps: int, shorter: str) -> str:
+    """Return how long a run takes and, if nobody would wait for it, what ends after an hour."""
+    seconds = seconds_per_step * num_steps
+    text = f"duration: about {duration(seconds)} for {num_steps:,} steps ({seconds_per_step:.2g} s per step)"
+    if seconds < _LONG_SECONDS:
+        return text
+    num_steps_per_hour = max(1, round(3600 / seconds_per_step))
+    return f"{text}; for one hour, add --max_steps {num_steps_per_hour}; for a result in minutes: {shorter}"
 
 
 class ReconstructionPanels(TrainerCallback):

@@ -17,12 +17,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_utils import has_length
+from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
+from training.callbacks import DurationEstimate
 from training.checkpoints import last_whole_checkpoint, write_checksums
 from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
 from training.layer_decay import layer_decay_groups
@@ -76,6 +78,7 @@ class MimTrainer(Trainer):
         self._total_counts: dict[str, torch.Tensor] = {}  # of this step, over all micro-batches and processes
         self._meter, self._metrics = _Meter(), {True: _MetricSums(), False: _MetricSums()}  # by model.training
         self._micro_step = 0
+        self.began = time.perf_counter()  # of the training, less the time that it took before it was resumed
         self.add_callback(_StepHooks(self))
         self._stop_on_signal = StopOnSignal()
         self.add_callback(self._stop_on_signal)
@@ -88,6 +91,17 @@ class MimTrainer(Trainer):
         """
         with self._stop_on_signal.listening():
             return super().train(*args, **kwargs)
+
+    def measure_seconds_per_step(self) -> float:
+        """Train a few steps without log, evaluation and checkpoint; the model is not as it was afterwards."""
+        measured: list[float] = []
+        for callback in list(self.callback_handler.callbacks):
+            if not isinstance(callback, DefaultFlowCallback | _StepHooks | StopOnSignal):
+                self.remove_callback(callback)
+        self.add_callback(DurationEstimate(measured.append, ends_training=True))
+        self.args.save_strategy, self.args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
+        self.train()
+        return measured[0] if measured else 0.0
 
     # ---- data ----
 
@@ -340,6 +354,7 @@ class MimTrainer(Trainer):
             images_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps_left = self.state.max_steps - self.state.global_step
             logs.update(self._meter.read(self.state.global_step, images_per_step, steps_left))
+            logs["training_seconds"] = round(time.perf_counter() - self.began, 1)
             logs.update(self._summarize(training=True))
             last_step = max(self.state.global_step - 1, 0)
             logs.update({name: schedule.at(last_step) for name, schedule in self.schedules.items()})
@@ -388,6 +403,8 @@ class _StepHooks(TrainerCallback):
         if own is not None:
             trainer.schedules = {**own(state.max_steps, trainer.steps_per_epoch), **trainer.schedules}
         trainer._meter.start(state.global_step)
+        before = [entry["training_seconds"] for entry in state.log_history if "training_seconds" in entry]
+        trainer.began = time.perf_counter() - max(before, default=0.0)
         if args.save_strategy != "no" and last_whole_checkpoint(trainer.output_dir)[0] is None:
             trainer._save_checkpoint(trainer.model, trial=None)
 
