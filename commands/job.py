@@ -11,6 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
 from commands.launch import first_on_main, printer
@@ -83,6 +84,7 @@ def train(
     """
     settings, output_dir, state = plan.settings, plan.output_dir, PartialState()
     log = printer(state)
+    check_trackers(settings.report_to)
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     if bad:
         log(f"note: {len(bad)} unreadable images are left out:\n  " + bad.describe("\n  "))
@@ -120,6 +122,18 @@ def train(
             trainer.end()
         if hub_push is not None and state.is_main_process:
             hub_push.finish()
+
+
+def check_trackers(report_to: str | list[str] | None) -> None:
+    """Raise ValueError if there is no such experiment tracker, or its package is not installed."""
+    installed = get_available_reporting_integrations()
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in (*installed, "none", "all"):
+            continue
+        problem = f"this package is not installed; run `pip install {name}`, or use one of"
+        if name not in INTEGRATION_TO_CALLBACK:
+            problem = "there is no such experiment tracker; installed are"
+        raise ValueError(f"report_to {name}: {problem} {', '.join([*installed, 'none'])}")
 
 
 @contextmanager

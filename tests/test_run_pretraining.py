@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -157,7 +158,10 @@ def test_masks__that_would_cut_a_token_of_swin_are_refused_before_anything_is_wr
 def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
     folder = tmp_path / "out"
     assert pretrain([*SMALL, "--output_dir", str(folder), "--dry_run"]) == 0
-    assert "8 x 1 process x 1 accumulation = 8" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "8 x 1 process x 1 accumulation = 8" in printed.out
+    assert re.search(r"\nduration: about \d+ s for \d+ steps \([\d.e-]+ s per step\)", printed.out)
+    assert "step " not in printed.err
     assert not folder.exists()
 
 
@@ -262,7 +266,21 @@ def test_mistakes__each_get_one_clear_message(tmp_path, capsys):
     assert "mask_ratio" in refusal(capsys, *out, "--config", str(recipe))
     assert "nearest that are: 224 x 224 and 240 x 240" in refusal(capsys, *out, "--image_size", "225")
     assert "exact-block" in refusal(capsys, *out, *SMALL, "--mask_strategy", "block")
+    assert "no such experiment tracker" in refusal(capsys, *out, *SMALL, "--report_to", "tensorbord")
     assert not (tmp_path / "out").exists()
+
+
+def test_mistakes__an_experiment_tracker_that_is_not_installed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("commands.job.get_available_reporting_integrations", lambda: ["tensorboard"])
+    message = refusal(capsys, "--output_dir", str(tmp_path / "out"), *SMALL, "--report_to", "trackio")
+    assert "--report_to trackio: this package is not installed; run `pip install trackio`" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes__an_output_folder_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert pretrain([*SMALL, "--output_dir", str(tmp_path / "file" / "out")]) == 4
+    assert capsys.readouterr().err.endswith(f"Not a directory: {tmp_path}/file/out\n")
 
 
 def test_mistakes__show_their_traceback_with_debug(tmp_path):
