@@ -123,7 +123,7 @@ def evaluate(
         "time": duration(time.perf_counter() - started),
     }
     content = {
-        "results": [row.as_json() for row in rows] + quality,
+        "results": [entry for row in rows for entry in row.as_results()] + quality,
         "headline": headline.name,
         "model": model,
         "dataset": dataset,
@@ -153,7 +153,7 @@ def evaluate(
         facts=facts,
         command=command,
     )
-    print(f"{output_dir}: {headline.name} {headline.accuracy:.1%}; {METRICS_FILE}, {REPORT_FILE}, {MAPS_FILE}")
+    print(f"{output_dir}: {headline.name} {headline.score_text}; {METRICS_FILE}, {REPORT_FILE}, {MAPS_FILE}")
 
 
 # ---- images ----

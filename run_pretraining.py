@@ -71,7 +71,8 @@ def main(argv: list[str]) -> None:
     if evaluation is not None:
         lines.append(f"online evaluation: {evaluation.describe()}")
         every = int(plan.training_arguments()["eval_steps"])
-        callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, summarize))
+        describe = partial(summarize, start="untrained" if settings.init_from is None else "the initial weights")
+        callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, describe))
     artifacts = Artifacts(settings, splits, argv)
     train(
         plan,

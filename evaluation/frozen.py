@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evaluation.attentive_probe import fit_attentive
+from evaluation.class_balance import NUM_ERRORS, interval_of_share, is_unbalanced, mean_over_classes
 from evaluation.features import Features
 from evaluation.knn import Knn, fit_knn
 from evaluation.linear_probe import fit_linear, fit_logistic
@@ -31,14 +32,18 @@ TRAINED, UNTRAINED, PIXELS = "trained", "untrained", "pixels"
 
 @dataclass(frozen=True)
 class Row:
-    """One classifier on one kind of features."""
+    """One classifier on one kind of features.
+
+    `interval` is that of the accuracy. Rows are compared by their `score`: the accuracy, or the balanced accuracy if
+    the classes are unbalanced.
+    """
 
     probe: str
     features: str
     source: str  # TRAINED, or the reference UNTRAINED or PIXELS
     chosen: dict[str, float]
     validation_accuracy: float | None
-    correct: np.ndarray  # bool (Q,)
+    labels: np.ndarray  # int (Q,)
     predictions: np.ndarray  # int (Q,)
     interval: tuple[float, float]
     balanced_accuracy: float
@@ -49,11 +54,34 @@ class Row:
         return f"{PROBES[self.probe][0]}, {of[self.source]}"
 
     @property
+    def correct(self) -> np.ndarray:
+        return self.predictions == self.labels  # bool (Q,)
+
+    @property
     def accuracy(self) -> float:
         return float(self.correct.mean())
 
-    def as_json(self) -> dict[str, Any]:
-        return {
+    @property
+    def is_unbalanced(self) -> bool:
+        return is_unbalanced(self.labels)
+
+    @property
+    def score(self) -> float:
+        return self.balanced_accuracy if self.is_unbalanced else self.accuracy
+
+    @property
+    def score_interval(self) -> tuple[float, float]:
+        if not self.is_unbalanced:
+            return self.interval
+        return interval_of_share(*mean_over_classes(self.correct, self.labels))
+
+    @property
+    def score_text(self) -> str:
+        return f"{self.score:.1%}{' balanced accuracy' if self.is_unbalanced else ''}"
+
+    def as_results(self) -> list[dict[str, Any]]:
+        """Return entries of metrics.json: the accuracy, after the balanced accuracy if the classes are unbalanced."""
+        entry = {
             "name": self.name,
             "metric": "accuracy",
             "value": self.accuracy,
@@ -66,6 +94,10 @@ class Row:
             "chosen": self.chosen,
             "accuracy_where_chosen": self.validation_accuracy,
         }
+        if not self.is_unbalanced:
+            return [entry]
+        score = {"metric": "balanced_accuracy", "value": self.score, "interval": list(self.score_interval)}
+        return [entry | score, entry]
 
 
 @dataclass(frozen=True)
@@ -99,11 +131,11 @@ def evaluate_probes(
             chosen = {"k": classifier.k, "temperature": classifier.temperature}
         else:
             chosen = {"C" if probe == "logistic" else "learning_rate": classifier.setting}
-        correct, balanced = predictions == labels, balanced_accuracy(predictions, labels)
-        interval, validation_accuracy = bootstrap_interval(correct, seed), classifier.validation_accuracy
-        row = Row(probe, kind, source, chosen, validation_accuracy, correct, predictions, interval, balanced)
+        interval, balanced = bootstrap_interval(predictions == labels, seed), balanced_accuracy(predictions, labels)
+        validation_accuracy = classifier.validation_accuracy
+        row = Row(probe, kind, source, chosen, validation_accuracy, labels, predictions, interval, balanced)
         rows.append(row)
-        log(f"{row.name}: {row.accuracy:.1%}")
+        log(f"{row.name}: {row.score_text}")
 
     def best(candidates: Iterable[Row]) -> Row:
         return max(candidates, key=lambda row: row.validation_accuracy or 0)
@@ -140,10 +172,13 @@ def measure_quality(test: LabeledFeatures, seed: int) -> list[dict[str, Any]]:
 
 
 def difference(row: Row, other: Row) -> tuple[float, tuple[float, float]]:
-    """Return the paired difference in accuracy of `row` and `other`, with its 95 % confidence interval."""
-    gain = row.correct.astype(np.float64) - other.correct  # (Q,), each -1, 0 or 1
-    half = 1.96 * gain.std() / np.sqrt(len(gain))
-    return float(gain.mean()), (float(gain.mean() - half), float(gain.mean() + half))
+    """Return the paired difference of the scores of `row` and `other`, with its 95 % confidence interval."""
+    gains = row.correct.astype(np.float64) - other.correct  # (Q,), each -1, 0 or 1
+    if row.is_unbalanced:
+        gain, error = mean_over_classes(gains, row.labels, ends=(-1.0, 1.0))
+    else:
+        gain, error = float(gains.mean()), float(gains.std() / np.sqrt(len(gains)))
+    return gain, (gain - NUM_ERRORS * error, gain + NUM_ERRORS * error)
 
 
 def _pixels(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:

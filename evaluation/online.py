@@ -16,10 +16,11 @@ from torch import Tensor
 from data.augmentations import CenterCrop, single_view
 from data.images import ImageDataset, StackedImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified
+from evaluation.class_balance import BALANCED, accuracy_with_error, is_unbalanced
 from evaluation.features import FrozenEncoder
 from evaluation.knn import Knn
 from evaluation.linear_probe import fit_logistic_at
-from evaluation.online_history import KNN, LINEAR, RANKME
+from evaluation.online_history import BALANCED_KNN, BALANCED_LINEAR, KNN, LINEAR, RANKME, error_of
 from evaluation.quality import rankme
 
 _NUM_NEIGHBORS, _TEMPERATURE, _C = 20, 0.07, 1e-2
@@ -31,7 +32,10 @@ _TEST_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class OnlineEvaluation:
-    """Measures the features of a model's encoder, without drawing random numbers or changing the model."""
+    """Measures the features of a model's encoder, without drawing random numbers or changing the model.
+
+    Accuracies are logged with their standard errors, under other names if they are balanced.
+    """
 
     train: StackedImages
     test: StackedImages
@@ -46,16 +50,21 @@ class OnlineEvaluation:
         bank = torch.nn.functional.normalize(train, dim=1)
         knn = Knn(bank, labels, self.num_classes, min(_NUM_NEIGHBORS, len(bank)), _TEMPERATURE, None)
         linear = fit_logistic_at(train, labels, self.num_classes, _C)
-        return {
-            LINEAR: (linear(test).argmax(1) == truth).double().mean().item(),
-            KNN: (knn(test).argmax(1) == truth).double().mean().item(),
-            RANKME: rankme(test),
-        }
+        names = (BALANCED_LINEAR, BALANCED_KNN) if self.is_unbalanced else (LINEAR, KNN)
+        metrics: dict[str, float] = {}
+        for name, logits in zip(names, (linear(test), knn(test)), strict=True):
+            correct = (logits.argmax(1) == truth).cpu().numpy()
+            metrics[name], metrics[error_of(name)] = accuracy_with_error(correct, self.test.labels.numpy())
+        return metrics | {RANKME: rankme(test)}
+
+    @property
+    def is_unbalanced(self) -> bool:
+        return is_unbalanced(self.test.labels.numpy())
 
     def describe(self) -> str:
         return (
             f"mean of patches, {len(self.train.labels):,} training and {len(self.test.labels):,} validation images, "
-            f"{self.num_classes} classes"
+            f"{self.num_classes} classes{f'; {BALANCED}' if self.is_unbalanced else ''}"
         )
 
     def _features(self, model: Any, images: Tensor) -> Tensor:

@@ -1,70 +1,141 @@
 """The history of an online evaluation: a summary line for the log, results for the model card, and a plot."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from evaluation.class_balance import BALANCED, NUM_ERRORS, interval_of_share
+
 LINEAR, KNN, RANKME = "eval_linear_accuracy", "eval_knn_accuracy", "eval_rankme"
+BALANCED_LINEAR, BALANCED_KNN = "eval_linear_balanced_accuracy", "eval_knn_balanced_accuracy"
 _MIN_POINTS = 4  # of a trend
-_SIGNIFICANT = 2.0  # standard errors
 _GREEN, _PURPLE, _GRAY = "#009E73", "#CC79A7", "#767676"  # Okabe and Ito
 
 
-def summarize(log_history: Sequence[Mapping[str, Any]]) -> str:
-    """Summarize the last evaluation and the trend of the linear probe in one line."""
-    entries = [entry for entry in log_history if LINEAR in entry]
-    if not entries:
+def error_of(name: str) -> str:
+    """Return the name under which the standard error of an accuracy is logged."""
+    return f"{name}_standard_error"
+
+
+@dataclass(frozen=True)
+class OnlineHistory:
+    """The evaluations in a trainer's `log_history`, and the names of the accuracies in them."""
+
+    entries: Sequence[Mapping[str, Any]]
+    linear: str
+    knn: str
+
+    @classmethod
+    def of(cls, log_history: Sequence[Mapping[str, Any]]) -> Self:
+        """Select the evaluations with the metric of the last one, which differs if a resume changed the dataset."""
+        entries = [entry for entry in log_history if LINEAR in entry or BALANCED_LINEAR in entry]
+        is_unbalanced = bool(entries) and BALANCED_LINEAR in entries[-1]
+        linear, knn = (BALANCED_LINEAR, BALANCED_KNN) if is_unbalanced else (LINEAR, KNN)
+        return cls([entry for entry in entries if linear in entry], linear, knn)
+
+    @property
+    def is_unbalanced(self) -> bool:
+        return self.linear == BALANCED_LINEAR
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the steps and the values of a metric."""
+        return [entry["step"] for entry in self.entries], [entry[name] for entry in self.entries]
+
+    def trend(self) -> str:
+        """Describe the trend of the linear probe; there must be an evaluation."""
+        return describe_trend(*self.series(self.linear), self.entries[-1].get(error_of(self.linear), 0.0))
+
+
+def summarize(log_history: Sequence[Mapping[str, Any]], start: str = "untrained") -> str:
+    """Summarize the last evaluation in one line: the gain over step 0, which is called `start`, then the trend."""
+    history = OnlineHistory.of(log_history)
+    if not history.entries:
         return "no online evaluation yet"
-    first, last = entries[0], entries[-1]
-    untrained = f" (untrained {first[LINEAR]:.1%})" if first["step"] == 0 < last["step"] else ""
-    values = f"linear probe {last[LINEAR]:.1%}{untrained}, kNN {last[KNN]:.1%}, RankMe {last[RANKME]:.1f}"
-    return f"{values}: {describe_trend([entry['step'] for entry in entries], [entry[LINEAR] for entry in entries])}"
+    first, last = history.entries[0], history.entries[-1]
+    gain = _compare(first, last, history.linear, start) if first["step"] == 0 < last["step"] else ""
+    metric = f" ({BALANCED})" if history.is_unbalanced else ""
+    values = f"linear probe {last[history.linear]:.1%}{gain}, kNN {last[history.knn]:.1%}, RankMe {last[RANKME]:.1f}"
+    return f"{values}{metric}: {history.trend()}"
 
 
 def results_at(log_history: Sequence[Mapping[str, Any]], step: int, dataset: str) -> list[dict[str, Any]]:
     """Return the evaluation at `step` as entries of metrics.json; empty if there was none at exactly this step."""
-    entry = next((entry for entry in reversed(log_history) if LINEAR in entry and entry["step"] == step), None)
+    history = OnlineHistory.of(log_history)
+    entry = next((entry for entry in reversed(history.entries) if entry["step"] == step), None)
     if entry is None:
         return []
-    names = {LINEAR: ("linear probe", "accuracy"), KNN: ("kNN", "accuracy"), RANKME: ("RankMe", "effective rank")}
-    return [
-        {"name": f"online {name}, mean of patches", "metric": metric, "value": entry[key], "dataset": dataset}
-        for key, (name, metric) in names.items()
-    ]
+    metric, classes = ("balanced_accuracy", " (unbalanced classes)") if history.is_unbalanced else ("accuracy", "")
+    results: list[dict[str, Any]] = []
+    for key, name in ((history.linear, "linear probe"), (history.knn, "kNN")):
+        error = entry.get(error_of(key))
+        interval = None if error is None else list(interval_of_share(entry[key], error))
+        name = f"online {name}, mean of patches{classes}"
+        results.append({"name": name, "metric": metric, "value": entry[key], "interval": interval, "dataset": dataset})
+    name = "online RankMe, mean of patches"
+    return [*results, {"name": name, "metric": "effective rank", "value": entry[RANKME], "dataset": dataset}]
 
 
-def describe_trend(steps: Sequence[int] | np.ndarray, accuracies: Sequence[float] | np.ndarray) -> str:
-    """Describe whether the second half of a curve still rises, by the slope of a linear fit and its standard error.
+def describe_trend(
+    steps: Sequence[int] | np.ndarray, accuracies: Sequence[float] | np.ndarray, standard_error: float = 0.0
+) -> str:
+    """Describe whether the second half of a curve still rises, by the slope of a linear fit.
 
-    The sampling error of the test images does not matter: they are always the same and shift all points together.
+    A trend must exceed the scatter of the points around the line, by Student's t because they are few, and the
+    sampling error of one accuracy. That error does not cancel although the images are always the same: neighboring
+    points err together, because the encoder changes slowly.
     """
     num_points = max(_MIN_POINTS, (len(steps) + 1) // 2)
     if len(steps) < num_points:
         return f"too few evaluations for a trend ({len(steps)} of {_MIN_POINTS})"
+    from scipy.special import stdtrit  # scipy.stats.t.ppf, whose import takes a second
+
     x, y = np.array(steps[-num_points:], dtype=float), np.array(accuracies[-num_points:], dtype=float)
     x -= x.mean()
     slope = (x @ y) / (x @ x)
     residuals = y - y.mean() - slope * x
     error = np.sqrt(residuals @ residuals / (num_points - 2) / (x @ x))
-    gain, span = 100 * slope * (x[-1] - x[0]), f"over the last {num_points} evaluations"
-    if abs(slope) <= _SIGNIFICANT * error or abs(gain) < 0.05:
-        return f"no significant improvement ({gain:+.1f} points {span})"
-    return f"{'still improving' if slope > 0 else 'getting worse'} ({gain:+.1f} points {span})"
+    is_scatter = abs(slope) <= stdtrit(num_points - 2, 0.975) * error
+    gain, span = slope * (x[-1] - x[0]), f"over the last {num_points} evaluations"
+    if is_scatter or abs(gain) <= NUM_ERRORS * standard_error or abs(gain) < 0.0005:
+        return f"no significant improvement ({100 * gain:+.1f} points {span})"
+    return f"{'still improving' if slope > 0 else 'getting worse'} ({100 * gain:+.1f} points {span})"
 
 
-def draw_history(axes: Axes, history: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> None:
-    """Plot the accuracies on the left axis and RankMe on the right one, given (steps, values) of each metric."""
-    for key, name, color, marker in ((LINEAR, "linear probe", _GREEN, "o"), (KNN, "kNN", _PURPLE, "^")):
-        axes.plot(*history[key], color=color, marker=marker, markersize=4, linewidth=1.6, label=name)
-    axes.set_ylabel("accuracy on frozen features")
+def _compare(first: Mapping[str, Any], last: Mapping[str, Any], name: str, start: str) -> str:
+    """Compare the last accuracy with the first one, which may come from a version that logged no errors."""
+    if error_of(name) not in first or error_of(name) not in last:
+        return f" ({start} {first[name]:.1%})"
+    gain = last[name] - first[name]
+    # As if other images had been drawn for either accuracy. They are the same, and the errors mostly move together, so
+    # that the interval is wider than a paired one, for which the log would need the prediction of each image.
+    half = NUM_ERRORS * np.hypot(first[error_of(name)], last[error_of(name)])
+    bounds = f"95 % interval {100 * (gain - half):+.1f} to {100 * (gain + half):+.1f}"
+    if abs(gain) <= half:
+        return f", not significantly different from {start} ({100 * gain:+.1f} points, {bounds})"
+    return f", {abs(100 * gain):.1f} points {'better' if gain > 0 else 'worse'} than {start} ({bounds})"
+
+
+def draw_history(axes: Axes, history: OnlineHistory) -> None:
+    """Plot the accuracies on the left axis and RankMe on the right one."""
+    for key, name, color, marker in (
+        (history.linear, "linear probe", _GREEN, "o"),
+        (history.knn, "kNN", _PURPLE, "^"),
+    ):
+        axes.plot(*history.series(key), color=color, marker=marker, markersize=4, linewidth=1.6, label=name)
+    axes.set_ylabel(
+        BALANCED.replace("because ", "because\n") if history.is_unbalanced else "accuracy on frozen features"
+    )
     axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
-    axes.set_title(title, fontsize="medium", loc="left", pad=24)  # above the legend
-    finish_axes(axes, add_right_axis(axes, "RankMe", *history[RANKME]), num_columns=3)
+    axes.set_title(history.trend(), fontsize="medium", loc="left", pad=24)  # above the legend
+    finish_axes(axes, add_right_axis(axes, "RankMe", *history.series(RANKME)), num_columns=3)
 
 
-def add_right_axis(axes: Axes, label: str, steps: np.ndarray, values: np.ndarray) -> Axes:
+def add_right_axis(
+    axes: Axes, label: str, steps: Sequence[int] | np.ndarray, values: Sequence[float] | np.ndarray
+) -> Axes:
     """Plot a secondary curve on an axis of its own on the right."""
     right = axes.twinx()
     right.plot(steps, values, color=_GRAY, linewidth=0.9, linestyle=":", label=label)

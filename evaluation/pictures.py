@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from evaluation.online_history import KNN, LINEAR, RANKME, add_right_axis, describe_trend, draw_history, finish_axes
+from evaluation.online_history import OnlineHistory, add_right_axis, draw_history, finish_axes
 
 Drawer = Callable[[Any, dict[str, Any], int, float | None], Image.Image]
 
@@ -57,11 +57,11 @@ def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     if not len(train[0]) and not len(validation[0]):
         raise ValueError('the log history has no entry with "step" and "loss" or "eval_loss"; log at least once first')
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")  # pyplot would keep figures alive
-    history = {key: _series(log_history, key) for key in (LINEAR, KNN, RANKME)}
-    if len(history[LINEAR][0]):
+    history = OnlineHistory.of(log_history)
+    if history.entries:
         figure.set_size_inches(8, 7.5)
         axes, feature_axes = figure.subplots(2, sharex=True, height_ratios=(3, 2))
-        draw_history(feature_axes, history, describe_trend(*history[LINEAR]))
+        draw_history(feature_axes, history)
     else:
         axes = feature_axes = figure.subplots()
     rate_axes = _draw_learning_rate(axes, *_series(log_history, "learning_rate"))

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
+from evaluation.class_balance import BALANCED
 from evaluation.frozen import PIXELS, TRAINED, UNTRAINED, Row, difference
 from evaluation.metrics import confusion_matrix
 
@@ -54,7 +55,8 @@ def write_report(
         comparisons=comparisons(rows, headline),
         groups=_GROUPS,
         rows=rows,
-        majority=np.bincount(labels).max() / len(labels),
+        balanced=BALANCED,
+        constant=1 / len(np.unique(labels)) if headline.is_unbalanced else np.bincount(labels).max() / len(labels),
         quality=quality,
         classes=classes,
         num_omitted_classes=num_omitted,
@@ -73,15 +75,15 @@ def comparisons(rows: Sequence[Row], headline: Row) -> list[str]:
         of_source = [row for row in rows if row.source == source]
         if not of_source:
             continue
-        best = max(of_source, key=lambda row: row.accuracy)
+        best = max(of_source, key=lambda row: row.score)
         gain, (low, high) = difference(headline, best)
         verdict = f"{abs(100 * gain):.1f} points {'better' if gain > 0 else 'worse'} than"
         if low <= 0 <= high:
             verdict = "Not significantly different from"
         bounds = f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "\N{MINUS SIGN}")
         sentences.append(
-            f"{verdict} {name} ({best.name}, {best.accuracy:.1%}); "
-            f"95 % confidence interval of the paired difference: {bounds}."
+            f"{verdict} {name} ({best.name}, {best.score_text}); "
+            f"95\N{NO-BREAK SPACE}% confidence interval of the paired difference: {bounds}."
         )
     return sentences
 

@@ -7,14 +7,30 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_model
+from fashion import fashion_pixels
+from matplotlib.figure import Figure
 from PIL import Image
 from pretraining_command import pretrain
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.labeled import open_labeled
+from evaluation.class_balance import BALANCED
+from evaluation.knn import Knn
 from evaluation.online import OnlineEvaluation, open_online_evaluation
-from evaluation.online_history import KNN, LINEAR, RANKME, describe_trend, results_at, summarize
+from evaluation.online_history import (
+    BALANCED_KNN,
+    BALANCED_LINEAR,
+    KNN,
+    LINEAR,
+    RANKME,
+    OnlineHistory,
+    describe_trend,
+    draw_history,
+    error_of,
+    results_at,
+    summarize,
+)
 from evaluation.pictures import training_curve
 from hub.card_results import NOT_MEASURED
 
@@ -36,6 +52,17 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 def history(folder) -> list[dict]:
     return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+
+
+@pytest.fixture(scope="module")
+def unbalanced(tmp_path_factory):
+    """50 bags and 10 trousers of the bundled clothes."""
+    folder, split = tmp_path_factory.mktemp("unbalanced"), open_labeled("sample-fashion").train
+    for label, name, count in ((8, "Bag", 50), (1, "Trouser", 10)):
+        (folder / name).mkdir()
+        for position in np.flatnonzero(split.labels == label)[:count]:
+            (folder / name / f"{position}.png").write_bytes(split.source.read(split.indices[position]))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +88,9 @@ def test_pretraining__has_the_same_weights_with_and_without_online_evaluation(pl
     entries = [entry for entry in history(folder) if LINEAR in entry]
     assert [entry["step"] for entry in entries] == [0, 2, 4]
     assert all(0 <= entry[key] <= 1 for entry in entries for key in (LINEAR, KNN))
+    for key in (LINEAR, KNN):
+        errors = [np.sqrt(entry[key] * (1 - entry[key]) / 100) for entry in entries]
+        assert [entry[error_of(key)] for entry in entries] == pytest.approx(errors, rel=0.1)
     losses = [[entry["loss"] for entry in history(each) if "loss" in entry] for each in (folder, plain)]
     assert losses[0] == losses[1]
     cards = [(each / "README.md").read_text() for each in (folder, plain)]
@@ -77,14 +107,35 @@ def test_pretraining__evaluates_online_without_a_validation_split_and_after_a_re
     folder, flags = tmp_path / "out", ["--validation_fraction", "0", "--eval_dataset", "sample-fashion"]
     command = [*SMALL, *flags, "--output_dir", str(folder)]
     assert pretrain(command) == 0
-    before = [(e["step"], e[LINEAR], e[KNN], e[RANKME]) for e in history(folder) if LINEAR in e]
-    assert [step for step, *_ in before] == [0, 2, 4]
+    before = [entry for entry in history(folder) if LINEAR in entry]
+    assert [entry["step"] for entry in before] == [0, 2, 4]
     for name in ("checkpoint-4", "pretraining"):
         for path in sorted((folder / name).rglob("*"), reverse=True):
             path.unlink()
         (folder / name).rmdir()
     assert pretrain(command) == 0
-    assert [(e["step"], e[LINEAR], e[KNN], e[RANKME]) for e in history(folder) if LINEAR in e] == before
+    assert [entry for entry in history(folder) if LINEAR in entry] == before
+
+
+def test_pretraining__of_unbalanced_classes_reports_balanced_accuracy(unbalanced, tmp_path, capsys):
+    folder, command = tmp_path / "out", [*SMALL, "--eval_dataset", str(unbalanced), "--output_dir"]
+    assert pretrain([*command, str(folder)]) == 0
+    said = capsys.readouterr()
+    assert f"48 training and 12 validation images, 2 classes; {BALANCED}\n" in said.out
+    lines = [line for line in said.err.splitlines() if "linear probe" in line]
+    assert len(lines) == 3
+    assert all(f"({BALANCED}): too few evaluations" in line for line in lines)
+    assert [" untrained (" in line for line in lines] == [False, True, True]
+    entries = [entry for entry in history(folder) if BALANCED_LINEAR in entry]
+    assert [entry["step"] for entry in entries] == [0, 2, 4]
+    assert not any(LINEAR in entry for entry in history(folder))
+    assert {value for entry in entries for value in (entry[BALANCED_LINEAR], entry[BALANCED_KNN])} <= {
+        (bags / 10 + trousers / 2) / 2 for bags in range(11) for trousers in range(3)
+    }
+    value = f"{entries[-1][BALANCED_LINEAR]:.4g}"
+    row = f"| online linear probe, mean of patches (unbalanced classes) | balanced accuracy | {value} | "
+    assert row in (folder / "README.md").read_text()
+    assert NOT_MEASURED not in (folder / "README.md").read_text()
 
 
 def test_pretraining__a_dataset_that_cannot_be_opened_is_refused_before_training(tmp_path, capsys):
@@ -128,7 +179,7 @@ def test_online_evaluation__does_not_change_the_model(variant):
     online_evaluation, state = open_online_evaluation(["sample-fashion"], (32, 32), 3, seed=0), torch.get_rng_state()
     first, second = online_evaluation(model), online_evaluation(model)
     assert first == second
-    assert set(first) == {LINEAR, KNN, RANKME}
+    assert set(first) == {LINEAR, error_of(LINEAR), KNN, error_of(KNN), RANKME}
     assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -170,22 +221,107 @@ def test_trend__is_described(accuracies, words):
 def test_trend__scatter_alone_is_rarely_called_improvement():
     generator = np.random.default_rng(0)
     said = [describe_trend(range(12), 0.7 + 0.01 * generator.standard_normal(12)) for _ in range(400)]
-    assert np.mean(["still improving" in text for text in said]) < 0.08
+    assert np.mean(["still improving" in text for text in said]) < 0.04
+
+
+@pytest.mark.parametrize("num_evaluations", [4, 6, 9, 12])
+def test_trend__is_found_in_one_of_20_histories_without_any(num_evaluations):
+    """With 4 points there are 2 degrees of freedom: 2 standard errors would be exceeded by 18 % of such histories."""
+    generator = np.random.default_rng(0)
+    steps = range(num_evaluations)
+    said = [describe_trend(steps, 0.7 + 0.01 * generator.standard_normal(num_evaluations)) for _ in range(1000)]
+    assert 0.03 < np.mean(["no significant" not in text for text in said]) < 0.07
+
+
+def test_trend__of_features_that_do_not_change_is_not_called_one():
+    """kNN on 343 images after random projections of their pixels: an encoder that does not learn."""
+    (train, labels), (test, truth) = (fashion_pixels(part, number) for part, number in (("train", 500), ("test", 343)))
+    accuracies, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(4 * 60):
+        projection = torch.randn(train.shape[1], 32, generator=generator)
+        bank, queries = (torch.nn.functional.normalize(images @ projection, dim=1) for images in (train, test))
+        found = Knn(bank, labels, 10, 20, 0.07, None)(queries).argmax(1)
+        accuracies.append((found == truth).double().mean().item())
+    error = np.sqrt(np.mean(accuracies) * (1 - np.mean(accuracies)) / len(test))
+    said = [describe_trend(range(4), accuracies[start : start + 4], error) for start in range(0, len(accuracies), 4)]
+    assert all("no significant" in text for text in said)
+
+
+def test_trend__must_exceed_the_sampling_error_of_the_images():
+    accuracies = [0.829, 0.820, 0.810, 0.800]  # of 343 images, nearly on a line
+    assert describe_trend(range(4), accuracies).startswith("getting worse (-2.9 points")
+    error = np.sqrt(0.8 * 0.2 / 343)
+    assert describe_trend(range(4), accuracies, error).startswith("no significant improvement (-2.9 points")
+    assert describe_trend(range(4), accuracies, error / 2).startswith("getting worse")
+
+
+def entry_at(step: int, accuracy: float, num_images: int = 1000, names=(LINEAR, KNN)) -> dict:
+    error = np.sqrt(accuracy * (1 - accuracy) / num_images)
+    return {"step": step, names[0]: accuracy, error_of(names[0]): error, names[1]: 0.4, RANKME: 12.34}
 
 
 def test_summarize__is_one_line():
-    entries = [{"step": s, LINEAR: 0.5 + s / 1000, KNN: 0.4, RANKME: 12.34} for s in (0, 100, 200, 300)]
+    entries = [entry_at(step, 0.5 + step / 1000) for step in (0, 100, 200, 300)]
     text = summarize([{"loss": 1.0, "step": 5}, *entries])
     assert text.startswith(
-        "linear probe 80.0% (untrained 50.0%), kNN 40.0%, RankMe 12.3: still improving (+30.0 points over"
+        "linear probe 80.0%, 30.0 points better than untrained (95 % interval +26.0 to +34.0), kNN 40.0%, "
+        "RankMe 12.3: still improving (+30.0 points over"
     )
     assert "\n" not in text
     assert "no online evaluation yet" in summarize([{"loss": 1.0, "step": 5}])
 
 
+def test_summarize__compares_with_the_untrained_encoder_before_the_trend():
+    """The accuracies of 343 images that were once called "getting worse (-2.9 points)"."""
+    entries = [entry_at(step, value, 343) for step, value in enumerate((0.790, 0.829, 0.820, 0.810, 0.800))]
+    text = summarize(entries)
+    assert text.startswith(
+        "linear probe 80.0%, not significantly different from untrained (+1.0 points, 95 % interval -5.0 to +7.0), kNN"
+    )
+    assert "getting worse" not in text
+    assert "12.0 points worse than untrained (95 % interval" in summarize([entry_at(0, 0.9), entry_at(100, 0.78)])
+    assert "3.0 points better than the initial weights" in summarize(
+        [entry_at(0, 0.95), entry_at(100, 0.98)], "the initial weights"
+    )
+
+
+def test_summarize__without_the_untrained_encoder_or_its_error_compares_less():
+    assert summarize([entry_at(100, 0.8)]).startswith("linear probe 80.0%, kNN 40.0%")
+    assert summarize([entry_at(0, 0.8)]).startswith("linear probe 80.0%, kNN 40.0%")
+    old = {"step": 0, LINEAR: 0.5, KNN: 0.4, RANKME: 3.0}  # logged by version 0.1.0
+    assert summarize([old, entry_at(100, 0.8)]).startswith("linear probe 80.0% (untrained 50.0%), kNN")
+    assert summarize([old | {"step": step} for step in range(4)]).endswith(
+        "no significant improvement (+0.0 points over the last 4 evaluations)"
+    )
+
+
+def test_summarize__of_unbalanced_classes_names_the_metric_and_ignores_plain_accuracies():
+    entries = [entry_at(step, 0.6 + step / 1000, names=(BALANCED_LINEAR, BALANCED_KNN)) for step in (0, 100)]
+    assert f"RankMe 12.3 ({BALANCED}): too few" in summarize(entries)
+    assert "untrained" in summarize(entries)
+    assert "untrained" not in summarize([entry_at(0, 0.9), entries[1]])
+    assert [(row["metric"], row["value"]) for row in results_at(entries, 100, "parts")] == [
+        ("balanced_accuracy", 0.7),
+        ("balanced_accuracy", 0.4),
+        ("effective rank", 12.34),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [((LINEAR, KNN), "accuracy on frozen"), ((BALANCED_LINEAR, BALANCED_KNN), "balanced accuracy, b")],
+)
+def test_history__labels_its_axis_with_the_metric(names, label):
+    axes = Figure().subplots()
+    draw_history(axes, OnlineHistory.of([entry_at(step, 0.6, names=names) for step in (0, 100)]))
+    assert axes.get_ylabel().replace("\n", " ").startswith(label)
+
+
 def test_results__are_those_of_the_step_itself_and_not_of_an_older_model():
     entries = [{"step": step, LINEAR: 0.5 + step / 1000, KNN: 0.4, RANKME: 12.34} for step in (0, 100)]
     assert [entry["value"] for entry in results_at(entries, 100, "photos")] == [0.6, 0.4, 12.34]
+    (linear, *_) = results_at([entry_at(100, 0.6, 96)], 100, "photos")
+    assert (linear["metric"], linear["interval"]) == ("accuracy", pytest.approx([0.502, 0.698]))
     assert results_at(entries, 150, "photos") == []
 
 

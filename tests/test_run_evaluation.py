@@ -21,8 +21,10 @@ from commands.parsing import make_parser
 from evaluation.features import collect
 from evaluation.frozen import Row, difference
 from evaluation.knn import fit_knn
+from evaluation.metrics import balanced_accuracy
 from evaluation.preprocessing import batches
 from evaluation.report import accuracy_by_class, comparisons
+from hub.card_results import read_results, results_section
 from hub.export.native import export
 
 FASHION = ROOT / "data" / "samples" / "fashion_mnist"
@@ -51,6 +53,20 @@ def labeled(tmp_path_factory) -> Path:
             (folder / part / name).mkdir(parents=True)
             for number, data in enumerate(of_class[label][:count]):
                 Image.open(BytesIO(data)).save(folder / part / name / f"{number:02d}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbalanced(tmp_path_factory) -> Path:
+    """Two classes of the bundled clothes: 60 and 6 training, 24 and 4 test images."""
+    folder = tmp_path_factory.mktemp("unbalanced") / "clothes"
+    for part, counts in (("train", (60, 6)), ("test", (24, 4))):
+        table = pq.read_table(FASHION / f"{part}.parquet")
+        for label, name, count in zip((8, 1), ("Bag", "Trouser"), counts, strict=True):
+            cells = [row["image"] for row in table.to_pylist() if row["label"] == label][:count]
+            (folder / part / name).mkdir(parents=True)
+            for number, cell in enumerate(cells):
+                (folder / part / name / f"{number:02d}.png").write_bytes(cell["bytes"])
     return folder
 
 
@@ -122,6 +138,42 @@ def test_evaluation__the_report_is_self_contained_and_shows_the_rows(finished):
         assert text in page
     assert str(finished) not in page  # no folders of the user
     assert "{{" not in page
+
+
+def test_evaluation__of_unbalanced_classes_leads_with_balanced_accuracy(encoder, unbalanced, tmp_path, capsys):
+    assert evaluate("--model", encoder, "--dataset", unbalanced, "--output_dir", tmp_path, "--probes", "knn") == 0
+    said = capsys.readouterr().out
+    metrics, page = json.loads((tmp_path / "metrics.json").read_text()), (tmp_path / "report.html").read_text()
+    of_headline = {row["metric"]: row for row in metrics["results"] if row["name"] == metrics["headline"]}
+    plain, balanced = of_headline["accuracy"], of_headline["balanced_accuracy"]
+    assert plain["balanced_accuracy"] == balanced["value"] < plain["value"]  # nearly all images are bags
+    low, high = balanced["interval"]
+    assert low < balanced["value"] < high
+    assert f"{metrics['headline']}: {balanced['value']:.1%} balanced accuracy\n" in said
+    assert f"{tmp_path}: {metrics['headline']} {balanced['value']:.1%} balanced accuracy; metrics.json" in said
+
+    headline = re.sub(r"\s+", " ", re.sub("<[^>]*>", "", page[page.index('<div class="headline">') :]))
+    assert headline.startswith(
+        f" {balanced['value']:.1%} balanced accuracy, because the classes are unbalanced, on 28 test images "
+        f"(95 % confidence interval {100 * low:.1f}\N{EN DASH}{100 * high:.1f}) accuracy {plain['value']:.1%} ("
+    )
+    found = re.search(r"lowest class recall ([\d.]+)%: Trouser \(4 of 28 images\)", headline)
+    assert found is not None
+    assert float(found[1]) < 100 * balanced["value"] < 100
+    assert "<h2>Balanced accuracy</h2>" in page
+    assert "<h2>Recall by class</h2>" in page
+    card = results_section(read_results(tmp_path))
+    assert f"| {metrics['headline']} | balanced accuracy | {balanced['value']:.4g} |" in card
+    assert f"| {metrics['headline']} | accuracy | {plain['value']:.4g} |" in card
+
+
+def test_evaluation__of_balanced_classes_leads_with_accuracy(finished):
+    metrics, page = json.loads((finished / "metrics.json").read_text()), (finished / "report.html").read_text()
+    assert {row["metric"] for row in metrics["results"]} == {"accuracy", "effective rank", "standard deviation"}
+    headline = next(row for row in metrics["results"] if row["name"] == metrics["headline"])
+    assert f"<strong>{headline['value']:.1%}</strong>\naccuracy on 24 test images" in page
+    assert "unbalanced" not in page
+    assert "<h2>Accuracy</h2>" in page
 
 
 def test_evaluation__knn_is_that_of_the_features(finished, encoder, labeled):
@@ -257,8 +309,10 @@ def row_of(correct: np.ndarray, source: str = "trained", **changes) -> Row:
         "chosen": {"k": 5},
         "validation_accuracy": 0.5,
     }
-    predictions = changes.pop("predictions", np.zeros(len(correct), np.int64))
-    return Row(**settings, correct=correct, predictions=predictions, interval=(0.4, 0.6), balanced_accuracy=0.5)
+    labels = changes.pop("labels", np.arange(len(correct)) % 2)
+    predictions = changes.pop("predictions", np.where(correct, labels, 1 - labels))
+    balanced = balanced_accuracy(predictions, labels)
+    return Row(**settings, labels=labels, predictions=predictions, interval=(0.4, 0.6), balanced_accuracy=balanced)
 
 
 def test_difference__is_paired():
@@ -274,13 +328,31 @@ def test_difference__is_paired():
     assert same[0].startswith("Not significantly different from the untrained encoder")
 
 
+def test_difference__of_unbalanced_classes_counts_each_class_equally():
+    """343 images of which 22 are defect: what gains 8 points of accuracy can lose a third of the defects."""
+    labels = (np.arange(343) >= 321).astype(np.int64)
+    defects = np.flatnonzero(labels)
+    careless, careful = np.ones(343, bool), np.ones(343, bool)
+    careless[defects[:15]] = False
+    careful[defects[:3]], careful[: 343 // 8] = False, False
+    rows = [row_of(careless, "pixels", labels=labels), row_of(careful, labels=labels)]
+    assert careless.mean() > careful.mean() + 0.07
+    gain, (low, high) = difference(rows[1], rows[0])
+    assert gain == pytest.approx(rows[1].balanced_accuracy - rows[0].balanced_accuracy)
+    assert 0 < low < gain < high
+    (sentence,) = comparisons(rows, rows[1])
+    assert sentence.startswith("20.7 points better than raw pixels (kNN, raw pixels, 65.9% balanced accuracy)")
+    same = row_of(careful, "pixels", labels=labels)
+    assert comparisons([same], rows[1])[0].startswith("Not significantly different from raw pixels")
+
+
 def test_accuracy_by_class__lists_the_lowest_first_with_the_confused_class():
     labels = fashion_pixels("test", 300)[1].numpy()
     predictions = labels.copy()
     shirts = np.flatnonzero(labels == 6)
     predictions[shirts[::2]] = 0
     shown, num_left_out = accuracy_by_class(
-        row_of(predictions == labels, predictions=predictions), labels, list("abcdefghij")
+        row_of(predictions == labels, labels=labels, predictions=predictions), labels, list("abcdefghij")
     )
     assert (shown[0]["name"], shown[0]["confused_with"], num_left_out) == ("g", "a", 0)
     assert shown[1]["confused_with"] is None
