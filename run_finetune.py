@@ -73,7 +73,7 @@ def plan_run(task: Task, model: PreTrainedModel, hardware: Hardware, notes: list
         footprint=measure_footprint(model.eval(), {"pixel_values": image}),
         data=f"{source}: {counts}; {sizes}",
         grid=patch_grid(settings.image_size, task.encoder_config.patch_size),
-        notes=[*notes, *task.notes()],
+        notes=[*notes, *task.splits.notes, *task.notes()],
         metrics=task.metrics,
         rows_of_task=task.plan_rows(),
     )

@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
     collator = build_collator(settings, config)
     footprint = model_footprint(settings, config, collator)
     num_images = (len(splits.train), len(splits.validation))
-    plan = PretrainingPlan.make(settings, find_hardware(state), num_images, footprint, splits.describe(), grid)
+    notes = splits.summary.notes
+    plan = PretrainingPlan.make(settings, find_hardware(state), num_images, footprint, splits.describe(), grid, notes)
     blank = without_weights(config)
     weights, start = Weights({}, []), settings.start
     if start is not None and not start.sizes_only:

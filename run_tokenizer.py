@@ -80,7 +80,8 @@ def main(argv: list[str]) -> None:
     height, width = config.input_size
     grid = (height // config.stride, width // config.stride)  # of codes
     num_images = (len(images.train), len(images.validation))
-    plan = TokenizerPlan.make(settings, find_hardware(state), num_images, footprint, images.describe(), grid)
+    notes = images.summary.notes
+    plan = TokenizerPlan.make(settings, find_hardware(state), num_images, footprint, images.describe(), grid, notes)
     train(
         plan,
         images.bad,

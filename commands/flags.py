@@ -97,6 +97,11 @@ class DataFlags:
     max_bad_fraction: float = flag(
         0.05, "stop before training if more than this fraction of the images cannot be read", FRACTION
     )
+    check_images: Literal["new", "all", "sample"] = flag(
+        "new",
+        "images whose headers are read before training: those that are new or have changed since an earlier run, all, "
+        "or a sample of 2,048",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

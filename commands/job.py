@@ -44,6 +44,7 @@ def open_images(settings: PretrainingSettings | TokenizerSettings, state: Partia
         validation_fraction=settings.validation_fraction,
         max_bad_fraction=settings.max_bad_fraction,
         seed=settings.seed,
+        checks=settings.check_images,
     )
     splits: PretrainingSplits = first_on_main(state, work)
     return splits

@@ -7,6 +7,8 @@ to 0 and 255; the EXIF orientation is applied; only the first frame of an animat
 """
 
 import math
+import os
+import stat
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,13 +61,18 @@ class BadImage(ValueError):  # noqa: N818  (it describes the image, and is caugh
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Properties of an image file that are known without decoding pixels; width and height of the upright image."""
+    """Properties of an image file that are known without decoding pixels; width and height of the upright image.
+
+    `num_bits` and `num_channels` are those of the file, which may have more than Pillow's `mode` keeps.
+    """
 
     width: int
     height: int
     mode: str
     format: str
     orientation: int
+    num_bits: int
+    num_channels: int
 
 
 def check(data: bytes | Path) -> Header:
@@ -139,13 +146,37 @@ def _opened(data: bytes | Path) -> Iterator[ImageFile.ImageFile]:
 
 
 def _opened_file(path: Path) -> BinaryIO:
+    return os.fdopen(open_regular(path), "rb")
+
+
+def open_regular(path: Path | bytes) -> int:
+    """Open a regular file and return its descriptor; opening a FIFO would wait for ever, a device may have effects.
+
+    Raises:
+        BadImage: If there is no such file, it is not a regular one, or it cannot be opened.
+    """
     try:
-        return path.open("rb")
+        _check_is_regular(os.stat(path))
+        # Not blocking, and checked again, because the file may have been replaced by a FIFO since.
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
-        reason = f"broken link to {path.readlink()}" if path.is_symlink() else "no such file"
+        reason = f"broken link to {os.readlink(os.fsdecode(path))}" if os.path.islink(path) else "no such file"
         raise BadImage(reason) from None
     except OSError as error:
         raise BadImage(f"cannot be opened: {error.strerror}") from error
+    try:
+        _check_is_regular(os.fstat(descriptor))
+    except BadImage:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _check_is_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise BadImage(f"cannot be opened: it is {kind}, not a regular file")
 
 
 @contextmanager
@@ -167,7 +198,17 @@ def _pillow_errors_as_bad_image() -> Iterator[None]:
 def _header(image: Image.Image) -> Header:
     orientation = _orientation(image)
     width, height = image.size if orientation < 5 else image.size[::-1]
-    return Header(width, height, image.mode, image.format or "", orientation)
+    return Header(width, height, image.mode, image.format or "", orientation, *_stored(image))
+
+
+def _stored(image: Image.Image) -> tuple[int, int]:
+    """Return bits per channel, at least 8, and number of channels of the file."""
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        return max(8, *tags.get(258, (1,))), tags.get(277, 1)  # BitsPerSample, SamplesPerPixel
+    tiles = getattr(image, "tile", ())
+    raw_mode = tiles[0][3] if tiles else ""  # such as RGB;16B, which becomes RGB
+    return 16 if image.mode.startswith("I") or ";16" in str(raw_mode) else 8, len(image.getbands())
 
 
 def _orientation(image: Image.Image) -> int:
@@ -269,7 +310,10 @@ def _scale_float_pixels(image: Image.Image) -> Image.Image:
     if not finite.size:
         raise BadImage("no finite pixel")
     low, high = float(finite.min()), float(finite.max())
-    scaled = (np.nan_to_num(pixels, nan=low, posinf=high, neginf=low) - low) * (255 / ((high - low) or 1.0))
+    pixels = np.nan_to_num(
+        pixels.astype(np.float64), nan=low, posinf=high, neginf=low
+    )  # 3e38 - -3e38 is above float32
+    scaled = (pixels - low) * (255 / ((high - low) or 1.0))
     return Image.fromarray(scaled.round().astype(np.uint8))
 
 

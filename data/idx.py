@@ -5,6 +5,7 @@ Shapes: N images, H W pixels.
 """
 
 import gzip
+import os
 import re
 import zlib
 from pathlib import Path
@@ -18,10 +19,10 @@ _UINT8 = 8
 def find_idx_files(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Return the files (images, labels) of each split in the folder, train first; the label file may not exist."""
     files: dict[str, tuple[Path, Path]] = {}
-    for path in folder.iterdir():
-        if match := _IMAGES.fullmatch(path.name):
-            labels = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
-            files["train" if match[1] == "train" else "test"] = (path, labels)
+    for name in os.listdir(folder):
+        if match := _IMAGES.fullmatch(name):
+            labels = folder / name.replace("images", "labels").replace("idx3", "idx1")
+            files["train" if match[1] == "train" else "test"] = (folder / name, labels)
     return dict(sorted(files.items(), reverse=True))
 
 

@@ -42,26 +42,37 @@ class ImageSource(ABC):
     def describe(self) -> str:
         return self._description
 
+    @property
+    def parts(self) -> "tuple[ImageSource, ...]":
+        """The sources that this one joins, in order."""
+        return (self,)
+
 
 class FileSource(ImageSource):
-    """Image files; the paths are one arrow array, which worker processes share instead of copying.
+    """Image files; their names are one arrow array, which worker processes share instead of copying.
 
-    `folder` is the folder that was searched, None for a list of paths.
+    Args:
+        names: Paths relative to `base`, or absolute.
+        origin: The folder that was searched, or the file that lists the names.
     """
 
-    def __init__(self, paths: Sequence[bytes], description: str, folder: Path | None = None) -> None:
+    def __init__(self, names: pa.LargeBinaryArray, base: bytes, description: str, origin: Path) -> None:
         super().__init__(description)
-        self.folder = folder
-        self._paths = pa.array(paths, pa.large_binary())  # binary, because a file name need not be valid Unicode
+        self.names, self.base, self.origin = names, base, origin
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that was searched; None for a list of paths."""
+        return self.origin if os.fsencode(self.origin) == self.base else None
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.names)
 
     def entry(self, index: int) -> Path:
         return Path(self.name(index))
 
     def name(self, index: int) -> str:
-        return os.fsdecode(self._paths[index].as_py())
+        return os.fsdecode(os.path.join(self.base, self.names[index].as_py()))
 
 
 class TableSource(ImageSource):
@@ -127,6 +138,10 @@ class JoinedSource(ImageSource):
     def name(self, index: int) -> str:
         source, index = self._locate(index)
         return source.name(index)
+
+    @property
+    def parts(self) -> tuple[ImageSource, ...]:
+        return tuple(part for source in self._sources for part in source.parts)
 
     def _locate(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._starts, index) - 1

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
-from data.image_checks import CheckedImages, check_images
+from data.image_checks import CheckedImages, Checks, check_images
 from data.image_source import join_sources
 from data.images import SourceSamples
 from data.label_columns import RawLabels, read_labels
@@ -44,13 +44,13 @@ class LabeledSplit(SourceSamples):
     def select(self, positions: np.ndarray) -> Self:
         return replace(self, indices=self.indices[positions], labels=self.labels[positions])
 
-    def readable(self, max_bad_fraction: float) -> tuple[Self, CheckedImages]:
+    def readable(self, max_bad_fraction: float, checks: Checks = "new") -> tuple[Self, CheckedImages]:
         """Return the split without its unreadable images, and the result of checking all images of the source.
 
         Raises:
             ValueError: If too many images are unreadable, or all images of a class.
         """
-        checked = check_images(self.source, max_bad_fraction)
+        checked = check_images(self.source, max_bad_fraction, checks=checks)
         good = np.isin(self.indices, checked.good)
         lost = np.flatnonzero(~np.isin(self.labels, self.labels[good]))
         if len(lost):

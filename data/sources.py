@@ -8,10 +8,12 @@ import difflib
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 
 from data.decoding import EXTENSIONS
 from data.idx import find_idx_files, read_idx
@@ -70,10 +72,12 @@ def split_names(dataset: str) -> list[str]:
     if files := find_idx_files(folder):
         return list(files)
     if _choose_subfolder(folder, "train")[1] is not None:
-        subfolders = {path.name.lower() for path in folder.iterdir() if path.is_dir()}
+        subfolders = _subfolders(folder)
         return [name for name in ("train", *VALIDATION_NAMES) if name in subfolders]
-    images, tables, _ = _list_files(folder)
-    return ["train"] if images or not tables else list(group_by_split(tables, folder))
+    if any(_kind(name) == IMAGE for _, names in _walk(folder) for name in names):  # without listing millions again
+        return ["train"]
+    tables = _list_files(folder)[1]
+    return list(group_by_split(tables, folder)) if tables else ["train"]
 
 
 def _open_file(path: Path) -> ImageSource:
@@ -81,11 +85,12 @@ def _open_file(path: Path) -> ImageSource:
     if extension in TABLE_EXTENSIONS:
         return TableSource(load_tables([path]), str(path))
     if extension in LIST_EXTENSIONS:
-        lines = [line.strip() for line in path.read_bytes().splitlines()]
-        paths = [os.path.join(os.fsencode(path.parent), line) for line in lines if line]
-        if not paths:
+        lines = [line for text in path.read_bytes().splitlines() if (line := text.strip())]
+        if not lines:
             raise ValueError(f"{path} is empty; expected one image path per line, relative to the folder of this file")
-        return FileSource(paths, f"{path}: a list of {len(paths):,} image files")
+        # Binary, because a file name need not be valid Unicode.
+        names = pa.array(lines, pa.large_binary())
+        return FileSource(names, os.fsencode(path.parent), f"{path}: a list of {len(names):,} image files", path)
     raise ValueError(
         f"dataset {str(path)!r} is a single file; expected a folder of images, a {_or(LIST_EXTENSIONS)} file with one "
         f"image path per line, or a {_or(TABLE_EXTENSIONS)} file with an image column"
@@ -99,13 +104,13 @@ def _open_folder(folder: Path, split: str | None) -> ImageSource:
         return _open_idx(folder, split)
     subfolder, validation = _choose_subfolder(folder, split)
     images, tables, others = _list_files(subfolder)
-    if images:
+    if len(images):
         if split not in (None, "train") and subfolder == folder:
             raise ValueError(f"no split {split!r} in {folder}; it has: {', '.join(split_names(str(folder)))}")
         description = f"{subfolder}: {len(images):,} image files"
         if validation is not None:
             description += f" ({validation.name}/ beside it is for validation)"
-        return FileSource(images, description, subfolder)
+        return FileSource(images, os.fsencode(subfolder), description, subfolder)
     if tables:
         return _open_tables(subfolder, tables, split)
     found = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5)) or "nothing"
@@ -117,7 +122,7 @@ def _open_folder(folder: Path, split: str | None) -> ImageSource:
 
 def _choose_subfolder(folder: Path, split: str | None) -> tuple[Path, Path | None]:
     """Return the folder to read and its validation folder; training images need both to be recognized as splits."""
-    subfolders = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
+    subfolders = _subfolders(folder)
     validation = next((subfolders[name] for name in VALIDATION_NAMES if name in subfolders), None)
     if split == "train":
         return (
@@ -126,28 +131,55 @@ def _choose_subfolder(folder: Path, split: str | None) -> tuple[Path, Path | Non
     return subfolders.get(split or "", folder), None
 
 
-def _list_files(folder: Path) -> tuple[list[bytes], list[Path], Counter[str]]:
-    """Return image files, table files, and the number of files with any other extension; includes broken links."""
-    images: list[bytes] = []
+def _subfolders(folder: Path) -> dict[str, Path]:
+    """Return the folders in a folder by name in lower case."""
+    with os.scandir(folder) as entries:
+        return {name.lower(): folder / name for name in sorted(entry.name for entry in entries if entry.is_dir())}
+
+
+def _list_files(folder: Path) -> tuple[pa.LargeBinaryArray, list[Path], Counter[str]]:
+    """Return the names of image files, table files, and the number of files with any other extension."""
+    images = [pa.array([], pa.large_binary())]  # an array for each folder: Python objects would take twice the memory
     tables: list[Path] = []
     others: Counter[str] = Counter()
+    start = len(os.path.join(os.fsencode(folder), b""))
+    for root, names in _walk(folder):
+        parent = os.path.join(root, b"")[start:]
+        found = [parent + name for name in names if _kind(name) == IMAGE]
+        images.append(pa.array(found, pa.large_binary()))
+        if len(found) < len(names):
+            others.update(_kind(name) for name in names)
+            tables += [Path(os.fsdecode(os.path.join(root, name))) for name in names if _kind(name) == TABLE]
+    for kind in (IMAGE, TABLE):
+        del others[kind]
+    return pa.concat_arrays(images), tables, others
+
+
+def _walk(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
+    """Yield each folder with the sorted names of its files, hidden ones excepted; includes broken links."""
     seen: set[tuple[int, int]] = set()
-    for root, subfolders, files in os.walk(folder, followlinks=True, onerror=_raise):
+    for root, subfolders, names in os.walk(os.fsencode(folder), followlinks=True, onerror=_raise):
         status = os.stat(root)
         if (status.st_dev, status.st_ino) in seen:  # a link to a parent folder would never end
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(name for name in files if not name.startswith(".")):
-            extension = os.path.splitext(name)[1].lower()
-            if extension in IMAGE_EXTENSIONS:
-                images.append(os.fsencode(os.path.join(root, name)))
-            elif extension in TABLE_EXTENSIONS:
-                tables.append(Path(root, name))
-            else:
-                others[extension or "without extension"] += 1
-    return images, tables, others
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
+        yield root, sorted(name for name in names if not name.startswith(b"."))
+
+
+IMAGE, TABLE = "image", "table"
+
+
+def _kind(name: bytes) -> str:
+    """Return whether a file is an image or a table; else its extension."""
+    return _kind_of(name.rpartition(b".")[2] if b"." in name else b"")
+
+
+@lru_cache(1024)
+def _kind_of(extension: bytes) -> str:
+    text = f".{os.fsdecode(extension).lower()}" if extension else "without extension"
+    return IMAGE if text in IMAGE_EXTENSIONS else TABLE if text in TABLE_EXTENSIONS else text
 
 
 def _raise(error: OSError) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from data.bad_images import BadImages
-from data.image_checks import Summary, check_images
+from data.image_checks import Checks, Summary, check_images
 from data.images import Samples, SourceSamples, split_validation
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, with_validation
 from data.sources import open_source, open_validation
@@ -28,18 +28,21 @@ class PretrainingSplits:
 
 
 def open_pretraining_splits(
-    dataset: list[str], *, validation_fraction: float, max_bad_fraction: float, seed: int
+    dataset: list[str], *, validation_fraction: float, max_bad_fraction: float, seed: int, checks: Checks = "new"
 ) -> PretrainingSplits:
     """Open a dataset with its own validation split, or with a seeded fraction of the images for validation.
+
+    Args:
+        checks: Which images `check_images` opens.
 
     Raises:
         ValueError: If the dataset cannot be opened or too many of its images are unreadable.
     """
     source = open_source(dataset)
-    checked, validation_source = check_images(source, max_bad_fraction), open_validation(dataset)
+    checked, validation_source = check_images(source, max_bad_fraction, checks=checks), open_validation(dataset)
     images, bad = SourceSamples(source, checked.good), checked.bad
     if validation_source is not None and validation_fraction:
-        validation = check_images(validation_source, max_bad_fraction)
+        validation = check_images(validation_source, max_bad_fraction, checks=checks)
         splits = images, SourceSamples(validation_source, validation.good)
         bad = BadImages(bad | validation.bad)
     else:
@@ -52,6 +55,11 @@ class Splits(ABC):
     """Readable images with labels of any kind."""
 
     bad: BadImages
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the images before training."""
+        return ()
 
     @property
     @abstractmethod
@@ -86,6 +94,10 @@ class LabeledSplits(Splits):
         return self.images.train.source.describe(), self.summary.describe()
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return self.summary.notes
+
+    @property
     def num_gray(self) -> int:
         return sum(number for mode, number in self.summary.modes.items() if mode in _GRAY_MODES)
 
@@ -99,6 +111,7 @@ def open_labeled_splits(
     validation_fraction: float | None,
     max_bad_fraction: float,
     seed: int,
+    checks: Checks = "new",
 ) -> LabeledSplits:
     """Open a labeled dataset, add a validation split if there is none, and select the requested number of labels.
 
@@ -109,7 +122,7 @@ def open_labeled_splits(
         ValueError: If the dataset cannot be opened, its labels are not usable, or too many images are unreadable.
     """
     opened = open_labeled(dataset, label_column)
-    checked = {name: split.readable(max_bad_fraction) for name, split in opened.splits.items()}
+    checked = {name: split.readable(max_bad_fraction, checks) for name, split in opened.splits.items()}
     images = replace(opened, splits={name: split for name, (split, _) in checked.items()})
     bad = BadImages(entry for _, found in checked.values() for entry in found.bad.items())
     has_subset = num_per_class is not None or label_fraction is not None

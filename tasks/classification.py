@@ -199,6 +199,7 @@ class ClassificationTask(Task):
             validation_fraction=settings.validation_fraction,
             max_bad_fraction=settings.max_bad_fraction,
             seed=settings.seed,
+            checks=settings.check_images,
         )
 
     @property

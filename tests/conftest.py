@@ -1,10 +1,14 @@
 """Small heads and real images that many tests share. A new head adds one entry to TINY_HEADS."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported
+os.environ["HF_ASSETS_CACHE"] = tempfile.mkdtemp(prefix="assets-")  # where scans of the tests' images are kept
 
 import numpy as np
 import pytest
@@ -21,6 +25,7 @@ from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import patch_grid
 from training.targets import TokenizerTargets
 
+atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parent.parent
 # In 5.17 AutoImageProcessor cannot be used without torchvision, whatever the folder holds.
 OLDEST = transformers.__version__.startswith("5.17.")

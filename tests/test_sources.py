@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data import sources
+from data import image_checks, sources
 from data.image_checks import check_images
 from data.sources import open_source, open_validation
 
@@ -249,12 +249,15 @@ def test_check_images__summarises_what_is_there(tmp_path: Path, photograph: byte
     assert "16 bits" in summary.describe()
 
 
-def test_check_images__finds_the_same_in_any_number_of_threads(tmp_path: Path, photograph: bytes) -> None:
+def test_check_images__finds_the_same_in_any_number_of_processes(
+    tmp_path: Path, photograph: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_checks, "_SECONDS_WORTH_PROCESSES", 0.0)
     bad = range(0, 300, 7)
     for number in range(300):
         (tmp_path / f"{number:03}.jpg").write_bytes(photograph[:2000] if number in bad else photograph)
-    for num_threads in (1, 4):
-        checked = check_images(open_source(str(tmp_path)), 0.2, num_threads)
+    for num_processes in (1, 3):
+        checked = check_images(open_source(str(tmp_path)), 0.2, num_processes, checks="all")
         assert checked.good.dtype == np.int64
         assert checked.good.tolist() == [number for number in range(300) if number not in bad]
         assert [Path(name).stem for name in checked.bad] == [f"{number:03}" for number in bad]

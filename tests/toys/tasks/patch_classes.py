@@ -181,6 +181,7 @@ class PatchClasses(Task):
             validation_fraction=0.1 if settings.validation_fraction is None else settings.validation_fraction,
             max_bad_fraction=settings.max_bad_fraction,
             seed=settings.seed,
+            checks=settings.check_images,
         )
         return MaskedSplits(opened, folder / "masks", tuple((folder / "classes.txt").read_text().split()))
 
