@@ -47,9 +47,7 @@ def tiff(array: np.ndarray) -> bytes:
         (279, 4, 1, array.size),
         (338, 3, extra, extra_at if extra > 2 else 0),
     ]
-    directory = (
-        struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
-    )
+    directory = b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
     return (
         struct.pack("<2sHIH", b"II", 42, 8, len(entries))
         + directory
