@@ -297,7 +297,7 @@ class ScanProcesses:
         program = f"import sys; sys.path.insert(0, {root!r}); from data.headers import serve; serve()"
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-c", program],
+                [sys.executable, "-P", "-c", program],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},

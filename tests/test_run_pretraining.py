@@ -235,6 +235,28 @@ def test_bad_images__are_left_out_and_listed_when_allowed(odd_folder, tmp_path):
     assert "| unreadable images left out | 5 |" in (out / "README.md").read_text()
 
 
+def test_check_images__is_said_in_the_plan_with_what_becomes_of_unusual_pixels(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, photograph in enumerate(PHOTOGRAPHS[:10]):
+        gray = np.asarray(Image.open(photograph).convert("L"))
+        Image.fromarray(gray.astype(np.float32) if number < 3 else gray).save(folder / f"{number}.tif")
+    os.mkfifo(folder / "pipe.jpg")
+    flags = ["--dataset", str(folder), "--max_bad_fraction", "0.2", "--dry_run", "--output_dir", str(tmp_path / "out")]
+
+    def plan(*more: str) -> str:
+        assert pretrain([*SMALL, *flags, *more]) == 0
+        return capsys.readouterr().out
+
+    assert "note: 3 images have float pixels" in plan()
+    assert "pipe.jpg: cannot be opened: it is a FIFO" in plan()
+    assert "note: 3 images have float pixels" in plan("--check_images", "all")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("data.image_checks.NUM_SAMPLED", 5)
+        assert "note: only a seeded sample of 5 of 11 images was checked" in plan("--check_images", "sample")
+    assert "expected one of" in refusal(capsys, *SMALL, *flags, "--check_images", "none")
+
+
 def test_bad_images__found_only_when_decoding_stop_the_run_when_they_are_too_many(tmp_path, capsys):
     folder = tmp_path / "photos"
     folder.mkdir()
