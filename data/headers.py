@@ -112,7 +112,7 @@ def _scan_file(path: bytes) -> tuple[tuple[int, ...], Header | None, str, bool]:
 
 def _read_plain_header(descriptor: int, size: int) -> Header | None:
     start = _read_at(descriptor, 0, _FIRST_BYTES)
-    reader = {b"\xff\xd8\xff": _jpeg_header, b"\x89PN": _png_header}.get(start[:3])
+    reader = _READERS.get(start[:3])
     if reader is None:
         return None
     tail = start[-_TAIL_BYTES:] if size <= len(start) else _read_at(descriptor, size - _TAIL_BYTES, _TAIL_BYTES)
@@ -129,7 +129,7 @@ def _read_plain_header(descriptor: int, size: int) -> Header | None:
 
 def read_plain_header(data: bytes) -> Header | None:
     """Return the header of a plain JPEG or PNG file in memory; None if Pillow must decide."""
-    reader = {b"\xff\xd8\xff": _jpeg_header, b"\x89PN": _png_header}.get(data[:3])
+    reader = _READERS.get(data[:3])
     try:
         return reader(data, data[-_TAIL_BYTES:]) if reader else None
     except IndexError:
@@ -284,6 +284,9 @@ def _png_header(data: bytes, tail: bytes) -> Header | None:
     if not mode or not width or not height or width * height > MAX_PIXELS:
         return None
     return Header(width, height, mode, "PNG", 1, max(8, header[8]), num_channels)
+
+
+_READERS = {b"\xff\xd8\xff": _jpeg_header, b"\x89PN": _png_header}
 
 
 # ---- processes ----

@@ -3,10 +3,9 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -27,7 +26,7 @@ Checks = Literal["new", "all", "sample"]
 NUM_SAMPLED = 2048  # images that checks="sample" opens
 _NUM_DECODED = 16  # images with more than 8 bits whose values are looked at
 _TINY_PIXELS = 16  # below one patch of the usual size
-_IMAGES_PER_TASK = 128
+_IMAGES_PER_TASK = 64
 _SECONDS_WORTH_PROCESSES = 1.0  # a scan that takes longer is worth their start, about 0.3 s
 
 
@@ -147,8 +146,10 @@ def _scan(source: ImageSource, indices: np.ndarray, checks: Checks, num_processe
     with tqdm(total=len(indices), desc="Checking images", unit="image", delay=2.0) as progress:
         for part in source.parts:
             inside = indices[(indices >= start) & (indices < start + len(part))] - start
-            scan = _scan_files if isinstance(part, FileSource) else _scan_entries
-            some = scan(part, inside, checks, num_processes, progress)  # type: ignore[arg-type]
+            if isinstance(part, FileSource):
+                some = _scan_files(part, inside, checks, num_processes, progress)
+            else:
+                some = _scan_entries(part, inside, progress)
             records.append(some.records)
             found.reasons |= {start + int(inside[row]): text for row, text in some.reasons.items()}
             found.num_opened += some.num_opened
@@ -165,14 +166,13 @@ def _scan_files(source: FileSource, indices: np.ndarray, checks: Checks, num_pro
     names = source.names if is_whole else source.names.take(pa.array(indices))
     is_kept = checks == "new"
     records, reasons = load_scan(source) if is_kept else (np.zeros(len(indices), RECORD), {})
-    num_opened, begin = 0, time.perf_counter()
+    num_opened = 0
 
-    def scan_some(start: int, scan: Callable[..., Scan] = scan_files) -> Scan:
+    def scan_some(start: int, scan: Callable[..., Scan]) -> Scan:
         some = slice(start, start + _IMAGES_PER_TASK)
         return scan(source.base, names[some].to_pylist(), identities(records[some]) if is_kept else None)
 
-    def take(start: int, some: Scan) -> None:
-        nonlocal num_opened
+    for start, some in _in_tasks(scan_some, len(names), num_processes):
         rows = np.array(some.positions, np.int64) + start
         records[rows] = some.records
         for row in rows.tolist() if reasons else ():
@@ -180,25 +180,29 @@ def _scan_files(source: FileSource, indices: np.ndarray, checks: Checks, num_pro
         reasons.update({start + position: text for position, text in some.reasons.items()})
         num_opened += len(rows)
         progress.update(min(_IMAGES_PER_TASK, len(names) - start))
-
-    starts = range(0, len(names), _IMAGES_PER_TASK)
-    for number, start in enumerate(starts, 1):
-        take(start, scan_some(start))
-        seconds_left = (time.perf_counter() - begin) / number * (len(starts) - number)
-        if num_processes > 1 and seconds_left > _SECONDS_WORTH_PROCESSES:
-            with ScanProcesses(num_processes) as processes, ThreadPoolExecutor(num_processes) as pool:
-                work = partial(scan_some, scan=processes.scan_files)
-                try:
-                    for other, some in zip(starts[number:], pool.map(work, starts[number:]), strict=True):
-                        take(other, some)
-                finally:
-                    pool.shutdown(cancel_futures=True)
-            break
     note = save_scan(source, records, reasons, started) if is_whole and num_opened else None
     return _Found(records, reasons, num_opened, [note] if note else [])
 
 
-def _scan_entries(source: ImageSource, indices: np.ndarray, _: Checks, num_processes: int, progress: tqdm) -> _Found:
+def _in_tasks(
+    scan_some: Callable[[int, Callable[..., Scan]], Scan], num_images: int, num_processes: int
+) -> Iterator[tuple[int, Scan]]:
+    """Yield each `start` with `scan_some(start, scan_files)`, in order; long scans go on in other processes."""
+    begin, starts = time.perf_counter(), range(0, num_images, _IMAGES_PER_TASK)
+    for number, start in enumerate(starts, 1):
+        yield start, scan_some(start, scan_files)
+        left = starts[number:]
+        if num_processes > 1 and (time.perf_counter() - begin) / number * len(left) > _SECONDS_WORTH_PROCESSES:
+            with ScanProcesses(num_processes) as processes, ThreadPoolExecutor(num_processes) as pool:
+                try:
+                    found = pool.map(lambda start: scan_some(start, processes.scan_files), left)
+                    yield from zip(left, found, strict=True)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+            return
+
+
+def _scan_entries(source: ImageSource, indices: np.ndarray, progress: tqdm) -> _Found:
     """Check images that are not files of a folder."""
     records, reasons = np.zeros(len(indices), RECORD), {}
 
