@@ -11,7 +11,6 @@ import datetime
 import json
 import os
 import platform
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -138,6 +137,12 @@ def main() -> None:
     report(options, results)
 
 
+def flags_of(options: argparse.Namespace) -> str:
+    flags = f"--num_files {options.num_files} --size {options.size[0]} {options.size[1]}"
+    flags += " --hard_links" if options.hard_links else ""
+    return f"{flags} --num_rounds {options.num_rounds} --sides {' '.join(options.sides)}"
+
+
 def report(options: argparse.Namespace, results: dict[str, list[dict[str, float]]]) -> None:
     cpu = next(
         (
@@ -151,7 +156,7 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, float]
     hardware = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {gib} GiB"
     versions = ", ".join(f"{name} {version(name)}" for name in ("datasets", "pillow", "pyarrow", "torch"))
     today = datetime.date.today()
-    command = f"python -m benchmarks.start_up {shlex.join(sys.argv[1:])}"
+    command = f"python -m benchmarks.start_up {flags_of(options)}"
     rows = []
     for name, times in results.items():
         cells = [name]

@@ -26,7 +26,7 @@ Checks = Literal["new", "all", "sample"]
 NUM_SAMPLED = 2048  # images that checks="sample" opens
 _NUM_DECODED = 16  # images with more than 8 bits whose values are looked at
 _TINY_PIXELS = 16  # below one patch of the usual size
-_IMAGES_PER_TASK = 64
+_IMAGES_PER_TASK, _TASKS = 64, 1000  # at least; more images per task, up to 1024, if there would be more tasks
 _SECONDS_WORTH_PROCESSES = 1.0  # a scan that takes longer is worth their start, about 0.3 s
 
 
@@ -166,29 +166,29 @@ def _scan_files(source: FileSource, indices: np.ndarray, checks: Checks, num_pro
     names = source.names if is_whole else source.names.take(pa.array(indices))
     is_kept = checks == "new"
     records, reasons = load_scan(source) if is_kept else (np.zeros(len(indices), RECORD), {})
-    num_opened = 0
+    size, num_opened = min(max(_IMAGES_PER_TASK, len(indices) // _TASKS), 1024), 0
 
     def scan_some(start: int, scan: Callable[..., Scan]) -> Scan:
-        some = slice(start, start + _IMAGES_PER_TASK)
+        some = slice(start, start + size)
         return scan(source.base, names[some].to_pylist(), identities(records[some]) if is_kept else None)
 
-    for start, some in _in_tasks(scan_some, len(names), num_processes):
+    for start, some in _in_tasks(scan_some, range(0, len(names), size), num_processes):
         rows = np.array(some.positions, np.int64) + start
         records[rows] = some.records
         for row in rows.tolist() if reasons else ():
             reasons.pop(row, None)
         reasons.update({start + position: text for position, text in some.reasons.items()})
         num_opened += len(rows)
-        progress.update(min(_IMAGES_PER_TASK, len(names) - start))
+        progress.update(min(size, len(names) - start))
     note = save_scan(source, records, reasons, started) if is_whole and num_opened else None
     return _Found(records, reasons, num_opened, [note] if note else [])
 
 
 def _in_tasks(
-    scan_some: Callable[[int, Callable[..., Scan]], Scan], num_images: int, num_processes: int
+    scan_some: Callable[[int, Callable[..., Scan]], Scan], starts: range, num_processes: int
 ) -> Iterator[tuple[int, Scan]]:
     """Yield each `start` with `scan_some(start, scan_files)`, in order; long scans go on in other processes."""
-    begin, starts = time.perf_counter(), range(0, num_images, _IMAGES_PER_TASK)
+    begin = time.perf_counter()
     for number, start in enumerate(starts, 1):
         yield start, scan_some(start, scan_files)
         left = starts[number:]
