@@ -97,6 +97,14 @@ def make_files(folder: Path, num_files: int, size: tuple[int, int], hard_links: 
             path.write_bytes(contents[number % len(contents)])
 
 
+def read_files(folder: Path) -> None:
+    """Bring all files into the page cache, of which other programs may have taken some."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with open(os.path.join(root, name), "rb") as file:
+                file.read()
+
+
 def start_once(side: str, folder: Path, num_files: int, caches: Path) -> dict[str, float]:
     """Start once in a new process; returns the measures."""
     environment = {**os.environ, "HF_HOME": str(caches / side), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -126,6 +134,7 @@ def main() -> None:
         time.sleep(3)  # files that have just been written are not trusted to be settled
         for number in range(options.num_rounds):
             caches = work / f"caches{number}"
+            read_files(work / "photos")
             for which in ("first", "second"):
                 for side in options.sides if number % 2 == 0 else options.sides[::-1]:
                     found = start_once(side, work / "photos", options.num_files, caches)
