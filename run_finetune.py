@@ -94,6 +94,7 @@ def build_trainer(task: Task, plan: FinetunePlan, model: PreTrainedModel) -> Fin
         loss=task.loss,
         layer_decay=settings.layer_decay,
         ema_decay=settings.ema_decay,
+        flops_per_image=plan.footprint.flops_per_image,
         **task.image_stats,
     )
     show_progress(trainer, bad_images, task.splits.bad, settings.max_bad_fraction, _SHORTER, task.describe_metrics)

@@ -224,6 +224,7 @@ def build_trainer(
         targets=targets,
         lr_drop_step=plan.lr_drop_step,
         layer_decay=settings.layer_decay,
+        flops_per_image=plan.footprint.flops_per_image,
     )
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, splits.bad, settings.max_bad_fraction, QUICKSTART)
     if problem := model.panel_problem(targets):

@@ -124,6 +124,7 @@ def build_trainer(
         data_collator=stack_items,
         schedules=plan.schedules,
         ema_decay=settings.ema_decay,
+        flops_per_image=plan.footprint.flops_per_image,
     )
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings.max_bad_fraction, QUICKSTART)
     shown = image_crops(settings, images.train, center, plan) if validation is None else validation

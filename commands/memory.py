@@ -1,4 +1,4 @@
-"""Estimate the memory that a training step takes on one device, from the model on the meta device."""
+"""Estimate the memory and the arithmetic of a training step on one device, from the model on the meta device."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 _BYTES_PER_TRAINED_PARAMETER = 16  # weight, gradient and Adam's two moments in float32
 _BYTES_PER_FROZEN_PARAMETER = 4
@@ -17,11 +18,15 @@ _SHARE_UNDER_AUTOCAST = 0.64
 
 @dataclass(frozen=True)
 class Footprint:
-    """Parameters of a model, and the bytes that one image keeps in float32 for the backward pass."""
+    """Parameters of a model, the bytes that one image keeps in float32 for the backward pass, and its FLOPs.
+
+    `flops_per_image` counts the matrix products of the forward pass and twice as many for the backward pass.
+    """
 
     num_parameters: int
     num_trained_parameters: int
     bytes_per_image: int
+    flops_per_image: int
 
     def bytes_for_weights(self, num_averages: int = 0) -> int:
         """Return the bytes of weights, gradients and Adam, and of averaged weights."""
@@ -50,10 +55,18 @@ def measure_footprint(model: nn.Module, batch: Mapping[str, Any]) -> Footprint:
         kept.setdefault(storage._cdata, storage.nbytes())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), flops, _FusedAttention():
         model(**batch)
     num_trained = sum(number for number, is_trained in numbers if is_trained)
-    return Footprint(sum(number for number, _ in numbers), num_trained, sum(kept.values()))
+    num_parameters = sum(number for number, _ in numbers)
+    return Footprint(num_parameters, num_trained, sum(kept.values()), 3 * flops.get_total_flops())
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Return the FLOPs of an attention, given the shapes; PyTorch has no rule for the CPU's."""
+    return sdpa_flop_count(query, key, value)
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -185,6 +185,7 @@ class Plan:
             "memory": f"about {_size(self.bytes_for_weights + self.bytes_for_activations)} per device: "
             f"{_size(self.bytes_for_weights)} weights, gradients and Adam, "
             f"{_size(self.bytes_for_activations)} activations",
+            "arithmetic": f"{self.footprint.flops_per_image / 1e9:.3g} GFLOP per image, forward and backward",
             "output": str(self.output_dir),
         }
         width = max(map(len, rows))

@@ -33,7 +33,7 @@ def load_named(*argv: str):
 
 
 def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), trained=10):  # noqa: B008
-    footprint = Footprint(1000, trained, 1000)
+    footprint = Footprint(1000, trained, 1000, 1000)
     return FinetunePlan.make(
         settings, hardware, num_images, footprint, "labeled", (7, 7), metrics=("accuracy",), rows_of_task={}
     )

@@ -22,7 +22,7 @@ def plan(
     images: int | None = 1000,
     validation: int = 50,
     hardware: Hardware = LAPTOP,
-    footprint: Footprint = Footprint(111_900_000, 111_700_000, 1),  # noqa: B008
+    footprint: Footprint = Footprint(111_900_000, 111_700_000, 1, 56 * 10**9),  # noqa: B008
 ) -> PretrainingPlan:
     settings = load_pretraining_settings(argv, CONFIGS)
     return PretrainingPlan.make(settings, hardware, (images, validation), footprint, "folder photos", settings.grid)
@@ -289,3 +289,19 @@ def test_describe__says_every_reduction_in_a_line_of_its_own():
     few = plan("--gradient_accumulation_steps", "8", images=3, validation=0)
     noted = [line for line in few.describe().splitlines() if line.startswith("note: ")]
     assert len(noted) == len(few.notes) == 4
+
+
+def test_arithmetic__of_mae_is_that_of_its_matrix_products():
+    def blocks(number: int, tokens: int, width: int) -> int:
+        projections, attention = 12 * width**2 * tokens, 2 * tokens**2 * width
+        return number * (projections + attention)
+
+    visible, patches, patch_values = 49, 196, 768
+    products = (
+        visible * patch_values * 768
+        + blocks(12, 1 + visible, 768)
+        + (1 + visible) * 768 * 512
+        + blocks(8, 1 + patches, 512)
+        + patches * 512 * patch_values
+    )
+    assert plan_of_real_model("--model", "vit-base").footprint.flops_per_image == 3 * 2 * products

@@ -106,7 +106,7 @@ def test_published_runs__are_1600_epochs_of_4096_images_a_step(
     assert (sizes["intermediate_size"], sizes["patch_size"]) == (4 * width, patch_size)
     eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     num_images = (NUM_IMAGENET_IMAGES, 50_000)
-    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1), "imagenet", settings.grid)
+    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
     assert plan.images_per_step == 4096
     assert plan.learning_rate == pytest.approx(2.4e-3)
     assert plan.num_steps == 1600 * math.ceil(NUM_IMAGENET_IMAGES / 4096)  # the last step of an epoch is a smaller one
@@ -140,7 +140,7 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
     settings = load(path)
     eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     num_images = (NUM_IMAGENET_IMAGES, 50_000)
-    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1), "imagenet", settings.grid)
+    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.num_steps == 800 * math.ceil(NUM_IMAGENET_IMAGES / 2048)
@@ -151,7 +151,9 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
 
 def test_quickstart__is_small_and_predicts_plain_pixels():
     settings = load(RECIPES / "quickstart.yaml")
-    plan = PretrainingPlan.make(settings, Hardware("cpu", 2), (1000, 50), Footprint(1, 1, 1), "sample", settings.grid)
+    plan = PretrainingPlan.make(
+        settings, Hardware("cpu", 2), (1000, 50), Footprint(1, 1, 1, 1), "sample", settings.grid
+    )
     assert settings.values["norm_pix_loss"] is False
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.grid == (8, 8)
@@ -196,7 +198,7 @@ def test_simmim__published_runs_are_of_2048_images_a_step(name, epochs, peak, dr
     settings = load(path)
     eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
     num_images = (NUM_IMAGENET_IMAGES, 50_000)
-    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1), "imagenet", settings.grid)
+    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(peak)
     assert plan.num_steps == epochs * math.ceil(NUM_IMAGENET_IMAGES / 2048)
@@ -221,7 +223,9 @@ def test_simmim__encoders_are_those_of_the_paper():
 
 def test_simmim_asymmetric__hides_40_percent_and_sees_117_of_196_patches():
     settings = load(RECIPES / "simmim-asymmetric.yaml")
-    plan = PretrainingPlan.make(settings, Hardware("cpu", 2), (1000, 50), Footprint(1, 1, 1), "sample", settings.grid)
+    plan = PretrainingPlan.make(
+        settings, Hardware("cpu", 2), (1000, 50), Footprint(1, 1, 1, 1), "sample", settings.grid
+    )
     assert plan.num_masked == (79, 79)
     assert settings.values["norm_pix_loss"] is False
     assert settings.values["decoder_num_hidden_layers"] == 8

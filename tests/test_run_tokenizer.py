@@ -247,7 +247,7 @@ def test_dvae__has_the_published_objective():
 
 def test_long_run__keeps_the_published_schedules():
     settings = load_tokenizer_settings(["--max_steps", "3000000"])
-    plan = TokenizerPlan.make(settings, Hardware("cuda", 16), (10**6, 1000), Footprint(1, 1, 1), "images", (14, 14))
+    plan = TokenizerPlan.make(settings, Hardware("cuda", 16), (10**6, 1000), Footprint(1, 1, 1, 1), "images", (14, 14))
     temperature = plan.schedules["temperature"]
     assert plan.schedules["kl_weight"].at(5000) == 6.6
     assert temperature.at(150_000) == 1 / 16 < temperature.at(149_000)

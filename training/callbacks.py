@@ -108,6 +108,10 @@ def describe_log(logs: dict[str, Any], describe_metrics: Callable[[dict[str, Any
         phrases += describe_metrics(logs)
     if "images_per_second" in logs:
         phrases.append(f"{logs['images_per_second']:.3g} images/s")
+        if "flops_per_second" in logs:
+            utilization = logs.get("model_flops_utilization")
+            share = "" if utilization is None else f" (MFU {utilization:.0%})"
+            phrases.append(f"{logs['flops_per_second'] / 1e12:.3g} TFLOP/s{share}")
         phrases.append(f"waits {logs['data_wait_share']:.0%} for data")
         phrases.append(f"{duration(logs['eta_seconds'])} left")
     return "  ".join(phrases)

@@ -26,6 +26,7 @@ from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
 from training.callbacks import DurationEstimate
 from training.checkpoints import last_whole_checkpoint, write_checksums
+from training.devices import peak_flops
 from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
 from training.layer_decay import layer_decay_groups
 from training.stopping import StopOnSignal, init_worker
@@ -52,6 +53,7 @@ class MimTrainer(Trainer):
         layer_decay: Factor between the learning rates of a layer of the encoder and the one above it.
         lr_drop_step: First step with a tenth of the learning rate, which is otherwise constant after warm-up (SimMIM).
         ema_decay: Decay of a moving average of the weights, which is evaluated and saved; 0 for none.
+        flops_per_image: FLOPs of a training step per image, for the FLOP/s in the log; 0 if unknown.
     """
 
     model: PreTrainedModel
@@ -66,6 +68,7 @@ class MimTrainer(Trainer):
         layer_decay: float = 1.0,
         lr_drop_step: int | None = None,
         ema_decay: float = 0.0,
+        flops_per_image: int = 0,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -74,6 +77,7 @@ class MimTrainer(Trainer):
         self.targets, self.layer_decay, self.lr_drop_step = targets, layer_decay, lr_drop_step
         self.schedules: dict[str, Schedule] = dict(schedules or {})
         self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
+        self.flops_per_image = flops_per_image
         self._forward_arguments = frozenset(inspect.signature(self.model.forward).parameters)
         self._total_counts: dict[str, torch.Tensor] = {}  # of this step, over all micro-batches and processes
         self._meter, self._metrics = _Meter(), {True: _MetricSums(), False: _MetricSums()}  # by model.training
@@ -354,6 +358,8 @@ class MimTrainer(Trainer):
             images_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             steps_left = self.state.max_steps - self.state.global_step
             logs.update(self._meter.read(self.state.global_step, images_per_step, steps_left))
+            if self.flops_per_image and "images_per_second" in logs:
+                logs.update(self._arithmetic(logs["images_per_second"] / self.args.world_size))
             logs["training_seconds"] = round(time.perf_counter() - self.began, 1)
             logs.update(self._summarize(training=True))
             last_step = max(self.state.global_step - 1, 0)
@@ -361,6 +367,12 @@ class MimTrainer(Trainer):
         elif "eval_loss" in logs:
             logs.update({f"eval_{name}": value for name, value in self._summarize(training=False).items()})
         super().log(logs, *args, **kwargs)
+
+    def _arithmetic(self, images_per_second: float) -> dict[str, float]:
+        """Return the achieved FLOP/s of a device, and its share of the peak where that is known (MFU)."""
+        achieved = images_per_second * self.flops_per_image
+        peak = peak_flops(self.args.device) if self.args.bf16 or self.args.fp16 else None
+        return {"flops_per_second": achieved, **({"model_flops_utilization": achieved / peak} if peak else {})}
 
     def _summarize(self, training: bool) -> dict[str, float]:
         sums = self._metrics[training].read(self.accelerator)
