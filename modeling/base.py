@@ -95,7 +95,7 @@ class MimConfig(PreTrainedConfig):
     transformers_model_types: ClassVar[tuple[str, ...]] = ()
     # Settings that follow from the source of the targets, and those that fix shapes of weights (by prefix).
     settings_of_targets: ClassVar[tuple[str, ...]] = ()
-    settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("decoder_",)
+    settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("decoder",)
     paper: ClassVar[Paper | None] = None
 
     encoder_config: Any = None  # a native config, or its settings as a dict
@@ -201,6 +201,9 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     - `needs_equal_num_masked`: all images of a batch must have equally many masked patches.
     - `targets`: kind of targets that the batch must hold, see `training.targets`; None if the images are enough.
     - `exported`: name of the submodule that leaves as the native encoder.
+    - `decodes_masked_patches`: masked patches exist in the decoder only, so that `forward` takes several masks
+      (B, k, N) of an image, and in `bool_predicted_pos` the masked patches to decode.
+    - `resizes_positions`: `forward` takes images of other sizes than the config's.
     """
 
     config: MimConfig
@@ -218,6 +221,8 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     targets: ClassVar[str | None] = None
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     exported: ClassVar[str] = "encoder"
+    decodes_masked_patches: ClassVar[bool] = False
+    resizes_positions: ClassVar[bool] = False
 
     # ---- training ----
 
@@ -227,7 +232,8 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
         The trainer weighs the losses with it, so that every item of an optimizer step counts alike however the items
         are spread over micro-batches and processes. Runs on the collator's batch: nothing may wait for the device.
         """
-        return {"loss": batch["num_masked_patches"]} if "num_masked_patches" in batch else {}
+        count = batch.get("num_predicted_patches", batch.get("num_masked_patches"))
+        return {} if count is None else {"loss": count}
 
     @property
     def loss_weights(self) -> Mapping[str, float]:

@@ -1,11 +1,13 @@
 """MAE: encode only the visible patches, then predict the pixels of the masked ones.
 
-Paper: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377, Sec. 3 and App. A.1.
-Code: facebookresearch/mae at efb2a80.
+Papers: He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", arXiv:2111.06377, Sec. 3 and App. A.1; for
+the cross decoder Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders", arXiv:2401.14391, Sec. 3.
+Code: facebookresearch/mae at efb2a80; the cross decoder follows its paper only.
 Differs: Tokens stay in the order (visible, masked) through the decoder instead of being unshuffled. Attention does not
 depend on the order, so with each token's own position added the result is the same and the unshuffling is saved.
-Shapes: B images, C channels, H W pixels, N patches = V visible + M masked, D encoder width, E decoder width,
-P = p*p*C values of a patch.
+Shapes: B images with k masks each (R = B * k; one mask unless said otherwise), C channels, H W pixels, h w patches per
+column and row, N = h * w patches = V visible + M masked, of which Q are predicted (all by default), D encoder width,
+E decoder width, P = p*p*C values of a patch.
 """
 
 from collections.abc import Mapping
@@ -16,7 +18,8 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import ViTConfig, ViTModel
 from transformers import initialization as init
-from transformers.models.vit.modeling_vit import ViTLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.vit.modeling_vit import ViTLayer, ViTMLP
 
 from .base import InitializesEveryModule, MimConfig, MimOutput, MimPreTrainedModel, Paper
 from .patches import (
@@ -26,14 +29,18 @@ from .patches import (
     patchify,
     sincos_positions,
     take_tokens,
-    visible_and_masked_indices,
+    visible_and_predicted_indices,
 )
+from .positions import positions_of_grid
 from .reconstruction import pixel_panel
 
 
 @strict
 class MaeConfig(MimConfig):
-    """Configuration of an MAE around a plain ViT; `norm_pix_loss` predicts pixels normalized per patch (Table 1d)."""
+    """Configuration of an MAE around a plain ViT; `norm_pix_loss` predicts pixels normalized per patch (Table 1d).
+
+    `decoder` is "self" (MAE: all tokens attend to all) or "cross" (CrossMAE: masked patches attend to the encoder's).
+    """
 
     model_type = "mim_mae"
     transformers_model_types: ClassVar[tuple[str, ...]] = ("vit_mae",)
@@ -44,6 +51,7 @@ class MaeConfig(MimConfig):
         "2111.06377",
     )
 
+    decoder: str = "self"
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
@@ -53,6 +61,12 @@ class MaeConfig(MimConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         patch_grid(self.encoder_config.image_size, self.encoder_config.patch_size)
+        if self.decoder not in ("self", "cross"):
+            raise ValueError(f"`decoder` is {self.decoder!r}, expected self or cross")
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> "MaeConfig":
+        """Return this config: transformers would take the setting `decoder` for the config of a text decoder."""
+        return self
 
     def decoder_config(self) -> ViTConfig:
         """Return the configuration of the decoder, whose blocks are ViT blocks too."""
@@ -78,18 +92,63 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
             grid = patch_grid(self.config.image_size, self.config.patch_size)
             init.copy_(module.position_embeddings, sincos_positions(grid, self.config.hidden_size))
 
-    def encode(self, patches: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
-        """Encode visible patches (B, V, P) with indices (B, V) to (B, 1+V, D), the class token first."""
+    def encode(
+        self, patches: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int] | None = None
+    ) -> list[torch.Tensor]:
+        """Encode visible patches (R, V, P) with indices (R, V) in a grid of patches, by default the config's.
+
+        Returns the input of the first layer and the output of each, (R, 1+V, D), the class token first; the last one
+        is normalized and the encoder's output.
+        """
         projection = self.embeddings.patch_embeddings.projection
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the order inside a patch is `patchify`'s
-        positions = self.embeddings.position_embeddings[0]  # (1+N, D), fixed
-        x = nn.functional.linear(patches, weight, projection.bias) + positions[visible + 1]  # (B, V, D)
-        cls = (self.embeddings.cls_token + positions[0]).expand(len(x), -1, -1)  # (B, 1, D)
-        x = torch.cat([cls.to(x.dtype), x], dim=1)
+        positions = self.positions(grid)
+        x = nn.functional.linear(patches, weight, projection.bias) + positions[visible + 1]  # (R, V, D)
+        cls = (self.embeddings.cls_token + positions[0]).expand(len(x), -1, -1)  # (R, 1, D)
+        states = [torch.cat([cls.to(x.dtype), x], dim=1)]
         for layer in self.layers:
-            x = layer(x)
-        latent: torch.Tensor = self.layernorm(x)
-        return latent
+            states.append(layer(states[-1]))
+        return [*states[:-1], self.layernorm(states[-1])]
+
+    def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return the fixed positions (1+N, D) of a grid: sines and cosines, or another model's table, resized."""
+        own_grid = patch_grid(self.config.image_size, self.config.patch_size)
+        return fixed_positions(self, self.embeddings.position_embeddings, own_grid, grid)
+
+
+def fixed_positions(
+    module: nn.Module, table: torch.Tensor, own_grid: tuple[int, int], grid: tuple[int, int] | None
+) -> torch.Tensor:
+    """Return the rows of a module's fixed table (1, 1+N, D) for a grid; tables of other grids are made once."""
+    if grid is None or grid == own_grid:
+        return table[0]
+    tables: dict[Any, torch.Tensor] = module.__dict__.setdefault("_tables", {})
+    if (grid, table.device) not in tables:
+        tables[grid, table.device] = positions_of_grid(table, own_grid, grid)
+    return tables[grid, table.device][0]
+
+
+class CrossLayer(GradientCheckpointingLayer):
+    """A decoder block in which queries attend to the encoder's tokens and not to each other (CrossMAE, Sec. 3.2)."""
+
+    def __init__(self, config: ViTConfig, context_width: int):
+        super().__init__()
+        width, eps, self.num_heads = config.hidden_size, config.layer_norm_eps, config.num_attention_heads
+        self.layernorm_before = nn.LayerNorm(width, eps=eps)
+        self.layernorm_context = nn.LayerNorm(context_width, eps=eps)
+        self.q_proj, self.o_proj = (nn.Linear(width, width) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(context_width, width) for _ in range(2))
+        self.layernorm_after = nn.LayerNorm(width, eps=eps)
+        self.mlp = ViTMLP(config)
+
+    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+        """Update queries (R, Q, E) by what they find in the context (R, 1+V, D)."""
+        context = self.layernorm_context(context)
+        pairs = ((self.q_proj, self.layernorm_before(x)), (self.k_proj, context), (self.v_proj, context))
+        heads = [linear(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear, y in pairs]
+        attended = nn.functional.scaled_dot_product_attention(*heads)  # (R, heads, Q, E / heads)
+        x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.layernorm_after(x))
 
 
 class MaeForPreTraining(MimPreTrainedModel):
@@ -99,8 +158,11 @@ class MaeForPreTraining(MimPreTrainedModel):
     encoder: MaeEncoder
     decoder_positions: torch.Tensor  # (1, 1+N, E), fixed
     needs_equal_num_masked = True  # the encoder sees a rectangular batch of visible patches
+    decodes_masked_patches = True
+    resizes_positions = True
+    no_weight_decay = ("decoder_mix",)
     frozen_parameters = ("encoder.embeddings.position_embeddings",)
-    _no_split_modules = ["ViTLayer"]  # noqa: RUF012 - read by transformers as a class attribute
+    _no_split_modules = ["ViTLayer", "CrossLayer"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: MaeConfig):
         super().__init__(config)
@@ -109,11 +171,18 @@ class MaeForPreTraining(MimPreTrainedModel):
         self.encoder = MaeEncoder(encoder_config, add_pooling_layer=False)
         # Bare blocks do not know which attention the model uses; unset, they fall back to eager.
         decoder_config._attn_implementation = self.encoder.config._attn_implementation
-        self.decoder_embed = nn.Linear(encoder_config.hidden_size, decoder_config.hidden_size)
+        width, num_layers = encoder_config.hidden_size, decoder_config.num_hidden_layers
+        if config.decoder == "self":
+            self.decoder_embed = nn.Linear(width, decoder_config.hidden_size)
+        else:
+            self.decoder_mix = nn.Parameter(torch.zeros(num_layers, 1 + encoder_config.num_hidden_layers))
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_config.hidden_size))
         num_positions = 1 + self.grid[0] * self.grid[1]
         self.register_buffer("decoder_positions", torch.zeros(1, num_positions, decoder_config.hidden_size))
-        self.decoder_layers = nn.ModuleList(ViTLayer(decoder_config) for _ in range(decoder_config.num_hidden_layers))
+        self.decoder_layers = nn.ModuleList(
+            ViTLayer(decoder_config) if config.decoder == "self" else CrossLayer(decoder_config, width)
+            for _ in range(num_layers)
+        )
         self.decoder_norm = nn.LayerNorm(decoder_config.hidden_size, eps=decoder_config.layer_norm_eps)
         self.decoder_pred = nn.Linear(
             decoder_config.hidden_size, encoder_config.patch_size**2 * encoder_config.num_channels
@@ -126,6 +195,9 @@ class MaeForPreTraining(MimPreTrainedModel):
         if module is self:
             init.normal_(self.mask_token, std=0.02)
             init.copy_(self.decoder_positions, sincos_positions(self.grid, self.config.decoder_hidden_size))
+            if self.config.decoder == "cross":  # each block begins with the encoder's output
+                init.zeros_(self.decoder_mix)
+                self.decoder_mix[:, -1] = 1
 
     def forward(
         self,
@@ -133,31 +205,68 @@ class MaeForPreTraining(MimPreTrainedModel):
         bool_masked_pos: torch.Tensor,
         num_masked_patches: int | None = None,
         return_loss: bool = True,
+        bool_predicted_pos: torch.Tensor | None = None,
+        num_predicted_patches: int | None = None,
     ) -> MimOutput:
         """Predict the masked patches.
 
         Args:
             pixel_values: (B, C, H, W), uint8 or standardized.
-            bool_masked_pos: (B, N), True = masked; equally many in every image.
+            bool_masked_pos: (B, N) or (B, k, N), True = masked; equally many in every mask.
             num_masked_patches: Number of masked patches in the batch.
+            bool_predicted_pos: Those masked patches that are predicted, equally many in every mask; all if None.
+            num_predicted_patches: Number of predicted patches in the batch.
         """
-        patches = patchify(self.standardize(pixel_values), self.config.encoder_config.patch_size)  # (B, N, P)
-        visible, masked = visible_and_masked_indices(bool_masked_pos, num_masked_patches)  # (B, V), (B, M)
-        latent = self.encoder.encode(take_tokens(patches, visible), visible)  # (B, 1+V, D)
-        logits = self.decode(latent, visible, masked)[:, -masked.shape[1] :]  # (B, M, P)
-        loss = self.pixel_loss(logits, take_tokens(patches, masked)) if return_loss else None
+        patch_size = self.config.encoder_config.patch_size
+        grid = patch_grid(tuple(pixel_values.shape[-2:]), patch_size)
+        patches = patchify(pixel_values, patch_size)  # (B, N, P), not yet float32: most are needed only once
+        visible, predicted = visible_and_predicted_indices(
+            bool_masked_pos, bool_predicted_pos, num_masked_patches, num_predicted_patches
+        )  # (R, V), (R, Q)
+        states = self.encoder.encode(self.take_pixels(patches, visible), visible, grid)  # (R, 1+V, D) each
+        if self.config.decoder == "self":
+            logits = self.decode(states[-1], visible, predicted, grid)[:, -predicted.shape[1] :]  # (R, Q, P)
+        else:
+            logits = self.cross_decode(states, predicted, grid)  # (R, Q, P)
+        loss = self.pixel_loss(logits, self.take_pixels(patches, predicted)) if return_loss else None
         return MimOutput(loss=loss, logits=logits)
 
-    def decode(self, latent: torch.Tensor, visible: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-        """Decode (B, 1+V, D) to predictions (B, V+M, P), the visible patches first, then the masked ones."""
-        x = self.decoder_embed(latent)  # (B, 1+V, E)
-        x = torch.cat([x, self.mask_token.to(x.dtype).expand(*masked.shape, -1)], dim=1)  # (B, 1+N, E)
-        indices = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1, masked + 1], dim=1)  # (B, 1+N)
-        x = x + self.decoder_positions[0, indices]
+    def take_pixels(self, patches: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Return the standardized patches (R, K, P) at indices (R, K) of patches (B, N, P)."""
+        taken = take_tokens(patches, indices.reshape(len(patches), -1)).view(*indices.shape, patches.shape[-1])
+        num_channels = self.config.encoder_config.num_channels
+        images = taken.unflatten(-1, (-1, 1, num_channels)).movedim(-1, -3)  # (R, K, C, p*p, 1)
+        return self.standardize(images).movedim(-3, -1).flatten(-3)
+
+    def decode(
+        self,
+        latent: torch.Tensor,
+        visible: torch.Tensor,
+        masked: torch.Tensor,
+        grid: tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """Decode (R, 1+V, D) to predictions (R, V+Q, P), the visible patches first, then the masked ones."""
+        x = self.decoder_embed(latent)  # (R, 1+V, E)
+        x = torch.cat([x, self.mask_token.to(x.dtype).expand(*masked.shape, -1)], dim=1)  # (R, 1+V+Q, E)
+        indices = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1, masked + 1], dim=1)  # (R, 1+V+Q)
+        x = x + self.positions(grid)[indices]
         for layer in self.decoder_layers:
             x = layer(x)
-        logits: torch.Tensor = self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (B, N, P)
-        return logits
+        return self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (R, V+Q, P)
+
+    def cross_decode(
+        self, states: list[torch.Tensor], predicted: torch.Tensor, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Predict patches (R, Q, P) from a learned mix of the encoder's layers (R, 1+V, D) for each block."""
+        contexts = torch.einsum("kl,lbvd->kbvd", self.decoder_mix.to(states[0].dtype), torch.stack(states))
+        x = self.mask_token.to(states[0].dtype) + self.positions(grid)[predicted + 1]  # (R, Q, E)
+        for layer, context in zip(self.decoder_layers, contexts, strict=True):
+            x = layer(x, context)
+        return self.decoder_pred(self.decoder_norm(x))  # (R, Q, P)
+
+    def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return the decoder's fixed positions (1+N, E) of a grid of patches."""
+        return fixed_positions(self, self.decoder_positions, self.grid, grid)
 
     def pixel_loss(self, logits: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
         """Return the mean squared error of the masked patches (B, M, P), in float32 (Sec. 3)."""

@@ -84,18 +84,47 @@ def visible_and_masked_indices(
     Raises:
         ValueError: If the images have unequal numbers of masked patches, or none.
     """
-    if num_masked_patches is None:
-        counts = bool_masked_pos.sum(dim=1)
-        fewest, most = counts.aminmax()
-        if fewest != most or most == 0:
-            raise ValueError(
-                "every image of a batch must have the same number of masked patches, at least one; got "
-                f"{counts.tolist()}: use a mask strategy with exact counts"
-            )
-        num_masked_patches = int(most) * len(bool_masked_pos)
-    num_visible = bool_masked_pos.shape[1] - num_masked_patches // len(bool_masked_pos)
-    order = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)  # (B, N): False sorts before True
-    return order[:, :num_visible], order[:, num_visible:]
+    return visible_and_predicted_indices(bool_masked_pos, None, num_masked_patches)
+
+
+def visible_and_predicted_indices(
+    bool_masked_pos: torch.Tensor,
+    bool_predicted_pos: torch.Tensor | None = None,
+    num_masked_patches: int | None = None,
+    num_predicted_patches: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the indices of the visible (R, V) and of the predicted (R, Q) patches of all masks (..., N), R in number.
+
+    Args:
+        bool_predicted_pos: The predicted ones among the masked patches; None for all of them.
+        num_masked_patches, num_predicted_patches: As in `visible_and_masked_indices`.
+
+    Raises:
+        ValueError: If the masks have unequal numbers of masked or predicted patches, or none.
+    """
+    masks = bool_masked_pos.flatten(0, -2)  # (R, N)
+    num_masked = _number_in_each(masks, num_masked_patches, "masked")
+    ranks = masks.to(torch.uint8)  # in the order of ranks: visible, masked, predicted
+    num_predicted = num_masked
+    if bool_predicted_pos is not None:
+        predicted = bool_predicted_pos.flatten(0, -2)
+        num_predicted = _number_in_each(predicted, num_predicted_patches, "predicted")
+        ranks = ranks + predicted.to(torch.uint8)
+    order = ranks.argsort(dim=1, stable=True)  # (R, N)
+    return order[:, : masks.shape[1] - num_masked], order[:, masks.shape[1] - num_predicted :]
+
+
+def _number_in_each(masks: torch.Tensor, num_in_batch: int | None, what: str) -> int:
+    if num_in_batch is not None:
+        return num_in_batch // len(masks)
+    counts = masks.sum(dim=1)
+    fewest, most = counts.aminmax()
+    if fewest != most or most == 0:
+        raise ValueError(
+            f"every image of a batch must have the same number of {what} patches, at least one; got "
+            f"{counts.tolist()}: use a mask strategy with exact counts"
+        )
+    return int(most)
 
 
 def masked_indices(bool_masked_pos: torch.Tensor, num_masked_patches: int | None = None) -> torch.Tensor:

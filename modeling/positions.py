@@ -8,6 +8,18 @@ Shapes: N tokens, D width, T rows of a bias table, K attention heads.
 import torch
 from torch import nn
 
+from .patches import sincos_positions
+
+
+@torch.compiler.disable  # the comparison waits for the device
+@torch.no_grad()
+def positions_of_grid(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+    """Return a table (1, 1+N, D) for a new grid of patches: sines and cosines computed anew, learned ones resized."""
+    dim = table.shape[-1]
+    if dim % 4 == 0 and torch.allclose(table, sincos_positions(old, dim).to(table), atol=1e-5):
+        return sincos_positions(new, dim).to(table)
+    return resize_positions(table, old, new)
+
 
 def resize_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
     """Resize position embeddings (1, E+N, D) to a new grid of patches; the E rows of extra tokens are kept."""

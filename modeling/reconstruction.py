@@ -22,6 +22,8 @@ BLANK = 0.5  # gray level of patches that are not there
 def pixel_panel(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """Run a model that predicts the pixels of mask units, and return the columns of its panel."""
     mask, config = batch["bool_masked_pos"], model.config
+    if mask.ndim == 3:  # several of an image
+        mask = mask[:, 0]
     units, side = model.masked_units(mask), config.prediction_side
     logits = model(batch["pixel_values"], mask, return_loss=False).logits
     return reconstruction_views(

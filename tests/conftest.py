@@ -60,6 +60,7 @@ _SWIN = {
 # By method, or by "method+variant" where one method has several kinds of encoders.
 TINY_MODELS: dict[str, dict[str, Any]] = {
     "mae": _MAE,
+    "mae+cross": {**_MAE, "decoder": "cross", "decoder_num_hidden_layers": 2},
     "simmim": {"encoder_config": _BEIT},
     "simmim+swin": {"encoder_config": _SWIN},
     "simmim+deit": {"encoder_config": {**_ENCODER, "model_type": "deit"}},
