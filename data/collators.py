@@ -1,6 +1,6 @@
 """Turn items into batches: stack their views and draw a mask for each image or crop.
 
-Shapes: B images, C channels, H W pixels, N patches of the grid, V masks per image.
+Shapes: B images, C channels, H W pixels, N patches of the grid, k masks per image.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.data import default_collate, get_worker_info
 
-from data.masks import FIXED_RATIO_STRATEGIES, MASK_STRATEGIES, UNEQUAL_COUNT_STRATEGIES
+from data.masks import FIXED_RATIO_STRATEGIES, MASK_STRATEGIES, UNEQUAL_COUNT_STRATEGIES, choose_predicted
 from data.seeds import seeded_generator
 
 COUNTERS = ("epoch", "step", "image_index")
@@ -40,9 +40,11 @@ def stack_items(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass
 class MaskingCollator:
-    """Stack the views of a batch and add "bool_masked_pos" bool (B, N), or (B, V, N) with `num_masks`; True = masked.
+    """Stack the views of a batch and add "bool_masked_pos" bool (B, N), or (B, k, N) with `num_masks`; True = masked.
 
-    "num_masked_patches" is an int, for the whole batch: counting on the device would wait for it.
+    "num_masked_patches" is an int, for the whole batch: counting on the device would wait for it. With a
+    `prediction_ratio` below 1, "bool_predicted_pos" and "num_predicted_patches" do the same for the part of the masked
+    patches that the model is to predict.
 
     Items of `ImageDataset` contain `epoch`, `step` and `image_index`. Masks then depend on (seed, epoch, image_index,
     number of the mask) only: they are the same on any rank and worker, after a resume, and at every evaluation, where
@@ -58,6 +60,10 @@ class MaskingCollator:
         equal_num_masked: All masks of a batch cover equally many patches, as needed where the encoder sees the visible
             patches only. A ratio range is then drawn from once per step, otherwise once per mask.
         num_masks: Masks per image, for several crops or several masks of one; None for one without that axis.
+        prediction_ratio: Share of the masked patches to predict, in training and in evaluation. It does not change
+            which patches are masked.
+        image_size: Height and width of the images that have this grid; images of another size get the grid of patches
+            of the same size. None for this grid at any size.
         with_image_index: Return "image_index" int64 (B,) as well.
     """
 
@@ -69,6 +75,8 @@ class MaskingCollator:
     equal_num_masked: bool = True
     num_masks: int | None = None
     with_image_index: bool = False
+    prediction_ratio: float = 1.0
+    image_size: tuple[int, int] | None = None
     _draw_mask: Callable[..., torch.Tensor] = field(init=False, repr=False, compare=False)
     _num_calls: int = field(default=0, init=False, repr=False, compare=False)
 
@@ -82,10 +90,12 @@ class MaskingCollator:
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch = stack_items(features)
         has_counters = all(name in feature for feature in features for name in COUNTERS)
-        masks = self._masks_by_counters(features) if has_counters else self._masks_by_call(len(features))
-        stacked = torch.stack(masks)  # (B * V, N)
-        batch["bool_masked_pos"] = stacked if self.num_masks is None else stacked.unflatten(0, (-1, self.num_masks))
-        batch["num_masked_patches"] = int(stacked.sum())
+        grid = self._grid_of(batch["pixel_values"])
+        masks = self._masks_by_counters(features, grid) if has_counters else self._masks_by_call(len(features), grid)
+        stacked = torch.stack(masks)  # (B * k, 1, N), or (B * k, 2, N) with the predicted ones
+        for name, mask in zip(("masked", "predicted"), stacked.unbind(1), strict=False):
+            batch[f"bool_{name}_pos"] = mask if self.num_masks is None else mask.unflatten(0, (-1, self.num_masks))
+            batch[f"num_{name}_patches"] = int(mask.sum())
         if not self.with_image_index:
             batch.pop("image_index", None)
         elif "image_index" not in batch:
@@ -93,16 +103,23 @@ class MaskingCollator:
             raise ValueError(f"with_image_index=True, but item {number} of the batch has no 'image_index'")
         return batch
 
-    def _masks_by_counters(self, features: Sequence[Mapping[str, Any]]) -> list[torch.Tensor]:
+    def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        if self.image_size is None:
+            return self.grid
+        sides = zip(pixel_values.shape[-2:], self.grid, self.image_size, strict=True)
+        rows, columns = (length * number // whole for length, number, whole in sides)
+        return rows, columns
+
+    def _masks_by_counters(self, features: Sequence[Mapping[str, Any]], grid: tuple[int, int]) -> list[torch.Tensor]:
         ratio = self._batch_ratio(self.seed, "ratio", features[0]["step"])
         keys = [
             (feature["epoch"], feature["image_index"], *((number,) if number else ()))
             for feature in features
             for number in range(self.num_masks or 1)
         ]
-        return [self._mask(ratio, seeded_generator(self.seed, "mask", *key)) for key in keys]
+        return [self._mask(grid, ratio, seeded_generator(self.seed, "mask", *key)) for key in keys]
 
-    def _masks_by_call(self, num_images: int) -> list[torch.Tensor]:
+    def _masks_by_call(self, num_images: int, grid: tuple[int, int]) -> list[torch.Tensor]:
         """Draw all masks from one generator, as nothing distinguishes the images."""
         worker = get_worker_info()
         if self._num_calls == 0 and (worker is None or worker.id == 0):
@@ -116,7 +133,7 @@ class MaskingCollator:
         call = (self.seed, "call", *place, self._num_calls)
         self._num_calls += 1
         ratio, generator = self._batch_ratio(*call, "ratio"), seeded_generator(*call)
-        return [self._mask(ratio, generator) for _ in range(num_images * (self.num_masks or 1))]
+        return [self._mask(grid, ratio, generator) for _ in range(num_images * (self.num_masks or 1))]
 
     def _batch_ratio(self, *counters: int | str) -> float | None:
         """Return the ratio that all masks of the batch share; None if each draws its own."""
@@ -128,9 +145,13 @@ class MaskingCollator:
         low, high = self._ratio_range()
         return low + (high - low) * torch.rand((), generator=generator).item()
 
-    def _mask(self, ratio: float | None, generator: torch.Generator) -> torch.Tensor:
+    def _mask(self, grid: tuple[int, int], ratio: float | None, generator: torch.Generator) -> torch.Tensor:
+        """Return the masked patches and, if not all are predicted, those that are: (1, N) or (2, N)."""
         ratio = self._draw_ratio(generator) if ratio is None else ratio
-        return self._draw_mask(self.grid, ratio, generator)
+        mask = self._draw_mask(grid, ratio, generator)
+        if self.prediction_ratio == 1:
+            return mask[None]
+        return torch.stack([mask, choose_predicted(mask, self.prediction_ratio, generator)])
 
     def _ratio_range(self) -> tuple[float, float]:
         return self.mask_ratio if isinstance(self.mask_ratio, tuple) else (self.mask_ratio, self.mask_ratio)
@@ -159,6 +180,8 @@ class MaskingCollator:
             raise ValueError(f"grid must be (patch rows, patch columns), both positive, got {self.grid}.")
         if isinstance(self.mask_ratio, tuple) and len(self.mask_ratio) != 2:
             raise ValueError(f"A range of mask_ratio is (lowest, highest), got {self.mask_ratio}.")
+        if not 0 < self.prediction_ratio <= 1:
+            raise ValueError(f"prediction_ratio must be above 0 and at most 1, got {self.prediction_ratio}.")
         low, high = self._ratio_range()
         if not 0 < low <= high < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, the lowest first, got {self.mask_ratio}.")

@@ -148,6 +148,15 @@ UNEQUAL_COUNT_STRATEGIES = frozenset({"block"})  # the number of masked patches 
 FIXED_RATIO_STRATEGIES = frozenset({"grid"})  # only a few ratios are possible, so none can be drawn from a range
 
 
+def choose_predicted(mask: torch.Tensor, prediction_ratio: float, generator: torch.Generator) -> torch.Tensor:
+    """Choose round(prediction_ratio * masked) of the masked patches (N,) uniformly at random, at least one -> (N,)."""
+    masked = mask.nonzero().squeeze(1)
+    num_predicted = max(1, round(prediction_ratio * len(masked)))
+    predicted = torch.zeros_like(mask)
+    predicted[masked[torch.randperm(len(masked), generator=generator)[:num_predicted]]] = True
+    return predicted
+
+
 def _num_visible(grid: tuple[int, int], mask_ratio: float) -> int:
     num_patches = math.prod(grid)
     num_visible = int(num_patches * (1 - mask_ratio))  # with float truncation, as in the authors' code of MAE
