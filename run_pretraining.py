@@ -28,7 +28,8 @@ from commands.pretraining_settings import PretrainingSettings, load_pretraining_
 from commands.targets import open_targets
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
-from data.images import ImageDataset, Samples, SamplesWithTargets, Transform, measure_image_stats
+from data.images import ImageDataset, Samples, SamplesWithTargets, measure_image_stats
+from data.size_schedule import ScheduledTransform, Transform, as_data_steps
 from data.splits import PretrainingSplits
 from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import summarize
@@ -157,6 +158,17 @@ def model_footprint(settings: PretrainingSettings, config: MimConfig, collator: 
 def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingCollator:
     """Return the collator that draws masks; raises ValueError if they could cover a part of an encoder's token."""
     side = config.prediction_side
+    for name in ("prediction_ratio", "num_masks"):
+        if settings.values[name] != 1 and not MODELS[settings.method].decodes_masked_patches:
+            raise ValueError(
+                f"--{name} {settings.values[name]}: the encoder of {settings.method} sees masked patches; possible "
+                f"with {', '.join(name for name, model in MODELS.items() if model.decodes_masked_patches)}"
+            )
+    if settings.image_size_schedule and not config.resizes_positions:
+        raise ValueError(
+            f"--image_size_schedule: {settings.method} with {settings.model} has positions, windows or targets of one "
+            "size; leave it out, or use a method with fixed positions, such as mae"
+        )
     if settings.mask_unit * settings.patch_size % side:
         raise ValueError(
             f"--model {settings.model} makes one token of {side} x {side} pixels, which must be masked as a whole: "
@@ -169,8 +181,10 @@ def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingC
         seed=settings.seed,
         mask_unit=settings.mask_unit,
         equal_num_masked=MODELS[settings.method].needs_equal_num_masked,
-        num_masks=config.views[0].num_crops,
+        num_masks=config.views[0].num_crops or (settings.num_masks if settings.num_masks > 1 else None),
         with_image_index=True,
+        prediction_ratio=settings.prediction_ratio,
+        image_size=settings.image_size if settings.image_size_schedule else None,
     )
 
 
@@ -195,7 +209,7 @@ def build_trainer(
         if all(name.startswith("encoder.") for name in weights):  # else a teacher is among them
             model.after_loading_encoder()
 
-    def dataset(samples: Samples, transform: Transform, train: bool = False) -> ImageDataset:
+    def dataset(samples: Samples, transform: Transform | ScheduledTransform, train: bool = False) -> ImageDataset:
         return ImageDataset(
             samples,
             transform,
@@ -207,7 +221,13 @@ def build_trainer(
 
     samples: Samples = splits.train
     fixed = transform_of(settings, config, targets, train=False)
+    train_transform: Transform | ScheduledTransform
     train_transform = fixed if settings.cache_tokens else transform_of(settings, config, targets, train=True)
+    if sides := settings.image_size_schedule:
+        transforms = [transform_of(settings, config, targets, train=True, image_size=(side, side)) for side in sides]
+        data_steps_per_epoch = -(-len(samples) // plan.images_per_step)
+        first_steps = as_data_steps(plan.first_steps, plan.steps_per_epoch, data_steps_per_epoch)
+        train_transform = ScheduledTransform(tuple(transforms), first_steps)
     central = dataset(samples, fixed)
     if targets is not None and settings.cache_tokens and not settings.dry_run:
         state = PartialState()
@@ -237,12 +257,18 @@ def build_trainer(
     return trainer
 
 
-def transform_of(settings: PretrainingSettings, config: MimConfig, targets: Targets | None, train: bool) -> Views:
+def transform_of(
+    settings: PretrainingSettings,
+    config: MimConfig,
+    targets: Targets | None,
+    train: bool,
+    image_size: tuple[int, int] | None = None,
+) -> Views:
     """Return the transform to the method's views, and to the one that the targets need."""
     other_size = None if targets is None or targets.view is None else OtherSize(*targets.view)
     return build_views(
         config.views,
-        image_size=settings.image_size,
+        image_size=image_size or settings.image_size,
         crop_scale=settings.crop_scale,
         num_channels=settings.num_channels,
         train=train,

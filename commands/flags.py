@@ -7,6 +7,7 @@ command (`commands.settings`) inherit from their groups and may declare a field 
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
 
@@ -29,6 +30,7 @@ FRACTION = Range(lambda x: 0 <= x <= 1, "a fraction from 0 to 1")
 BELOW_ONE = Range(lambda x: 0 <= x < 1, "0 or more and below 1")
 POSITIVE_UP_TO_ONE = Range(lambda x: 0 < x <= 1, "a number above 0 and at most 1")
 SIDES = Range(lambda x: len(x) <= 2 and min(x) >= 1, "one side, or height and width, of at least 1 pixel")
+RISING = Range(lambda x: x[0] >= 1 and all(a < b for a, b in pairwise(x)), "numbers that rise")
 SCALE = Range(lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1, "two numbers, 0 < smallest <= largest <= 1")
 RATIO = Range(
     lambda x: len(x) <= 2 and 0 < x[0] <= x[-1] < 1,

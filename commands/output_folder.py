@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from commands.pretraining_settings import PretrainingSettings
-from commands.settings import TrainingSettings
+from commands.settings import Origin, TrainingSettings
 from data.bad_images import BadImages
 from training.checkpoints import last_whole_checkpoint, problem_with
 
@@ -25,7 +25,7 @@ FREE_TO_CHANGE = (
 )
 # Settings that must be those of the checkpoint to load it.
 SHAPES = (
-    *("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder_", "vocab_size"),
+    *("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder", "vocab_size"),
     *("task", "pooling", "mode", "num_trained_blocks"),  # of a fine-tuning run
 )
 # What runs write, besides the code files of the model, which are named as in `modeling`.
@@ -111,6 +111,8 @@ def _compare_settings(saved_file: Path, settings: TrainingSettings, log: Callabl
     if not saved_file.exists():
         return
     saved, now = yaml.safe_load(saved_file.read_text(encoding="utf-8")), yaml.safe_load(_as_yaml(settings))
+    # An older version did not save settings that it did not have.
+    saved = {name: value for name, value in now.items() if settings.origins[name] == Origin.DEFAULT} | saved
     changed = [n for n in sorted(saved.keys() | now.keys()) if saved.get(n) != now.get(n)]
     changed = [name for name in changed if not name.startswith(FREE_TO_CHANGE)]
     shown = ", ".join(f"{name} {saved.get(name)} -> {now.get(name)}" for name in changed)

@@ -8,6 +8,7 @@ from commands.plan import Plan, in_millions
 from commands.pretraining_settings import PretrainingSettings
 from data.masks import MASK_STRATEGIES
 from data.seeds import seeded_generator
+from data.size_schedule import first_steps_of_stages
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,13 @@ class PretrainingPlan(Plan):
     Args:
         num_masked: Smallest and largest number of masked patches of an image.
         lr_drop_step: First step with a tenth of the learning rate.
+        first_steps: First step of each stage of the image_size_schedule.
     """
 
     settings: PretrainingSettings
     num_masked: tuple[int, int]
     lr_drop_step: int | None
+    first_steps: tuple[int, ...]
 
     @classmethod
     def scheduled(
@@ -36,7 +39,8 @@ class PretrainingPlan(Plan):
         unit = {"unit": settings.mask_unit} if settings.mask_strategy == "random-unit" else {}
         ratios = ratio if isinstance(ratio, tuple) else (ratio, ratio)
         num_masked = tuple(int(draw(settings.grid, one, seeded_generator("plan"), **unit).sum()) for one in ratios)
-        return {"lr_drop_step": step, "num_masked": num_masked}
+        first_steps = first_steps_of_stages(len(settings.image_size_schedule or ()), num_steps)
+        return {"lr_drop_step": step, "num_masked": num_masked, "first_steps": tuple(first_steps)}
 
     def task_rows(self) -> dict[str, str]:
         settings, num_patches = self.settings, math.prod(self.grid)
@@ -45,10 +49,16 @@ class PretrainingPlan(Plan):
         patches = f"{self.grid[0]} x {self.grid[1]} = {num_patches} patches"
         low, high = self.num_masked
         masked = f"{low}" if low == high else f"{low} to {high}"
+        stages = zip(settings.image_size_schedule or (), self.first_steps, strict=True)
+        growing = "".join(f", {side} from step {step:,}" for side, step in stages)
+        share, num_masks = settings.prediction_ratio, settings.num_masks
         return {
             "model": f"{settings.model} with {settings.method}, {in_millions(self.footprint.num_parameters)}",
-            "input": f"{height} x {width} pixels, {color}, {patches} of {settings.patch_size} x {settings.patch_size}",
-            "mask": f"{settings.mask_strategy}, {masked} of {num_patches} patches masked",
+            "input": f"{height} x {width} pixels, {color}, {patches} of {settings.patch_size} x {settings.patch_size}"
+            + growing,
+            "mask": f"{settings.mask_strategy}, {masked} of {num_patches} patches masked"
+            + (f", {share:.0%} of them predicted" if share < 1 else "")
+            + (f", {num_masks} masks per image" if num_masks > 1 else ""),
             "standardized by": self._standardized_by(),
         }
 

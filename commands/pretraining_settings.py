@@ -5,7 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from commands.flags import COUNT, POSITIVE, POSITIVE_UP_TO_ONE, RATIO, SIDES, ImageFlags, RunFlags, flag, method_flags
+from commands.flags import (
+    COUNT,
+    POSITIVE,
+    POSITIVE_UP_TO_ONE,
+    RATIO,
+    RISING,
+    SIDES,
+    ImageFlags,
+    RunFlags,
+    flag,
+    method_flags,
+)
 from commands.presets import ENCODER_SIZES, METHOD_SIZES
 from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, data_name, label_of
 from data.masks import MASK_STRATEGIES
@@ -32,6 +43,12 @@ class ModelFlags:
     )
     method: str = flag("mae", "pre-training method; its published settings are in recipes/<method>.yaml")
     image_size: tuple[int, int] = flag(None, "one side, or height and width, in pixels (default: the model's)", SIDES)
+    image_size_schedule: list[int] | None = flag(
+        None,
+        "sides in pixels of the training images, in stages of equally many steps; the last one is --image_size, at "
+        "which the encoder is evaluated and exported. Images per step stay the same (not for every method)",
+        RISING,
+    )
     patch_size: int = flag(None, "side of a patch in pixels (default: the model's)", COUNT)
     num_channels: Literal[1, 3] = flag(3, "3: color, 1: gray")
     init_from: str | None = flag(
@@ -84,6 +101,18 @@ class MaskFlags:
     )
     mask_strategy: str = flag(None, "which patches are masked (default: the recipe's)", choices=MASK_STRATEGIES)
     mask_unit: int = flag(None, "side in pixels of the squares that 'random-unit' masks (default: a patch)", COUNT)
+    prediction_ratio: float = flag(
+        1.0,
+        "fraction of the masked patches that the decoder predicts, for methods whose encoder "
+        "sees visible patches only; CrossMAE's 0.25 of all patches is 0.33 of those that a ratio of 0.75 masks",
+        POSITIVE_UP_TO_ONE,
+    )
+    num_masks: int = flag(
+        1,
+        "masks per image, for the same methods: an image is decoded once and trained on with several masks; images "
+        "per step and learning rate count images",
+        COUNT,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +156,8 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
             raise SettingsError(
                 f"--mask_unit has no effect with --mask_strategy {self.mask_strategy}: use random-unit, or omit it"
             )
+        if self.image_size_schedule:
+            self._check_schedule(self.image_size_schedule)
         if self.eval_label_column and not self.eval_dataset:
             raise SettingsError("--eval_label_column has no effect without --eval_dataset")
         changing = [name for name in ("crop_scale", "color_jitter") if self.is_users(name) and self.values[name]]
@@ -172,6 +203,22 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
                         f"--model {self.model} contradicts --init_from {name}: {size} is {wanted} instead of "
                         f"{start.encoder.get(size)}; leave --model out"
                     )
+
+    def _check_schedule(self, sides: Sequence[int]) -> None:
+        unit = self.patch_size * self.mask_unit
+        shown = " ".join(map(str, sides))
+        if any(side % unit for side in sides):
+            raise SettingsError(
+                f"--image_size_schedule is {shown}, expected multiples of {unit}: patch times mask unit"
+            )
+        if self.image_size != (sides[-1], sides[-1]):
+            height, width = self.image_size
+            raise SettingsError(
+                f"--image_size_schedule ends at {sides[-1]}, but the model has images of {height} x {width} pixels: "
+                f"add --image_size {sides[-1]}, or end at the model's size"
+            )
+        if not self.dataloader_drop_last:
+            raise SettingsError("--image_size_schedule needs --dataloader_drop_last: a batch has images of one size")
 
     @classmethod
     def typed(cls, values: Mapping[str, Any]) -> dict[str, Any]:

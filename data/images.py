@@ -23,6 +23,7 @@ from data.bad_images import BadImages
 from data.decoding import BadImage
 from data.sampling import EpochOrder
 from data.seeds import seeded_generator
+from data.size_schedule import ScheduledTransform, Transform
 from data.sources import ImageSource
 
 logger = logging.getLogger(__name__)
@@ -40,12 +41,6 @@ class Samples(Protocol):
 
     def name(self, index: int) -> str:
         """Return what a person needs to find the sample."""
-
-
-class Transform(Protocol):
-    """Turns a sample into named views; all random choices come from `generator`."""
-
-    def __call__(self, sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]: ...
 
 
 @runtime_checkable
@@ -117,7 +112,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         samples: Samples,
-        transform: Transform,
+        transform: Transform | ScheduledTransform,
         *,
         seed: int = 0,
         train: bool = False,
@@ -141,22 +136,23 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
     def item(self, image_index: int, epoch: int, step: int = 0) -> dict[str, Any]:
         """Return what a batch of that epoch holds for this image."""
-        image_index, views = self._load(image_index, epoch)
+        image_index, views = self._load(image_index, epoch, step)
         return {**views, "image_index": image_index, "epoch": epoch, "step": step}
 
     def name(self, image_index: int) -> str:
         return self.samples.name(image_index)
 
-    def view(self, image_index: int, epoch: int = 0) -> dict[str, Any]:
+    def view(self, image_index: int, epoch: int = 0, step: int = 0) -> dict[str, Any]:
         """Transform this image and no other.
 
         Raises:
             BadImage: If it cannot be read.
         """
         sample = self.samples.sample(image_index)
-        return self.transform(sample, seeded_generator(self.seed, "augment", epoch, image_index))
+        transform = self.transform.at(step) if isinstance(self.transform, ScheduledTransform) else self.transform
+        return transform(sample, seeded_generator(self.seed, "augment", epoch, image_index))
 
-    def _load(self, image_index: int, epoch: int) -> tuple[int, dict[str, Any]]:
+    def _load(self, image_index: int, epoch: int, step: int) -> tuple[int, dict[str, Any]]:
         """Return the views of the image, or of the first readable one drawn in its place, with its index."""
         candidate = image_index
         for attempt in range(1 + _NUM_REPLACEMENTS):
@@ -164,7 +160,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
                 generator = seeded_generator(self.seed, "replace", epoch, image_index, attempt)
                 candidate = int(torch.randint(len(self), (), generator=generator))
             try:
-                return candidate, self.view(candidate, epoch)
+                return candidate, self.view(candidate, epoch, step)
             except BadImage as error:
                 self.report(candidate, str(error))
         raise BadImage(

@@ -110,6 +110,11 @@ class MimConfig(PreTrainedConfig):
         return int(self.encoder_config.patch_size)
 
     @property
+    def resizes_positions(self) -> bool:
+        """Whether the model takes images of other sizes than the encoder's."""
+        return False
+
+    @property
     def views(self) -> tuple[View, ...]:
         """The crops of an image that the model sees; a mask is drawn for each crop of the first view."""
         return (View(),)
@@ -203,7 +208,6 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     - `exported`: name of the submodule that leaves as the native encoder.
     - `decodes_masked_patches`: masked patches exist in the decoder only, so that `forward` takes several masks
       (B, k, N) of an image, and in `bool_predicted_pos` the masked patches to decode.
-    - `resizes_positions`: `forward` takes images of other sizes than the config's.
     """
 
     config: MimConfig
@@ -222,7 +226,6 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     exported: ClassVar[str] = "encoder"
     decodes_masked_patches: ClassVar[bool] = False
-    resizes_positions: ClassVar[bool] = False
 
     # ---- training ----
 

@@ -64,6 +64,11 @@ class MaeConfig(MimConfig):
         if self.decoder not in ("self", "cross"):
             raise ValueError(f"`decoder` is {self.decoder!r}, expected self or cross")
 
+    @property
+    def resizes_positions(self) -> bool:
+        """Sines and cosines exist for every size."""
+        return True
+
     def get_text_config(self, *args: Any, **kwargs: Any) -> "MaeConfig":
         """Return this config: transformers would take the setting `decoder` for the config of a text decoder."""
         return self
@@ -112,7 +117,7 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
 
     def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the fixed positions (1+N, D) of a grid: sines and cosines, or another model's table, resized."""
-        own_grid = patch_grid(self.config.image_size, self.config.patch_size)
+        own_grid = patch_grid(self.config.image_size, self.config.patch_size)  # type: ignore[arg-type]
         return fixed_positions(self, self.embeddings.position_embeddings, own_grid, grid)
 
 
@@ -159,7 +164,6 @@ class MaeForPreTraining(MimPreTrainedModel):
     decoder_positions: torch.Tensor  # (1, 1+N, E), fixed
     needs_equal_num_masked = True  # the encoder sees a rectangular batch of visible patches
     decodes_masked_patches = True
-    resizes_positions = True
     no_weight_decay = ("decoder_mix",)
     frozen_parameters = ("encoder.embeddings.position_embeddings",)
     _no_split_modules = ["ViTLayer", "CrossLayer"]  # noqa: RUF012 - read by transformers as a class attribute

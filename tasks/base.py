@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from commands.finetune_settings import FinetuneSettings
 from data.collators import stack_items
-from data.images import ImageDataset, StackedImages, Transform
+from data.images import ImageDataset, StackedImages
+from data.size_schedule import Transform
 from data.splits import Splits
 from hub.model_card import TaskCard
 from hub.open_model import open_model

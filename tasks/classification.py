@@ -26,9 +26,9 @@ from commands.output_folder import CONFUSION_FILE, SUBSET_FILE
 from commands.settings import Origin, SettingsError
 from data.augmentations import single_view
 from data.classification import CROP_SHARE, EvalView, eval_view, train_view
-from data.images import Transform
 from data.labeled import write_subset
 from data.randaugment import RandAugment
+from data.size_schedule import Transform
 from data.splits import LabeledSplits, open_labeled_splits
 from evaluation.confusion import draw_confusion_matrix
 from evaluation.metrics import classification_metrics, classification_results, confusion_matrix

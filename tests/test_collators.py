@@ -222,3 +222,37 @@ def test_epoch_sampler__reaches_persistent_workers(persistent_workers):
         sampler.set_epoch(epoch)
         for image_index, mask in masks_by_image(list(loader)).items():
             assert mask == random_mask((14, 14), 0.75, seeded_generator(0, "mask", epoch, image_index)).tolist()
+
+
+def test_prediction_ratio__chooses_among_the_masked_and_changes_no_mask():
+    items = [make_item(index, epoch=1) for index in range(6)]
+    whole = MaskingCollator(GRID, 0.75)(items)
+    part = MaskingCollator(GRID, 0.75, prediction_ratio=1 / 3)(items)
+    assert "bool_predicted_pos" not in whole
+    assert part["bool_masked_pos"].equal(whole["bool_masked_pos"])
+    assert part["num_masked_patches"] == whole["num_masked_patches"]
+    assert part["bool_predicted_pos"].sum(1).tolist() == [6] * 6
+    assert part["num_predicted_patches"] == 36
+    assert not (part["bool_predicted_pos"] & ~part["bool_masked_pos"]).any()
+    again = MaskingCollator(GRID, 0.75, prediction_ratio=1 / 3)(items[2:3])
+    assert again["bool_predicted_pos"][0].equal(part["bool_predicted_pos"][2])
+    chosen = {tuple(row.nonzero().flatten().tolist()) for row in part["bool_predicted_pos"]}
+    assert len(chosen) == 6
+
+
+def test_prediction_ratio__is_at_least_one_patch_and_never_none():
+    batch = MaskingCollator((2, 2), 0.5, prediction_ratio=0.01, num_masks=2)([make_item(0), make_item(1)])
+    assert batch["bool_predicted_pos"].sum(-1).tolist() == [[1, 1], [1, 1]]
+    for ratio in (0, 1.5):
+        with pytest.raises(ValueError, match="prediction_ratio must be above 0"):
+            MaskingCollator(GRID, 0.75, prediction_ratio=ratio)
+
+
+def test_image_size__other_sizes_get_patches_of_the_same_size():
+    collate = MaskingCollator(GRID, 0.75, image_size=(32, 48))
+    for size, num_patches in (((3, 32, 48), 24), ((3, 16, 24), 6), ((3, 64, 48), 48)):
+        batch = collate([make_item(3, size=size)])
+        assert batch["bool_masked_pos"].shape == (1, num_patches)
+        rows, columns = size[1] // 8, size[2] // 8
+        expected = random_mask((rows, columns), 0.75, seeded_generator(0, "mask", 0, 3))
+        assert batch["bool_masked_pos"][0].equal(expected)
