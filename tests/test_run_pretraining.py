@@ -21,7 +21,7 @@ from transformers import AutoModel
 from commands.launch import has_accelerator
 
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
-CODE = ("mae.py", "base.py", "patches.py", "reconstruction.py", "schedules.py")
+CODE = ("mae.py", "base.py", "patches.py", "positions.py", "reconstruction.py", "schedules.py")
 LAYOUT = {
     *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "settings.yaml"),
     *("training_curve.png", "reconstructions.png", "trainer_state.json"),
