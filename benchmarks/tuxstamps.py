@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-SIZE = 64  # pixels of a view
+SIZE = 64  # pixels of a view, unless --size says otherwise
 _NUM_CROPS, _CROP_SIZE, _MAX_SCALE, _STRIDE = 10_000, 96, 16, 0.5
 _NUM_VIEWS = {"train": 12, "test": 4}
 _TEST_SHARE, _TUNING_SHARE = 0.4, 1 / 3  # of the stamps of a class
@@ -99,6 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("/"), help="where the Debian packages are unpacked")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/tuxstamps"))
+    parser.add_argument("--size", type=int, default=SIZE, help="side of a view in pixels")
     options = parser.parse_args()
     if options.output_dir.exists():
         raise SystemExit(f"{options.output_dir} already exists; remove it or use another --output_dir")
@@ -127,7 +128,7 @@ def main() -> None:
             into = options.output_dir / "stamps" / split / stamp.class_name
             into.mkdir(parents=True, exist_ok=True)
             for view in range(_NUM_VIEWS[split]):
-                draw(stamp, view, backgrounds).save(into / f"{stamp.file.stem}_{view:02d}.png")
+                draw(stamp, view, backgrounds, options.size).save(into / f"{stamp.file.stem}_{view:02d}.png")
         print(f"{split}: {_NUM_VIEWS[split]} views of each of {len(of_split)} stamps, {_by_class(of_split)}")
     write_tuning(options.output_dir, [stamp for stamp in stamps if not stamp.is_for_test])
 
@@ -240,10 +241,10 @@ def hold_out(stamps: Sequence[Stamp], share: float, salt: str) -> set[Stamp]:
     return held_out
 
 
-def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image]) -> Image.Image:
-    """Paste a stamp at a random position on a random background; drawn at twice the size, then reduced to SIZE."""
+def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image], size: int = SIZE) -> Image.Image:
+    """Paste a stamp at a random position on a random background; drawn at twice the size, then reduced to it."""
     rng = np.random.RandomState(_number(f"{stamp.key}|{view}") % 2**32)
-    side = 2 * SIZE
+    side = 2 * size
     background = backgrounds[rng.randint(len(backgrounds))]
     crop = rng.uniform(0.5, 1) * min(background.size)
     x, y = rng.uniform(0, background.width - crop), rng.uniform(0, background.height - crop)
@@ -252,10 +253,10 @@ def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image]) -> Image.I
     cut_out = Image.open(stamp.file).convert("RGBA")
     cut_out = cut_out.crop(cut_out.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())
     scale = rng.uniform(0.6, 0.98) * side / max(cut_out.size)
-    size = max(2, round(cut_out.width * scale)), max(2, round(cut_out.height * scale))
-    cut_out = _flip_randomly(cut_out.resize(size, Image.Resampling.LANCZOS), rng)
+    sides = max(2, round(cut_out.width * scale)), max(2, round(cut_out.height * scale))
+    cut_out = _flip_randomly(cut_out.resize(sides, Image.Resampling.LANCZOS), rng)
     image.paste(cut_out, (rng.randint(side - size[0] + 1), rng.randint(side - size[1] + 1)), cut_out)
-    return image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
+    return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def write_tuning(folder: Path, stamps: Sequence[Stamp]) -> None:

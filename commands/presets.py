@@ -49,13 +49,21 @@ ENCODER_SIZES: dict[str, dict[str, Any]] = {
     "swin-large": _swin(192, [2, 2, 18, 2], [6, 12, 24, 48], window_size=12),
 }
 
-# Settings of a method that depend on the encoder's size, for methods that have them; the others keep their default
-# (MAE: width 512, 8 blocks and 16 heads for every published encoder).
-METHOD_SIZES: dict[str, dict[str, int]] = {
-    "vit-nano": {
-        "decoder_hidden_size": 128,
-        "decoder_num_hidden_layers": 2,
-        "decoder_num_attention_heads": 4,
-        "decoder_intermediate_size": 512,
+
+def _decoder(width: int, num_blocks: int) -> dict[str, int]:
+    return {
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": num_blocks,
+        "decoder_num_attention_heads": width // 32,  # as wide as the published decoder's
+        "decoder_intermediate_size": 4 * width,
     }
+
+
+# Settings of a method that depend on the encoder's size, for methods that have them; the others keep their default
+# (MAE: width 512, 8 blocks and 16 heads for every published encoder). Beside a small encoder that decoder would take
+# most of the time, with vit-tiny 95% (benchmarks/decoder_quality.py compares decoders at equal time).
+METHOD_SIZES: dict[str, dict[str, int]] = {
+    "vit-nano": _decoder(128, 2),
+    "vit-tiny": _decoder(192, 2),
+    "vit-small": _decoder(256, 4),
 }
