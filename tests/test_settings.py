@@ -45,6 +45,27 @@ def recipe(tmp_path: Path):
 # ---- which value wins ----
 
 
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("vit-nano", (128, 2, 4, 512)),
+        ("vit-tiny", (192, 2, 6, 768)),
+        ("vit-small", (256, 4, 8, 1024)),
+        *((model, (512, 8, 16, 2048)) for model in ("vit-base", "vit-large", "vit-huge")),
+    ],
+)
+def test_decoder__is_the_published_one_beside_published_encoders_and_smaller_beside_small_ones(model, sizes):
+    names = [f"decoder_{name}" for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")]
+    names.append("decoder_intermediate_size")
+    settings = load("--model", model)
+    assert tuple(settings.method_settings[name] for name in names) == sizes
+    assert settings.method_settings["decoder"] == "self"
+    given = load("--model", model, "--decoder_num_hidden_layers", "3", "--decoder", "cross")
+    assert given.method_settings["decoder_num_hidden_layers"] == 3
+    assert given.method_settings["decoder"] == "cross"
+    assert given.method_settings["decoder_hidden_size"] == sizes[0]
+
+
 def test_no_flags__gives_mae_on_the_bundled_images():
     settings = load()
     assert (settings.model, settings.method, settings.dataset) == ("vit-base", "mae", ["sample"])
