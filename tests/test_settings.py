@@ -264,7 +264,7 @@ def test_setting_of_another_method__is_refused_with_the_methods_own():
     heads = {**CONFIGS, "other": OtherConfig}
     assert load_pretraining_settings(["--norm_pix_loss", "false"], heads).method_settings["norm_pix_loss"] is False
     message = error_of("--num_guesses", "4", heads=heads)
-    assert "command line: num_guesses is a setting of other, not of mae, which has: decoder, decoder_hidden_size" in message
+    assert "command line: num_guesses is a setting of other, not of mae, which has: decoder, decoder_hidden" in message
 
 
 def test_method_without_a_recipe__says_so():

@@ -108,7 +108,7 @@ def test_command__trains_in_stages_and_exports_the_last_size(tmp_path, capsys):
     assert pretrain([*SMALL, *flags, "--decoder", "cross", "--prediction_ratio", "0.25", "--num_masks", "2"]) == 0
     printed = capsys.readouterr().out
     assert "32 from step 0, 48 from step 2, 64 from step 4" in printed
-    assert "48 of 64 patches masked, 12 of them predicted, 2 masks per image" in printed
+    assert "48 of 64 patches masked, 25% of them predicted, 2 masks per image" in printed
     assert AutoModel.from_pretrained(tmp_path).config.image_size == 64
     config = json.loads((tmp_path / "pretraining" / "config.json").read_text())
     assert config["decoder"] == "cross"
