@@ -104,9 +104,14 @@ def grid_of(config: Any) -> tuple[int, int]:
 
 
 def _head_settings(config: PreTrainedConfig, method: str) -> dict[str, Any]:
-    """Return the method's settings of a model that is continued; transformers' ViTMAE uses the same names."""
-    names = {setting.name for setting in fields(CONFIGS[method])} - {setting.name for setting in fields(MimConfig)}
-    return {name: getattr(config, name) for name in sorted(names - {*CONFIGS[method].settings_of_targets})}
+    """Return the method's settings of a model that is continued; transformers' ViTMAE uses the same names.
+
+    It lacks settings whose default is the published method.
+    """
+    own: Any = CONFIGS[method]
+    names = {setting.name for setting in fields(own)} - {setting.name for setting in fields(MimConfig)}
+    names -= {*own.settings_of_targets}
+    return {name: getattr(config, name, getattr(own, name, None)) for name in sorted(names)}
 
 
 def _host(name: str, config: PreTrainedConfig, method: str) -> str:

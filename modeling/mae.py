@@ -200,8 +200,9 @@ class MaeForPreTraining(MimPreTrainedModel):
             init.normal_(self.mask_token, std=0.02)
             init.copy_(self.decoder_positions, sincos_positions(self.grid, self.config.decoder_hidden_size))
             if self.config.decoder == "cross":  # each block begins with the encoder's output
-                init.zeros_(self.decoder_mix)
-                self.decoder_mix[:, -1] = 1
+                last = torch.zeros_like(self.decoder_mix)
+                last[:, -1] = 1
+                init.copy_(self.decoder_mix, last)  # unless it was loaded
 
     def forward(
         self,
