@@ -134,8 +134,8 @@ class PoisonedImages(ImageDataset):
 
     poisoned = 13
 
-    def _load(self, image_index, epoch):
-        image_index, views = super()._load(image_index, epoch)
+    def _load(self, image_index, epoch, step):
+        image_index, views = super()._load(image_index, epoch, step)
         pixels = views["pixel_values"].float() / 255
         if image_index == self.poisoned:
             pixels[0, 3, 5] = float("nan")
