@@ -255,7 +255,7 @@ def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image], size: int 
     scale = rng.uniform(0.6, 0.98) * side / max(cut_out.size)
     sides = max(2, round(cut_out.width * scale)), max(2, round(cut_out.height * scale))
     cut_out = _flip_randomly(cut_out.resize(sides, Image.Resampling.LANCZOS), rng)
-    image.paste(cut_out, (rng.randint(side - size[0] + 1), rng.randint(side - size[1] + 1)), cut_out)
+    image.paste(cut_out, (rng.randint(side - sides[0] + 1), rng.randint(side - sides[1] + 1)), cut_out)
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
