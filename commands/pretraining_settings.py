@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from commands.flags import COUNT, POSITIVE, POSITIVE_UP_TO_ONE, RATIO, SIDES, ImageFlags, RunFlags, flag, method_flags
+from commands.flags import (
+    COUNT,
+    POSITIVE,
+    POSITIVE_UP_TO_ONE,
+    RATIO,
+    SIDES,
+    CachedImageFlags,
+    RunFlags,
+    flag,
+    method_flags,
+)
 from commands.presets import ENCODER_SIZES, METHOD_SIZES
 from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, data_name, label_of
 from data.masks import MASK_STRATEGIES
@@ -45,7 +55,7 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingDataFlags(ImageFlags):
+class PretrainingDataFlags(CachedImageFlags):
     eval_dataset: list[str] | None = flag(
         None,
         "labeled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe and RankMe "
@@ -135,6 +145,8 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
                 f"--cache_tokens keeps the tokens of each image's central crop: leave out --{changing[0]}, which "
                 "would show another crop every time"
             )
+        if self.cache_tokens and self.cache:
+            raise SettingsError("--cache_tokens is for images that have the right size already: leave out --cache")
         if self.lr_drop_epoch is not None and self.lr_scheduler_type != "constant_with_warmup":
             raise SettingsError(
                 f"--lr_drop_epoch needs --lr_scheduler_type constant_with_warmup, not {self.lr_scheduler_type}"

@@ -182,6 +182,13 @@ class CropView:
         groups = [crops[start : start + num_crops] for start in range(0, len(crops), num_crops)]
         return [{name: torch.stack([crop[name] for crop in group]) for name in crops[0]} for group in groups]
 
+    @property
+    def shortest_side(self) -> int:
+        """As in `Views`."""
+        smallest = self.crop.scale[0] if isinstance(self.crop, RandomResizedCrop) else 1.0
+        sides = self.crop.size if self.other_size is None else (*self.crop.size, *self.other_size.size)
+        return math.ceil(max(sides) / math.sqrt(smallest))
+
     def _crops(
         self, data: bytes | Path, num_channels: int, generators: Sequence[torch.Generator]
     ) -> list[dict[str, Tensor]]:
@@ -204,6 +211,11 @@ class Views:
 
     def __call__(self, sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
         return self.several(sample, [generator])[0]
+
+    @property
+    def shortest_side(self) -> int:
+        """The shortest side in pixels of images that are large enough for the smallest crop to need no enlarging."""
+        return max(view.shortest_side for view in self.views)
 
     def several(self, sample: Mapping[str, Any], generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:
         """Return the views drawn by each generator; the image is decoded once per view."""

@@ -56,7 +56,8 @@ _INVERSE_ORIENTATION = {6: 8, 8: 6}  # all others are their own inverse
 _TAIL_BYTES = 512
 _TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 _MIN_PIXELS_TO_CUT = 16_384  # decoding fewer takes no longer than cutting them off
-_RAW_HEADER = re.compile(rb"P([56]) (\d+) (\d+) 255\n")
+_ORIGINAL = re.compile(rb"(?:P[56]\n# )?shrunk from (\d+) x (\d+)")
+_RAW_HEADER = re.compile(rb"P([56])\n(?:#[^\n]*\n)?(\d+) (\d+)\n255\n")
 
 # Pillow warns about every unusual file (large size, damaged EXIF), which would bury the report of check_images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -122,10 +123,12 @@ def load_crops(
         data = read_bytes(data)
     if (pixels := _raw_pixels(data, num_channels)) is not None:
         height, width, _ = pixels.shape
-        return [[_resize(pixels, box, view) for view in views] for box in choose_boxes(width, height)]
+        boxes = _choose(choose_boxes, (width, height), _ORIGINAL.match(data))
+        return [[_resize(pixels, box, view) for view in views] for box in boxes]
     with _opened(data) as image:
         header = _header(image)
-        boxes = choose_boxes(header.width, header.height)
+        original = _ORIGINAL.match(image.info["comment"]) if "comment" in image.info else None
+        boxes = _choose(choose_boxes, (header.width, header.height), original)
         with _pillow_errors_as_bad_image():
             return _resized_crops(image, data, header, boxes, views, num_channels)
 
@@ -228,6 +231,17 @@ def _tiff_data_end(image: Image.Image) -> float:
     return math.inf
 
 
+def _choose(
+    choose_boxes: Callable[[int, int], Sequence[Box]], size: tuple[int, int], original: re.Match[bytes] | None
+) -> Sequence[Box]:
+    """Return the crops of an image; those of a shrunk one are chosen by its original size."""
+    if original is None:
+        return choose_boxes(*size)
+    width, height = int(original[1]), int(original[2])
+    x, y = size[0] / width, size[1] / height
+    return [(left * x, top * y, right * x, bottom * y) for left, top, right, bottom in choose_boxes(width, height)]
+
+
 def _resized_crops(
     image: ImageFile.ImageFile,
     data: bytes,
@@ -295,13 +309,14 @@ def _cut(image: ImageFile.ImageFile, data: bytes, bottom: float, num_times_small
 def _resize(pixels: Image.Image | np.ndarray, box: Box, view: View) -> Tensor:
     """Return a crop of RGB or L pixels, an image or uint8 (H, W, C), as a uint8 tensor (C, height, width)."""
     (height, width), resample = view
-    whole = [int(edge) for edge in box]
-    if resample not in _TORCH_MODES or list(box) != whole:  # torch has no other filters and no fractions of a pixel
-        if isinstance(pixels, np.ndarray):
-            pixels = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-        right, bottom = min(box[2], pixels.width), min(box[3], pixels.height)
-        return to_tensor(pixels.resize((width, height), resample, (box[0], box[1], right, bottom)))
-    left, top, right, bottom = whole
+    left, top, right, bottom = (int(edge) for edge in box)
+    if resample not in _TORCH_MODES or box != (left, top, right, bottom):  # torch has no fractions of a pixel
+        if isinstance(pixels, np.ndarray):  # only the crop, because Pillow copies
+            pixels = pixels[top : math.ceil(box[3]), left : math.ceil(box[2])]
+            pixels = Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
+            box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
+        box = (box[0], box[1], min(box[2], pixels.width), min(box[3], pixels.height))
+        return to_tensor(pixels.resize((width, height), resample, box))
     array = pixels if isinstance(pixels, np.ndarray) else _as_array(pixels)
     crop = torch.from_numpy(array[top:bottom, left:right]).permute(2, 0, 1)  # (C, H, W)
     if crop.shape[1:] == (height, width):
@@ -342,9 +357,15 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array if len(pixels) > 1 else array[..., 0])
 
 
-def raw_header(width: int, height: int, num_channels: int) -> bytes:
-    """Return what stands before the uint8 pixels (H, W, C) in a raw file, a PPM or PGM."""
-    return f"P{6 if num_channels == 3 else 5} {width} {height} 255\n".encode()
+def raw_header(size: tuple[int, int], num_channels: int, original_size: tuple[int, int] | None = None) -> bytes:
+    """Return what stands before the uint8 pixels (H, W, C) in a raw file, a PPM or PGM; sizes are (width, height)."""
+    comment = b"" if original_size is None else b"# " + shrunk_from(*original_size) + b"\n"
+    return b"P%d\n%b%d %d\n255\n" % (6 if num_channels == 3 else 5, comment, *size)
+
+
+def shrunk_from(width: int, height: int) -> bytes:
+    """Return the comment in the file of a shrunk image by which its crops are those of the original."""
+    return b"shrunk from %d x %d" % (width, height)
 
 
 def _raw_pixels(data: bytes, num_channels: int) -> np.ndarray | None:

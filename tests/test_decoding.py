@@ -250,13 +250,33 @@ def test_load_crops__reads_raw_pixels_without_pillow(photograph: Image.Image, mo
         expected = load_crop(encoded(image, "PNG"), lambda *size: (10, 20, 200, 180), (64, 48), num_channels)
         with monkeypatch.context() as patch:
             patch.setattr(Image, "open", lambda *arguments, **options: pytest.fail("Pillow was asked"))
-            raw = raw_header(256, 192, num_channels) + image.tobytes()
+            raw = raw_header((256, 192), num_channels) + image.tobytes()
             found = load_crop(raw, lambda *size: (10, 20, 200, 180), (64, 48), num_channels)
         assert difference(found, expected) == 0
         other = load_crop(raw, whole, (192, 256), 4 - num_channels)  # the other mode, by Pillow
         assert difference(other, image.convert(other.mode)) == 0
         with pytest.raises(BadImage):
             load_crop(raw[:-1], whole, (64, 48), num_channels)
+
+
+@pytest.mark.parametrize("is_raw", [True, False])
+def test_load_crops__of_a_shrunk_image_are_those_of_the_original(photograph: Image.Image, is_raw: bool) -> None:
+    shrunk, boxes = photograph.resize((128, 96), Image.Resampling.LANCZOS), [(33, 11, 200, 150), (0, 0, 256, 192)]
+    data = raw_header((128, 96), 3, (256, 192)) + shrunk.tobytes()
+    if not is_raw:
+        data = encoded(shrunk, "JPEG", quality=98, subsampling=0, comment=decoding.shrunk_from(256, 192))
+    header = check(data)
+    assert (header.width, header.height) == (128, 96)
+
+    def choose_boxes(width: int, height: int) -> list[decoding.Box]:
+        assert (width, height) == (256, 192)
+        return boxes
+
+    crops = load_crops(data, choose_boxes, [((48, 64), Image.Resampling.BICUBIC)], 3)
+    for box, (crop,) in zip(boxes, crops, strict=True):
+        expected = photograph.crop(box).resize((64, 48), Image.Resampling.BICUBIC)
+        assert difference(to_image(crop), expected) < 3
+        assert np.abs(displacement(to_image(crop), expected)).max() < 0.03
 
 
 def truncated(data: bytes) -> bytes:
