@@ -205,6 +205,7 @@ def build_trainer(
             seed=settings.seed,
             train=train,
             images_per_step=plan.images_per_step,
+            crops_per_image=settings.repeated_aug,
             bad_images_file=output_dir / BAD_IMAGES_FILE,
         )
 

@@ -69,6 +69,12 @@ class PretrainingDataFlags(CachedImageFlags):
         "standardize with the mean and standard deviation of ImageNet (preset), of these images (auto), or of "
         "--init_from (source) (default: source if it has them, else preset for color, auto for gray)",
     )
+    repeated_aug: int = flag(
+        1,
+        "crops of each decoded image, all in one batch if they fit; each counts as an image, so that an epoch has as "
+        "many times more steps",
+        COUNT,
+    )
     interpolation: Literal["bicubic", "bilinear"] = flag(
         "bicubic", "filter that resizes crops (default: the recipe's)"
     )
@@ -145,6 +151,8 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
                 f"--cache_tokens keeps the tokens of each image's central crop: leave out --{changing[0]}, which "
                 "would show another crop every time"
             )
+        if self.cache_tokens and self.repeated_aug > 1:
+            raise SettingsError("--cache_tokens shows one crop of each image: leave out --repeated_aug")
         if self.cache_tokens and self.cache:
             raise SettingsError("--cache_tokens is for images that have the right size already: leave out --cache")
         if self.lr_drop_epoch is not None and self.lr_scheduler_type != "constant_with_warmup":

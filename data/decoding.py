@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -55,6 +55,7 @@ _TRANSPOSE = {
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # all others are their own inverse
 _TAIL_BYTES = 512
 _TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
+_MAX_SKIP, _MAX_SHIFT = 1 / 8, 1 / 16  # of the output, pixels
 _MIN_PIXELS_TO_CUT = 16_384  # decoding fewer takes no longer than cutting them off
 _ORIGINAL = re.compile(rb"(?:P[56]\n# )?shrunk from (\d+) x (\d+)")
 _RAW_HEADER = re.compile(rb"P([56])\n(?:#[^\n]*\n)?(\d+) (\d+)\n255\n")
@@ -309,22 +310,58 @@ def _cut(image: ImageFile.ImageFile, data: bytes, bottom: float, num_times_small
 def _resize(pixels: Image.Image | np.ndarray, box: Box, view: View) -> Tensor:
     """Return a crop of RGB or L pixels, an image or uint8 (H, W, C), as a uint8 tensor (C, height, width)."""
     (height, width), resample = view
-    left, top, right, bottom = (int(edge) for edge in box)
-    if resample not in _TORCH_MODES or box != (left, top, right, bottom):  # torch has no fractions of a pixel
-        if isinstance(pixels, np.ndarray):  # only the crop, because Pillow copies
-            pixels = pixels[top : math.ceil(box[3]), left : math.ceil(box[2])]
+    num_rows, num_columns = pixels.shape[:2] if isinstance(pixels, np.ndarray) else pixels.size[::-1]
+    down, across = _span(box[1], box[3], height, num_rows), _span(box[0], box[2], width, num_columns)
+    if resample not in _TORCH_MODES or down is None or across is None:
+        if isinstance(pixels, np.ndarray):
             pixels = Image.fromarray(pixels if pixels.shape[2] > 1 else pixels[..., 0])
-            box = (box[0] - left, box[1] - top, box[2] - left, box[3] - top)
         box = (box[0], box[1], min(box[2], pixels.width), min(box[3], pixels.height))
         return to_tensor(pixels.resize((width, height), resample, box))
     array = pixels if isinstance(pixels, np.ndarray) else _as_array(pixels)
-    crop = torch.from_numpy(array[top:bottom, left:right]).permute(2, 0, 1)  # (C, H, W)
-    if crop.shape[1:] == (height, width):
+    crop = torch.from_numpy(array[down.start : down.stop, across.start : across.stop]).permute(2, 0, 1)  # (C, H, W)
+    if crop.shape[1:] == (height, width) and not down.scale and not across.scale:
         crop = crop.clone(memory_format=torch.contiguous_format)
+    elif not down.scale and not across.scale:
+        crop = nn.functional.interpolate(crop[None], (height, width), mode=_TORCH_MODES[resample], antialias=True)[0]
     else:
-        mode = _TORCH_MODES[resample]
-        crop = nn.functional.interpolate(crop[None], (height, width), mode=mode, antialias=True)[0]
-    return crop[: 3 if len(crop) > 1 else 1].contiguous()
+        # A bit more than needed, so that rounding never loses the last pixel.
+        scale = (down.scale or (height + 1e-4) / crop.shape[1], across.scale or (width + 1e-4) / crop.shape[2])
+        crop = nn.functional.interpolate(crop[None], scale_factor=scale, mode=_TORCH_MODES[resample], antialias=True)[
+            0
+        ]
+    rows, columns = slice(down.skip, down.skip + height), slice(across.skip, across.skip + width)
+    return crop[: 3 if len(crop) > 1 else 1, rows, columns].contiguous()
+
+
+class _Span(NamedTuple):
+    """One side of a crop for torch's filter, which starts at whole pixels only.
+
+    Args:
+        start, stop: Pixels that the filter gets.
+        skip: Pixels of its output in front of the crop.
+        scale: Output pixels per pixel; None where the crop is exactly from start to stop.
+    """
+
+    start: int
+    stop: int
+    skip: int = 0
+    scale: float | None = None
+
+
+def _span(low: float, high: float, size: int, limit: int) -> _Span | None:
+    """Return the side `low` to `high` of a crop with `size` output pixels; None if it cannot be that exact.
+
+    With fractions, the filter starts some output pixels earlier, where one begins at nearly a whole pixel.
+    """
+    if int(low) == low and int(high) == high:
+        return _Span(int(low), int(high))
+    pixels_each = (high - low) / size
+    for skip in range(min(int(_MAX_SKIP * size), int(low / pixels_each)) + 1):
+        exact = low - skip * pixels_each
+        start, stop = round(exact), min(limit, math.ceil(high) + 1)
+        if abs(exact - start) <= _MAX_SHIFT and int((stop - start) / pixels_each) >= skip + size:
+            return _Span(start, stop, skip, 1 / pixels_each)
+    return None
 
 
 def _as_array(image: Image.Image) -> np.ndarray:

@@ -380,12 +380,15 @@ def test_crops__of_cached_images_look_like_those_of_the_originals(tmp_path: Path
         assert torch.stack(difference).mean() < most
 
 
-def test_run__continues_with_a_cache_as_if_undisturbed(tmp_path: Path, capsys) -> None:
-    folder, flags = tmp_path / "out", ["--cache", str(tmp_path / "cache"), "--cache_size", "80"]
+def test_run__continues_with_a_cache_and_repeated_crops_as_if_undisturbed(tmp_path: Path, capsys) -> None:
+    folder, flags = tmp_path / "out", ["--cache", str(tmp_path / "cache"), "--cache_size", "80", "--repeated_aug", "3"]
     small = ["--model", "vit-nano", "--max_steps", "3", "--per_device_train_batch_size", "8", "--use_cpu"]
     command = [*small, *flags, "--output_dir", str(folder), "--save_steps", "1"]
     assert pretrain(command) == 0
-    assert f"cache: {tmp_path / 'cache'}, raw images of 80 px on the shortest side" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"cache: {tmp_path / 'cache'}, raw images of 80 px on the shortest side" in said
+    assert "218 for training (an epoch has 3 crops of each)" in said
+    assert "3 = 0.04 x 81 per epoch" in said  # 218 x 3 / 8
     whole = torch.cat([p.flatten() for p in AutoModel.from_pretrained(folder).parameters()])
     for path in [folder / "checkpoint-3", folder / "checkpoint-2", folder / "pretraining"]:
         shutil.rmtree(path)
