@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
 
 from commands.artifacts import Artifacts
+from commands.cache import describe_cache, with_cache
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
 from commands.memory import Footprint, measure_footprint
@@ -67,6 +68,8 @@ def main(argv: list[str]) -> None:
         weights = read_weights(start, blank, settings.repair_positions)
     evaluation = open_evaluation(settings, state)
     lines = [f"note: {note}" for note in weights.notes]
+    views = transform_of(settings, config, targets, train=True)
+    lines += describe_cache(settings, views)
     if problem := native_root_problem(blank):
         lines.insert(0, f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
     callbacks: list[Callable[[MimTrainer], TrainerCallback]] = []
@@ -80,7 +83,9 @@ def main(argv: list[str]) -> None:
         plan,
         splits.bad,
         WRITTEN_LAST,
-        build_trainer=lambda plan, _: build_trainer(settings, plan, config, collator, splits, targets, weights.state),
+        build_trainer=lambda plan, _: build_trainer(
+            settings, plan, config, collator, with_cache(settings, views, splits), targets, weights.state
+        ),
         finish=artifacts.finish,
         shorter=QUICKSTART,
         lines=lines,
@@ -216,6 +221,7 @@ def build_trainer(
             seed=settings.seed,
             train=train,
             images_per_step=plan.images_per_step,
+            crops_per_image=settings.repeated_aug,
             bad_images_file=output_dir / BAD_IMAGES_FILE,
         )
 

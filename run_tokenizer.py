@@ -20,6 +20,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainingArguments, set_seed
 
 from commands.artifacts import copy_panel, draw_curve
+from commands.cache import describe_cache, with_cache
 from commands.job import open_images, train
 from commands.launch import find_hardware, join, run
 from commands.memory import measure_footprint
@@ -82,13 +83,17 @@ def main(argv: list[str]) -> None:
     num_images = (len(images.train), len(images.validation))
     notes = images.summary.notes
     plan = TokenizerPlan.make(settings, find_hardware(state), num_images, footprint, images.describe(), grid, notes)
+    views = single_view(random_crop(settings.image_size, settings.crop_scale), settings.num_channels)
     train(
         plan,
         images.bad,
         _WRITTEN_LAST,
-        build_trainer=lambda plan, checkpoint: build_trainer(settings, plan, config, images, checkpoint),
+        build_trainer=lambda plan, checkpoint: build_trainer(
+            settings, plan, config, with_cache(settings, views, images), checkpoint
+        ),
         finish=partial(finish, settings, images, argv),
         shorter=QUICKSTART,
+        lines=describe_cache(settings, views),
     )
 
 

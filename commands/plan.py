@@ -76,7 +76,8 @@ class Plan:
         num_train_images, num_validation_images = num_images
         if num_train_images is None and not settings.counts("max_steps"):
             raise ValueError("a data set without a length needs max_steps; give the number of optimizer steps")
-        available = sys.maxsize if num_train_images is None else num_train_images
+        crops_per_image = getattr(settings, "repeated_aug", 1)
+        available = sys.maxsize if num_train_images is None else num_train_images * crops_per_image
         batch_size, accumulation = arithmetic.batch_size_and_accumulation(
             settings, hardware, available, notes, cls.batch_on_cpu
         )
@@ -140,6 +141,8 @@ class Plan:
             "dataloader_num_workers": self.num_workers,
             "dataloader_persistent_workers": self.num_workers > 0,
             "dataloader_pin_memory": self.hardware.device_type == "cuda",
+            # Else the copy of a batch to the GPU would wait for all steps before it.
+            "accelerator_config": {"non_blocking": self.hardware.device_type == "cuda"},
             "per_device_eval_batch_size": self.batch_size,
             **given,
             "eval_steps": self._interval("eval_steps"),
@@ -170,9 +173,11 @@ class Plan:
         num_images = "an unknown number" if self.num_train_images is None else f"{self.num_train_images:,}"
         processes = f"{self.hardware.world_size} process{'es' if self.hardware.world_size > 1 else ''}"
         num_epochs = f"{self.num_epochs:,.2f}".rstrip("0").rstrip(".")
+        crops = getattr(self.settings, "repeated_aug", 1)
+        repeated = f" (an epoch has {crops} crops of each)" if crops > 1 else ""
         rows = {
             "data": self.data,
-            "images": f"{num_images} for training, {self.num_validation_images:,} for validation",
+            "images": f"{num_images} for training{repeated}, {self.num_validation_images:,} for validation",
             **self.task_rows(),
             "images per step": f"{self.batch_size} x {processes} x {self.accumulation} accumulation = "
             f"{self.images_per_step:,}",

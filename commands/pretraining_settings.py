@@ -12,7 +12,7 @@ from commands.flags import (
     RATIO,
     RISING,
     SIDES,
-    ImageFlags,
+    CachedImageFlags,
     RunFlags,
     flag,
     method_flags,
@@ -62,7 +62,7 @@ class ModelFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingDataFlags(ImageFlags):
+class PretrainingDataFlags(CachedImageFlags):
     eval_dataset: list[str] | None = flag(
         None,
         "labeled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe and RankMe "
@@ -75,6 +75,12 @@ class PretrainingDataFlags(ImageFlags):
         None,
         "standardize with the mean and standard deviation of ImageNet (preset), of these images (auto), or of "
         "--init_from (source) (default: source if it has them, else preset for color, auto for gray)",
+    )
+    repeated_aug: int = flag(
+        1,
+        "crops of each decoded image, all in one batch if they fit; each counts as an image, so that an epoch has as "
+        "many times more steps",
+        COUNT,
     )
     interpolation: Literal["bicubic", "bilinear"] = flag(
         "bicubic", "filter that resizes crops (default: the recipe's)"
@@ -166,6 +172,10 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
                 f"--cache_tokens keeps the tokens of each image's central crop: leave out --{changing[0]}, which "
                 "would show another crop every time"
             )
+        if self.cache_tokens and self.repeated_aug > 1:
+            raise SettingsError("--cache_tokens shows one crop of each image: leave out --repeated_aug")
+        if self.cache_tokens and self.cache:
+            raise SettingsError("--cache_tokens is for images that have the right size already: leave out --cache")
         if self.lr_drop_epoch is not None and self.lr_scheduler_type != "constant_with_warmup":
             raise SettingsError(
                 f"--lr_drop_epoch needs --lr_scheduler_type constant_with_warmup, not {self.lr_scheduler_type}"

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers.trainer_utils import HubStrategy
 
-from commands.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_UP_TO_ONE, SIDES, ImageFlags, Range, flag
+from commands.flags import BELOW_ONE, NOT_NEGATIVE, POSITIVE, POSITIVE_UP_TO_ONE, SIDES, CachedImageFlags, Range, flag
 from commands.settings import RECIPES, CommandLine, Origin, TrainingSettings, data_name
 
 
@@ -66,7 +66,7 @@ class TokenizerObjectiveFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerSettings(TokenizerModelFlags, TokenizerObjectiveFlags, ImageFlags, TrainingSettings):
+class TokenizerSettings(TokenizerModelFlags, TokenizerObjectiveFlags, CachedImageFlags, TrainingSettings):
     """Settings of a tokenizer's training."""
 
     base_learning_rate: float | None = flag(

@@ -8,16 +8,14 @@ Shapes: C channels, H W pixels of the crop.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from data.decoding import Box, View, load_views
+from data.decoding import Box, View, load_crops, to_image, to_tensor
 
 _NUM_TRIES = 10
 _NUMBERS_PER_TRY = 4  # area, ratio, top, left
@@ -30,6 +28,21 @@ class Crop(Protocol):
     def size(self) -> tuple[int, int]: ...
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """The random choices of one crop; `factors` and `order` are those of `jitter_colors`."""
+
+    numbers: list[float]
+    is_flipped: bool
+    factors: Sequence[float] = ()
+    order: Sequence[int] = ()
+
+    def apply(self, pixels: Tensor) -> Tensor:
+        """Flip a crop (C, H, W) and change its colors."""
+        pixels = pixels.flip(2) if self.is_flipped else pixels
+        return to_tensor(jitter_colors(to_image(pixels), self.factors, self.order)) if self.order else pixels
 
 
 @dataclass(frozen=True)
@@ -52,22 +65,27 @@ class RandomResizedCrop:
             raise ValueError(f"ratio is {self.ratio}, expected 0 < smallest <= largest, width over height")
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor:
-        return to_tensor(self.views(data, num_channels, generator, [(self.size, self.interpolation)])[0])
+        return self.views(data, num_channels, [generator], [(self.size, self.interpolation)])[0][0]
 
     def views(
-        self, data: bytes | Path, num_channels: int, generator: torch.Generator, views: Sequence[View]
-    ) -> list[Image.Image]:
-        """Return the same crop, flip and colors at several sizes."""
+        self, data: bytes | Path, num_channels: int, generators: Sequence[torch.Generator], views: Sequence[View]
+    ) -> list[list[Tensor]]:
+        """Decode an image once and return a crop per generator, at several sizes with the same flip and colors."""
+        draws = [self._draw(generator) for generator in generators]
+
+        def choose_boxes(width: int, height: int) -> list[Box]:
+            return [self.choose_box(width, height, draw.numbers) for draw in draws]
+
+        crops = load_crops(data, choose_boxes, views, num_channels)
+        return [[draw.apply(pixels) for pixels in crop] for draw, crop in zip(draws, crops, strict=True)]
+
+    def _draw(self, generator: torch.Generator) -> "_Draw":
         # One call for all numbers that any image could need: the draws do not depend on its size.
         *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
-        images = load_views(data, partial(self.choose_box, numbers=numbers), views, num_channels)
-        if flip < 0.5:
-            images = [horizontal_flip(image) for image in images]
         if not self.color_jitter:
-            return images
+            return _Draw(numbers, flip < 0.5)
         factors = (1 + self.color_jitter * (2 * torch.rand(3, generator=generator) - 1)).tolist()
-        order = torch.randperm(3, generator=generator).tolist()
-        return [jitter_colors(image, factors, order) for image in images]
+        return _Draw(numbers, flip < 0.5, factors, torch.randperm(3, generator=generator).tolist())
 
     def choose_box(self, width: int, height: int, numbers: list[float]) -> Box:
         """Return the first of ten tries that fits, else the largest central part with an allowed ratio."""
@@ -115,13 +133,13 @@ class CenterCrop:
         _check_size(self.size)
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
-        return to_tensor(self.views(data, num_channels, generator, [(self.size, self.interpolation)])[0])
+        return self.views(data, num_channels, [None], [(self.size, self.interpolation)])[0][0]
 
     def views(
-        self, data: bytes | Path, num_channels: int, generator: torch.Generator | None, views: Sequence[View]
-    ) -> list[Image.Image]:
-        """Return the crop at several sizes."""
-        return load_views(data, self.choose_box, views, num_channels)
+        self, data: bytes | Path, num_channels: int, generators: Sequence[Any], views: Sequence[View]
+    ) -> list[list[Tensor]]:
+        """Return the crop once per generator, at several sizes."""
+        return load_crops(data, lambda *size: [self.choose_box(*size)], views, num_channels) * len(generators)
 
     def choose_box(self, width: int, height: int) -> Box:
         scale = min(height / self.size[0], width / self.size[1])
@@ -153,20 +171,35 @@ class CropView:
     num_crops: int | None = None
     other_size: OtherSize | None = None
 
-    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> dict[str, Tensor]:
-        crops = [self._one(data, num_channels, generator) for _ in range(self.num_crops or 1)]
+    def __call__(
+        self, data: bytes | Path, num_channels: int, generators: Sequence[torch.Generator]
+    ) -> list[dict[str, Tensor]]:
+        """Return the view drawn by each generator; the image is decoded once."""
+        num_crops = self.num_crops or 1
+        crops = self._crops(data, num_channels, [one for one in generators for _ in range(num_crops)])
         if self.num_crops is None:
-            return crops[0]
-        return {name: torch.stack([crop[name] for crop in crops]) for name in crops[0]}
+            return crops
+        groups = [crops[start : start + num_crops] for start in range(0, len(crops), num_crops)]
+        return [{name: torch.stack([crop[name] for crop in group]) for name in crops[0]} for group in groups]
 
-    def _one(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> dict[str, Tensor]:
-        if self.other_size is None:
-            return {self.name: self.crop(data, num_channels, generator)}
-        assert isinstance(self.crop, RandomResizedCrop | CenterCrop)
-        name, size, interpolation = self.other_size
-        sizes = [(self.crop.size, self.crop.interpolation), (size, interpolation)]
-        images = self.crop.views(data, num_channels, generator, sizes)
-        return {self.name: to_tensor(images[0]), name: to_tensor(images[1])}
+    @property
+    def shortest_side(self) -> int:
+        """As in `Views`."""
+        smallest = self.crop.scale[0] if isinstance(self.crop, RandomResizedCrop) else 1.0
+        sides = self.crop.size if self.other_size is None else (*self.crop.size, *self.other_size.size)
+        return math.ceil(max(sides) / math.sqrt(smallest))
+
+    def _crops(
+        self, data: bytes | Path, num_channels: int, generators: Sequence[torch.Generator]
+    ) -> list[dict[str, Tensor]]:
+        if not isinstance(self.crop, RandomResizedCrop | CenterCrop):
+            assert self.other_size is None
+            return [{self.name: self.crop(data, num_channels, generator)} for generator in generators]
+        views = {self.name: (self.crop.size, self.crop.interpolation)}
+        if self.other_size is not None:
+            views[self.other_size.name] = (self.other_size.size, self.other_size.interpolation)
+        crops = self.crop.views(data, num_channels, generators, list(views.values()))
+        return [dict(zip(views, crop, strict=True)) for crop in crops]
 
 
 @dataclass(frozen=True)
@@ -177,10 +210,21 @@ class Views:
     num_channels: int
 
     def __call__(self, sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]:
-        found = {key: value for key, value in sample.items() if key != "image"}
+        return self.several(sample, [generator])[0]
+
+    @property
+    def shortest_side(self) -> int:
+        """The shortest side in pixels of images that are large enough for the smallest crop to need no enlarging."""
+        return max(view.shortest_side for view in self.views)
+
+    def several(self, sample: Mapping[str, Any], generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:
+        """Return the views drawn by each generator; the image is decoded once per view."""
+        others = {key: value for key, value in sample.items() if key != "image"}
+        items = [dict(others) for _ in generators]
         for view in self.views:
-            found |= view(sample["image"], self.num_channels, generator)
-        return found
+            for item, found in zip(items, view(sample["image"], self.num_channels, generators), strict=True):
+                item |= found
+        return items
 
 
 def build_views(
@@ -217,7 +261,7 @@ def single_view(crop: Crop, num_channels: int) -> Views:
     return Views((CropView(crop),), num_channels)
 
 
-def jitter_colors(image: Image.Image, factors: list[float], order: list[int]) -> Image.Image:
+def jitter_colors(image: Image.Image, factors: Sequence[float], order: Sequence[int]) -> Image.Image:
     """Multiply brightness, contrast and saturation by their factors (1 = unchanged), in the given order."""
     enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
     for which in order:
@@ -227,15 +271,6 @@ def jitter_colors(image: Image.Image, factors: list[float], order: list[int]) ->
 
 def horizontal_flip(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """Convert an RGB or L image to a contiguous uint8 tensor (C, H, W)."""
-    bands = image.split()
-    pixels = np.empty((len(bands), image.height, image.width), np.uint8)  # (C, H, W)
-    for channel, band in enumerate(bands):  # band by band: half the time of transposing the interleaved pixels
-        pixels[channel] = np.asarray(band)
-    return torch.from_numpy(pixels)
 
 
 def _between(bounds: tuple[float, float], number: float) -> float:

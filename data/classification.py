@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.augmentations import RandomResizedCrop, to_tensor
-from data.decoding import decode
+from data.augmentations import RandomResizedCrop
+from data.decoding import decode, to_image, to_tensor
 from data.randaugment import RandAugment
 
 FINETUNE_SCALE = (0.08, 1.0)
@@ -32,8 +32,8 @@ class TrainView:
         return self.crop.size
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor:
-        image = self.crop.views(data, num_channels, generator, [(self.size, self.crop.interpolation)])[0]
-        return to_tensor(self.rand_augment(image, generator) if self.rand_augment else image)
+        pixels = self.crop(data, num_channels, generator)
+        return to_tensor(self.rand_augment(to_image(pixels), generator)) if self.rand_augment else pixels
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def stack_items(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 f"{_name(items, number)} has shape {tuple(item['pixel_values'].shape)}, but {_name(items, 0)} has "
                 f"{tuple(first)}: crop or resize all images to one size and one number of channels"
             )
-    keys = [key for key in items[0] if key not in ("epoch", "step") and all(key in item for item in items)]
+    keys = [key for key in items[0] if key not in ("epoch", "step", "crop") and all(key in item for item in items)]
     return default_collate([{key: item[key] for key in keys} for item in items])
 
 
@@ -46,11 +46,11 @@ class MaskingCollator:
     `prediction_ratio` below 1, "bool_predicted_pos" and "num_predicted_patches" do the same for the part of the masked
     patches that the model is to predict.
 
-    Items of `ImageDataset` contain `epoch`, `step` and `image_index`. Masks then depend on (seed, epoch, image_index,
-    number of the mask) only: they are the same on any rank and worker, after a resume, and at every evaluation, where
-    epoch is 0. Items with nothing but views get masks that differ per rank, worker, epoch and call, and that are the
-    same neither after a resume nor at every evaluation. The stock Trainer removes the counters from items unless
-    `remove_unused_columns=False`.
+    Items of `ImageDataset` contain `epoch`, `step` and `image_index`, and the number of a further crop. Masks then
+    depend on (seed, epoch, image_index, number of the mask) only: they are the same on any rank and worker, after a
+    resume, and at every evaluation, where epoch is 0. Items with nothing but views get masks that differ per rank,
+    worker, epoch and call, and that are the same neither after a resume nor at every evaluation. The stock Trainer
+    removes the counters from items unless `remove_unused_columns=False`.
 
     Args:
         grid: Rows and columns of patches.
@@ -112,10 +112,11 @@ class MaskingCollator:
 
     def _masks_by_counters(self, features: Sequence[Mapping[str, Any]], grid: tuple[int, int]) -> list[torch.Tensor]:
         ratio = self._batch_ratio(self.seed, "ratio", features[0]["step"])
+        num_masks = self.num_masks or 1
         keys = [
             (feature["epoch"], feature["image_index"], *((number,) if number else ()))
             for feature in features
-            for number in range(self.num_masks or 1)
+            for number in range(num_masks * feature.get("crop", 0), num_masks * (feature.get("crop", 0) + 1))
         ]
         return [self._mask(grid, ratio, seeded_generator(self.seed, "mask", *key)) for key in keys]
 

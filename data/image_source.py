@@ -14,7 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from data.decoding import BadImage, read_bytes
+from data.decoding import BadImage, raw_header, read_bytes
 from data.tables import find_image_column
 
 
@@ -34,6 +34,10 @@ class ImageSource(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Return what identifies the image to a user: its path, or dataset/split#row."""
+
+    def locate(self, index: int) -> "tuple[ImageSource, int]":
+        """Return the source that has the image, of those that this one joins, and its index there."""
+        return self, index
 
     def read(self, index: int) -> bytes:
         entry = self.entry(index)
@@ -108,7 +112,7 @@ class ArraySource(ImageSource):
         self.labels = labels
         self._images = images
         self._title = title
-        self._header = f"P5 {width} {height} 255\n".encode()
+        self._header = raw_header((width, height), 1)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -132,20 +136,20 @@ class JoinedSource(ImageSource):
         return self._starts[-1]
 
     def entry(self, index: int) -> bytes | Path:
-        source, index = self._locate(index)
+        source, index = self.locate(index)
         return source.entry(index)
 
     def name(self, index: int) -> str:
-        source, index = self._locate(index)
+        source, index = self.locate(index)
         return source.name(index)
 
     @property
     def parts(self) -> tuple[ImageSource, ...]:
         return tuple(part for source in self._sources for part in source.parts)
 
-    def _locate(self, index: int) -> tuple[ImageSource, int]:
+    def locate(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._starts, index) - 1
-        return self._sources[number], index - self._starts[number]
+        return self._sources[number].locate(index - self._starts[number])
 
 
 def join_sources(sources: Sequence[ImageSource]) -> ImageSource:

@@ -8,9 +8,10 @@ Shapes: C channels, H W pixels of the crop.
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -101,11 +102,15 @@ class ImageDataset(Dataset[dict[str, Any]]):
     In training, an item is requested by counter = epoch * len(self) + position in that epoch's order (`EpochSampler`),
     so that no worker process needs to know the epoch. Otherwise the counter is the index.
 
+    With `crops_per_image`, as many counters in a row are for different views of the same image, which is decoded once
+    if they are in one batch. Items after the first have the number of the "crop", from 1 on.
+
     An image that cannot be read is recorded once in `bad_images_file` and another one takes its place, whose index is
     then `image_index`.
 
     Args:
-        images_per_step: Images that all processes together use in one optimizer step.
+        transform: With `crops_per_image`, it needs `several` as in `augmentations.Views`.
+        images_per_step: Items that all processes together use in one optimizer step.
         bad_images_file: One JSON line {name, reason} per image; None only logs a warning.
     """
 
@@ -117,27 +122,44 @@ class ImageDataset(Dataset[dict[str, Any]]):
         seed: int = 0,
         train: bool = False,
         images_per_step: int = 1,
+        crops_per_image: int = 1,
         bad_images_file: Path | None = None,
     ) -> None:
         if not len(samples):
             raise ValueError("no image is left; add images or use fewer for validation")
         self.samples, self.transform, self.seed, self.train = samples, transform, seed, train
         self.bad_images_file = bad_images_file
-        self._order = EpochOrder(len(samples), seed, images_per_step)
+        self.crops_per_image = crops_per_image if train else 1
+        self._order = EpochOrder(len(samples), seed, images_per_step, self.crops_per_image)
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.samples) * self.crops_per_image
 
     def __getitem__(self, counter: int) -> dict[str, Any]:
-        if counter < 0 or (not self.train and counter >= len(self)):
-            raise IndexError(f"image {counter} of {len(self)}")
-        return self.item(*self._order.locate(counter)) if self.train else self.item(counter, 0)
+        return self.__getitems__([counter])[0]
+
+    def __getitems__(self, counters: Sequence[int]) -> list[dict[str, Any]]:
+        """Return the items of a batch."""
+        if any(counter < 0 or (not self.train and counter >= len(self)) for counter in counters):
+            raise IndexError(f"image {max(counters)} of {len(self)}")
+        places = [self._order.locate(counter) if self.train else (counter, 0, 0, 0) for counter in counters]
+        items: list[dict[str, Any]] = []
+        for (image_index, epoch), members in groupby(places, lambda place: place[:2]):
+            steps, crops = zip(*(place[2:] for place in members), strict=True)
+            items += self._items(image_index, epoch, steps, crops)
+        return items
 
     def item(self, image_index: int, epoch: int, step: int = 0) -> dict[str, Any]:
         """Return what a batch of that epoch holds for this image."""
-        image_index, views = self._load(image_index, epoch, step)
-        return {**views, "image_index": image_index, "epoch": epoch, "step": step}
+        return self._items(image_index, epoch, [step], [0])[0]
+
+    def _items(self, image_index: int, epoch: int, steps: Sequence[int], crops: Sequence[int]) -> list[dict[str, Any]]:
+        image_index, several = self._load(image_index, epoch, crops, steps[0])
+        return [
+            {**views, "image_index": image_index, "epoch": epoch, "step": step, **({"crop": crop} if crop else {})}
+            for views, step, crop in zip(several, steps, crops, strict=True)
+        ]
 
     def name(self, image_index: int) -> str:
         return self.samples.name(image_index)
@@ -148,19 +170,28 @@ class ImageDataset(Dataset[dict[str, Any]]):
         Raises:
             BadImage: If it cannot be read.
         """
-        sample = self.samples.sample(image_index)
-        transform = self.transform.at(step) if isinstance(self.transform, ScheduledTransform) else self.transform
-        return transform(sample, seeded_generator(self.seed, "augment", epoch, image_index))
+        return self._views(image_index, epoch, [0], step)[0]
 
-    def _load(self, image_index: int, epoch: int, step: int) -> tuple[int, dict[str, Any]]:
+    def _views(self, image_index: int, epoch: int, crops: Sequence[int], step: int) -> list[dict[str, Any]]:
+        sample = self.samples.sample(image_index)
+        transform: Any = self.transform.at(step) if isinstance(self.transform, ScheduledTransform) else self.transform
+        if self.crops_per_image == 1:
+            return [transform(sample, seeded_generator(self.seed, "augment", epoch, image_index))]
+        keys = [(epoch, image_index, *((crop,) if crop else ())) for crop in range(self.crops_per_image)]
+        generators = [seeded_generator(self.seed, "augment", *key) for key in keys]
+        # All of them, even if this batch needs a part: the scale of decoding depends on the smallest crop.
+        several = transform.several(sample, generators)
+        return [several[crop] for crop in crops]
+
+    def _load(self, image_index: int, epoch: int, crops: Sequence[int], step: int) -> tuple[int, list[dict[str, Any]]]:
         """Return the views of the image, or of the first readable one drawn in its place, with its index."""
         candidate = image_index
         for attempt in range(1 + _NUM_REPLACEMENTS):
             if attempt:
                 generator = seeded_generator(self.seed, "replace", epoch, image_index, attempt)
-                candidate = int(torch.randint(len(self), (), generator=generator))
+                candidate = int(torch.randint(len(self.samples), (), generator=generator))
             try:
-                return candidate, self.view(candidate, epoch, step)
+                return candidate, self._views(candidate, epoch, crops, step)
             except BadImage as error:
                 self.report(candidate, str(error))
         raise BadImage(

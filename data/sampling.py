@@ -31,18 +31,24 @@ class EpochSampler(Sampler[int]):
 
 
 class EpochOrder:
-    """Where the counters of `EpochSampler` point to: a new random order of the images in every epoch."""
+    """Where the counters of `EpochSampler` point to: a new random order of the images in every epoch.
 
-    def __init__(self, num_images: int, seed: int, images_per_step: int) -> None:
+    `crops_per_image` counters in a row are for the same image, and each of them counts as an image of a step.
+    """
+
+    def __init__(self, num_images: int, seed: int, images_per_step: int, crops_per_image: int = 1) -> None:
         self.num_images, self.seed, self.images_per_step = num_images, seed, images_per_step
+        self.crops_per_image = crops_per_image
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
 
-    def locate(self, counter: int) -> tuple[int, int, int]:
-        """Return the image, the epoch and the optimizer step of a counter."""
-        epoch, position = divmod(counter, self.num_images)
-        steps_per_epoch = -(-self.num_images // self.images_per_step)  # rounded up: a last, smaller step counts as one
+    def locate(self, counter: int) -> tuple[int, int, int, int]:
+        """Return the image, the epoch, the optimizer step and the number of the crop of a counter."""
+        num_crops = self.num_images * self.crops_per_image
+        epoch, position = divmod(counter, num_crops)
+        steps_per_epoch = -(-num_crops // self.images_per_step)  # rounded up: a last, smaller step counts as one
         step = epoch * steps_per_epoch + position // self.images_per_step
-        return self._image_at(epoch, position), epoch, step
+        position, crop = divmod(position, self.crops_per_image)
+        return self._image_at(epoch, position), epoch, step, crop
 
     def _image_at(self, epoch: int, position: int) -> int:
         if self._epoch != epoch:

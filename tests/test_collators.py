@@ -256,3 +256,19 @@ def test_image_size__other_sizes_get_patches_of_the_same_size():
         rows, columns = size[1] // 8, size[2] // 8
         expected = random_mask((rows, columns), 0.75, seeded_generator(0, "mask", 0, 3))
         assert batch["bool_masked_pos"][0].equal(expected)
+
+
+def test_collator__draws_a_mask_for_each_crop_of_an_image():
+    collator = MaskingCollator((8, 8), 0.5, seed=3)
+    pixels = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    item = {"pixel_values": pixels, "epoch": 2, "step": 5, "image_index": 7}
+    first, second, third = collator([item, {**item, "crop": 1}, {**item, "crop": 2}])["bool_masked_pos"]
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert torch.equal(collator([{**item, "crop": 2}, item])["bool_masked_pos"], torch.stack([third, first]))
+    pairs = MaskingCollator((8, 8), 0.5, seed=3, num_masks=2)  # as with views of two crops
+    views = {**item, "pixel_values": pixels.expand(2, -1, -1, -1)}
+    masks = pairs([views, {**views, "crop": 1}])["bool_masked_pos"]
+    assert masks.shape == (2, 2, 64)
+    assert len({tuple(mask.tolist()) for mask in masks.flatten(0, 1)}) == 4
+    assert torch.equal(masks[0, 0], first)

@@ -39,6 +39,7 @@ def make_images(
     file: Path | None = None,
     chosen: list[int] | None = None,
     num_channels: int = 3,
+    crops_per_image: int = 1,
 ) -> ImageDataset:
     source = open_source(str(folder))
     crop = RandomResizedCrop((24, 32)) if train else CenterCrop((24, 32))
@@ -47,6 +48,7 @@ def make_images(
         single_view(crop, num_channels),
         seed=seed,
         images_per_step=4,
+        crops_per_image=crops_per_image,
         bad_images_file=file,
         train=train,
     )
@@ -91,6 +93,49 @@ def test_item__is_augmented_anew_in_every_epoch(folder: Path) -> None:
         item = images[counter]
         views.setdefault(item["image_index"], []).append(item["pixel_values"])
     assert not any(torch.equal(first, second) or torch.equal(second, third) for first, second, third in views.values())
+
+
+def test_repeated_crops__follow_each_other_and_count_as_images(folder: Path) -> None:
+    images, plain = make_images(folder, crops_per_image=3), make_images(folder)
+    assert len(images) == 3 * NUM_IMAGES
+    for epoch in range(2):
+        items = [images[epoch * len(images) + place] for place in range(len(images))]
+        assert [item["step"] - epoch * 9 for item in items] == [place // 4 for place in range(33)]
+        assert [item.get("crop", 0) for item in items] == [0, 1, 2] * NUM_IMAGES
+        for number in range(NUM_IMAGES):
+            first, *others = items[3 * number : 3 * number + 3]
+            expected = plain[epoch * NUM_IMAGES + number]  # the same order, and the same first crop
+            assert first["image_index"] == others[0]["image_index"] == others[1]["image_index"]
+            assert first["image_index"] == expected["image_index"]
+            difference = first["pixel_values"].float() - expected["pixel_values"].float()
+            assert difference.abs().mean() < 4  # a smaller crop beside it may need a larger scale of decoding
+            assert not torch.equal(first["pixel_values"], others[0]["pixel_values"])
+            assert not torch.equal(others[0]["pixel_values"], others[1]["pixel_values"])
+
+
+def test_repeated_crops__are_decoded_once_and_do_not_depend_on_the_batches(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_images(folder, crops_per_image=3)
+    alone = [images[counter] for counter in range(2 * len(images))]
+    opened: list[object] = []
+    open_image = Image.open
+    monkeypatch.setattr(Image, "open", lambda *given, **options: opened.append(given) or open_image(*given, **options))
+    for batch_size in (3, 6, 4):
+        del opened[:]
+        batches = [range(start, min(start + batch_size, 66)) for start in range(0, 66, batch_size)]
+        found = [item for batch in batches for item in images.__getitems__(batch)]
+        assert all(item.keys() == other.keys() for item, other in zip(found, alone, strict=True))
+        assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(found, alone, strict=True))
+        assert len(opened) == (2 * NUM_IMAGES if batch_size % 3 == 0 else 2 * NUM_IMAGES + 11)
+
+
+def test_repeated_crops__of_an_unreadable_image_are_all_of_the_same_other_one(folder: Path) -> None:
+    (folder / "03.jpg").write_bytes(b"no image")
+    images = make_images(folder, crops_per_image=2)
+    for start in range(0, len(images), 2):
+        first, second = images.__getitems__([start, start + 1])
+        assert first["image_index"] == second["image_index"] != 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

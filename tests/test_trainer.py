@@ -134,12 +134,12 @@ class PoisonedImages(ImageDataset):
 
     poisoned = 13
 
-    def _load(self, image_index, epoch, step):
-        image_index, views = super()._load(image_index, epoch, step)
+    def _load(self, image_index, epoch, crops, step):
+        image_index, (views,) = super()._load(image_index, epoch, crops, step)
         pixels = views["pixel_values"].float() / 255
         if image_index == self.poisoned:
             pixels[0, 3, 5] = float("nan")
-        return image_index, {"pixel_values": pixels}
+        return image_index, [{"pixel_values": pixels}]
 
 
 def finite_weights(checkpoint: Path) -> bool:
