@@ -129,21 +129,21 @@ def _select_and_fit(
     features: Tensor,
     labels: Tensor,
     seed: int,
-    settings: Sequence[float],
+    candidates: Sequence[float],
     default: float,
     fit: Callable[[Tensor, Tensor, Sequence[float]], list[tuple[Tensor, Tensor]]],
 ) -> LinearClassifier:
     mean, scale = _statistics(features)
-    correct, num_predictions = torch.zeros(len(settings)), 0
+    correct, num_predictions = torch.zeros(len(candidates)), 0
     folds = validation_folds(labels, seed)
     for train, validation in folds:
         fold_mean, fold_scale = _statistics(features[train])
         num_predictions += len(validation)
         x, held_out = ((features[indices] - fold_mean) * fold_scale for indices in (train, validation))
-        for number, (weight, bias) in enumerate(fit(x, labels[train], settings)):
+        for number, (weight, bias) in enumerate(fit(x, labels[train], candidates)):
             # A learning rate that is too large ends in NaN, whose argmax is class 0: chance accuracy.
             correct[number] += (torch.addmm(bias, held_out, weight).argmax(1) == labels[validation]).sum().cpu()
-    setting = settings[int(correct.argmax())] if folds else default
+    setting = candidates[int(correct.argmax())] if folds else default
     ((weight, bias),) = fit((features - mean) * scale, labels, [setting])
     validation_accuracy = correct.max().item() / num_predictions if folds else None
     return LinearClassifier(mean, scale, weight, bias, setting, validation_accuracy)

@@ -84,19 +84,19 @@ def obstacle(config: PreTrainedConfig, host: str) -> str | None:
 def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[str, Any]:
     """Return the arguments of our encoder's native config, except sizes of image, patch and channels."""
     names = (*_SETTINGS[host], *(_REGULARIZERS if is_own else ()))
-    settings = {name: getattr(config, name) for name in names if hasattr(config, name)}
+    arguments = {name: getattr(config, name) for name in names if hasattr(config, name)}
     if config.model_type == "dinov2":
-        settings["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
+        arguments["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
     if host == "beit":
         for kind in _RELATIVE_KINDS:
-            settings[kind] = getattr(config, kind, False)
-        settings["use_absolute_position_embeddings"] = _absolute_positions(config)
-        settings["use_mean_pooling"] = not has_final_norm(config)
+            arguments[kind] = getattr(config, kind, False)
+        arguments["use_absolute_position_embeddings"] = _absolute_positions(config)
+        arguments["use_mean_pooling"] = not has_final_norm(config)
         # Only tells whether there is LayerScale (0: no); its values are weights.
         in_dinov2 = getattr(config, "layerscale_value", 0.0) or 1.0
         own = getattr(config, "layer_scale_init_value", 0.0)
-        settings["layer_scale_init_value"] = in_dinov2 if config.model_type == "dinov2" else own
-    return {"model_type": host, **settings}
+        arguments["layer_scale_init_value"] = in_dinov2 if config.model_type == "dinov2" else own
+    return {"model_type": host, **arguments}
 
 
 def has_final_norm(config: PreTrainedConfig) -> bool:

@@ -19,7 +19,7 @@ from transformers import initialization as init
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, mean_metric, summarize_means
 from .encoders import BEIT_DEFAULTS, BeitEncoder, DeitEncoder
 from .patches import masked_indices, patch_grid
-from .reconstruction import BLANK
+from .reconstruction import checkerboard
 
 ENCODERS = {"beit": BeitEncoder, "deit": DeitEncoder}
 
@@ -142,7 +142,7 @@ class BeitForPreTraining(MimPreTrainedModel):
         masked_pixels = nn.functional.interpolate(mask.view(-1, 1, *grid).float(), pixels.shape[2:]).bool().cpu()
         return {
             "tokenizer's view": pixels,
-            "masked": pixels.masked_fill(masked_pixels, BLANK),
+            "masked": torch.where(masked_pixels, checkerboard(pixels), pixels),
             "decoded from its own tokens": targets.decode(labels.view(-1, *grid)),
             "decoded, masked tokens predicted": targets.decode(predicted.view(-1, *grid)),
         }

@@ -153,7 +153,8 @@ class CrossLayer(GradientCheckpointingLayer):
         heads = [linear(y).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for linear, y in pairs]
         attended = nn.functional.scaled_dot_product_attention(*heads)  # (R, heads, Q, E / heads)
         x = x + self.o_proj(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.layernorm_after(x))
+        updated: torch.Tensor = x + self.mlp(self.layernorm_after(x))
+        return updated
 
 
 class MaeForPreTraining(MimPreTrainedModel):
@@ -257,7 +258,8 @@ class MaeForPreTraining(MimPreTrainedModel):
         x = x + self.positions(grid)[indices]
         for layer in self.decoder_layers:
             x = layer(x)
-        return self.decoder_pred(self.decoder_norm(x[:, 1:]))  # (R, V+Q, P)
+        predictions: torch.Tensor = self.decoder_pred(self.decoder_norm(x[:, 1:]))
+        return predictions
 
     def cross_decode(
         self, states: list[torch.Tensor], predicted: torch.Tensor, grid: tuple[int, int] | None = None
@@ -267,7 +269,8 @@ class MaeForPreTraining(MimPreTrainedModel):
         x = self.mask_token.to(states[0].dtype) + self.positions(grid)[predicted + 1]  # (R, Q, E)
         for layer, context in zip(self.decoder_layers, contexts, strict=True):
             x = layer(x, context)
-        return self.decoder_pred(self.decoder_norm(x))  # (R, Q, P)
+        predictions: torch.Tensor = self.decoder_pred(self.decoder_norm(x))
+        return predictions
 
     def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the decoder's fixed positions (1+N, E) of a grid of patches."""

@@ -11,7 +11,7 @@ from torch import nn
 from .patches import sincos_positions
 
 
-@torch.compiler.disable  # the comparison waits for the device
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the comparison waits for the device
 @torch.no_grad()
 def positions_of_grid(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
     """Return a table (1, 1+N, D) for a new grid of patches: sines and cosines computed anew, learned ones resized."""

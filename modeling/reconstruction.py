@@ -17,6 +17,7 @@ from torch import Tensor
 from .patches import patchify, unpatchify
 
 BLANK = 0.5  # gray level of patches that are not there
+_DARK, _LIGHT, _NUM_SQUARES = 0.43, 0.57, 32  # gray levels of the checkerboard, and squares on the short side
 
 
 def pixel_panel(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ def reconstruction_views(
         pixels = unpatchify(standardized, patch_size, grid) * std + mean  # (B, C, H, W)
         return torch.where(masked_pixels, pixels, BLANK)
 
-    views = {"input": images, "masked": images.masked_fill(masked_pixels, BLANK)}
+    views = {"input": images, "masked": torch.where(masked_pixels, checkerboard(images), images)}
     pasted = "pasted, masked patches predicted"
     if norm_pix_loss:
         true = target_statistics(patchify((images - mean) / std, patch_size))
@@ -87,6 +88,13 @@ def reconstruction_views(
         views["prediction"] = prediction = draw(predicted)
     views[pasted] = torch.where(masked_pixels, prediction, images)
     return {label: view.clamp(0, 1) for label, view in views.items()}
+
+
+def checkerboard(images: Tensor) -> Tensor:
+    """Return the pattern (H, W) that marks masked patches; plain gray could be a part of a gray image."""
+    square = max(1, min(images.shape[-2:]) // _NUM_SQUARES)
+    rows, columns = (torch.arange(side) // square for side in images.shape[-2:])
+    return torch.where((rows[:, None] + columns) % 2 == 0, _LIGHT, _DARK)
 
 
 def target_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

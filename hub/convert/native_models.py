@@ -55,10 +55,10 @@ def convert_vit(
     if "mask_token" in state:
         state["mask_token"] = state["mask_token"].view(1, 1, -1)
     dropped |= {key: _KEY_BIAS for key in state if key.endswith(".attn.qkv.bias")}
-    settings = beit_settings(state, num_attention_heads, image_size)
-    if not isinstance(settings["image_size"], int):
+    arguments = beit_settings(state, num_attention_heads, image_size)
+    if not isinstance(arguments["image_size"], int):
         raise ValueError(f"these weights need a BeitModel, which only accepts square images, not {image_size}")
-    return _build(state, settings, dropped)
+    return _build(state, arguments, dropped)
 
 
 def convert_beit(state: State, num_attention_heads: int | None = None, reasons: Reasons = _DERIVED) -> Converted:
@@ -69,24 +69,24 @@ def convert_beit(state: State, num_attention_heads: int | None = None, reasons: 
 
 def convert_swin(state: State, image_size: int | None, reasons: Reasons = _DERIVED) -> Converted:
     """Convert a Swin to a SwinModel or SwinForImageClassification."""
-    settings = swin_settings(state, image_size)
+    arguments = swin_settings(state, image_size)
     state, dropped = drop(state, {**reasons, r"^mask_token$": NO_MASK_TOKEN})
-    config: Any = AutoConfig.for_model(**settings)
+    config: Any = AutoConfig.for_model(**arguments)
     with torch.device("meta"):
         problem = SwinEncoder(config).native_root_problem
     if problem:
         raise ValueError(f"transformers' Swin cannot hold these weights: {problem}")
-    return _build(state, settings, dropped)
+    return _build(state, arguments, dropped)
 
 
-def _build(state: State, settings: dict[str, Any], dropped: dict[str, str]) -> Converted:
-    table = TABLES[settings["model_type"]]
+def _build(state: State, arguments: dict[str, Any], dropped: dict[str, str]) -> Converted:
+    table = TABLES[arguments["model_type"]]
     if "head.weight" in state:
-        config = AutoConfig.for_model(**settings, num_labels=len(state["head.weight"]))
+        config = AutoConfig.for_model(**arguments, num_labels=len(state["head.weight"]))
         model = AutoModelForImageClassification.from_config(config)
     else:
         options = {"add_pooling_layer": False} if table is VIT else {}
-        model = AutoModel.from_config(AutoConfig.for_model(**settings), **options)
+        model = AutoModel.from_config(AutoConfig.for_model(**arguments), **options)
     load_weights(model, rename(state, table), table)
     return Converted(model.eval(), state, dropped)
 
