@@ -166,7 +166,7 @@ def batch_of(num_images: int = 4, **settings) -> dict:
 
 def test_config__an_unknown_decoder_is_refused():
     with pytest.raises(ValueError, match="expected self or cross"):
-        MaeConfig(encoder_config=tiny_encoder(), decoder="corss")
+        MaeConfig(encoder_config=tiny_encoder(), decoder="mixed")
 
 
 def test_config__files_of_older_versions_have_the_self_decoder(tmp_path):

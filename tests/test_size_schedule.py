@@ -127,7 +127,7 @@ def test_command__trains_in_stages_and_exports_the_last_size(tmp_path, capsys):
         (["--prediction_ratio", "0.5", "--method", "simmim"], "possible with mae, simmim-asymmetric"),
         (["--num_masks", "2", "--method", "simmim"], "possible with mae, simmim-asymmetric"),
         (["--prediction_ratio", "0"], "expected a number above 0 and at most 1"),
-        (["--decoder", "corss"], "expected self or cross"),
+        (["--decoder", "mixed"], "expected self or cross"),
     ],
 )
 def test_command__refuses(capsys, tmp_path, flags, message):
