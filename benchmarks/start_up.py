@@ -162,7 +162,7 @@ def report(options: argparse.Namespace, results: dict[str, list[dict[str, float]
         platform.processor(),
     )
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    hardware = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {gib} GiB"
+    hardware = f"{cpu}, {len(os.sched_getaffinity(0))} cores, {gib} GiB, load average {os.getloadavg()[2]:.1f}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("datasets", "pillow", "pyarrow", "torch"))
     today = datetime.date.today()
     command = f"python -m benchmarks.start_up {flags_of(options)}"
