@@ -31,9 +31,9 @@ from training.trainer import MimTrainer
 
 PUBLIC = {
     *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "training_curve.png"),
-    *("mae.py", "base.py", "patches.py", "reconstruction.py", "schedules.py", "reconstructions.png"),
+    *("mae.py", "base.py", "patches.py", "positions.py", "reconstruction.py", "schedules.py", "reconstructions.png"),
     *("pretraining/config.json", "pretraining/model.safetensors", "pretraining/preprocessor_config.json"),
-    *(f"pretraining/{name}.py" for name in ("mae", "base", "patches", "reconstruction", "schedules")),
+    *(f"pretraining/{name}.py" for name in ("mae", "base", "patches", "positions", "reconstruction", "schedules")),
 }
 
 
@@ -367,7 +367,7 @@ def test_run__killed_on_one_machine_is_continued_from_the_hub_on_another(hub, tm
     assert f"found a checkpoint of this run in {hub.url}/lab/enc: {tmp_path / 'there' / 'checkpoint-4'}" in said
     assert f"continuing from {tmp_path / 'there' / 'checkpoint-4'}" in said
     assert said.endswith(f"pushed to {hub.url}/lab/enc\n")
-    assert repo.commits[-1] == "End of training"
+    assert repo.commits[-1] == "Training in progress, step 12"  # nothing has changed since: no commit for the end
     assert "Training continues" not in repo.files["README.md"].decode()
     expected = load_file(undisturbed_run / "model.safetensors")
     assert_same(load_file(tmp_path / "there" / "model.safetensors"), expected)

@@ -64,9 +64,13 @@ def write_image_processor(
     """Write the config of a native image processor: resize the short side (default: to the crop), crop the center."""
     height, width = height_and_width(encoder_config.image_size)
     square = height == width
+
+    def per_channel(values: Sequence[float]) -> list[float]:
+        return list(values) * (encoder_config.num_channels if len(values) == 1 else 1)  # a grayscale encoder in RGB
+
     settings = {
         "image_processor_type": "ViTImageProcessor",
-        "do_convert_rgb": True,
+        "do_convert_rgb": encoder_config.num_channels == 3,
         "do_resize": True,
         "size": {"shortest_edge": resize_to or height} if square else {"height": height, "width": width},
         "resample": int(resample),
@@ -75,14 +79,10 @@ def write_image_processor(
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": _for_rgb(image_mean),
-        "image_std": _for_rgb(image_std),
+        "image_mean": per_channel(image_mean),
+        "image_std": per_channel(image_std),
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _for_rgb(values: Sequence[float]) -> list[float]:
-    return list(values) * (3 if len(values) == 1 else 1)
 
 
 def native_root_problem(model: MimPreTrainedModel) -> str | None:
@@ -98,8 +98,9 @@ def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, re
     with _replacing(Path(output_dir)) as scratch:
         stats = (model.config.image_mean, model.config.image_std)
         if (problem := native_root_problem(model)) is None:
-            native_encoder(model.exported_encoder, method, recipe).save_pretrained(scratch)
-            write_image_processor(scratch, model.config.encoder_config, *stats)
+            native = native_encoder(model.exported_encoder, method, recipe)
+            native.save_pretrained(scratch)
+            write_image_processor(scratch, native.config, *stats)
         model.save_pretrained(scratch / PRETRAINING)
         write_image_processor(scratch / PRETRAINING, model.config.encoder_config, *stats)
         for code in (scratch / PRETRAINING).glob("*.py"):
@@ -125,7 +126,7 @@ def export_native(
 
     For a classifier, the authors' size of the short side is the default of `resize_to`.
     """
-    classifies = hasattr(model, "classifier")
+    classifies, config = hasattr(model, "classifier"), model.config
     with _replacing(Path(output_dir)) as scratch:
         if classifies:
             _record_origin(model.config, method, recipe)
@@ -134,8 +135,10 @@ def export_native(
             if not resize_to and isinstance(size, int) and size < 384:
                 resize_to = size * 256 // 224  # as in the evaluation of all these methods' authors
         else:
-            native_encoder(model, method, recipe).save_pretrained(scratch)
-        write_image_processor(scratch, model.config, image_mean, image_std, resize_to, resample)
+            native = native_encoder(model, method, recipe)
+            native.save_pretrained(scratch)
+            config = native.config
+        write_image_processor(scratch, config, image_mean, image_std, resize_to, resample)
         _verify(scratch, model)
     return (AutoModelForImageClassification if classifies else AutoModel).__name__
 
