@@ -231,7 +231,7 @@ def build_trainer(
     train_transform = fixed if settings.cache_tokens else transform_of(settings, config, targets, train=True)
     if sides := settings.image_size_schedule:
         transforms = [transform_of(settings, config, targets, train=True, image_size=(side, side)) for side in sides]
-        data_steps_per_epoch = -(-len(samples) // plan.images_per_step)
+        data_steps_per_epoch = -(-len(samples) * settings.repeated_aug // plan.images_per_step)
         first_steps = as_data_steps(plan.first_steps, plan.steps_per_epoch, data_steps_per_epoch)
         train_transform = ScheduledTransform(tuple(transforms), first_steps)
     central = dataset(samples, fixed)

@@ -11,6 +11,7 @@ from test_contract import Interrupted
 from test_run_pretraining import refusal
 from transformers import AutoModel
 
+import run_pretraining
 from data.augmentations import build_views
 from data.collators import MaskingCollator
 from data.images import ImageDataset, SourceSamples
@@ -101,6 +102,24 @@ def test_resume__inside_a_stage_is_bitwise(tmp_path, num_workers):
     assert sides == {step: {SIDES[0] if step < 3 else SIDES[1]} for step in range(8)}
     for name, expected in weights[0].items():
         assert torch.equal(weights[1][name], expected), name
+
+
+def test_command__changes_size_at_the_right_steps_with_repeated_crops(tmp_path, monkeypatch):
+    images, trainers = tmp_path / "images", []
+    images.mkdir()
+    for number in range(4):
+        (images / f"{number}.jpg").write_bytes(open_source("sample").read(number))
+
+    class Noted(SeesSizes):
+        def __init__(self, *args, **kwargs):
+            trainers.append(self)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(run_pretraining, "MimTrainer", Noted)
+    flags = ["--dataset", str(images), "--validation_fraction", "0", "--repeated_aug", "4", "--output_dir"]
+    stages = ["--image_size_schedule", "32", "48", "64", "--max_steps", "6", "--per_device_train_batch_size", "8"]
+    assert pretrain([*SMALL, *flags, str(tmp_path / "out"), *stages]) == 0  # 16 crops: two steps an epoch
+    assert trainers[0].sides == {0: {32}, 1: {32}, 2: {48}, 3: {48}, 4: {64}, 5: {64}}
 
 
 def test_command__trains_in_stages_and_exports_the_last_size(tmp_path, capsys):
