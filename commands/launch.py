@@ -41,7 +41,7 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
             "before the run was complete; the same command continues from its last checkpoint, if any"
         ):
             main(argv)
-    except Exception as error:
+    except (Exception, Stopped) as error:
         exit_code, message = _describe_failure(error)
         if wants_traceback or not exit_code:
             raise
@@ -57,7 +57,7 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
     return 0
 
 
-def _describe_failure(error: Exception) -> tuple[int, str]:
+def _describe_failure(error: Exception | Stopped) -> tuple[int, str]:
     """Return the exit code and a message, or 0 for an error of ours, whose traceback is needed."""
     if isinstance(error, Stopped):
         return error.exit_code, str(error)
@@ -67,7 +67,7 @@ def _describe_failure(error: Exception) -> tuple[int, str]:
     return (0, "") if fault is None else (4, fault)
 
 
-def _system_fault(error: Exception) -> str | None:
+def _system_fault(error: BaseException) -> str | None:
     """Return what the operating system refused, or None if the error is another one."""
     if isinstance(error, OSError):
         name = f": {error.filename}" if error.filename else ""

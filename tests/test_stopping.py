@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import ImageFile
 from safetensors.torch import load_file
 
+from data.decoding import decode
 from training.checkpoints import last_whole_checkpoint
 from training.stopping import Stopped, raising_stopped
 
@@ -71,3 +73,11 @@ def test_raising_stopped__ends_work_that_can_be_interrupted_anywhere():
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.exit_code == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_raising_stopped__is_not_taken_for_an_unreadable_image(monkeypatch):
+    """Whatever Pillow raises while it decodes makes a bad image, but Ctrl-C in the meantime does not."""
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: signal.raise_signal(signal.SIGINT))
+    photograph = next((ROOT / "data/samples/photographs/train").glob("*.jpg"))
+    with pytest.raises(Stopped, match="SIGINT"), raising_stopped("in between"):
+        decode(photograph, 3)

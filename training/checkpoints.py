@@ -23,8 +23,8 @@ def problem_with(checkpoint: Path) -> str | None:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return "trainer_state.json is missing or truncated (it is written last)"
-    if any(checkpoint.glob("pytorch_model_fsdp*")):  # sharded by FSDP, which keeps its own inventory
-        return None
+    if any(checkpoint.glob("pytorch_model_fsdp*")):  # sharded by FSDP, under names of its own
+        return _damage(checkpoint)
     return _problem_with_weights(checkpoint) or _problem_with_states(checkpoint) or _damage(checkpoint)
 
 

@@ -10,6 +10,8 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from training.stopping import Stopped
+
 STAGING = ".hub"  # in the output folder: files that wait for their upload
 
 
@@ -82,8 +84,9 @@ class HubPush(TrainerCallback):
                 self.log(f"training is done; waiting for an upload to {repo_id} (Ctrl-C cancels the upload only)")
             self._uploads.wait()
             address = self.destination.push(self.output_dir, "End of training")
-        except (Exception, KeyboardInterrupt) as error:  # the run is finished and on disk
-            reason = str(error) or type(error).__name__
+        except (Exception, KeyboardInterrupt, Stopped) as error:  # the run is finished and on disk
+            canceled = not isinstance(error, Exception)
+            reason = "it was canceled" if canceled else str(error) or type(error).__name__
             command = self.destination.finishing_command(self.output_dir)
             self.log(f"warning: the upload of the finished run failed: {reason}\n  to upload it, run: {command}")
         else:

@@ -19,7 +19,7 @@ from transformers import TrainerCallback
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; kill, and the end of a job's time on a cluster
 
 
-class Stopped(Exception):  # noqa: N818  (somebody asked for it)
+class Stopped(BaseException):
     """A run was stopped by a signal."""
 
     def __init__(self, signal_number: int, message: str) -> None:
@@ -76,13 +76,10 @@ class StopOnSignal(TrainerCallback):
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._is_stopping:  # after the checkpoint, and before anything that belongs to the end of a training
             name, step = signal.Signals(self.received).name, state.global_step
-            kept = f"{args.output_dir}/checkpoint-{step} is complete"
+            kept = f"{args.output_dir}/checkpoint-{step} is complete: the same command continues"
             if args.save_strategy == "no":
-                kept = "nothing was saved, because `save_strategy` is no"
-            raise Stopped(
-                self.received,
-                f"stopped by {name} at step {step:,} of {state.max_steps:,}; {kept}: the same command continues",
-            )
+                kept = "nothing was saved, because `save_strategy` is no: the same command starts again"
+            raise Stopped(self.received, f"stopped by {name} at step {step:,} of {state.max_steps:,}; {kept}")
 
 
 def init_worker(seed_worker: Callable[[int], None] | None, worker_id: int) -> None:
