@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from data.decoding import Box, View, load_crops, to_image, to_tensor
+from data.crops import Box, View, load_crops, to_image, to_tensor
 
 _NUM_TRIES = 10
 _NUMBERS_PER_TRY = 4  # area, ratio, top, left

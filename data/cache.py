@@ -31,7 +31,8 @@ from filelock import FileLock
 from PIL import Image
 from tqdm import tqdm
 
-from data.decoding import BadImage, check, load_crops, raw_header, shrunk_from, to_image
+from data.crops import load_crops, raw_header, shrunk_from, to_image
+from data.decoding import BadImage, check
 from data.image_source import ImageSource, TableSource
 from data.images import SourceSamples
 from data.tables import find_image_column

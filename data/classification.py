@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.augmentations import RandomResizedCrop
-from data.decoding import decode, to_image, to_tensor
+from data.crops import to_image, to_tensor
+from data.decoding import decode
 from data.randaugment import RandAugment
 
 FINETUNE_SCALE = (0.08, 1.0)

@@ -14,7 +14,8 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from data.decoding import BadImage, raw_header, read_bytes
+from data.crops import raw_header
+from data.decoding import BadImage, read_bytes
 from data.tables import find_image_column
 
 

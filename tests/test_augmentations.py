@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from data.augmentations import CenterCrop, RandomResizedCrop, horizontal_flip, to_tensor
-from data.decoding import Box, decode
+from data.crops import Box
+from data.decoding import decode
 from data.seeds import seeded_generator
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data/samples/photographs/train").glob("*.jpg"))

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
-from data import decoding
-from data.decoding import BadImage, check, decode, load_crops, raw_header, to_image
+from data import crops as cropping
+from data.crops import load_crops, raw_header, to_image
+from data.decoding import BadImage, Header, check, decode
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))
@@ -60,13 +61,13 @@ def displacement(first: Image.Image, second: Image.Image) -> np.ndarray:
 
 
 def load_crop(
-    data: bytes, choose_box: Callable[[int, int], decoding.Box], size: tuple[int, int], num_channels: int
+    data: bytes, choose_box: Callable[[int, int], cropping.Box], size: tuple[int, int], num_channels: int
 ) -> Image.Image:
     views = [(size, Image.Resampling.BICUBIC)]
     return to_image(load_crops(data, lambda *shape: [choose_box(*shape)], views, num_channels)[0][0])
 
 
-def whole(width: int, height: int) -> decoding.Box:
+def whole(width: int, height: int) -> cropping.Box:
     return 0, 0, width, height
 
 
@@ -192,12 +193,12 @@ def test_draft__does_not_move_the_crop(
     # 251 x 187 is not a multiple of 8, so that a rotated image starts with a partial block.
     data = rotated_by_exif(photograph.resize((251, 187)), orientation)
 
-    def crop(box: decoding.Box) -> Image.Image:
+    def crop(box: cropping.Box) -> Image.Image:
         return load_crop(data, lambda width, height: box, (24, 32), num_channels)
 
     boxes = [(left, top, left + 150, top + 150) for left in (0, 13, 27) for top in (1, 18, 36)]
     drafted = [crop(box) for box in boxes]
-    monkeypatch.setattr(decoding, "_draft", lambda *arguments: 1)
+    monkeypatch.setattr(cropping, "_draft", lambda *arguments: 1)
     full = [crop(box) for box in boxes]
     moved = [crop((left + 1, top, right + 1, bottom)) for left, top, right, bottom in boxes]
     assert np.mean(list(map(difference, drafted, full))) < 4
@@ -245,6 +246,17 @@ def test_load_crops__equals_pillow_on_the_whole_image(
             assert difference(to_image(crop), image.crop(box).resize(size[::-1], resample)) < ROUNDING
 
 
+@pytest.mark.parametrize("comment", ["made by me", "shrunk from 10 x 10"])
+def test_load_crops__a_png_with_a_comment_is_an_image_like_others(photograph: Image.Image, comment: str) -> None:
+    """Pillow gives the comment of a PNG as text, that of a JPEG as bytes."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("comment", comment)
+    expected, found = (
+        load_crop(encoded(photograph, "PNG", **options), whole, (64, 48), 3) for options in ({}, {"pnginfo": info})
+    )
+    assert difference(found, expected) == 0
+
+
 def test_load_crops__reads_raw_pixels_without_pillow(photograph: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     for image, num_channels in ((photograph, 3), (photograph.convert("L"), 1)):
         expected = load_crop(encoded(image, "PNG"), lambda *size: (10, 20, 200, 180), (64, 48), num_channels)
@@ -270,8 +282,8 @@ def test_load_crops__keeps_fractions_of_a_pixel(photograph: Image.Image, resampl
         assert difference(to_image(crop), expected) < 3
         assert np.abs(displacement(to_image(crop), expected)).max() < 0.15  # 1/16 of a pixel, enlarged
         num_by_torch += None not in (
-            decoding._span(box[0], box[2], 128, 256),
-            decoding._span(box[1], box[3], 96, 192),
+            cropping._span(box[0], box[2], 128, 256),
+            cropping._span(box[1], box[3], 96, 192),
         )
     assert num_by_torch > 20
 
@@ -281,11 +293,11 @@ def test_load_crops__of_a_shrunk_image_are_those_of_the_original(photograph: Ima
     shrunk, boxes = photograph.resize((128, 96), Image.Resampling.LANCZOS), [(33, 11, 200, 150), (0, 0, 256, 192)]
     data = raw_header((128, 96), 3, (256, 192)) + shrunk.tobytes()
     if not is_raw:
-        data = encoded(shrunk, "JPEG", quality=98, subsampling=0, comment=decoding.shrunk_from(256, 192))
+        data = encoded(shrunk, "JPEG", quality=98, subsampling=0, comment=cropping.shrunk_from(256, 192))
     header = check(data)
     assert (header.width, header.height) == (128, 96)
 
-    def choose_boxes(width: int, height: int) -> list[decoding.Box]:
+    def choose_boxes(width: int, height: int) -> list[cropping.Box]:
         assert (width, height) == (256, 192)
         return boxes
 
@@ -392,7 +404,7 @@ def test_damaged_exif__is_ignored(photograph: Image.Image) -> None:
 
 def test_check__is_safe_in_threads(photograph: Image.Image) -> None:
     data = encoded(photograph, "JPEG")
-    outcomes: list[decoding.Header] = []
+    outcomes: list[Header] = []
     threads = [threading.Thread(target=lambda: outcomes.append(check(data))) for _ in range(16)]
     for thread in threads:
         thread.start()

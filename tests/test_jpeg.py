@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import decoding
-from data.decoding import BadImage, load_crops
+from data import crops as cropping
+from data.crops import load_crops
+from data.decoding import BadImage
 from data.jpeg import cut_jpeg
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data/samples/photographs/train").glob("*.jpg"))
@@ -64,17 +65,17 @@ def test_load_crops__decodes_only_the_rows_above_the_lowest_crop(
     progressive: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, sizes = encoded((1000, 800), progressive=progressive), []
-    resize = decoding._resize
+    resize = cropping._resize
 
     def noting_resize(pixels: Image.Image, *arguments: object) -> object:
         sizes.append(pixels.size)
         return resize(pixels, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(decoding, "_resize", noting_resize)
+    monkeypatch.setattr(cropping, "_resize", noting_resize)
     boxes = [(10, 10, 110, 90), (500, 200, 620, 290)]
     crops = load_crops(data, lambda *size: boxes, VIEW, 3)
     assert sizes == [(1000, 320)] * 2
-    monkeypatch.setattr(decoding, "_cut", lambda *arguments: None)
+    monkeypatch.setattr(cropping, "_cut", lambda *arguments: None)
     whole = load_crops(data, lambda *size: boxes, VIEW, 3)
     assert sizes[2:] == [(1000, 800)] * 2
     assert all((one[0] == other[0]).all() for one, other in zip(crops, whole, strict=True))
