@@ -97,7 +97,7 @@ def build_trainer(task: Task, plan: FinetunePlan, model: PreTrainedModel) -> Fin
         flops_per_image=plan.footprint.flops_per_image,
         **task.image_stats,
     )
-    show_progress(trainer, bad_images, task.splits.bad, settings.max_bad_fraction, _SHORTER, task.describe_metrics)
+    show_progress(trainer, bad_images, task.splits.bad, settings.max_bad_fraction, task.describe_metrics)
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     return trainer

@@ -252,7 +252,7 @@ def build_trainer(
         layer_decay=settings.layer_decay,
         flops_per_image=plan.footprint.flops_per_image,
     )
-    show_progress(trainer, output_dir / BAD_IMAGES_FILE, splits.bad, settings.max_bad_fraction, QUICKSTART)
+    show_progress(trainer, output_dir / BAD_IMAGES_FILE, splits.bad, settings.max_bad_fraction)
     if problem := model.panel_problem(targets):
         printer(PartialState())(f"note: there are no reconstruction panels: {problem}")
         return trainer

@@ -131,7 +131,7 @@ def build_trainer(
         ema_decay=settings.ema_decay,
         flops_per_image=plan.footprint.flops_per_image,
     )
-    show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings.max_bad_fraction, QUICKSTART)
+    show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings.max_bad_fraction)
     shown = image_crops(settings, images.train, center, plan) if validation is None else validation
     batch = stack_items([shown[index] for index in panel_indices(len(shown))])
     name = f"discrete VAE, {tokenizer.vocab_size:,} codes"

@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import HubStrategy
 
+from commands.duration import DurationEstimate, describe_duration, measure_seconds_per_step
 from commands.launch import first_on_main, printer
+from commands.memory import free_bytes
 from commands.output_folder import SETTINGS_FILE, logging_into, prepare_output_dir
 from commands.plan import Plan
 from commands.pretraining_settings import PretrainingSettings
@@ -24,7 +26,6 @@ from data.bad_images import BadImages
 from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
-from training.callbacks import describe_duration
 from training.checkpoints import last_whole_checkpoint
 from training.guard import NonFiniteError
 from training.hub_push import HubPush
@@ -92,10 +93,7 @@ def train(
     for line in lines:
         log(line)
     if settings.dry_run:
-        with TemporaryDirectory() as scratch, logging_into(Path(scratch)):
-            trainer = build_trainer(replace(plan, output_dir=Path(scratch)), None)
-            seconds_per_step = trainer.measure_seconds_per_step()
-        log(describe_duration(seconds_per_step, plan.num_steps, shorter))
+        log(measure_duration(plan, build_trainer, shorter))
         return
     repository = open_repository(settings)
 
@@ -116,6 +114,11 @@ def train(
             trainer.add_callback(hub_push)
         for make_callback in callbacks:
             trainer.add_callback(make_callback(trainer))
+
+        def report(seconds_per_step: float) -> None:
+            log(describe_duration(seconds_per_step, trainer.state.max_steps - trainer.state.global_step, shorter))
+
+        trainer.add_callback(DurationEstimate(report))
         trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
         trainer.stop_if_not_finite()
         log(f"{output_dir}: {finish(trainer)}")
@@ -123,6 +126,17 @@ def train(
             trainer.end()
         if hub_push is not None and state.is_main_process:
             hub_push.finish()
+
+
+def measure_duration(plan: Plan, build_trainer: Callable[[Any, Path | None], Any], shorter: str) -> str:
+    """Train a few steps in a scratch folder and return how long the whole run will take."""
+    needed, free = plan.bytes_for_weights + plan.bytes_for_activations, free_bytes(PartialState().device)
+    if needed > free:
+        return f"duration: not measured, because the free memory is {free / 2**30:.1f} GiB"
+    with TemporaryDirectory() as scratch, logging_into(Path(scratch)):
+        trainer = build_trainer(replace(plan, output_dir=Path(scratch)), None)
+        seconds_per_step = measure_seconds_per_step(trainer)
+    return describe_duration(seconds_per_step, plan.num_steps, shorter)
 
 
 def check_trackers(report_to: str | list[str] | None) -> None:

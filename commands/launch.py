@@ -20,6 +20,7 @@ from transformers import Trainer
 
 from commands.arithmetic import Hardware
 from commands.parsing import SettingsError
+from data.image_checks import num_cores
 from training.callbacks import duration
 from training.guard import NonFiniteError
 from training.stopping import Stopped, raising_stopped
@@ -137,7 +138,7 @@ def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
 def find_hardware(state: PartialState) -> Hardware:
     has_bf16 = state.device.type == "cuda" and torch.cuda.is_bf16_supported()
     num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return Hardware(state.device.type, _num_cores(), state.num_processes, num_local_processes, has_bf16)
+    return Hardware(state.device.type, num_cores(), state.num_processes, num_local_processes, has_bf16)
 
 
 def launcher() -> list[str]:
@@ -171,7 +172,7 @@ def restore_threads() -> str | None:
     `accelerate launch` and `torchrun` set OMP_NUM_THREADS=1 unless the user sets it, which halves the speed on two
     cores.
     """
-    cores = _num_cores()
+    cores = num_cores()
     wanted = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     is_users = launcher() == ["python"] or "OMP_NUM_THREADS" in launcher_environment()
     if is_users or os.environ.get("OMP_NUM_THREADS") != "1" or torch.get_num_threads() >= wanted:
@@ -202,7 +203,3 @@ def check_world(world_size: int) -> None:
             f"the launcher started {started} processes, but the trainer sees {world_size}: each would train on its "
             "own and write to the same folder; add --use_cpu on a computer without a GPU, or start one process"
         )
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -37,6 +38,12 @@ class Footprint:
     def bytes_for_activations(self, batch_size: int, precision: str) -> int:
         share = 1.0 if precision == "float32" else _SHARE_UNDER_AUTOCAST
         return round(batch_size * self.bytes_per_image * share)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return how much memory a program can still get on a device."""
+    free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return free
 
 
 def measure_footprint(model: nn.Module, batch: Mapping[str, Any]) -> Footprint:

@@ -76,8 +76,7 @@ class Plan:
         num_train_images, num_validation_images = num_images
         if num_train_images is None and not settings.counts("max_steps"):
             raise ValueError("a data set without a length needs max_steps; give the number of optimizer steps")
-        crops_per_image = getattr(settings, "repeated_aug", 1)
-        available = sys.maxsize if num_train_images is None else num_train_images * crops_per_image
+        available = sys.maxsize if num_train_images is None else num_train_images * settings.crops_per_image
         batch_size, accumulation = arithmetic.batch_size_and_accumulation(
             settings, hardware, available, notes, cls.batch_on_cpu
         )
@@ -173,7 +172,7 @@ class Plan:
         num_images = "an unknown number" if self.num_train_images is None else f"{self.num_train_images:,}"
         processes = f"{self.hardware.world_size} process{'es' if self.hardware.world_size > 1 else ''}"
         num_epochs = f"{self.num_epochs:,.2f}".rstrip("0").rstrip(".")
-        crops = getattr(self.settings, "repeated_aug", 1)
+        crops = self.settings.crops_per_image
         repeated = f" (an epoch has {crops} crops of each)" if crops > 1 else ""
         rows = {
             "data": self.data,

@@ -186,6 +186,10 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
             )
         self._check_against_start()
 
+    @property
+    def crops_per_image(self) -> int:  # type: ignore[override]
+        return self.repeated_aug
+
     def _check_against_start(self) -> None:
         """Check that the weights to start from have these sizes, and that each setting has an effect."""
         start, name = self.start, self.init_from

@@ -123,6 +123,7 @@ class TrainingSettings(DataFlags, RunFlags, TrainingFlags, Settings):
     """Base class of the settings of a training command."""
 
     uploads_at_saves: ClassVar = False  # False: --hub_strategy can only be end
+    crops_per_image: ClassVar = 1  # in an epoch
 
     def __post_init__(self) -> None:
         if self.license and (problem := license_problem(self.license)):

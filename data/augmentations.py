@@ -269,10 +269,6 @@ def jitter_colors(image: Image.Image, factors: Sequence[float], order: Sequence[
     return image
 
 
-def horizontal_flip(image: Image.Image) -> Image.Image:
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-
-
 def _between(bounds: tuple[float, float], number: float) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * number
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from data.crops import load_crops, raw_header, shrunk_from, to_image
 from data.decoding import BadImage, check
+from data.headers import identity
 from data.image_source import ImageSource, TableSource
 from data.images import SourceSamples
 from data.tables import find_image_column
@@ -151,7 +152,7 @@ def cache_images(
             }
             missing = {key: image for key, image in wanted.items() if key is not None and key not in rows}
             if missing:
-                _write(missing, folder, form, num_threads)
+                _write(missing, key_of, folder, form, num_threads)
                 tables, rows = _open_tables(folder)
     except OSError as error:
         raise ValueError(
@@ -199,10 +200,8 @@ def _table_identity(table: datasets.Dataset) -> tuple[Any, ...] | None:
 
 
 def _file_identity(path: Path) -> tuple[Any, ...]:
-    """Return what changes when a file is written or replaced, even by one of the same size and modification time."""
     status = os.stat(path)
-    stamps = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return ("file", os.path.abspath(path), status.st_dev, status.st_ino, *stamps)
+    return ("file", os.path.abspath(path), status.st_dev, *identity(status))
 
 
 def _digest(identity: tuple[Any, ...]) -> bytes:
@@ -231,14 +230,18 @@ def _open_tables(folder: Path) -> tuple[list[datasets.Dataset], dict[bytes, int]
 
 
 def _write(
-    missing: Mapping[bytes, tuple[ImageSource, int]], folder: Path, form: CacheFormat, num_threads: int
+    missing: Mapping[bytes, tuple[ImageSource, int]],
+    key_of: Callable[[ImageSource, int], bytes | None],
+    folder: Path,
+    form: CacheFormat,
+    num_threads: int,
 ) -> None:
     def encode(item: tuple[bytes, tuple[ImageSource, int]]) -> dict[str, Any] | None:
         key, (source, index) = item
         try:
             _let_settle(source.entry(index))
             encoded = form.encode(source.read(index))
-            if _Keys()(source, index) != key:  # it changed in between
+            if key_of(source, index) != key:  # it changed in between
                 return None
         except BadImage:
             return None

@@ -78,33 +78,34 @@ def as_row(header: Header | None) -> tuple[Any, ...]:
 
 def _identity_at(path: bytes) -> tuple[int, ...] | None:
     try:
-        return _identity(os.stat(path))
+        return identity(os.stat(path))
     except OSError:
         return None
 
 
-def _identity(status: os.stat_result) -> tuple[int, ...]:
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """Return what changes when a file is written or replaced, even by one of the same size and modification time."""
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 def _scan_file(path: bytes) -> tuple[tuple[int, ...], Header | None, str, bool]:
     """Return identity, header (None if the image is bad), reason, and whether the verdict is final."""
-    identity: tuple[int, ...] = UNKNOWN
+    known: tuple[int, ...] = UNKNOWN
     try:
         descriptor = open_regular(path)
         try:
             status = os.fstat(descriptor)  # before reading: a later change gives another identity
-            identity = _identity(status)
+            known = identity(status)
             header = _read_plain_header(descriptor, status.st_size)
         finally:
             os.close(descriptor)
-        return identity, header or check(Path(os.fsdecode(path))), "", True
+        return known, header or check(Path(os.fsdecode(path))), "", True
     except BadImage as error:
         cause = error.__cause__
         from_system = isinstance(cause, OSError) and cause.errno is not None
-        return identity, None, str(error), identity != UNKNOWN and not from_system
+        return known, None, str(error), known != UNKNOWN and not from_system
     except OSError as error:  # of pread: the storage fails
-        return identity, None, f"cannot be read: {error.strerror}", False
+        return known, None, f"cannot be read: {error.strerror}", False
 
 
 # ---- the plain case of JPEG and PNG ----

@@ -113,7 +113,7 @@ def check_images(
     if checks == "sample" and len(source) > NUM_SAMPLED:
         order = torch.randperm(len(source), generator=seeded_generator("check_images"))
         indices = np.sort(order[:NUM_SAMPLED].numpy())
-    found = _scan(source, indices, checks, num_processes or min(16, _num_cores()))
+    found = _scan(source, indices, checks, num_processes or min(16, num_cores()))
     is_good = found.records["is_good"]
     # Images of the same name count each.
     bad = BadImages((source.name(index), text) for index, text in sorted(found.reasons.items()))
@@ -262,8 +262,8 @@ def _describe_pixels(source: ImageSource, indices: np.ndarray, headers: np.ndarr
             f"{num_float:,} images have float pixels: each is scaled from its own smallest and largest value, so that "
             "brightness differs between images; save them as 8 or 16 bits of one common scale to avoid that"
         )
-    num_kept = np.vectorize(lambda mode: _NUM_CHANNELS.get(mode, 255), otypes=[int])
-    extra = headers["num_channels"] > (num_kept(headers["mode"]) if len(headers) else 0)
+    modes, mode_of = np.unique(headers["mode"], return_inverse=True)
+    extra = headers["num_channels"] > np.array([_NUM_CHANNELS.get(mode, 255) for mode in modes], int)[mode_of]
     if num_extra := int(extra.sum()):
         kinds = Counter(headers[extra][["num_channels", "mode"]].tolist())
         text = ", ".join(f"{number} become {mode.decode()} in {count:,}" for (number, mode), count in kinds.items())
@@ -327,5 +327,6 @@ def _join(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

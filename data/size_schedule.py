@@ -1,15 +1,17 @@
 """Training images that grow: the transform of an item depends on its optimizer step, so that workers keep no state."""
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+import torch
 
 
 class Transform(Protocol):
     """Turns a sample into named views; all random choices come from `generator`."""
 
-    def __call__(self, sample: Any, generator: Any) -> dict[str, Any]: ...
+    def __call__(self, sample: Mapping[str, Any], generator: torch.Generator) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

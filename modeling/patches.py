@@ -22,11 +22,15 @@ def standardize(
     pixel_values: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
 ) -> torch.Tensor:
     """Standardize uint8 images (..., C, H, W) to float32, with the mean and std of each channel in [0, 1]."""
-    low, scale = (
-        torch.as_tensor(values, dtype=torch.float32, device=pixel_values.device).view(-1, 1, 1) * 255
-        for values in (mean, std)
-    )
+    low, scale = (_per_channel(values, pixel_values.device) * 255 for values in (mean, std))
     return (pixel_values - low) / scale
+
+
+def _per_channel(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return one number per channel as (C, 1, 1), without a copy to the device, which would wait for it."""
+    if isinstance(values, torch.Tensor):
+        return values.to(device, torch.float32).view(-1, 1, 1)
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: PatchSize) -> torch.Tensor:

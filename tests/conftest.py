@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from data.augmentations import build_views
 from data.collators import MaskingCollator
@@ -23,7 +24,9 @@ from data.sources import open_source
 from modeling import MODELS, MimConfig, MimPreTrainedModel
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import patch_grid
+from training.checkpoints import last_whole_checkpoint
 from training.targets import TokenizerTargets
+from training.trainer import MimTrainer
 
 atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
 ROOT = Path(__file__).parent.parent
@@ -171,6 +174,27 @@ def tiny_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
         "use_cpu": True,
     }
     return TrainingArguments(str(output_dir), **{**settings, **changes})
+
+
+class Interrupted(TrainerCallback):
+    """In the middle of a step after the last checkpoint; test_trainer kills the whole process instead."""
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+def train_whole_and_resumed(
+    make_trainer: Callable[[Path, list[TrainerCallback]], MimTrainer], folder: Path
+) -> tuple[MimTrainer, MimTrainer]:
+    """Return a trainer that trained at once, and one that went on after another was interrupted."""
+    whole = make_trainer(folder / "whole", [])
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(folder / "interrupted", [Interrupted()]).train()
+    resumed = make_trainer(folder / "interrupted", [])
+    resumed.train(resume_from_checkpoint=str(last_whole_checkpoint(folder / "interrupted")[0]))
+    return whole, resumed
 
 
 @pytest.fixture(params=sorted(TINY_MODELS))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.augmentations import CenterCrop, RandomResizedCrop, horizontal_flip, to_tensor
+from data.augmentations import CenterCrop, RandomResizedCrop, to_tensor
 from data.crops import Box
 from data.decoding import decode
 from data.seeds import seeded_generator
@@ -115,9 +115,6 @@ def test_center_crop__is_the_middle_undistorted(size: tuple[int, int]) -> None:
 def test_to_tensor__keeps_rows_columns_and_colors_in_place() -> None:
     pixels = np.asarray(Image.open(PHOTOGRAPHS[0]).convert("RGB").resize((30, 20)))
     assert torch.equal(to_tensor(Image.fromarray(pixels)), torch.tensor(pixels).permute(2, 0, 1))
-    assert torch.equal(
-        to_tensor(horizontal_flip(Image.fromarray(pixels))), torch.tensor(pixels).permute(2, 0, 1).flip(2)
-    )
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ from conftest import ROOT
 from PIL import Image
 
 from commands import launch
+from commands.duration import DurationEstimate, describe_duration
 from training.callbacks import (
     BadImagesLimit,
-    DurationEstimate,
     ReconstructionPanels,
-    describe_duration,
     describe_log,
     duration,
 )
@@ -48,15 +47,30 @@ def test_log_line__has_units_and_only_what_is_there():
 
 def test_duration_estimate__is_reported_once_and_leaves_out_the_first_step(monkeypatch):
     ends = iter([0.0, 100.0, 102.0, 104.0, 106.0])
-    monkeypatch.setattr("training.callbacks.time.perf_counter", lambda: next(ends))
-    monkeypatch.setattr("training.callbacks._MAX_SECONDS", 1000)
+    monkeypatch.setattr("commands.duration.time.perf_counter", lambda: next(ends))
+    monkeypatch.setattr("commands.duration._MAX_SECONDS", 1000)
     reported, control = [], SimpleNamespace(should_training_stop=False)
     callback = DurationEstimate(reported.append, ends_training=True)
-    state, arguments = SimpleNamespace(is_world_process_zero=True), SimpleNamespace(world_size=1)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1000)
+    arguments = SimpleNamespace(world_size=1)
     callback.on_train_begin(arguments, state, control)
     for number in range(10):
         callback.on_step_end(arguments, state, control)
         assert control.should_training_stop == (number >= 3)
+    assert reported == [2.0]
+
+
+def test_duration_estimate__of_a_run_of_two_steps_is_that_of_the_second(monkeypatch):
+    ends = iter([0.0, 100.0, 102.0])
+    monkeypatch.setattr("commands.duration.time.perf_counter", lambda: next(ends))
+    monkeypatch.setattr("commands.duration._MAX_SECONDS", 1000)
+    reported, control = [], SimpleNamespace(should_training_stop=False)
+    callback = DurationEstimate(reported.append, ends_training=True)
+    arguments = SimpleNamespace(world_size=1)
+    callback.on_train_begin(arguments, None, control)
+    for step in (1, 2):
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=2)
+        callback.on_step_end(arguments, state, control)
     assert reported == [2.0]
 
 

@@ -21,15 +21,15 @@ from conftest import (
     tiny_images,
     tiny_model,
     tiny_targets,
+    train_whole_and_resumed,
 )
 from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoImageProcessor, AutoModel, Trainer, TrainerCallback, pipeline
+from transformers import AutoImageProcessor, AutoModel, Trainer, pipeline
 
 from evaluation.pictures import panel_drawer
 from hub.export.native import export
 from modeling import MODELS
-from training.checkpoints import last_whole_checkpoint
 from training.trainer import MimTrainer
 
 
@@ -192,24 +192,16 @@ def test_accumulation__of_4_batches_of_2_equals_one_of_8(variant, tmp_path):
         assert_close(weights[1][name], expected, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
-class Interrupted(TrainerCallback):
-    """In the middle of a step after the last checkpoint; test_trainer kills the whole process instead."""
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            raise KeyboardInterrupt
-
-
 def test_resume__gives_the_undisturbed_weights_bit_by_bit(variant, tmp_path):
-    weights = []
     dropped = {"hidden_dropout_prob": 0.1}
     if "drop_path_rate" in TINY_MODELS[variant]["encoder_config"]:
         dropped["drop_path_rate"] = 0.3
-    for name, interrupted in (("whole", False), ("cut", True), ("cut", False)):
-        trainer = MimTrainer(
+
+    def make_trainer(folder, callbacks):
+        return MimTrainer(
             model=tiny_model(variant, **dropped),
             args=tiny_arguments(
-                tmp_path / name,
+                folder,
                 per_device_train_batch_size=4,
                 gradient_accumulation_steps=2,
                 save_strategy="steps",
@@ -217,18 +209,12 @@ def test_resume__gives_the_undisturbed_weights_bit_by_bit(variant, tmp_path):
             ),
             train_dataset=tiny_images(variant=variant),
             data_collator=tiny_collator(variant, with_image_index=True),
-            callbacks=[Interrupted()] if interrupted else [],
+            callbacks=callbacks,
         )
-        if interrupted:
-            with pytest.raises(KeyboardInterrupt):
-                trainer.train()
-            continue
-        checkpoint = last_whole_checkpoint(tmp_path / name)[0]
-        assert (checkpoint is None) == (name == "whole")
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        weights.append(trainer.model.state_dict())
-    for name, expected in weights[0].items():
-        assert torch.equal(weights[1][name], expected), name
+
+    whole, resumed = train_whole_and_resumed(make_trainer, tmp_path)
+    for name, expected in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], expected), name
 
 
 LOAD_ALL = """

@@ -5,9 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import PATCH, SIZE, tiny_arguments, tiny_model
+from conftest import PATCH, SIZE, tiny_arguments, tiny_model, train_whole_and_resumed
 from pretraining_command import pretrain
-from test_contract import Interrupted
 from test_run_pretraining import refusal
 from transformers import AutoModel
 
@@ -19,7 +18,6 @@ from data.size_schedule import ScheduledTransform, as_data_steps, first_steps_of
 from data.sources import open_source
 from modeling import CONFIGS
 from modeling.base import View
-from training.checkpoints import last_whole_checkpoint
 from training.trainer import MimTrainer
 
 SIDES = (SIZE // 2, SIZE)
@@ -72,12 +70,11 @@ class SeesSizes(MimTrainer):
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume__inside_a_stage_is_bitwise(tmp_path, num_workers):
-    weights, sides = [], {}
-    for name, interrupted in (("whole", False), ("cut", True), ("cut", False)):
-        trainer = SeesSizes(
+    def make_trainer(folder, callbacks):
+        return SeesSizes(
             model=tiny_model("mae+cross"),
             args=tiny_arguments(
-                tmp_path / name,
+                folder,
                 per_device_train_batch_size=4,
                 gradient_accumulation_steps=2,
                 save_strategy="steps",
@@ -89,19 +86,14 @@ def test_resume__inside_a_stage_is_bitwise(tmp_path, num_workers):
             data_collator=MaskingCollator(
                 (SIZE // PATCH, SIZE // PATCH), 0.75, with_image_index=True, image_size=(SIZE, SIZE)
             ),
-            callbacks=[Interrupted()] if interrupted else [],
+            callbacks=callbacks,
         )
-        if interrupted:
-            with pytest.raises(KeyboardInterrupt):
-                trainer.train()
-            continue
-        checkpoint = last_whole_checkpoint(tmp_path / name)[0]
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-        weights.append(trainer.model.state_dict())
-        sides |= trainer.sides
-    assert sides == {step: {SIDES[0] if step < 3 else SIDES[1]} for step in range(8)}
-    for name, expected in weights[0].items():
-        assert torch.equal(weights[1][name], expected), name
+
+    whole, resumed = train_whole_and_resumed(make_trainer, tmp_path)
+    assert whole.sides == {step: {SIDES[0] if step < 3 else SIDES[1]} for step in range(8)}
+    assert resumed.sides == {step: whole.sides[step] for step in range(4, 8)}
+    for name, expected in whole.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], expected), name
 
 
 def test_command__changes_size_at_the_right_steps_with_repeated_crops(tmp_path, monkeypatch):

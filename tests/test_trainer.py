@@ -350,6 +350,6 @@ class Stream(IterableDataset):
 
 def test_stream__trains_for_max_steps_as_one_epoch(tmp_path):
     trainer = make_trainer(tmp_path, Stream(), max_steps=3)
-    show_progress(trainer, tmp_path / "bad_images.jsonl", {}, 0.05, "")
+    show_progress(trainer, tmp_path / "bad_images.jsonl", {}, 0.05)
     trainer.train()
     assert trainer.state.global_step == trainer.steps_per_epoch == 3

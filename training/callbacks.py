@@ -1,7 +1,6 @@
 """Progress of a training: a bar with images per second, panels of predictions, and limits on unreadable images."""
 
 import sys
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -17,23 +16,18 @@ from transformers.trainer_utils import has_length
 
 from data.bad_images import BadImages
 
-_NUM_TIMED_STEPS, _MAX_SECONDS = 4, 30.0  # of an estimate
-_LONG_SECONDS = 24 * 3600.0
-
 
 def show_progress(
     trainer: Trainer,
     bad_images: Path,
     excluded: BadImages,
     max_bad_fraction: float,
-    shorter: str,
     describe_metrics: Callable[[dict[str, Any]], list[str]] | None = None,
 ) -> None:
-    """Replace `Trainer`'s progress bar, limit unreadable images, and estimate the duration on the CPU.
+    """Replace `Trainer`'s progress bar and limit unreadable images.
 
     Args:
         excluded: Unreadable images that were found before training.
-        shorter: What to run instead on a slow CPU.
         describe_metrics: Returns phrases about metrics for a line of the log; by default the model's.
     """
     trainer.remove_callback(PrinterCallback)
@@ -45,12 +39,6 @@ def show_progress(
     if has_length(dataset):
         num_images = len(dataset)  # type: ignore[arg-type]
     trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, excluded.keys()))
-
-    def report(seconds_per_step: float) -> None:
-        steps_left = trainer.state.max_steps - trainer.state.global_step
-        print(describe_duration(seconds_per_step, steps_left, shorter), file=sys.stderr)
-
-    trainer.add_callback(DurationEstimate(report))
 
 
 def show_panels(
@@ -126,42 +114,6 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {rest} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
-
-
-class DurationEstimate(TrainerCallback):
-    """Measure the first steps, report the seconds of a step once, and end the training if only that is wanted."""
-
-    def __init__(self, report: Callable[[float], None], ends_training: bool = False) -> None:
-        self.report, self.ends_training = report, ends_training
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.ends: list[float] | None = [time.perf_counter()]
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.ends is None:
-            return
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # otherwise the queue would be measured, not the work
-        self.ends.append(time.perf_counter())
-        is_slow = args.world_size == 1 and self.ends[-1] - self.ends[0] > _MAX_SECONDS  # processes end together
-        if len(self.ends) <= _NUM_TIMED_STEPS and not is_slow:
-            return
-        first = 1 if len(self.ends) > 2 else 0  # the first step also builds and warms everything
-        seconds_per_step = (self.ends[-1] - self.ends[first]) / (len(self.ends) - 1 - first)
-        self.ends = None
-        if state.is_world_process_zero:
-            self.report(seconds_per_step)
-        control.should_training_stop |= self.ends_training
-
-
-def describe_duration(seconds_per_step: float, num_steps: int, shorter: str) -> str:
-    """Return how long a run takes and, if nobody would wait for it, what ends after an hour."""
-    seconds = seconds_per_step * num_steps
-    text = f"duration: about {duration(seconds)} for {num_steps:,} steps ({seconds_per_step:.2g} s per step)"
-    if seconds < _LONG_SECONDS:
-        return text
-    num_steps_per_hour = max(1, round(3600 / seconds_per_step))
-    return f"{text}; for one hour, add --max_steps {num_steps_per_hour}; for a result in minutes: {shorter}"
 
 
 class ReconstructionPanels(TrainerCallback):

@@ -17,18 +17,17 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback
-from transformers.trainer_callback import DefaultFlowCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
+from transformers.trainer_utils import has_length
 
 from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
-from training.callbacks import DurationEstimate
 from training.checkpoints import last_whole_checkpoint, write_checksums
 from training.devices import peak_flops
 from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
 from training.layer_decay import layer_decay_groups
+from training.meters import Meter, MetricSums
 from training.stopping import StopOnSignal, init_worker
 from training.weight_average import WeightAverage
 
@@ -80,10 +79,10 @@ class MimTrainer(Trainer):
         self.flops_per_image = flops_per_image
         self._forward_arguments = frozenset(inspect.signature(self.model.forward).parameters)
         self._total_counts: dict[str, torch.Tensor] = {}  # of this step, over all micro-batches and processes
-        self._meter, self._metrics = _Meter(), {True: _MetricSums(), False: _MetricSums()}  # by model.training
+        self._meter, self._metrics = Meter(), {True: MetricSums(), False: MetricSums()}  # by model.training
         self._micro_step = 0
         self.began = time.perf_counter()  # of the training, less the time that it took before it was resumed
-        self.add_callback(_StepHooks(self))
+        self.add_callback(StepHooks(self))
         self._stop_on_signal = StopOnSignal()
         self.add_callback(self._stop_on_signal)
 
@@ -95,17 +94,6 @@ class MimTrainer(Trainer):
         """
         with self._stop_on_signal.listening():
             return super().train(*args, **kwargs)
-
-    def measure_seconds_per_step(self) -> float:
-        """Train a few steps without log, evaluation and checkpoint; the model is not as it was afterwards."""
-        measured: list[float] = []
-        for callback in list(self.callback_handler.callbacks):
-            if not isinstance(callback, DefaultFlowCallback | _StepHooks | StopOnSignal):
-                self.remove_callback(callback)
-        self.add_callback(DurationEstimate(measured.append, ends_training=True))
-        self.args.save_strategy, self.args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
-        self.train()
-        return measured[0] if measured else 0.0
 
     # ---- data ----
 
@@ -403,7 +391,7 @@ class MimTrainer(Trainer):
             hook(self.progress)
 
 
-class _StepHooks(TrainerCallback):
+class StepHooks(TrainerCallback):
     """The parts of the trainer that `Trainer` only calls as callbacks, between steps."""
 
     def __init__(self, trainer: MimTrainer) -> None:
@@ -455,43 +443,3 @@ class _StepHooks(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer._meter.start(state.global_step)
-
-
-class _MetricSums:
-    """Metrics by name, summed on the device over the micro-batches since the last reading."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, torch.Tensor] = {}
-
-    def add(self, metrics: Mapping[str, torch.Tensor]) -> None:
-        for name, value in metrics.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-
-    def read(self, accelerator: Any) -> dict[str, torch.Tensor]:
-        sums, self.sums = self.sums, {}
-        return accelerator.reduce(sums, reduction="sum") if sums else {}
-
-
-class _Meter:
-    """Speed since the last reading; evaluation and saving are not counted as training."""
-
-    def __init__(self) -> None:
-        self.start(0)
-        self.seconds_per_step: float | None = None
-
-    def start(self, step: int) -> None:
-        self.step, self.started, self.seconds_waiting = step, time.perf_counter(), 0.0
-
-    def read(self, step: int, images_per_step: int, steps_left: int) -> dict[str, float]:
-        seconds, steps = time.perf_counter() - self.started, step - self.step
-        waiting = self.seconds_waiting
-        self.start(step)
-        if not steps:
-            return {}
-        self.seconds_per_step = seconds / steps
-        return {
-            "images_per_second": round(images_per_step / self.seconds_per_step, 2),
-            "data_wait_share": round(waiting / seconds, 4),
-            "images_seen": step * images_per_step,
-            "eta_seconds": round(self.seconds_per_step * steps_left, 1),
-        }

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
@@ -22,7 +22,7 @@ from transformers.utils import ModelOutput
 
 from commands.finetune_settings import FinetuneSettings
 from commands.flags import flag
-from data.augmentations import CenterCrop, RandomResizedCrop, horizontal_flip, to_tensor
+from data.augmentations import CenterCrop, RandomResizedCrop, to_tensor
 from data.decoding import BadImage, decode
 from data.images import Samples
 from data.splits import PretrainingSplits, Splits, open_pretraining_splits
@@ -132,7 +132,7 @@ class CropBoth:
             mask.resize(size, Image.Resampling.NEAREST, box),
         )
         if is_flipped:
-            image, mask = horizontal_flip(image), horizontal_flip(mask)
+            image, mask = ImageOps.mirror(image), ImageOps.mirror(mask)
         return {"pixel_values": to_tensor(image), "labels": torch.from_numpy(np.array(mask, np.int64))}
 
 
