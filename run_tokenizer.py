@@ -34,6 +34,7 @@ from data.images import ImageDataset, Samples
 from data.seeds import seeded_generator
 from data.splits import PretrainingSplits
 from evaluation.pictures import panel_drawer, panel_indices
+from hub.export.native import replacing
 from hub.redaction import shorten_command
 from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
@@ -169,11 +170,8 @@ def finish(settings: TokenizerSettings, images: PretrainingSplits, argv: list[st
                 (output_dir / CODEBOOK_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             card = tokenizer_card(trainer, settings, facts, argv)
             (output_dir / "README.md").write_text(card, encoding="utf-8")
-            scratch = output_dir / ".export"
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
-            for path in sorted(scratch.iterdir(), key=lambda path: path.name == _WRITTEN_LAST):
-                path.replace(output_dir / path.name)
-            scratch.rmdir()
+            with replacing(output_dir) as scratch:
+                trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
     trainer.accelerator.wait_for_everyone()
     return f"image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}"
 

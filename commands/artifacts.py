@@ -63,8 +63,6 @@ class Artifacts:
     def write(self, trainer: MimTrainer, folder: Path, unfinished: str | None = None) -> None:
         settings, splits, history = self.settings, self.splits, trainer.state.log_history
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        # A config that is uploaded must not contain folders of this computer.
-        export(model, folder, method=settings.method, recipe=shorten_values(settings.as_recipe()))
         encoder, dataset = model.exported_encoder, " + ".join(settings.eval_dataset or [])
         metrics = {
             name: [entry[key] for entry in history if key in entry][-1]
@@ -92,6 +90,8 @@ class Artifacts:
             pools_mean=getattr(encoder.config, "use_mean_pooling", False),
             native_root_problem=native_root_problem(model),
         )
+        # Last, because it marks a finished run. A config that is uploaded must not contain folders of this computer.
+        export(model, folder, method=settings.method, recipe=shorten_values(settings.as_recipe()))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import yaml
 from commands.pretraining_settings import PretrainingSettings
 from commands.settings import Origin, TrainingSettings
 from data.bad_images import BadImages
+from hub.export.native import UNFINISHED_EXPORT
 from training.checkpoints import last_whole_checkpoint, problem_with
 
 SETTINGS_FILE = "settings.yaml"
@@ -35,6 +36,8 @@ WRITTEN_FILES = (
     *("trainer_state.json", "codebook.json", "tokens-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),
     *(SUBSET_FILE, METRICS_FILE, CONFUSION_FILE),
 )
+# What a run that was killed may have left behind.
+LEFT_BEHIND = (f"{UNFINISHED_EXPORT}*", ".export", "tokens-*.part.npy")
 # What run_evaluation.py writes besides METRICS_FILE; deleted only if it wrote that, as users may have such files.
 _OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
 
@@ -81,6 +84,7 @@ def prepare_output_dir(
             check(checkpoint)
         log(f"continuing from {checkpoint}")
     output_dir.mkdir(parents=True, exist_ok=True)
+    _delete(output_dir, LEFT_BEHIND)
     (output_dir / SETTINGS_FILE).write_text(_as_yaml(settings), encoding="utf-8")
     found = BadImages() if checkpoint is None else BadImages.read(output_dir / BAD_IMAGES_FILE)  # while decoding
     (output_dir / BAD_IMAGES_FILE).unlink(missing_ok=True)
@@ -133,7 +137,11 @@ def _delete_old_run(output_dir: Path) -> None:
     metrics = output_dir / METRICS_FILE
     was_evaluated = metrics.is_file() and '"written_by": "run_evaluation.py"' in metrics.read_text(encoding="utf-8")
     report = _OF_AN_EVALUATION if was_evaluated else ()
-    for pattern in (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code, *report):
+    _delete(output_dir, (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code, *report))
+
+
+def _delete(output_dir: Path, patterns: Iterable[str]) -> None:
+    for pattern in patterns:
         for path in output_dir.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 

@@ -97,6 +97,15 @@ def test_native__and_back_is_bitwise(variant, tmp_path):
     assert all(torch.equal(whole[name], tensor) for name, tensor in head.state_dict().items())
 
 
+def test_native__marks_a_finished_run_last_and_removes_what_a_killed_export_left(tmp_path, monkeypatch):
+    moved_files, replace = [], Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: (moved_files.append(target.name), replace(path, target)))
+    (tmp_path / ".export-abc" / "pretraining").mkdir(parents=True)
+    exported("mae", tmp_path)
+    assert moved_files[-2:] == ["config.json", "pretraining"]
+    assert not list(tmp_path.glob(".export*"))
+
+
 @pytest.mark.parametrize("name", native_models())
 def test_timm__names_and_shapes_are_those_of_its_own_models(name):
     """The list was written by timm 1.0.31 from the arguments that `hub.export.timm` gives."""

@@ -225,6 +225,11 @@ def test_early_stopping__ends_after_evaluations_without_a_better_one(encoders, l
     argv = ("--max_steps", "20", "--eval_steps", "1", "--early_stopping_patience", "2", "--learning_rate", "1e-12")
     out = finetune(encoders["mae"], labeled, tmp_path / "out", *argv)
     assert len(logged(out, "eval_loss")) == 3
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "config.json").unlink()  # as if killed while the result was written
+    finetune(encoders["mae"], labeled, out, *argv)
+    assert len(logged(out, "eval_loss")) == 3
+    assert (out / "model.safetensors").read_bytes() == weights
 
 
 # ---- mistakes ----

@@ -18,6 +18,7 @@ from PIL import Image
 from pretraining_command import pretrain
 from transformers import AutoModel
 
+from commands import artifacts
 from commands.launch import has_accelerator
 
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
@@ -104,6 +105,21 @@ def test_run__an_interrupted_one_continues_by_itself_and_ends_like_an_undisturbe
     assert "checkpoint-2 is skipped" in said
     assert f"continuing from {folder / 'checkpoint-1'}" in said
     assert torch.equal(torch.cat([p.flatten() for p in AutoModel.from_pretrained(folder).parameters()]), whole)
+
+
+def test_run__one_that_dies_before_its_card_is_not_finished(tmp_path, monkeypatch):
+    folder, write_card = tmp_path / "out", artifacts.write_card
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(artifacts, "write_card", die)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain([*SMALL, "--output_dir", str(folder)])
+    monkeypatch.setattr(artifacts, "write_card", write_card)
+    assert pretrain([*SMALL, "--output_dir", str(folder)]) == 0
+    assert layout_of(folder) == LAYOUT
+    assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 2
 
 
 def test_run__an_interrupted_one_of_another_shape_is_refused(finished, tmp_path, capsys):

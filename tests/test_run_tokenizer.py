@@ -178,6 +178,23 @@ def test_run__an_interrupted_one_ends_like_an_undisturbed_one(tmp_path):
     assert torch.equal(weights(folder), whole)
 
 
+@pytest.mark.parametrize("written", ["training_curve.png", "codebook.json", "config.json"])
+def test_run__killed_while_the_result_is_written_ends_like_an_undisturbed_one(finished, tmp_path, written):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    for name in ("config.json", "model.safetensors", "codebook.json", "training_curve.png"):
+        (folder / name).unlink()
+        if name == written:
+            break
+    for left_behind in (folder / ".export-abc", folder / ".export"):
+        left_behind.mkdir()
+        (left_behind / "model.safetensors").touch()
+    assert train("--output_dir", str(folder)) == 0
+    assert torch.equal(weights(folder), weights(finished))
+    assert not list(folder.glob(".export*"))
+    assert not (folder / "checkpoint-3").exists()
+
+
 def test_run__a_finished_folder_is_not_touched_without_overwrite(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert "--overwrite" in refusal(capsys, "--output_dir", str(finished))

@@ -89,6 +89,17 @@ def test_checkpoint__with_a_cut_or_missing_file_is_not_whole(tmp_path, cut):
     assert problem_with(checkpoint) is not None or cut == "rng_state.pth"  # torch is re-seeded at every step anyway
 
 
+def test_resume__after_the_last_step_takes_no_further_step(tmp_path):
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}  # mid-epoch
+    undisturbed = make_trainer(tmp_path, **settings)
+    undisturbed.train()
+    resumed = make_trainer(tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 4
+    for name, expected in undisturbed.model.state_dict().items():
+        assert torch.equal(resumed.model.state_dict()[name], expected), name
+
+
 def test_resume__counts_the_training_time_before_it(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "logging_steps": 2}
     make_trainer(tmp_path, **settings).train()

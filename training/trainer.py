@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from data.images import NamedItems
@@ -136,6 +136,10 @@ class MimTrainer(Trainer):
     def _loss_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         count = getattr(self.model, "loss_counts", None)
         return count(batch) if count else {}
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if not self.control.should_training_stop:  # resumed after its end, `Trainer` would take one more step
+            super()._run_epoch(*args, **kwargs)
 
     # ---- one step ----
 
@@ -407,6 +411,12 @@ class StepHooks(TrainerCallback):
         trainer.began = time.perf_counter() - max(before, default=0.0)
         if args.save_strategy != "no" and last_whole_checkpoint(trainer.output_dir)[0] is None:
             trainer._save_checkpoint(trainer.model, trial=None)
+        was_stopped_early = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in trainer.callback_handler.callbacks
+        )
+        control.should_training_stop = was_stopped_early or state.global_step >= state.max_steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Not left to accelerate: it does not reach the sampler of a resumed, sharded loader.

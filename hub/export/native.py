@@ -23,6 +23,7 @@ from modeling import MimPreTrainedModel
 from modeling.patches import gray_to_rgb, height_and_width
 
 PRETRAINING = "pretraining"
+UNFINISHED_EXPORT = ".export-"  # prefix of a folder in the output folder
 _PATCH_PROJECTION = "patch_embeddings.projection.weight"
 
 
@@ -95,7 +96,7 @@ def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, re
 
     Returns the `native_root_problem`; if there is one, only `pretraining/` and its code are written.
     """
-    with _replacing(Path(output_dir)) as scratch:
+    with replacing(Path(output_dir)) as scratch:
         stats = (model.config.image_mean, model.config.image_std)
         if (problem := native_root_problem(model)) is None:
             native = native_encoder(model.exported_encoder, method, recipe)
@@ -127,7 +128,7 @@ def export_native(
     For a classifier, the authors' size of the short side is the default of `resize_to`.
     """
     classifies, config = hasattr(model, "classifier"), model.config
-    with _replacing(Path(output_dir)) as scratch:
+    with replacing(Path(output_dir)) as scratch:
         if classifies:
             _record_origin(model.config, method, recipe)
             model.save_pretrained(scratch)
@@ -144,13 +145,16 @@ def export_native(
 
 
 @contextmanager
-def _replacing(output_dir: Path) -> Iterator[Path]:
+def replacing(output_dir: Path) -> Iterator[Path]:
     """Yield a folder to write to, whose content moves to `output_dir` at the end unless there was an error."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as scratch_name:
+    for left_behind in output_dir.glob(f"{UNFINISHED_EXPORT}*"):  # by an export that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=UNFINISHED_EXPORT) as scratch_name:
         scratch = Path(scratch_name)
         yield scratch
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):  # marks a complete model
+        marks = ("config.json", PRETRAINING)  # of a complete model, and of a finished run
+        for path in sorted(scratch.iterdir(), key=lambda path: marks.index(path.name) if path.name in marks else -1):
             path.replace(output_dir / path.name)
 
 

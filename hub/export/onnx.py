@@ -1,6 +1,8 @@
 """Export a model to ONNX, verified with onnxruntime before the file is put in place."""
 
+import glob
 import inspect
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,10 @@ def export_onnx(folder: str | Path, file: str | Path) -> list[str]:
     # Not the model's own size, for which the interpolation would be skipped and missing from the trace.
     traced = (height + config.patch_size, width + 2 * config.patch_size) if is_dynamic else (height, width)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".onnx-") as scratch:
+    unfinished = f".onnx-{file.name}-"
+    for left_behind in file.parent.glob(f"{glob.escape(unfinished)}*"):  # by an export that was killed
+        shutil.rmtree(left_behind, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=unfinished) as scratch:
         written = Path(scratch) / file.name
         torch.onnx.export(
             _Encoder(model, output_names, **options).eval(),
