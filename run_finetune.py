@@ -8,6 +8,8 @@ the flags.
 import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
 
 import sys
+from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import PartialState
@@ -15,11 +17,12 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedMode
 
 from commands.arithmetic import Hardware
 from commands.artifacts import FinetuneArtifacts
+from commands.batch_size import TrialStep, with_batch_size
 from commands.finetune_plan import FinetunePlan
-from commands.finetune_settings import chosen_task, load_finetune_settings
+from commands.finetune_settings import FinetuneSettings, chosen_task, load_finetune_settings
 from commands.job import train
 from commands.launch import find_hardware, first_on_main, join, run
-from commands.memory import measure_footprint
+from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE
 from commands.parsing import make_parser
 from hub.image_stats import image_stats
@@ -45,7 +48,11 @@ def main(argv: list[str]) -> None:
     model = task.build_model()
     freeze(model, settings.mode, settings.num_trained_blocks)
 
-    plan = plan_run(task, model, find_hardware(state), notes)
+    hardware, footprint = find_hardware(state), measure_footprint(model.eval(), black_images(settings, 1))
+    trial = TrialStep(lambda: model, partial(black_images, settings))
+    settings, size_notes = with_batch_size(settings, hardware, len(splits.by_name["train"]), footprint, trial)
+    task = replace(task, settings=settings)
+    plan = plan_run(task, footprint, hardware, [*notes, *size_notes])
     train(
         plan,
         splits.bad,
@@ -61,16 +68,19 @@ def encoder_config(name: str) -> PreTrainedConfig:
     return open_config(name, accepts_whole_model=False)
 
 
-def plan_run(task: Task, model: PreTrainedModel, hardware: Hardware, notes: list[str]) -> FinetunePlan:
+def black_images(settings: FinetuneSettings, num_images: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.zeros(num_images, 3, settings.image_size, settings.image_size)}
+
+
+def plan_run(task: Task, footprint: Footprint, hardware: Hardware, notes: list[str]) -> FinetunePlan:
     settings, by_name = task.settings, task.splits.by_name
     source, sizes = task.splits.describe()
     counts = ", ".join(f"{len(split):,} {name}" for name, split in by_name.items())
-    image = torch.zeros(1, 3, settings.image_size, settings.image_size)
     return FinetunePlan.make(
         settings,
         hardware,
         num_images=(len(by_name["train"]), len(by_name.get("validation", ()))),
-        footprint=measure_footprint(model.eval(), {"pixel_values": image}),
+        footprint=footprint,
         data=f"{source}: {counts}; {sizes}",
         grid=patch_grid(settings.image_size, task.encoder_config.patch_size),
         notes=[*notes, *task.splits.notes, *task.notes()],

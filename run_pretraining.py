@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
 
 from commands.artifacts import Artifacts
+from commands.batch_size import TrialStep, with_batch_size
 from commands.cache import describe_cache, with_cache
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
@@ -60,8 +61,15 @@ def main(argv: list[str]) -> None:
     collator = build_collator(settings, config)
     footprint = model_footprint(settings, config, collator)
     num_images = (len(splits.train), len(splits.validation))
-    notes = splits.summary.notes
-    plan = PretrainingPlan.make(settings, find_hardware(state), num_images, footprint, splits.describe(), grid, notes)
+    hardware = find_hardware(state)
+    trial = TrialStep(
+        partial(AutoModelForPreTraining.from_config, config),
+        lambda size: black_images(settings, config, collator, size, targets),
+        targets,
+    )
+    settings, size_notes = with_batch_size(settings, hardware, len(splits.train), footprint, trial)
+    notes = [*splits.summary.notes, *size_notes]
+    plan = PretrainingPlan.make(settings, hardware, num_images, footprint, splits.describe(), grid, notes)
     blank = without_weights(config)
     weights, start = Weights({}, []), settings.start
     if start is not None and not start.sizes_only:
@@ -142,6 +150,19 @@ def without_weights(config: MimConfig) -> MimPreTrainedModel:
 def model_footprint(settings: PretrainingSettings, config: MimConfig, collator: MaskingCollator) -> Footprint:
     """Return the memory that the model needs; computes nothing."""
     model = without_weights(config).train()
+    batch = black_images(settings, config, collator, 1)
+    batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    return measure_footprint(model, {**batch, "return_loss": model.targets is None})
+
+
+def black_images(
+    settings: PretrainingSettings,
+    config: MimConfig,
+    collator: MaskingCollator,
+    num_images: int,
+    targets: Targets | None = None,
+) -> dict[str, Any]:
+    """Return a batch of black images with the masks of a run."""
     item = {
         view.name: torch.zeros(
             *(() if view.num_crops is None else (view.num_crops,)),
@@ -151,10 +172,11 @@ def model_footprint(settings: PretrainingSettings, config: MimConfig, collator: 
         )
         for view in config.views
     }
-    batch = collator([{**item, "epoch": 0, "step": 0, "image_index": 0}])
+    if targets is not None and targets.view is not None:
+        item[targets.view.name] = torch.zeros(settings.num_channels, *targets.view.image_size, dtype=torch.uint8)
+    batch = collator([{**item, "epoch": 0, "step": 0, "image_index": index} for index in range(num_images)])
     batch.pop("image_index")
-    batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
-    return measure_footprint(model, {**batch, "return_loss": model.targets is None})
+    return batch
 
 
 # ---- training ----

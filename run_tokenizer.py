@@ -20,6 +20,7 @@ from huggingface_hub import ModelCardData
 from transformers import TrainingArguments, set_seed
 
 from commands.artifacts import copy_panel, draw_curve
+from commands.batch_size import TrialStep, with_batch_size
 from commands.cache import describe_cache, with_cache
 from commands.job import open_images, train
 from commands.launch import find_hardware, join, run
@@ -82,8 +83,14 @@ def main(argv: list[str]) -> None:
     height, width = config.input_size
     grid = (height // config.stride, width // config.stride)  # of codes
     num_images = (len(images.train), len(images.validation))
-    notes = images.summary.notes
-    plan = TokenizerPlan.make(settings, find_hardware(state), num_images, footprint, images.describe(), grid, notes)
+    hardware = find_hardware(state)
+    trial = TrialStep(
+        partial(DvaeModel, config),
+        lambda size: {"pixel_values": torch.zeros(size, config.num_channels, *config.input_size, dtype=torch.uint8)},
+    )
+    settings, size_notes = with_batch_size(settings, hardware, len(images.train), footprint, trial)
+    notes = [*images.summary.notes, *size_notes]
+    plan = TokenizerPlan.make(settings, hardware, num_images, footprint, images.describe(), grid, notes)
     views = single_view(random_crop(settings.image_size, settings.crop_scale), settings.num_channels)
     train(
         plan,

@@ -40,6 +40,7 @@ def batch_size_and_accumulation(
         )
     wanted = batch_on_cpu if hardware.is_cpu else _BATCH_ON_GPU
     if settings.is_given("per_device_train_batch_size"):
+        assert settings.per_device_train_batch_size != "auto", "commands.batch_size has replaced it"
         wanted = settings.per_device_train_batch_size
     batch_size = min(wanted, num_images // hardware.world_size)
     if batch_size < wanted:

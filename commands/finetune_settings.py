@@ -94,8 +94,11 @@ class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags,
     """Base class of the settings of a fine-tuning task."""
 
     output_dir: str | None = flag(help="where all files go (default: outputs/<model>-<mode>-<data>)")
-    per_device_train_batch_size: int = flag(
-        help="images per device and forward pass (default: 64 on a GPU, 32 on a CPU)", within=COUNT
+    per_device_train_batch_size: int | Literal["auto"] = flag(
+        help="images per device and forward pass, or auto for the largest number that fits into its memory "
+        "(default: 64 on a GPU, 32 on a CPU)",
+        within=COUNT,
+        words=("auto",),
     )
     prediction_loss_only: bool = flag(False)
     load_best_model_at_end: bool = flag(True, "keep the weights of the evaluation with the best metric_for_best_model")

@@ -46,6 +46,7 @@ def flag(
     within: Range | None = None,
     choices: Collection[str] | None = None,
     refused: Mapping[str, str] = MappingProxyType({}),
+    words: Collection[str] = (),
 ) -> Any:
     """Declare a setting that is a flag of the command line and a line of a recipe.
 
@@ -54,8 +55,9 @@ def flag(
             the default of transformers.
         help: For a field of TrainingArguments without it, --help_all shows the text of transformers.
         refused: Values that users may expect but that do not exist, each with an explanation.
+        words: Values of a number that are words.
     """
-    metadata = {"help": help, "within": within, "choices": choices, "refused": refused}
+    metadata = {"help": help, "within": within, "choices": choices, "refused": refused, "words": words}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -150,8 +152,11 @@ class TrainingFlags:
         help="number of optimizer steps, instead of num_train_epochs (default: off)",
         within=Range(lambda x: x == -1 or x >= 1, "1 or more, or -1 for none"),
     )
-    per_device_train_batch_size: int = flag(
-        help="images per device and forward pass (default: 64 on a GPU, 8 on a CPU)", within=COUNT
+    per_device_train_batch_size: int | Literal["auto"] = flag(
+        help="images per device and forward pass, or auto for the largest number that fits into its memory "
+        "(default: 64 on a GPU, 8 on a CPU)",
+        within=COUNT,
+        words=("auto",),
     )
     gradient_accumulation_steps: int = flag(help="batches accumulated for one optimizer step", within=COUNT)
     learning_rate: float = flag(

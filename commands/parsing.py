@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from functools import partial
 from types import MappingProxyType
@@ -157,22 +157,25 @@ def _refine(action: argparse.Action, declared: Any | None) -> None:
     if action.type is string_to_bool:  # also those that transformers lets be None and so wants a value for
         action.nargs, action.const = "?", True
     if action.type is not None:
-        refused = declared.metadata["refused"] if declared is not None else {}
-        action.type = _strict(action.type, action.choices, refused)  # type: ignore[arg-type]
+        refused, words = ({}, ()) if declared is None else (declared.metadata[name] for name in ("refused", "words"))
+        action.type = _strict(action.type, action.choices, refused, words)  # type: ignore[arg-type]
     action.default = argparse.SUPPRESS
 
 
 def _strict(
-    convert: Callable[[str], Any], choices: Iterable[Any] | None, refused: Mapping[str, str]
+    convert: Callable[[str], Any], choices: Iterable[Any] | None, refused: Mapping[str, str], words: Collection[str]
 ) -> Callable[[str], Any]:
     def typed(text: str) -> Any:
+        if text in words:
+            return text
         if text in refused:
             raise argparse.ArgumentTypeError(f"there is no {text}: {refused[text]}")
         try:
             value = convert(text)
         except (ValueError, TypeError, argparse.ArgumentTypeError):
             kind = getattr(convert, "__name__", "value")
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected {_EXPECTED.get(kind, f'a {kind}')}") from None
+            expected = " or ".join([_EXPECTED.get(kind, f"a {kind}"), *words])
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}") from None
         if choices is not None and value not in choices:
             close = nearest(text, map(str, choices))
             hint = f"; did you mean {close}?" if close else ""

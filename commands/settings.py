@@ -292,7 +292,7 @@ def _check_ranges(settings_class: type[Settings], values: dict[str, Any]) -> Non
     hints = get_type_hints(settings_class)
     for name, declared in flags_of(settings_class).items():
         within, value = declared.metadata["within"], values[name]
-        if within is None or value is None:
+        if within is None or value is None or value in declared.metadata["words"]:
             continue
         numbers = value if isinstance(value, list) else [value]
         takes_several = tuple_in(hints[name]) is not None
