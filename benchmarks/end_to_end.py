@@ -51,7 +51,7 @@ PUBLISHED_DECODER = [
 ]
 STOCK = "stock"
 SIDES = (STOCK, "ours, published decoder", "ours", "ours, cache")
-FIRST = (STOCK, "ours", "ours, cache")  # sides that find nothing of an earlier one
+FIRST = (STOCK, "ours, published decoder", "ours, cache")  # sides that find nothing of an earlier one
 PARTS = ("input", "step")
 
 
@@ -293,8 +293,10 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['date']}, {report['processor']}, {report['cores']} cores, {report['threads']} threads, "
         f"load average {report['load']:.1f} before, {report['versions']}: `{report['command']}`",
         "",
-        f"MAE vit-tiny at {ENCODER['image_size']} px, batches of {report['batch_size']}, {report['num_workers']} data "
-        f"workers, {report['num_images']:,} JPEGs of 500x375. Medians of {report['num_rounds']} rounds, lowest and "
+        "Stock is benchmarks/stock_mae.py, which does what run_mae.py of transformers does, and fills its tables of "
+        f"positions. MAE vit-tiny at {ENCODER['image_size']} px, batches of {report['batch_size']}, "
+        f"{report['num_workers']} data workers, {report['num_images']:,} JPEGs of 500x375. "
+        f"Medians of {report['num_rounds']} rounds, lowest and "
         "highest in brackets; the ratio is the median of the rounds' ratios. Start: from the start of the process to "
         "the end of the first step, when earlier runs have seen the images; not part of the images/s.",
         "",
@@ -324,7 +326,7 @@ def markdown(report: dict[str, Any]) -> str:
     losses = ", ".join(f"{stock:.6f} / {ours:.6f}" for stock, ours in report["losses"])
     lines += [
         "",
-        f"The first start of stock and ours, which read all headers, and of the cache, which writes it: {starts}.",
+        f"The first starts, in which ours reads the headers of all images, and writes the cache: {starts}.",
         "",
         "Ours has a decoder of 2 blocks x 192 beside vit-tiny by default, the published one and stock's has 8 x 512. "
         "With different decoders the losses are those of different models, so they are not compared here "
