@@ -3,14 +3,16 @@
     python -m benchmarks.tuxstamps --size 96 --output_dir outputs/tuxstamps-96
     python -m benchmarks.decoder_quality --minutes 30
 
-First the steps of all candidates alternate in one process, which gives the speed of each on this computer. Then every
-candidate is pre-trained for as many steps as it makes in --minutes, once for each seed and in turn, with the same
-images, masks, learning rate and share of warm-up. Each encoder is scored on frozen features (kNN, logistic regression)
-and after fine-tuning, with the labels of tuning/train, on tuning/val; no test image is read. The published decoder is
-a candidate, so that images/s and accuracies have it as their reference.
+First the steps of all candidates alternate in one process on the CPU, which gives the speed of each on this computer.
+Then every candidate is pre-trained for as many steps as it makes in --minutes, once for each seed, with the same
+images, masks, learning rate and share of warm-up; or, with --num_images, for equally many steps. As the steps are
+counted, the training may be done elsewhere: copy speeds.json to the --output_dir of a faster computer. Each encoder is
+scored on frozen features (kNN, logistic regression) and after fine-tuning, with the labels of tuning/train, on
+tuning/val; no test image is read. The published decoder is a candidate, so that images/s and accuracies have it as
+their reference.
 
 Every finished command is kept in --output_dir, so that an interrupted benchmark continues; partial results are in
-results.json there. Writes benchmarks/decoder_quality_<model>_<hardware>_<date>.md.
+results.json there. Writes benchmarks/decoder_quality_<model>_<equal what>_<date>.md.
 """
 
 import argparse
@@ -21,6 +23,7 @@ import platform
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,8 @@ CANDIDATES = {
     "cross-192x4-third": candidate("cross", 192, 4, 1 / 3),
     "cross-192x8-third": candidate("cross", 192, 8, 1 / 3),
     "cross-256x4-third": candidate("cross", 256, 4, 1 / 3),
+    "cross-512x8-quarter": candidate("cross", 512, 8, 0.25),
+    "cross-384x4-quarter": candidate("cross", 384, 4, 0.25),
 }
 
 
@@ -69,33 +74,38 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=96)
     parser.add_argument("--patch_size", type=int, default=8)
     parser.add_argument("--minutes", type=float, default=30, help="of one pre-training")
+    parser.add_argument("--num_images", type=int, help="of one pre-training, instead of equal time")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--candidates", nargs="+", default=list(CANDIDATES), choices=CANDIDATES)
     parser.add_argument("--finetune_steps", type=int, default=200)
+    parser.add_argument("--num_jobs", type=int, default=1, help="pre-trainings at a time")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that decode images, in each job")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/decoder_quality"))
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    speeds = measured_speeds(options)
+    measured = measured_speeds(options)
+    speeds = measured["images_per_second"]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.candidates}
-    for seed in options.seeds:
-        for name in options.candidates:
-            results[name].append(score(name, seed, speeds[name], options))
-            partial = {"options": vars(options), "images_per_second": speeds, "accuracies": results}
+    runs = [(name, seed, speeds[name], options) for seed in options.seeds for name in options.candidates]
+    with ThreadPoolExecutor(options.num_jobs) as pool:
+        for (name, *_), accuracies in zip(runs, pool.map(lambda arguments: score(*arguments), runs), strict=True):
+            results[name].append(accuracies)
+            partial = {"options": vars(options), **measured, "trained_on": hardware(), "accuracies": results}
             (options.output_dir / "results.json").write_text(json.dumps(partial, indent=1, default=str) + "\n")
-    write(options, speeds, results)
+    write(options, measured, results)
 
 
 # ---- speed ----
 
 
-def measured_speeds(options: argparse.Namespace, num_rounds: int = 7) -> dict[str, float]:
-    """Return the images per second of each candidate; measured once, as the numbers of steps depend on it."""
+def measured_speeds(options: argparse.Namespace, num_rounds: int = 7) -> dict[str, Any]:
+    """Return the hardware and the images/s of each candidate; measured once, as the numbers of steps depend on it."""
     file = options.output_dir / "speeds.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    if missing := [name for name in options.candidates if name not in known]:
-        if known:
+    known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"images_per_second": {}}
+    if missing := [name for name in options.candidates if name not in known["images_per_second"]]:
+        if known["images_per_second"]:
             raise SystemExit(f"{file} has no speed of {', '.join(missing)}: use another --output_dir")
         steps = {name: training_step(CANDIDATES[name], options) for name in options.candidates}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -105,9 +115,18 @@ def measured_speeds(options: argparse.Namespace, num_rounds: int = 7) -> dict[st
                 step()
                 if round_number:  # the first one warms up
                     seconds[name].append(time.perf_counter() - start)
-        known = {name: options.batch_size / statistics.median(times) for name, times in seconds.items()}
+        found = {name: options.batch_size / statistics.median(times) for name, times in seconds.items()}
+        known = {"measured_on": f"{cpu()}, {torch.get_num_threads()} threads", "images_per_second": found}
         file.write_text(json.dumps(known) + "\n")
-    return {name: known[name] for name in options.candidates}
+    return known
+
+
+def cpu() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu()
 
 
 def training_step(flags: dict[str, Any], options: argparse.Namespace) -> Any:
@@ -137,7 +156,9 @@ def score(name: str, seed: int, images_per_second: float, options: argparse.Name
     """Pre-train, and return the validation accuracies by name."""
     folder = options.output_dir / name
     encoder, frozen, tuned = (folder / f"{kind}-{seed}" for kind in ("encoder", "frozen", "finetuned"))
-    num_steps = max(20, round(options.minutes * 60 * images_per_second / options.batch_size))
+    num_images = options.num_images or options.minutes * 60 * images_per_second
+    num_steps = max(20, round(num_images / options.batch_size))
+    workers = ["--dataloader_num_workers", str(options.num_workers), "--bf16", "false"]
     flags = [f"--{flag}={value}" for flag, value in CANDIDATES[name].items()]
     tuning = str(options.data / "tuning")
     run(
@@ -146,7 +167,7 @@ def score(name: str, seed: int, images_per_second: float, options: argparse.Name
         "--dataset", str(options.data / "photographs"), tuning + "/train", "--validation_fraction", "0.02",
         "--max_steps", str(num_steps), "--warmup_steps", "0.05", "--learning_rate", str(options.learning_rate),
         "--crop_scale", "0.3", "1.0", "--per_device_train_batch_size", str(options.batch_size), "--eval_steps", "0.5",
-        "--save_steps", "0.25", "--save_total_limit", "1", "--report_to", "none", "--seed", str(seed),
+        "--save_steps", "0.25", "--save_total_limit", "1", "--report_to", "none", "--seed", str(seed), *workers,
         "--output_dir", str(encoder),
     )  # fmt: skip
     run(
@@ -156,7 +177,7 @@ def score(name: str, seed: int, images_per_second: float, options: argparse.Name
     run(
         "run_finetune.py", "--config", "finetune_tuxstamps_few", "--model", str(encoder), "--dataset", tuning,
         "--max_steps", str(options.finetune_steps), "--eval_steps", "1.0", "--save_steps", "1.0",
-        "--report_to", "none", "--seed", str(seed), "--output_dir", str(tuned),
+        "--report_to", "none", "--seed", str(seed), *workers, "--output_dir", str(tuned),
     )  # fmt: skip
     entries = json.loads((frozen / "metrics.json").read_text())["results"]
     found = {entry["name"]: entry["value"] for entry in entries if entry["metric"] == "accuracy"}
@@ -168,18 +189,19 @@ def score(name: str, seed: int, images_per_second: float, options: argparse.Name
 # ---- the result file ----
 
 
-def write(options: argparse.Namespace, speeds: dict[str, float], results: dict[str, list[dict[str, float]]]) -> None:
-    hardware, date = f"{platform.machine()}-cpu{os.cpu_count()}", datetime.date.today().isoformat()
+def write(options: argparse.Namespace, measured: dict[str, Any], results: dict[str, list[dict[str, float]]]) -> None:
+    speeds, date = measured["images_per_second"], datetime.date.today().isoformat()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "scikit-learn"))
     rows = sorted(set.intersection(*(set(seed) for found in results.values() for seed in found)))
+    aim = "with equally many images" if options.num_images else "at equal training time"
+    amount = f"{options.num_images:,} images" if options.num_images else f"{options.minutes:g} minutes of steps"
     slowest = speeds.get("published", min(speeds.values()))
     lines = [
-        f"# MAE decoders of {options.model} at equal training time, {date}",
+        f"# MAE decoders of {options.model} {aim}, {date}",
         "",
         f"Command: `{' '.join(['python -m benchmarks.decoder_quality', *sys.argv[1:]])}`",
-        f"Hardware: {os.cpu_count()} cores, {platform.machine()}, no GPU, {torch.get_num_threads()} threads. "
-        f"{versions}.",
-        f"{options.minutes:g} minutes of steps each, measured alone; seeds {', '.join(map(str, options.seeds))}. "
+        f"Speed measured on: {measured['measured_on']}, float32. Trained on: {hardware()}, float32. {versions}.",
+        f"{amount} each; seeds {', '.join(map(str, options.seeds))}. "
         "Validation accuracy (tuning/val), mean +- standard deviation over the seeds.",
         "",
         f"| decoder | images/s | ratio | {' | '.join(rows)} |",
@@ -192,7 +214,8 @@ def write(options: argparse.Namespace, speeds: dict[str, float], results: dict[s
             spread = f" +- {statistics.stdev(values):.3f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
-    file = ROOT / "benchmarks" / f"decoder_quality_{options.model}_{hardware}_{date}.md"
+    slug = "equal-images" if options.num_images else "equal-time"
+    file = ROOT / "benchmarks" / f"decoder_quality_{options.model}_{slug}_{date}.md"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{file.name}\n\n" + "\n".join(lines))
 

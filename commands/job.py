@@ -89,7 +89,8 @@ def train(
     check_trackers(settings.report_to)
     log(f"settings\n{settings.describe()}\n\n{plan.describe()}")
     if bad:
-        log(f"note: {len(bad)} unreadable images are left out:\n  " + bad.describe("\n  "))
+        which = "1 unreadable image is" if len(bad) == 1 else f"{len(bad):,} unreadable images are"
+        log(f"note: {which} left out:\n  " + bad.describe("\n  "))
     for line in lines:
         log(line)
     if settings.dry_run:
