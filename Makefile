@@ -1,7 +1,7 @@
 PYTHON ?= python
 CODE = modeling data training evaluation hub commands tasks benchmarks run_pretraining.py run_tokenizer.py run_finetune.py run_evaluation.py
 
-.PHONY: style check test test-slow test-oldest
+.PHONY: style check test test-slow test-gpu test-oldest
 
 style:
 	$(PYTHON) -m ruff check --fix .
@@ -19,6 +19,9 @@ test:
 
 test-slow:
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
+
+test-gpu:
+	HF_HUB_OFFLINE=1 $(PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 # The same tests on the oldest supported libraries, in an environment of their own (about 5 GB with PyPI's torch for GPUs).
 test-oldest:

@@ -31,7 +31,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.input_pipeline import hardware, processor
+from benchmarks.provenance import hardware_slug, processor
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_SECONDS = 5.0  # after the first step
@@ -412,7 +412,7 @@ def main() -> None:
         "losses": losses,
         "sides": summarize(rounds),
     }
-    stem = options.output / f"end_to_end_{hardware()}_{report['date']}"
+    stem = options.output / f"end_to_end_{hardware_slug()}_{report['date']}"
     stem.with_name(stem.name + ".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     stem.with_name(stem.name + ".md").write_text(markdown(report), encoding="utf-8")
     plot(report, stem.with_name(stem.name + ".png"))

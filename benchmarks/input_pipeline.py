@@ -13,16 +13,10 @@ Writes benchmarks/input_pipeline_<hardware>_<date>.json, .md and .png.
 """
 
 import argparse
-import datetime
-import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -34,6 +28,7 @@ from PIL import Image, features
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
+from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
 from data.augmentations import RandomResizedCrop, single_view
 from data.cache import CacheFormat, cache_images
 from data.images import SourceSamples
@@ -145,25 +140,11 @@ def contact_sheet(sides: dict[str, Side], num_images: int, file: Path) -> None:
 # ---- report ----
 
 
-def hardware() -> str:
-    return f"{platform.machine()}-cpu{os.cpu_count()}"
-
-
-def processor() -> str:
-    """Return the name of the processor and the vector instructions that torch uses."""
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
-
-
 def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Training crops per core, ours against stock",
         "",
-        f"{report['date']}, {report['processor']}, one thread, {report['versions']}: `{report['command']}`",
+        f"{report['date']}, {report['processor']}, {report['versions']}: `{report['command']}`",
         "",
         f"Random resized crop to {report['size']} px at scale 0.2 to 1, encoded bytes to uint8 tensor; stock decodes "
         f"the whole image and resizes with Pillow. Medians of {report['rounds']} rounds over all images, fastest and "
@@ -227,16 +208,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     report: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        "command": f"python -m benchmarks.input_pipeline {' '.join(sys.argv[1:])}".strip(),
-        "processor": processor(),
-        "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "pillow", "datasets"))
-        + f", libjpeg-turbo {features.version('libjpeg_turbo')}",
+        "date": TODAY,
+        "command": command("input_pipeline"),
+        "processor": hardware(),
+        "versions": f"{versions('torch', 'pillow', 'datasets')}, libjpeg-turbo {features.version('libjpeg_turbo')}",
         "size": options.size,
         "rounds": options.num_rounds,
         "images": {},
     }
-    stem = options.output / f"input_pipeline_{hardware()}_{report['date']}"
+    stem = options.output / f"input_pipeline_{hardware_slug()}_{TODAY}"
     with tempfile.TemporaryDirectory() as temporary:
         folders: dict[str, Path] = {}
         if options.images:
@@ -256,9 +236,7 @@ def main() -> None:
             report["images"][name] = {**facts, "sides": measure(sides, facts["num_images"], options.num_rounds)}
             if options.sheets:
                 contact_sheet(sides, facts["num_images"], Path(f"{stem}_{number}.png"))
-    stem.with_name(stem.name + ".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    stem.with_name(stem.name + ".md").write_text(markdown(report), encoding="utf-8")
-    plot(report, stem.with_name(stem.name + ".png"))
+    write_report(stem, report, markdown(report), lambda file: plot(report, file))
     print(markdown(report))
 
 

@@ -64,8 +64,9 @@ class NonFiniteGuard:
         return min(steps)
 
     def _raise_flag(self, is_first: torch.Tensor, step: int) -> None:
-        self.step = torch.where(is_first, step, self.step)
-        self.flag = torch.where(is_first, 1.0, self.flag)
+        # Not `torch.where`, which would copy the number to the device and wait for that.
+        self.step = self.step.masked_fill(is_first, step)
+        self.flag = self.flag.masked_fill(is_first, 1.0)
 
     def _resized(self, size: int) -> torch.Tensor:
         resized = self.image_index.new_full((size,), -1)
