@@ -41,6 +41,7 @@ def test_log_line__has_units_and_only_what_is_there():
     speed = logs | {"flops_per_second": 3.25e14, "model_flops_utilization": 0.329}
     assert "412 images/s  325 TFLOP/s (MFU 33%)  waits" in describe_log(speed)
     assert "412 images/s  0.0521 TFLOP/s  waits" in describe_log(logs | {"flops_per_second": 5.21e10})
+    assert "waits 3% for data, workers use 45% of the CPU  1 min" in describe_log(logs | {"worker_cpu_share": 0.4512})
     assert describe_log({"eval_loss": 0.5}) == "validation loss 0.5000"
     assert describe_log({"train_runtime": 3.0}) == ""
 

@@ -100,7 +100,8 @@ def describe_log(logs: dict[str, Any], describe_metrics: Callable[[dict[str, Any
             utilization = logs.get("model_flops_utilization")
             share = "" if utilization is None else f" (MFU {utilization:.0%})"
             phrases.append(f"{logs['flops_per_second'] / 1e12:.3g} TFLOP/s{share}")
-        phrases.append(f"waits {logs['data_wait_share']:.0%} for data")
+        workers = f", workers use {logs['worker_cpu_share']:.0%} of the CPU" if "worker_cpu_share" in logs else ""
+        phrases.append(f"waits {logs['data_wait_share']:.0%} for data{workers}")
         phrases.append(f"{duration(logs['eta_seconds'])} left")
     return "  ".join(phrases)
 

@@ -5,6 +5,7 @@ Shapes: B images of a micro-batch.
 """
 
 import inspect
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
+from data.image_checks import num_cores
 from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
@@ -79,7 +81,10 @@ class MimTrainer(Trainer):
         self.flops_per_image = flops_per_image
         self._forward_arguments = frozenset(inspect.signature(self.model.forward).parameters)
         self._total_counts: dict[str, torch.Tensor] = {}  # of this step, over all micro-batches and processes
-        self._meter, self._metrics = Meter(), {True: MetricSums(), False: MetricSums()}  # by model.training
+        num_threads = torch.get_num_threads() if self.args.device.type == "cpu" else 1
+        num_local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self._meter = Meter(num_threads, max(1, num_cores() // num_local_processes))
+        self._metrics = {True: MetricSums(), False: MetricSums()}  # by model.training
         self._micro_step = 0
         self.began = time.perf_counter()  # of the training, less the time that it took before it was resumed
         self.add_callback(StepHooks(self))
@@ -374,9 +379,9 @@ class MimTrainer(Trainer):
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
         """Exclude a block that is not training from the images per second."""
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         yield
-        self._meter.started += time.perf_counter() - start
+        self._meter.exclude(time.perf_counter() - start, time.process_time() - cpu_start)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer counts pixels as tokens, which is meaningless for a vision model
