@@ -56,6 +56,7 @@ CANDIDATES = {
     "self-192x4": candidate("self", 192, 4),
     "self-192x2": candidate("self", 192, 2),
     "self-192x1": candidate("self", 192, 1),
+    "self-256x4": candidate("self", 256, 4),
     "self-96x2": candidate("self", 96, 2),
     "cross-192x4": candidate("cross", 192, 4),
     "cross-192x2": candidate("cross", 192, 2),
