@@ -96,7 +96,7 @@ main() {
     fi
     if ! $python -c "import datasets, evaluate" 2>/dev/null; then
         $python -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$work/site" "$wheels"/*.whl
-        export PYTHONPATH="$work/site"
+        export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
     fi
     if ! prepare; then
         echo "gpu_session.sh: the preparation failed, so nothing was measured" >&2

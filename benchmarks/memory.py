@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def measure_here(case: Case, name: str, device: torch.device) -> float:
     """Take steps in this process and return the memory that they need, in MiB."""
     before = _peak_mib(device)
-    targets = tokenizer(case).to(device) if case.method == "beit" else None
-    step = Step(build_side(case, name), targets, device, compiled=False)
+    targets = tokenizer(case, device) if case.method == "beit" else None
+    step = Step(build_side(case, name, device), targets, device, compiled=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for number in range(NUM_WARMUP):

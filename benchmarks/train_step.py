@@ -106,10 +106,11 @@ class Side:
 # ---- the sides ----
 
 
-def our_model(case: Case, **settings: Any) -> nn.Module:
+def our_model(case: Case, device: torch.device, **settings: Any) -> nn.Module:
     torch.manual_seed(0)
     settings = {name: value for name, value in settings.items() if name != "prediction_ratio"}
-    model: nn.Module = MODELS[case.method](CONFIGS[case.method](encoder_config=case.sizes, **settings))
+    with device:  # there large models are initialized in no time
+        model: nn.Module = MODELS[case.method](CONFIGS[case.method](encoder_config=case.sizes, **settings))
     return model
 
 
@@ -130,15 +131,16 @@ def masked_batch(case: Case, prediction_ratio: float = 1.0) -> Batch:
     return batch
 
 
-def build_side(case: Case, name: str) -> Side:
-    """Build a side on the CPU."""
+def build_side(case: Case, name: str, device: torch.device) -> Side:
+    """Build the model of a side on a device, and its batch on the CPU."""
     settings = SIDES[case.method][name]
     batch = masked_batch(case, settings.get("prediction_ratio", 1.0))
     if name != STOCK:
         remark = "predicts a quarter of the masked patches, by another decoder" if settings else ""
-        return Side(our_model(case, **settings).train(), batch, remark)
-    ours: Any = our_model(case)
-    stock, remark = stock_model(case, ours)
+        return Side(our_model(case, device, **settings).train(), batch, remark)
+    ours: Any = our_model(case, device)
+    with device:
+        stock, remark = stock_model(case, ours)
     arguments = {"pixel_values": ours.standardize(batch["pixel_values"])}
     if case.method == "mae":
         arguments["noise"] = batch["bool_masked_pos"].float()  # the patches with the smallest numbers are visible
@@ -188,11 +190,12 @@ def _others(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: value for key, value in weights.items() if not key.startswith("encoder.")}
 
 
-def tokenizer(case: Case) -> TokenizerTargets:
+def tokenizer(case: Case, device: torch.device) -> TokenizerTargets:
     """Return an untrained tokenizer of DALL-E's size, at the resolution that gives one token per patch."""
     torch.manual_seed(0)
     size = [8 * number for number in case.grid]
-    return TokenizerTargets(DvaeModel(DvaeConfig(image_size=size)), case.grid)
+    with device:
+        return TokenizerTargets(DvaeModel(DvaeConfig(image_size=size)), case.grid)
 
 
 def tokenizer_seconds(case: Case, targets: Targets, device: torch.device) -> float:
@@ -246,12 +249,14 @@ def measure(case: Case, names: Sequence[str], options: argparse.Namespace) -> di
     device = torch.device(options.device)
     steps: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
-    targets = tokenizer(case).to(device) if case.method == "beit" else None
+    targets = tokenizer(case, device) if case.method == "beit" else None
     torch._dynamo.reset()
     if targets is not None:
         rows["tokenizer"] = {"remark": f"{tokenizer_seconds(case, targets, device):.4f} s of each step"}
     for name in names:
-        side, before = build_side(case, name), _allocated(device, reset=True)
+        before = _allocated(device)
+        side = build_side(case, name, device)
+        _allocated(device, reset=True)
         rows[name] = {"remark": side.remark, "parameters": sum(p.numel() for p in side.model.parameters())}
         rows[name]["flops_per_image"] = flops_per_image(side, case)
         try:
@@ -259,9 +264,9 @@ def measure(case: Case, names: Sequence[str], options: argparse.Namespace) -> di
             torch._dynamo.utils.counters.clear()
             start = time.perf_counter()
             rows[name]["losses"] = [float(step(number)) for number in range(NUM_WARMUP)]
-        except torch.OutOfMemoryError as error:
-            rows[name]["error"] = str(error).split(". ")[0]
-            print(case, name, rows[name]["error"], flush=True)
+        except Exception as error:  # such as too little memory; the other sides are still worth measuring
+            traceback.print_exc()
+            rows[name]["error"] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
             continue
         rows[name]["warm_up_seconds"] = round(time.perf_counter() - start, 2)
         rows[name]["peak_memory_mib"] = (_allocated(device, peak=True) - before) / 2**20
@@ -308,7 +313,8 @@ def flops_per_image(side: Side, case: Case) -> int:
             batch[f"num_{name}_patches"] = int(batch[f"bool_{name}_pos"].sum())
     if "num_masked_patches" in batch:
         batch["return_loss"] = case.method != "beit"
-    return measure_footprint(side.model, batch).flops_per_image
+    batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
+    return measure_footprint(copy.deepcopy(side.model).to("meta"), batch).flops_per_image
 
 
 def _allocated(device: torch.device, reset: bool = False, peak: bool = False) -> int:
@@ -421,18 +427,16 @@ def main() -> None:
     stem = (
         options.output / f"train_step{'_compiled' if options.compile else ''}_{hardware_slug(options.device)}_{TODAY}"
     )
-    failed = False
     for case in options.cases:
         names = [name for name in SIDES[case.method] if options.sides is None or name in options.sides]
         try:
             report["cases"][str(case)] = measure(case, names, options)
-        except Exception as error:  # the other cases are still worth measuring
+        except Exception as error:
             traceback.print_exc()
-            report["cases"][str(case)] = {"all": {"error": f"{type(error).__name__}: {error}".split("\n")[0]}}
-            failed = True
+            report["cases"][str(case)] = {"all": {"error": f"{type(error).__name__}: {error}".split("\n")[0][:200]}}
         write_report(stem, report, markdown(report), lambda file: plot(report, file))
     print(markdown(report))
-    raise SystemExit(int(failed))
+    raise SystemExit(int(any("error" in row for rows in report["cases"].values() for row in rows.values())))
 
 
 if __name__ == "__main__":

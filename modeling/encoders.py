@@ -140,7 +140,7 @@ def relative_position_index(grid: tuple[int, int], device: torch.device) -> torc
     num_offsets = (2 * h - 1) * (2 * w - 1)
     index = nn.functional.pad(index, (1, 0, 0, 0), value=num_offsets + 1)
     index = nn.functional.pad(index, (0, 0, 1, 0), value=num_offsets)
-    index[0, 0] = num_offsets + 2
+    index[0, 0].fill_(num_offsets + 2)  # assigned to, the number would be copied to the device, which waits for it
     return index
 
 
