@@ -10,7 +10,6 @@ Writes benchmarks/end_to_end_<hardware>_<date>.json, .md and .png.
 """
 
 import argparse
-import datetime
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from benchmarks.provenance import hardware_slug, processor
+from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_SECONDS = 5.0  # after the first step
@@ -290,8 +289,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# A whole run, ours against the stock script",
         "",
-        f"{report['date']}, {report['processor']}, {report['cores']} cores, {report['threads']} threads, "
-        f"load average {report['load']:.1f} before, {report['versions']}: `{report['command']}`",
+        f"{report['date']}, {report['hardware']}, {report['versions']}: `{report['command']}`",
         "",
         "Stock is benchmarks/stock_mae.py, which does what run_mae.py of transformers does, and fills its tables of "
         f"positions. MAE vit-tiny at {ENCODER['image_size']} px, batches of {report['batch_size']}, "
@@ -381,7 +379,7 @@ def main() -> None:
     parser.add_argument("--part_seconds", type=float, default=8, help="of each part")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    machine = hardware()  # before this adds to the load
     with tempfile.TemporaryDirectory() as temporary:
         bench = Bench(options, Path(temporary))
         bench.images.mkdir()
@@ -397,25 +395,18 @@ def main() -> None:
             rounds.append({side: found[side] for side in SIDES})
             print(number, json.dumps(rounds[-1]), flush=True)
     report: dict[str, Any] = {
-        "date": str(datetime.date.today()),
-        "command": f"python -m benchmarks.end_to_end {' '.join(sys.argv[1:])}".strip(),
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load": load,
-        "versions": ", ".join(
-            f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "datasets", "pillow")
-        ),
+        "date": TODAY,
+        "command": command("end_to_end"),
+        "hardware": machine,
+        "versions": versions("torch", "transformers", "accelerate", "datasets", "pillow"),
         **{name: getattr(options, name) for name in ("num_images", "batch_size", "num_workers", "num_rounds")},
         "seconds": options.seconds,
         "first starts": first_starts,
         "losses": losses,
         "sides": summarize(rounds),
     }
-    stem = options.output / f"end_to_end_{hardware_slug()}_{report['date']}"
-    stem.with_name(stem.name + ".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    stem.with_name(stem.name + ".md").write_text(markdown(report), encoding="utf-8")
-    plot(report, stem.with_name(stem.name + ".png"))
+    stem = options.output / f"end_to_end_{hardware_slug()}_{TODAY}"
+    write_report(stem, report, markdown(report), partial(plot, report))
     print(markdown(report))
 
 

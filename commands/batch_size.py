@@ -105,7 +105,8 @@ def largest_on_device(
     """Return the largest batch of which a training step fits into the free memory of the device, with a margin."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(_USABLE * free / total, device)
+        usable = torch.cuda.memory_reserved(device) + _USABLE * free
+        torch.cuda.set_per_process_memory_fraction(usable / total, device)
     try:
         return largest(_Steps(trial, settings, hardware, device).fits, most)
     finally:

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import shutil
 
 import pytest
@@ -212,3 +213,17 @@ def test_command__an_interrupted_run_continues_from_its_checkpoint_and_ends_near
     assert f"continuing from {folder / 'checkpoint-5'}" in capsys.readouterr().out
     for name, weight in load_file(folder / "model.safetensors").items():  # sums of a GPU have no fixed order
         torch.testing.assert_close(weight, whole[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="a CPU's memory is only estimated")
+def test_command__auto_finds_a_batch_that_fits_beside_other_programs(tmp_path, capsys):
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    taken = torch.empty(free - 4 * 2**30, dtype=torch.uint8, device=DEVICE)
+    flags = ["--model", "vit-base", "--repeated_aug", "32", "--max_steps", "2", "--save_strategy", "no"]
+    flags += ["--validation_fraction", "0", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    assert pretrain([*flags, "--per_device_train_batch_size", "auto"]) == 0
+    del taken
+    found = re.search(r"note: (\d+) images per device \(auto\): more might not fit into", capsys.readouterr().out)
+    assert found is not None
+    assert 8 <= int(found[1]) <= 64
