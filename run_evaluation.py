@@ -51,16 +51,18 @@ def main(argv: list[str]) -> None:
     settings = load_evaluation_settings(argv)
     print(f"settings\n{settings.describe()}")
     device = torch.accelerator.current_accelerator() if has_accelerator() and not settings.use_cpu else None
-    encoder, preprocessor = open_encoder(settings.model, device or "cpu")
+    encoder, preprocessor = open_encoder(settings.model, device or "cpu", settings.trust_remote_code)
     if settings.embed:
         embed(settings.embed, settings, encoder, preprocessor)
     else:
         evaluate(settings, encoder, preprocessor, argv)
 
 
-def open_encoder(name: str, device: torch.device | str = "cpu") -> tuple[FrozenEncoder, Preprocessor]:
+def open_encoder(
+    name: str, device: torch.device | str = "cpu", trust_remote_code: bool = False
+) -> tuple[FrozenEncoder, Preprocessor]:
     """Open an encoder and its image processor; raises ValueError if one of them is missing or incomplete."""
-    model = open_model(name).model
+    model = open_model(name, trust_remote_code=trust_remote_code).model
     preprocessor = open_preprocessor(name, getattr(model.config, "num_channels", 3))
     return FrozenEncoder(model.to(device), model.config), preprocessor
 

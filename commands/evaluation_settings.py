@@ -16,6 +16,7 @@ class EvaluationDataFlags:
     title: ClassVar = "model and data"
 
     model: str = flag(None, "folder or Hub id of the encoder")
+    trust_remote_code: bool = flag(False, "run the Python files that --model brings; read them first")
     dataset: list[str] = flag(
         [], "folder of class folders, Hub id, idx files or 'sample-fashion'; with --embed any images"
     )

@@ -1,5 +1,6 @@
 """The course of a training command after planning: output folder, trainer, training, result, upload."""
 
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -120,7 +121,13 @@ def train(
             log(describe_duration(seconds_per_step, trainer.state.max_steps - trainer.state.global_step, shorter))
 
         trainer.add_callback(DurationEstimate(report))
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{checkpoint} cannot be continued: a file is damaged, or holds more than tensors, which could run a "
+                "program; delete this folder, or train in another one"
+            ) from error
         trainer.stop_if_not_finite()
         log(f"{output_dir}: {finish(trainer)}")
         if hasattr(trainer, "end"):  # absent in transformers 5.17

@@ -89,6 +89,7 @@ class PretrainingDataFlags(CachedImageFlags):
         0.0, "change brightness, contrast and saturation by up to this fraction (default: the recipe's)"
     )
     tokenizer: str | None = flag(None, "for beit: folder or Hub id of the image tokenizer whose tokens are predicted")
+    trust_remote_code: bool = flag(False, "run the Python files that --tokenizer brings; read them first")
     cache_tokens: bool = flag(
         False,
         "for beit: compute the tokens of every image once, before training. Each image is then its central crop, "

@@ -34,7 +34,10 @@ from hub.push import check_repo_id
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 # These belong to one start of the program, or are secret: a recipe does not contain them.
 _NOT_IN_A_RECIPE = frozenset(
-    {"config", "resume", "overwrite", "dry_run", "debug", "hub_token", "output_dir", "resume_from_checkpoint"}
+    {
+        *("config", "resume", "overwrite", "dry_run", "debug", "hub_token", "output_dir", "resume_from_checkpoint"),
+        "trust_remote_code",
+    }
 )
 # Two ways to give the same thing; the first one counts if both come from the same place.
 _ALTERNATIVES = {
@@ -217,7 +220,10 @@ class CommandLine(Generic[S]):
             raise SettingsError(f"{label} holds no settings; a recipe has lines such as 'mask_ratio: 0.75'")
         if "config" in content:
             raise SettingsError(f"{label}: a recipe cannot name another one with config; copy its lines")
-        return label, parse(self.parser, as_argv(self.parser, content, label), label)
+        values = parse(self.parser, as_argv(self.parser, content, label), label)
+        if "trust_remote_code" in values:  # a recipe may come from anywhere
+            raise SettingsError(f"{label}: trust_remote_code is accepted on the command line only; remove the line")
+        return label, values
 
     def resolve(
         self,

@@ -23,7 +23,7 @@ def open_targets(
 ) -> Targets | None:
     """Return the targets that the method needs, or None; raises ValueError if their source is missing or unfit."""
     if model_class.targets is None:
-        for flag in ("tokenizer", "cache_tokens"):
+        for flag in ("tokenizer", "trust_remote_code", "cache_tokens"):
             if getattr(settings, flag):
                 raise ValueError(f"--{flag} has no effect with --method {settings.method}; leave it out")
         return None
@@ -34,7 +34,8 @@ def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Tar
     name = settings.tokenizer
     if not name:
         raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset)))
-    return TokenizerTargets(open_model(name, "tokenizer").model, grid, f"--tokenizer {name}")
+    tokenizer = open_model(name, "tokenizer", trust_remote_code=settings.trust_remote_code).model
+    return TokenizerTargets(tokenizer, grid, f"--tokenizer {name}")
 
 
 # By `MimPreTrainedModel.targets`.

@@ -3,6 +3,7 @@
 Messages call it by the `role` of the argument that named it.
 """
 
+import pickle
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -42,9 +42,19 @@ class OpenedModel(NamedTuple):
 
 
 def open_config(
-    name: str, role: str = "model", *, subfolder: str = "", accepts_whole_model: bool = True
+    name: str,
+    role: str = "model",
+    *,
+    subfolder: str = "",
+    accepts_whole_model: bool = True,
+    trust_remote_code: bool | None = None,
 ) -> PreTrainedConfig:
-    """Return the config of the model that `name` refers to; `accepts_whole_model` allows a pre-training model of ours.
+    """Return the config of the model that `name` refers to.
+
+    Args:
+        accepts_whole_model: Whether a pre-training model of ours is possible.
+        trust_remote_code: Whether to run Python files of the repository; None if such models cannot be used here, so
+            that the message does not suggest it. transformers would ask in the terminal.
 
     Raises:
         ValueError: If there is no such model; for a folder, the message says what it holds instead.
@@ -54,12 +64,14 @@ def open_config(
         raise ValueError(f"`{role}` {name} is neither a folder nor a Hub id (org/name)")
     if folder.is_dir() and not (folder / subfolder / "config.json").is_file():
         raise ValueError(f"`{role}` {name} is not a saved model: {_explain_folder(folder)}")
-    with _explaining(f"`{role}` {name}"):
+    with _explaining(f"`{role}` {name}", trust_remote_code):
         # Before 5.23, transformers saved the config of the DALL-E encoder without a model type.
         settings, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder)
         is_dalle = FlavaImageCodebook.__name__ in (settings.get("architectures") or ())
         config_class: Any = FlavaImageCodebookConfig if is_dalle else AutoConfig
-        config: PreTrainedConfig = config_class.from_pretrained(name, subfolder=subfolder, trust_remote_code=False)
+        config: PreTrainedConfig = config_class.from_pretrained(
+            name, subfolder=subfolder, trust_remote_code=bool(trust_remote_code)
+        )
     if isinstance(config, MimConfig) and not accepts_whole_model:
         raise ValueError(f"`{role}` {name} is a whole pre-training model; its encoder is in the parent folder")
     return config
@@ -86,6 +98,7 @@ def open_model(
     model_class: Any = None,
     optional: tuple[str, ...] = (),
     keeps_classifier: bool = False,
+    trust_remote_code: bool | None = None,
     **options: Any,
 ) -> OpenedModel:
     """Open a model in float32, on the CPU and without drawing random numbers from the global generator.
@@ -98,6 +111,7 @@ def open_model(
         model_class: Class to open, instead of the encoder's.
         optional: Parts of names of weights that may be missing.
         keeps_classifier: Whether to open a classifier as such instead of its encoder.
+        trust_remote_code: As for `open_config`.
         options: Further arguments of `from_pretrained`.
 
     Raises:
@@ -106,9 +120,11 @@ def open_model(
     """
     label, is_encoder = f"`{role}` {name}", model_class is None
     if is_encoder:
-        model_class = _class_of(open_config(name, role), label, keeps_classifier)
-    with _explaining(label), torch.random.fork_rng(devices=[]):
-        model, info = model_class.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+        config = open_config(name, role, trust_remote_code=trust_remote_code)
+        model_class = _class_of(config, label, keeps_classifier)
+    options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": bool(trust_remote_code)}
+    with _explaining(label, trust_remote_code), torch.random.fork_rng(devices=[]):
+        model, info = model_class.from_pretrained(name, **options)
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if lost := [key for key in missing if not any(part in key for part in ("pooler.", *optional))]:
         raise ValueError(f"{label} lacks {len(lost)} weights of its {type(model).__name__}: {', '.join(lost[:3])} ...")
@@ -144,12 +160,21 @@ def _is_in_block(key: str, model: Any) -> bool:
 
 
 @contextmanager
-def _explaining(label: str) -> Iterator[None]:
-    """Turn the errors of missing, truncated and foreign files into one ValueError with one line as the reason."""
+def _explaining(label: str, trust_remote_code: bool | None) -> Iterator[None]:
+    """Turn the errors of missing, damaged, hostile and foreign files into one ValueError with a reason of one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except Exception as error:  # transformers raises anything for a config that contradicts itself
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):
+            reason = (
+                "its weights are damaged, or hold more than tensors, which could run a program; expected a "
+                "model.safetensors"
+            )
+        elif "`trust_remote_code=True`" in str(error):
+            reason = "it needs Python code from its repository, which is not run"
+            if trust_remote_code is not None:
+                reason += "; read the code, and if you trust it, add `trust_remote_code`"
         raise ValueError(f"{label} cannot be opened: {reason}") from error
 
 

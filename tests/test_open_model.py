@@ -32,6 +32,20 @@ SIZES = {
     "patch_size": 8,
 }
 MAE_SIZES = {**SIZES, "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+_CODE = """
+from pathlib import Path
+from transformers import ViTConfig, ViTModel
+
+Path("{marker}").touch()
+
+
+class MyConfig(ViTConfig):
+    model_type = "{model_type}"
+
+
+class MyModel(ViTModel):
+    config_class = MyConfig
+"""
 
 
 def saved(folder: Path, model: PreTrainedModel | None = None) -> str:
@@ -81,6 +95,49 @@ def test_weights__that_are_truncated_or_absent_are_refused(content, tmp_path):
 @pytest.mark.parametrize("content", ["{", '{"model_type": "nobody"}'])
 def test_config__that_cannot_be_read_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
+    assert "cannot be opened: " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig", "AutoModel": "mine.MyModel"}},
+        {"model_type": "blip_vision_model", "auto_map": {"AutoModel": "mine.MyModel"}},
+    ],
+    ids=["config", "model"],
+)
+def test_code__of_a_repository_is_run_only_on_request_and_nobody_is_asked(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question="": pytest.exit(f"asked: {question}"))
+    folder, marker = tmp_path / f"from-{settings['model_type']}", tmp_path / "ran"
+    ViTModel(ViTConfig(**SIZES)).save_pretrained(folder, save_original_format=False)
+    change_config(str(folder), **settings)
+    (folder / "mine.py").write_text(_CODE.format(marker=str(marker), model_type=settings["model_type"]))
+    assert refusal(folder).endswith("cannot be opened: it needs Python code from its repository, which is not run")
+    with pytest.raises(ValueError, match=r"if you trust it, add `trust_remote_code`$"):
+        open_model(str(folder), trust_remote_code=False)
+    assert not marker.exists()
+    if settings["model_type"] == "mine":
+        assert type(open_model(str(folder), trust_remote_code=True).model).__name__ == "MyModel"
+        assert marker.exists()
+
+
+class _RunsAProgram:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_weights__that_would_run_a_program_are_refused_in_one_line(tmp_path):
+    (Path(saved(tmp_path)) / "model.safetensors").unlink()
+    torch.save({"embeddings.cls_token": _RunsAProgram(tmp_path / "ran")}, tmp_path / "pytorch_model.bin")
+    assert "hold more than tensors, which could run a program" in refusal(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_config__that_makes_transformers_fail_in_any_way_is_refused(tmp_path):
+    change_config(saved(tmp_path), model_type="maskformer-swin")  # a TypeError
     assert "cannot be opened: " in refusal(tmp_path)
 
 

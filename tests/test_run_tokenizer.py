@@ -166,6 +166,26 @@ def test_run__mistakes_about_the_hub_are_reported_before_training(hub, tmp_path,
 # ---- going on, and refusing to ----
 
 
+class _RunsAProgram:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_checkpoint__that_would_run_a_program_is_refused(finished, tmp_path, capsys, name):
+    checkpoint = shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    (checkpoint / "checksums.json").unlink()
+    torch.save({"state": _RunsAProgram(tmp_path / "ran")}, checkpoint / name)
+    flags = ["--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint", str(checkpoint), "--max_steps", "4"]
+    capsys.readouterr()
+    assert train(*flags) == 2
+    assert f"run_tokenizer.py: {checkpoint} cannot be continued: " in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+
+
 def test_run__an_interrupted_one_ends_like_an_undisturbed_one(tmp_path):
     folder = tmp_path / "out"
     command = ["--output_dir", str(folder), "--save_steps", "1", "--max_steps", "3", "--start_from_images"]

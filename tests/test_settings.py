@@ -250,6 +250,8 @@ def test_mistake_on_the_command_line__is_answered_with_what_would_work(argv, mes
         ("mask_ratio:", "mask_ratio has no value"),
         ("help: true", "unknown flag --help"),
         ("config: mae", "cannot name another one"),
+        ("trust_remote_code: true", "mine.yaml: trust_remote_code is accepted on the command line only"),
+        ("trust-remote-code: true", "mine.yaml: "),
         ("- mask_ratio", "holds no settings"),
         ("", "holds no settings"),
         ("seed: 1\nseed: 2", "seed is given twice"),
@@ -283,14 +285,14 @@ def test_file_named_like_a_recipe__in_the_working_folder_is_not_taken_for_the_me
 
 def test_as_recipe__gives_the_same_settings_again(tmp_path):
     argv = ["--config", "quickstart", "--num_train_epochs", "7", "--mask_ratio", ".4", ".6", "--no_norm_pix_loss"]
-    settings = load(*argv, "--hub_token", "hf_secret", "--output_dir", "somewhere")
+    settings = load(*argv, "--hub_token", "hf_secret", "--output_dir", "somewhere", "--trust_remote_code")
     saved = tmp_path / "saved.yaml"
     saved.write_text(yaml.safe_dump(settings.as_recipe()), encoding="utf-8")
     again = load("--config", str(saved))
     assert again.as_recipe() == settings.as_recipe()
     assert again.num_train_epochs == 7
     assert not again.counts("max_steps")
-    assert not {"max_steps", "hub_token", "output_dir"} & set(settings.as_recipe())
+    assert not {"max_steps", "hub_token", "output_dir", "trust_remote_code"} & set(settings.as_recipe())
 
 
 def test_describe__says_where_each_value_comes_from_and_keeps_the_token_secret():
