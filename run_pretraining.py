@@ -135,7 +135,11 @@ def model_config(
     if settings.image_stats == "auto":
         transform = single_view(CenterCrop(settings.image_size), settings.num_channels)
         images = ImageDataset(splits.train, transform, seed=settings.seed)
-        derived |= zip(("image_mean", "image_std"), measure_image_stats(images), strict=True)
+        mean, std = measure_image_stats(images)
+        if 0.0 in std:
+            log = printer(PartialState())
+            log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
+        derived |= {"image_mean": mean, "image_std": [value or 1.0 for value in std]}
     return CONFIGS[settings.method](
         encoder_config=settings.encoder_settings(), **{**settings.method_settings, **derived}
     )

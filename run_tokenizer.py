@@ -40,6 +40,7 @@ from hub.redaction import shorten_command
 from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
+from training.evaluation_guard import describe_non_finite
 from training.trainer import MimTrainer
 
 QUICKSTART = "accelerate launch run_tokenizer.py --config recipes/dvae_nano_sample.yaml"
@@ -222,6 +223,8 @@ def tokenizer_card(trainer: MimTrainer, settings: TokenizerSettings, facts: dict
             f"{facts['num_images']:,} images) {facts['num_alive']:,} of {facts['vocab_size']:,} codes occur; the "
             f"perplexity of their frequencies is {facts['perplexity']:.1f}.\n"
         )
+    if problem := describe_non_finite(trainer.state.log_history):
+        parts.append(f"**Warning: {problem}.**\n")
     if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
         loss = f"{losses[-1]:.4g} nats per pixel channel"
         parts.append(f"Validation reconstruction loss, from the chosen codes: {loss}.\n")

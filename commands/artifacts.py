@@ -23,6 +23,7 @@ from hub.checkpoints import stage_checkpoint
 from hub.export.native import PRETRAINING, export, native_root_problem
 from hub.model_card import write_model_card
 from hub.redaction import shorten_paths, shorten_values
+from training.evaluation_guard import describe_non_finite
 from training.finetune_trainer import FinetuneTrainer
 from training.trainer import MimTrainer
 
@@ -128,7 +129,7 @@ class FinetuneArtifacts:
                         "part": split,
                         "num_labels": len(task.splits.by_name["train"]),
                         "seed": task.settings.seed,
-                        "weights": metric if trainer.args.load_best_model_at_end else "last step",
+                        "weights": metric if trainer.state.best_model_checkpoint else "last step",
                         "results": results,
                     }
                     text = json.dumps(content, indent=2) + "\n"
@@ -179,6 +180,7 @@ def write_card(
         curve=draw_curve(trainer, folder),
         license=settings.license,
         datasets=settings.dataset,
+        warning=describe_non_finite(trainer.state.log_history),
         **own,
     )
 

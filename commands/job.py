@@ -28,6 +28,7 @@ from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
 from training.checkpoints import last_whole_checkpoint
+from training.evaluation_guard import describe_non_finite
 from training.guard import NonFiniteError
 from training.hub_push import HubPush
 from training.trainer import MimTrainer
@@ -130,6 +131,8 @@ def train(
             ) from error
         trainer.stop_if_not_finite()
         log(f"{output_dir}: {finish(trainer)}")
+        if problem := describe_non_finite(trainer.state.log_history):
+            log(f"warning: {problem}")
         if hasattr(trainer, "end"):  # absent in transformers 5.17
             trainer.end()
         if hub_push is not None and state.is_main_process:

@@ -30,6 +30,7 @@ from data.sources import ImageSource
 logger = logging.getLogger(__name__)
 
 _NUM_REPLACEMENTS = 10
+_SMALLEST_STD = 1e-4  # a fortieth of a level of uint8; rounding leaves less
 
 
 class Samples(Protocol):
@@ -249,12 +250,16 @@ def split_validation(num_images: int, fraction: float, seed: int) -> tuple[np.nd
 
 
 def measure_image_stats(images: ImageDataset, num_samples: int = 1024) -> tuple[list[float], list[float]]:
-    """Measure the mean and standard deviation of each channel in [0, 1] on a seeded choice of images."""
+    """Measure the mean and standard deviation of each channel in [0, 1] on a seeded choice of images.
+
+    The standard deviation of a constant channel is exactly 0.
+    """
     chosen = torch.randperm(len(images), generator=seeded_generator(images.seed, "image_stats"))[:num_samples].tolist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         moments = torch.stack(list(pool.map(lambda index: _moments(images[index]["pixel_values"]), chosen)))
     mean, mean_of_squares = moments.mean(0)  # (samples, 2, C) -> (2, C)
-    return mean.tolist(), (mean_of_squares - mean**2).clamp(min=0).sqrt().tolist()
+    std = (mean_of_squares - mean**2).clamp(min=0).sqrt()
+    return mean.tolist(), torch.where(std < _SMALLEST_STD, 0.0, std).tolist()
 
 
 def _moments(pixel_values: Tensor) -> Tensor:

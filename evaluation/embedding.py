@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from data.image_source import ImageSource
-from evaluation.features import FrozenEncoder, Tokens
+from evaluation.features import FrozenEncoder, Tokens, check_finite
 from evaluation.preprocessing import Batch
 
 
@@ -44,6 +44,7 @@ def write_embeddings(
 
 
 def _table(batch: Batch, tokens: Tokens, source: ImageSource, with_patches: bool) -> pa.Table:
+    check_finite(tokens.mean)
     columns = {"name": pa.array([source.name(position) for position in batch.positions])}
     if tokens.class_token is not None:
         columns["class_token"] = _as_lists(tokens.class_token)

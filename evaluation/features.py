@@ -117,6 +117,15 @@ def thumbnails(images: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(images, size) if factor > 1 else images
 
 
+def check_finite(features: Tensor) -> None:
+    """Raise ValueError if features are NaN or infinite, which no classifier can use."""
+    if not torch.isfinite(features).all():
+        raise ValueError(
+            "the features of the encoder are NaN or infinite; expected finite ones: check that its "
+            "preprocessor_config.json has an image_std above 0"
+        )
+
+
 def collect(
     encoders: Mapping[str, FrozenEncoder],
     images: Iterable[Batch],
@@ -135,6 +144,7 @@ def collect(
         small.append(thumbnails(preprocessor.unnormalize(batch.pixel_values)))
         for name, encoder in encoders.items():
             tokens = encoder(batch.pixel_values)
+            check_finite(tokens.mean)
             batches[name].append({kind: value.cpu() for kind, value in tokens.by_kind.items()})
             if name == patches_of:
                 patches.append(tokens.patches.flatten(1, 2).half().cpu())

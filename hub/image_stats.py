@@ -1,5 +1,7 @@
 """Read how an encoder's images are standardized from the image processor saved with it."""
 
+import math
+
 from transformers.image_processing_base import ImageProcessingMixin
 
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
@@ -16,7 +18,10 @@ def image_stats(name: str) -> tuple[dict[str, list[float]], list[str]]:
 
 
 def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[str, list[float]]:
-    """Return `image_mean` and `image_std` of a model's image processor; empty if it has none."""
+    """Return `image_mean` and `image_std` of a model's image processor; empty if it has none.
+
+    Raises ValueError if they are not finite, or a standard deviation is not above 0.
+    """
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name, subfolder=subfolder)
     except (OSError, ValueError):
@@ -26,7 +31,13 @@ def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[s
         mean, std = 0.0, 1.0
     if mean is None or std is None:
         return {}
-    return {
+    stats = {
         key: [float(number) for number in (value if isinstance(value, list) else [value] * num_channels)]
         for key, value in (("image_mean", mean), ("image_std", std))
     }
+    if not all(map(math.isfinite, stats["image_mean"] + stats["image_std"])) or min(stats["image_std"]) <= 0:
+        raise ValueError(
+            f"preprocessor_config.json of {name} has image_mean {mean} and image_std {std}, expected finite numbers "
+            "and an image_std above 0"
+        )
+    return stats

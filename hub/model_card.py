@@ -57,6 +57,7 @@ def write_model_card(
     task: TaskCard | None = None,
     from_scratch: bool = False,
     unfinished: str | None = None,
+    warning: str | None = None,
     online_results: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write `folder/README.md`, with absolute paths shortened and Hub tokens removed.
@@ -76,6 +77,7 @@ def write_model_card(
         task: The task of a fine-tuned model; None for an encoder.
         from_scratch: Whether a fine-tuned model was trained from random weights.
         unfinished: A sentence at the top of the card while training continues.
+        warning: What is wrong with the measurements, if anything.
         online_results: Results of the online evaluation, as entries of `metrics.json`.
 
     Raises:
@@ -112,6 +114,7 @@ def write_model_card(
         classes=[_cell(name) for name in task.classes] if task else [],
         from_scratch=from_scratch,
         unfinished=unfinished,
+        warning=warning,
         native_root_problem=native_root_problem,
         patches=f"[:, {num_extra_tokens}:]" if num_extra_tokens else "",
         pools_mean=pools_mean,

@@ -115,8 +115,8 @@ def open_model(
         options: Further arguments of `from_pretrained`.
 
     Raises:
-        ValueError: If there is no such model, its files cannot be read, weights are missing or left over in a block,
-            or all position embeddings are zero.
+        ValueError: If there is no such model, its files cannot be read, weights are missing, not finite or left over
+            in a block, or all position embeddings are zero.
     """
     label, is_encoder = f"`{role}` {name}", model_class is None
     if is_encoder:
@@ -130,6 +130,8 @@ def open_model(
         raise ValueError(f"{label} lacks {len(lost)} weights of its {type(model).__name__}: {', '.join(lost[:3])} ...")
     if extra := [key for key in unused if _is_in_block(key, model)]:
         raise ValueError(f"{label} has weights that do not fit its config: {', '.join(extra[:3])} ...")
+    if bad := [key for key, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{label} has NaN or infinite values in {len(bad)} of its weights: {', '.join(bad[:3])} ...")
     if is_encoder:
         model = getattr(model, "exported_encoder", model)
         if any(key.startswith("pooler.") for key in missing):

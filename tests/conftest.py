@@ -203,6 +203,18 @@ def variant(request) -> str:
 
 
 @pytest.fixture
+def nan_in_evaluation(monkeypatch) -> None:
+    """The loss of a validation batch is NaN, that of a training batch is not."""
+    compute_loss = MimTrainer.compute_loss
+
+    def poisoned(trainer: MimTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = compute_loss(trainer, model, *args, **kwargs)
+        return result if model.training else (result[0] * float("nan"), result[1])
+
+    monkeypatch.setattr(MimTrainer, "compute_loss", poisoned)
+
+
+@pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hub of our own that this process talks to."""
     from hubstub import HubStub, connect

@@ -27,3 +27,11 @@ def test_stats__of_an_encoder_that_says_none_are_imagenets_and_a_note(tmp_path):
     stats, notes = image_stats(str(tmp_path))
     assert stats == {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
     assert "ImageNet's are used" in notes[0]
+
+
+@pytest.mark.parametrize("std", [[0.0, 0.5, 0.5], [float("nan"), 0.5, 0.5], [-0.5, 0.5, 0.5]])
+def test_stats__that_would_make_every_image_infinite_are_refused(tmp_path, std):
+    content = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3, "image_std": std}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="expected finite numbers and an image_std above 0"):
+        image_stats(str(tmp_path))

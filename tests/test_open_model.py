@@ -156,6 +156,15 @@ def test_weights__of_different_shapes_are_refused(tmp_path):
     assert "cannot be opened: " in refusal(tmp_path)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights__that_are_not_finite_are_refused(value, tmp_path):
+    model = ViTModel(ViTConfig(**SIZES))
+    torch.nn.init.constant_(model.layernorm.bias[3:4], value)
+    assert refusal(saved(tmp_path, model)).endswith(
+        "has NaN or infinite values in 1 of its weights: layernorm.bias ..."
+    )
+
+
 def test_positions__that_are_all_zero_are_refused(tmp_path):
     model = ViTMAEForPreTraining(ViTMAEConfig(**MAE_SIZES))
     assert "all position embeddings are zero" in refusal(saved(tmp_path, model))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -80,6 +81,20 @@ def refusal(capsys, *argv: object) -> str:
     assert "Traceback" not in message
     assert message.count("run_evaluation.py:") == 1
     return message
+
+
+@pytest.mark.parametrize("flags", [[], ["--embed", "features.parquet"]], ids=["probes", "embed"])
+def test_features__that_are_not_finite_are_refused_before_anything_is_written(
+    encoder, labeled, tmp_path, monkeypatch, capsys, flags
+):
+    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "image_std": [0.0, 0.0, 0.0]}))
+    monkeypatch.chdir(tmp_path)
+    assert "features of the encoder are NaN or infinite" in refusal(
+        capsys, "--model", folder, "--dataset", labeled, *flags
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"encoder"}
 
 
 @pytest.fixture(scope="module")

@@ -221,6 +221,13 @@ def test_best__every_weight_is_that_of_the_best_checkpoint_and_gives_its_accurac
     assert results[0]["value"] == state["best_metric"]
 
 
+def test_best__is_never_chosen_by_a_loss_that_is_nan(encoders, labeled, tmp_path, nan_in_evaluation):
+    argv = ("--eval_steps", "2", "--save_steps", "2", "--metric_for_best_model", "loss")
+    folder = finetune(encoders["mae"], labeled, tmp_path / "out", *argv)
+    assert json.loads((folder / "metrics.json").read_text())["weights"] == "last step"
+    assert "**Warning: eval_loss was NaN or infinite at step 2, 4, 6.**" in (folder / "README.md").read_text()
+
+
 def test_early_stopping__ends_after_evaluations_without_a_better_one(encoders, labeled, tmp_path):
     argv = ("--max_steps", "20", "--eval_steps", "1", "--early_stopping_patience", "2", "--learning_rate", "1e-12")
     out = finetune(encoders["mae"], labeled, tmp_path / "out", *argv)

@@ -145,6 +145,27 @@ def test_run__gray_and_rectangular_with_measured_statistics(tmp_path):
     assert encoder(**inputs).last_hidden_state.shape == (1, 1 + 32, 192)
 
 
+def test_run__a_validation_loss_that_is_nan_is_a_warning_in_the_log_at_the_end_and_on_the_card(
+    tmp_path, capsys, nan_in_evaluation
+):
+    assert pretrain([*SMALL, "--output_dir", str(tmp_path / "out")]) == 0
+    printed, problem = capsys.readouterr(), "eval_loss was NaN or infinite at step 2"
+    assert "warning: NaN or infinite at step 2: eval_loss\n" in printed.err
+    assert printed.out.endswith(f"warning: {problem}\n")
+    assert f"**Warning: {problem}.**" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_run__on_images_of_one_color_with_measured_statistics_warns_and_stays_finite(tmp_path, capsys):
+    for number in range(40):
+        Image.new("RGB", (64, 64), (0, 130, 255)).save(tmp_path / f"{number}.png")
+    flags = ["--dataset", str(tmp_path), "--image_stats", "auto", "--output_dir", str(tmp_path / "out")]
+    assert pretrain([*SMALL, *flags]) == 0
+    printed = capsys.readouterr()
+    assert "warning: a channel has one value in all images" in printed.out
+    assert "nan" not in printed.err
+    assert list(IMAGE_PROCESSOR.from_pretrained(tmp_path / "out").image_std) == [1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("model", ["vit-nano", "swin-nano"])
 def test_run__simmim_with_both_encoders(model, tmp_path):
     flags = ["--method", "simmim", "--model", model, *SMALL[2:], "--output_dir", str(tmp_path / "out")]

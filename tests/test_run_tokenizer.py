@@ -107,6 +107,13 @@ def test_run__saves_the_average_and_not_the_last_weights(finished):
     assert (checkpoint / "weight_average.safetensors").exists()
 
 
+def test_run__a_validation_loss_that_is_nan_is_on_the_card(tmp_path, capsys, nan_in_evaluation):
+    assert train("--output_dir", str(tmp_path / "out")) == 0
+    problem = "eval_loss was NaN or infinite at step 2"
+    assert capsys.readouterr().out.endswith(f"warning: {problem}\n")
+    assert f"**Warning: {problem}.**" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_run__gray_and_rectangular_starting_from_images(tmp_path):
     flags = ["--num_channels", "1", "--image_size", "32", "64", "--start_from_images", "--usage_weight", "0.1"]
     assert train(*flags, "--output_dir", str(tmp_path / "out")) == 0

@@ -23,6 +23,7 @@ from modeling.mae import MaeConfig, MaeForPreTraining
 from modeling.patches import patchify, take_tokens, visible_and_masked_indices
 from training.callbacks import show_progress
 from training.checkpoints import last_whole_checkpoint, problem_with
+from training.evaluation_guard import describe_non_finite
 from training.guard import NonFiniteError
 from training.trainer import MimTrainer
 
@@ -151,6 +152,34 @@ class PoisonedImages(ImageDataset):
         if image_index == self.poisoned:
             pixels[0, 3, 5] = float("nan")
         return image_index, [{"pixel_values": pixels}]
+
+
+def test_nan__in_a_validation_image_is_a_warning_that_names_it_and_never_the_best(tmp_path, capsys, monkeypatch):
+    validation = tiny_images(16, train=False)
+    validation.__class__ = PoisonedImages
+    trainer = make_trainer(
+        tmp_path,
+        eval_dataset=validation,
+        max_steps=6,
+        **{"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2},
+        **{"load_best_model_at_end": True, "metric_for_best_model": "loss"},
+    )
+    monkeypatch.setattr(PoisonedImages, "poisoned", -1)
+    evaluate = trainer.evaluate
+
+    def poisoned_at_first(*args, **kwargs):
+        PoisonedImages.poisoned = 13 if trainer.state.global_step == 2 else -1
+        return evaluate(*args, **kwargs)
+
+    trainer.evaluate = poisoned_at_first
+    trainer.train()
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    expected = (
+        f"warning: NaN or infinite at step 2: eval_loss; the loss of these images is not finite: {validation.name(13)}"
+    )
+    assert warnings == [expected]
+    assert describe_non_finite(trainer.state.log_history) == "eval_loss was NaN or infinite at step 2"
+    assert Path(trainer.state.best_model_checkpoint).name in ("checkpoint-4", "checkpoint-6")
 
 
 def finite_weights(checkpoint: Path) -> bool:

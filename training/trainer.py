@@ -27,6 +27,7 @@ from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
 from training.checkpoints import last_whole_checkpoint, write_checksums
 from training.devices import peak_flops
+from training.evaluation_guard import EvaluationGuard
 from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
 from training.layer_decay import layer_decay_groups
 from training.meters import Meter, MetricSums
@@ -41,7 +42,8 @@ class MimTrainer(Trainer):
 
     - No weight decay on 1-D tensors, biases and the model's `no_weight_decay`, as in the authors' code.
     - The data's counters and a torch seed per (seed, rank, step) make a resumed run equal to an undisturbed one.
-    - A non-finite loss, gradient or weight stops the run before anything is saved (`training.guard`).
+    - A non-finite loss, gradient or weight stops the run before anything is saved (`training.guard`); non-finite
+      metrics of an evaluation are warned of.
     - A checkpoint is written before the first step: there always is a good one, and a full disk shows at once.
     - Images per second, the share of time spent waiting for data, images seen and time left are logged with the loss.
     - Every item of a named loss counts alike in a step, however the items are spread over micro-batches and processes
@@ -88,6 +90,8 @@ class MimTrainer(Trainer):
         self._micro_step = 0
         self.began = time.perf_counter()  # of the training, less the time that it took before it was resumed
         self.add_callback(StepHooks(self))
+        self._evaluation_guard = EvaluationGuard(self)
+        self.add_callback(self._evaluation_guard)
         self._stop_on_signal = StopOnSignal()
         self.add_callback(self._stop_on_signal)
 
@@ -164,8 +168,10 @@ class MimTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs.pop("image_index", None)
-        return super().prediction_step(model, self._with_targets(inputs), *args, **kwargs)
+        image_index = inputs.pop("image_index", None)
+        outputs = super().prediction_step(model, self._with_targets(inputs), *args, **kwargs)
+        self._evaluation_guard.watch_loss(outputs[0], image_index)
+        return outputs
 
     def _with_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs if self.targets is None else self.targets(self._prepare_inputs(inputs))
@@ -303,12 +309,13 @@ class MimTrainer(Trainer):
         if not isinstance(dataset, NamedItems):
             indices = []
         epoch = int(self.guard.step) // self.steps_per_epoch
-        alone = [index for index in indices if not self._has_finite_loss(dataset.item(index, epoch))]
+        alone = [index for index in indices if not self.has_finite_loss(dataset.item(index, epoch))]
         names = [dataset.name(index) for index in alone], [dataset.name(index) for index in indices]
         return tuple(sorted(set(gather_object(part))) for part in names)  # type: ignore[return-value]
 
     @torch.no_grad()
-    def _has_finite_loss(self, item: dict[str, Any]) -> bool:
+    def has_finite_loss(self, item: dict[str, Any]) -> bool:
+        """Return whether the loss of one image is finite."""
         batch = self._prepare_inputs(self.data_collator([item]))
         batch.pop("image_index", None)
         with self.compute_loss_context_manager():
