@@ -36,6 +36,7 @@ from data.seeds import seeded_generator
 from data.splits import PretrainingSplits
 from evaluation.pictures import panel_drawer, panel_indices
 from hub.export.native import replacing
+from hub.markdown import escape
 from hub.redaction import shorten_command
 from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
 from training.callbacks import show_panels, show_progress
@@ -53,7 +54,7 @@ _CARD = """\
 {metadata}
 ---
 
-# {name}
+# {title}
 
 An image tokenizer: a discrete VAE as in [DALL-E](https://arxiv.org/abs/2102.12092).
 Loading it runs the Python file of this repository; read it first.
@@ -61,7 +62,7 @@ Loading it runs the Python file of this repository; read it first.
 ```python
 from transformers import AutoModel
 
-checkpoint = "{name}"
+checkpoint = {name}
 tokenizer = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
 codes = tokenizer.get_codebook_indices(pixel_values)  # (B, C, H, W) uint8, or floats in [0, 1] -> (B, h, w)
 images = tokenizer.decode(codes)  # in [0, 1]
@@ -216,7 +217,8 @@ def tokenizer_card(trainer: MimTrainer, settings: TokenizerSettings, facts: dict
     output_dir = trainer.output_dir
     metadata = ModelCardData(library_name="transformers", license=settings.license, tags=["image-tokenizer", "dvae"])
     command = shorten_command(shlex.join(["python", "run_tokenizer.py", *argv]))
-    parts = [_CARD.format(metadata=metadata.to_yaml(), name=output_dir.name, command=command)]
+    title, name = escape(output_dir.name), json.dumps(output_dir.name, ensure_ascii=False)
+    parts = [_CARD.format(metadata=metadata.to_yaml(), title=title, name=name, command=command)]
     if facts:
         parts.append(
             f"On validation images ({facts['num_tokens']:,} codes: {facts['num_crops']:,} random crops of "

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult
 
+from hub.markdown import escape
 from hub.redaction import shorten_paths
 
 RESULTS_FILE = "metrics.json"
@@ -108,8 +109,8 @@ def _table(results: Sequence[Result]) -> str:
     for result in results:
         interval = "" if result.interval is None else " to ".join(f"{bound:.4g}" for bound in result.interval)
         number = "" if result.num_images is None else f"{result.num_images:,}"
-        cells = (result.name, result.metric.replace("_", " "), f"{result.value:.4g}", interval, number)
-        rows.append(f"| {' | '.join(cell.replace('|', ' ') for cell in cells)} |")
+        cells = (escape(result.name), escape(result.metric.replace("_", " ")), f"{result.value:.4g}", interval, number)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

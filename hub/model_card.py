@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from hub.card_results import as_results, eval_results, read_results, results_section, with_results
 from hub.card_rules import HUB_ID, check_card
+from hub.markdown import code, escape
 from hub.redaction import shorten_command, shorten_paths
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -103,9 +104,9 @@ def write_model_card(
     card = ModelCard.from_template(
         card_data,
         template_path=str(_TEMPLATE),
-        title=title,
+        title=escape(title),
         checkpoint=checkpoint,
-        base_model=base_model and shorten_paths(base_model),
+        base_model=base_model and code(base_model),
         method=method,
         method_in_words=f" ({method}{linked})",
         paper=paper,
@@ -183,8 +184,7 @@ def _cell(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(_cell(item) for item in value) or "none"
-    text = shorten_paths(str(value))
-    return " ".join(re.sub(r"([\\|<>*_`\[\]])", r"\\\1", text).split())
+    return escape(str(value))
 
 
 def _figure(folder: Path, figure: str | None) -> str | None:

@@ -22,7 +22,7 @@ def shorten_paths(text: str) -> str:
 
 
 def shorten_command(command: str) -> str:
-    """Apply `shorten_paths` to each word of a shell command, and replace the value of --hub_token."""
+    """Apply `shorten_paths` to each word of a shell command, and replace the value of --hub_token, in one line."""
     try:
         words = shlex.split(command)
     except ValueError:  # an unpaired quote: not a valid command, but still shown
@@ -33,7 +33,7 @@ def shorten_command(command: str) -> str:
             words[index] = flag[0] + _REDACTED
         elif flag and index + 1 < len(words):
             words[index + 1] = _REDACTED
-    return shlex.join(shorten_paths(word) for word in words)
+    return shlex.join(" ".join(shorten_paths(word).splitlines()) for word in words)
 
 
 def shorten_values(value: Any) -> Any:

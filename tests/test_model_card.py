@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,35 @@ def card_text(folder: Path, **changes) -> str:
     }
     write_model_card(folder, **{**arguments, **changes})
     return (folder / "README.md").read_text(encoding="utf-8")
+
+
+HOSTILE = """<img src=x onerror=alert(1)>
+# Owned
+```
+[here](javascript:x) `| <b>"""
+
+
+def test_card__shows_what_the_user_named_and_never_interprets_it(tmp_path):
+    entry = {"name": HOSTILE, "metric": HOSTILE, "value": 0.5, "interval": None, "n": 3}
+    (tmp_path / "metrics.json").write_text(json.dumps({"results": [entry], "dataset": HOSTILE}))
+    text = card_text(
+        tmp_path,
+        model_name=HOSTILE,
+        base_model=HOSTILE,
+        command=shlex.join(["python", "run_finetune.py", "--output_dir", HOSTILE]),
+        recipe={"dataset": [HOSTILE]},
+        data_summary={HOSTILE: HOSTILE},
+        task=classification_card(("cat", HOSTILE)),
+    )
+    body = text.split("---\n", 2)[2]
+    lines = body.splitlines()
+    outside = re.sub(r"^```.*?^```$", "", body, flags=re.DOTALL | re.MULTILINE)
+    outside = re.sub(r"(?<!\\)`[^`\n]*(?<!\\)`", "", outside)  # code spans
+    assert not re.search(r"(?<!\\)<(img|b)\b", outside)
+    assert "[here](" not in outside.replace("\\[", "(")
+    assert [line for line in lines if re.match(r"# ", line)] == [lines[1]]
+    assert sum(line.startswith("```") for line in lines) % 2 == 0
+    assert not any(line.startswith("# Owned") for line in lines)
 
 
 @pytest.mark.parametrize("base_model", [None, "facebook/vit-mae-base"])
