@@ -138,7 +138,9 @@ def evaluate(
         "written_by": _WRITTEN_BY,
     }
     scratch = output_dir / f"{METRICS_FILE}.part"
-    scratch.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.write_text(
+        json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     scratch.replace(file)
     write_report(
         output_dir / REPORT_FILE,

@@ -178,7 +178,7 @@ def finish(settings: TokenizerSettings, images: PretrainingSplits, argv: list[st
             if facts:
                 (output_dir / CODEBOOK_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
             card = tokenizer_card(trainer, settings, facts, argv)
-            (output_dir / "README.md").write_text(card, encoding="utf-8")
+            (output_dir / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
             with replacing(output_dir) as scratch:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
     trainer.accelerator.wait_for_everyone()

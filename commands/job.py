@@ -24,6 +24,7 @@ from commands.pretraining_settings import PretrainingSettings
 from commands.settings import TrainingSettings
 from commands.tokenizer_settings import TokenizerSettings
 from data.bad_images import BadImages
+from data.decoding import BadImage
 from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
@@ -164,14 +165,16 @@ def check_trackers(report_to: str | list[str] | None) -> None:
 
 @contextmanager
 def naming_what_is_safe(output_dir: Path) -> Iterator[None]:
-    """Add the checkpoint from which the run can continue to errors that are not about the settings."""
+    """Add to errors that are not about the settings what is on the disk, from which the run can continue."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, BadImage) as error:
         if not isinstance(error, NonFiniteError):
             checkpoint, _ = last_whole_checkpoint(output_dir)
+            kept = "no checkpoint is complete yet: the same command starts again"
             if checkpoint is not None:
-                error.add_note(f"{checkpoint} is complete: the same command continues from there")
+                kept = f"{checkpoint} is complete: the same command continues from there"
+            error.add_note(kept)
         raise
 
 

@@ -1,5 +1,6 @@
 """Start and end of a command: processes, threads, output of the main process, and error messages."""
 
+import errno
 import os
 import platform
 import re
@@ -10,6 +11,11 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 import huggingface_hub
 import torch
@@ -25,6 +31,24 @@ from training.callbacks import duration
 from training.guard import NonFiniteError
 from training.stopping import Stopped, raising_stopped
 
+_OPEN_FILES, _FEWEST_OPEN_FILES = 65536, 256
+_MORE_FILES = "raise the limit with `ulimit -n 65536`, or lower `dataloader_num_workers`"
+_ADVICE = {
+    errno.ENOSPC: "; free some space on this disk",
+    errno.EDQUOT: "; free some space, or ask for a larger quota",
+    errno.EMFILE: f"; {_MORE_FILES}",
+}
+# What torch reports when data workers fail, and the message for it.
+_FAULTS_OF_WORKERS = {
+    r"Too many open files|ancdata": f"too many open files: {_MORE_FILES}",
+    r"torch_\d+.*(?:No space left|Cannot allocate)|signal: Bus error": (
+        "the data workers have no shared memory left: enlarge /dev/shm (docker run --shm-size 8g), or lower "
+        "`dataloader_num_workers`; 0 needs none"
+    ),
+    r"signal: Killed": "a data worker was killed, probably because memory ran out: lower `dataloader_num_workers`",
+    r"timed out after (\d+) seconds": "no images arrived for {} seconds: is the storage still available?",
+}
+
 
 def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callable[[], ArgumentParser]) -> int:
     """Run a command and return its exit code; what a user can repair is one message instead of a traceback.
@@ -32,6 +56,8 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
     The codes: 2 for a mistake in the command or the data, 3 for a loss that is not finite, 4 for a fault of the system
     (disk, memory), 130 and 143 for a run that SIGINT (Ctrl-C) or SIGTERM stopped.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
     transformers.utils.logging.disable_progress_bar()  # of reading and writing weights
     wants_traceback = "--debug" in argv
     if not wants_traceback:
@@ -63,24 +89,37 @@ def _describe_failure(error: Exception | Stopped) -> tuple[int, str]:
     if isinstance(error, Stopped):
         return error.exit_code, str(error)
     if isinstance(error, NonFiniteError | ValueError):
-        return 3 if isinstance(error, NonFiniteError) else 2, str(error)
+        return 3 if isinstance(error, NonFiniteError) else 2, _without_worker(error)
     fault = _system_fault(error)
     return (0, "") if fault is None else (4, fault)
 
 
 def _system_fault(error: BaseException) -> str | None:
     """Return what the operating system refused, or None if the error is another one."""
+    text = _without_worker(error)
+    numbers = re.search(r"(?:os error|\[[Ee]rrno) (\d+)", text)  # of safetensors, pyarrow and data workers
+    number = getattr(error, "errno", None) or (int(numbers[1]) if numbers else 0)
     if isinstance(error, OSError):
         name = f": {error.filename}" if error.filename else ""
-        return f"{error.strerror or error}{name}"
+        return f"{error.strerror or text}{name}{_ADVICE.get(number, '')}"
     if isinstance(error, torch.OutOfMemoryError):
         return f"the device is out of memory: lower `per_device_train_batch_size` ({str(error).partition('. ')[0]})"
-    number = re.search(r"os error (\d+)", str(error))  # of safetensors
+    for pattern, message in _FAULTS_OF_WORKERS.items():
+        if isinstance(error, RuntimeError) and (found := re.search(pattern, text)):
+            return message.format(*found.groups())
     if number:
-        return os.strerror(int(number[1]))
+        return f"{os.strerror(number)}{_ADVICE.get(number, '')}"
     if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
         return "a checkpoint could not be written; is the disk full?"
     return None
+
+
+def _without_worker(error: BaseException) -> str:
+    """Return the message of an error, without the traceback that torch adds to an error of a data worker."""
+    text = str(error)
+    if " in DataLoader worker process " not in text.partition("\n")[0]:
+        return text
+    return text.rpartition(f"{type(error).__name__}: ")[2].strip()
 
 
 def with_flags(message: str, flags: Mapping[str, str]) -> str:
@@ -106,6 +145,7 @@ def set_by(**flags: str) -> Iterator[None]:
 
 def join(use_cpu: bool) -> tuple[PartialState, Callable[[str], None]]:
     """Return the state of this run's processes on their device, and a function that prints on the main process."""
+    _allow_open_files()
     use_cpu = use_cpu or not has_accelerator()
     state = PartialState(cpu=use_cpu)
     check_world(state.num_processes)
@@ -113,6 +153,24 @@ def join(use_cpu: bool) -> tuple[PartialState, Callable[[str], None]]:
     if (note := restore_threads()) and use_cpu:
         log(f"note: {note}")
     return state, log
+
+
+def _allow_open_files() -> None:
+    """Raise the limit of open files as far as the user may, because each waiting batch of a data worker needs some.
+
+    Raises:
+        OSError: If too few are left; torch would lose batches of workers, and wait for them for ever.
+    """
+    if resource is None:
+        return
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if most == resource.RLIM_INFINITY else min(_OPEN_FILES, most)
+    if resource.RLIM_INFINITY != limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    if wanted < _FEWEST_OPEN_FILES:
+        raise OSError(
+            errno.EMFILE, f"only {wanted} files may be open at once, at least {_FEWEST_OPEN_FILES} are needed"
+        )
 
 
 def printer(state: PartialState) -> Callable[[str], None]:

@@ -1,6 +1,7 @@
 """A record of unreadable images, which the processes of a run share in a file."""
 
 import json
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -27,6 +28,12 @@ class BadImages(dict[str, str]):
 
     def describe(self, separator: str = "; ") -> str:
         """Return the first ten names with their reasons, and the number of the others."""
-        examples = [f"{name}: {reason}" for name, reason in islice(self.items(), _NUM_EXAMPLES)]
+        examples = [f"{printable(name)}: {reason}" for name, reason in islice(self.items(), _NUM_EXAMPLES)]
         others = [f"... and {len(self) - _NUM_EXAMPLES:,} more"] if len(self) > _NUM_EXAMPLES else []
         return separator.join(examples + others)
+
+
+def printable(name: str) -> str:
+    """Return the name of a file with escapes for bytes that are not Unicode and for unprintable characters."""
+    text = os.fsencode(name).decode(errors="backslashreplace")
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

@@ -99,19 +99,19 @@ def read_bytes(path: Path) -> bytes:
     """Return the content of a file.
 
     Raises:
-        BadImage: If the file cannot be opened.
+        BadImage: If the file cannot be opened or read.
     """
-    with _opened_file(path) as stream:
+    with _opened_file(path) as stream, pillow_errors_as_bad_image():
         return stream.read()
 
 
 @contextmanager
 def opened(data: bytes | Path) -> Iterator[ImageFile.ImageFile]:
     with BytesIO(data) if isinstance(data, bytes) else _opened_file(data) as stream:
-        if not stream.read(1):
-            raise BadImage("empty file (0 bytes)")
-        stream.seek(0)
         with pillow_errors_as_bad_image():
+            if not stream.read(1):
+                raise BadImage("empty file (0 bytes)")
+            stream.seek(0)
             image = Image.open(stream, formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise BadImage(
@@ -139,6 +139,10 @@ def open_regular(path: Path | bytes) -> int:
         raise BadImage(reason) from None
     except OSError as error:
         raise BadImage(f"cannot be opened: {error.strerror}") from error
+    except BadImage:
+        raise
+    except ValueError:
+        raise BadImage("cannot be opened: its path has a NUL byte") from None
     try:
         _check_is_regular(os.fstat(descriptor))
     except BadImage:
@@ -167,6 +171,8 @@ def pillow_errors_as_bad_image() -> Iterator[None]:
     # Pillow's readers raise a dozen types on damaged files (SyntaxError, struct.error, IndexError, ...). Only code
     # that reads the image runs inside this context, never the caller's.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system
+            raise BadImage(f"cannot be read: {error.strerror}") from error
         raise BadImage(f"cannot be decoded: {error or type(error).__name__}") from error
 
 

@@ -79,7 +79,7 @@ def as_row(header: Header | None) -> tuple[Any, ...]:
 def _identity_at(path: bytes) -> tuple[int, ...] | None:
     try:
         return identity(os.stat(path))
-    except OSError:
+    except (OSError, ValueError):  # no such file, or a path with a NUL byte
         return None
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.decoding import BadImage, read_bytes
+
 _IMAGES = re.compile(r"(train|t10k|test)-images[-.]idx3-ubyte(\.gz)?")
 _UINT8 = 8
 
@@ -47,8 +49,9 @@ def read_idx_array(file: Path, num_axes: int) -> np.ndarray:
         ValueError: If the file is damaged or has another number of axes.
     """
     try:
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
+        content = read_bytes(file)
+        content = gzip.decompress(content) if file.suffix == ".gz" else content
+    except (OSError, EOFError, zlib.error, BadImage) as error:
         raise ValueError(f"{file} cannot be read ({error}); copy it again") from error
     start = 4 + 4 * num_axes
     if content[:4] != bytes([0, 0, _UINT8, num_axes]) or len(content) < start:

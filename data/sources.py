@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -134,7 +135,14 @@ def _choose_subfolder(folder: Path, split: str | None) -> tuple[Path, Path | Non
 def _subfolders(folder: Path) -> dict[str, Path]:
     """Return the folders in a folder by name in lower case."""
     with os.scandir(folder) as entries:
-        return {name.lower(): folder / name for name in sorted(entry.name for entry in entries if entry.is_dir())}
+        return {name.lower(): folder / name for name in sorted(entry.name for entry in entries if _is_folder(entry))}
+
+
+def _is_folder(entry: os.DirEntry[Any]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for example
+        return False
 
 
 def _list_files(folder: Path) -> tuple[pa.LargeBinaryArray, list[Path], Counter[str]]:
@@ -158,14 +166,23 @@ def _list_files(folder: Path) -> tuple[pa.LargeBinaryArray, list[Path], Counter[
 def _walk(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
     """Yield each folder with the sorted names of its files, hidden ones excepted; includes broken links."""
     seen: set[tuple[int, int]] = set()
-    for root, subfolders, names in os.walk(os.fsencode(folder), followlinks=True, onerror=_raise):
-        status = os.stat(root)
-        if (status.st_dev, status.st_ino) in seen:  # a link to a parent folder would never end
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith(b"."))
-        yield root, sorted(name for name in names if not name.startswith(b"."))
+    waiting = [os.fsencode(folder)]
+    while waiting:
+        root = waiting.pop()
+        try:
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) in seen:  # not listed again: every folder may have a link to its parent
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(root) as entries:
+                is_folder = {entry.name: _is_folder(entry) for entry in entries if not entry.name.startswith(b".")}
+        except OSError as error:
+            raise ValueError(
+                f"the folder {os.fsdecode(root)} cannot be read ({error.strerror}); check its permissions"
+            ) from error
+        names = sorted(is_folder)
+        waiting += [os.path.join(root, name) for name in reversed(names) if is_folder[name]]
+        yield root, [name for name in names if not is_folder[name]]
 
 
 IMAGE, TABLE = "image", "table"
@@ -180,10 +197,6 @@ def _kind(name: bytes) -> str:
 def _kind_of(extension: bytes) -> str:
     text = f".{os.fsdecode(extension).lower()}" if extension else "without extension"
     return IMAGE if text in IMAGE_EXTENSIONS else TABLE if text in TABLE_EXTENSIONS else text
-
-
-def _raise(error: OSError) -> None:
-    raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}); check its permissions")
 
 
 def _open_tables(folder: Path, tables: list[Path], split: str | None) -> ImageSource:

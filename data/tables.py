@@ -1,5 +1,6 @@
 """Open parquet and arrow files with an image column as a `datasets.Dataset`."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,23 @@ from typing import Any
 
 import datasets
 
+from data.decoding import BadImage, open_regular
+
 TABLE_EXTENSIONS = frozenset({".parquet", ".arrow"})
 VALIDATION_NAMES = ("validation", "valid", "val", "held_out", "test")  # by priority
 
 
 def load_tables(paths: list[Path]) -> datasets.Dataset:
-    """Load all rows of the files; parquet goes through the datasets cache, which makes random access fast."""
+    """Load all rows of the files; parquet goes through the datasets cache, which makes random access fast.
+
+    Raises:
+        ValueError: If one of them is not a regular file or cannot be opened.
+    """
+    for path in paths:
+        try:
+            os.close(open_regular(path))
+        except BadImage as error:
+            raise ValueError(f"{path} cannot be read ({error}); repair or remove it") from error
     parquet = [str(path) for path in paths if path.suffix.lower() == ".parquet"]
     tables = [datasets.Dataset.from_file(str(path)) for path in paths if path.suffix.lower() == ".arrow"]
     if parquet:

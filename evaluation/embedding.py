@@ -36,8 +36,9 @@ def write_embeddings(
             for table in itertools.chain([first], tables):
                 writer.write_table(table)
                 num_rows += len(table)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        error.add_note(f"{path} was not {'changed' if path.exists() else 'written'}")
         raise
     os.replace(partial, path)
     return num_rows
@@ -45,7 +46,8 @@ def write_embeddings(
 
 def _table(batch: Batch, tokens: Tokens, source: ImageSource, with_patches: bool) -> pa.Table:
     check_finite(tokens.mean)
-    columns = {"name": pa.array([source.name(position) for position in batch.positions])}
+    names = [os.fsencode(source.name(position)) for position in batch.positions]  # which need not be Unicode
+    columns = {"name": pa.array([name.decode(errors="backslashreplace") for name in names])}
     if tokens.class_token is not None:
         columns["class_token"] = _as_lists(tokens.class_token)
     columns["mean"] = _as_lists(tokens.mean)

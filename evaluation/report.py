@@ -65,7 +65,7 @@ def write_report(
         facts=facts,
         command=command,
     )
-    path.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def comparisons(rows: Sequence[Row], headline: Row) -> list[str]:

@@ -130,7 +130,7 @@ def write_model_card(
     )
     text = str(card)
     check_card(text)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def card_for(folder: Path, repo_id: str) -> str:

@@ -64,7 +64,10 @@ def test_set_by__names_the_flag_that_sets_an_argument_of_another_name(capsys):
 def test_run__reports_what_the_system_refuses_and_what_is_safe(capsys, tmp_path):
     refused = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/checkpoint-8")
     refused.add_note("out/checkpoint-4 is complete")
-    expected = "run_toy.py: No space left on device: out/checkpoint-8; out/checkpoint-4 is complete\n"
+    expected = (
+        "run_toy.py: No space left on device: out/checkpoint-8; free some space on this disk; out/checkpoint-4 is "
+        "complete\n"
+    )
     assert reported(capsys, refused, exit_code=4) == expected
     out_of_memory = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
     assert "lower `per_device_train_batch_size` (CUDA out of memory)" in reported(capsys, out_of_memory, exit_code=4)

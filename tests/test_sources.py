@@ -1,5 +1,7 @@
 import os
 import pickle
+import threading
+from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 from PIL import Image
 
 from data import image_checks, sources
+from data.bad_images import BadImages
+from data.decoding import BadImage
 from data.image_checks import check_images
 from data.sources import open_source, open_validation
 
@@ -75,6 +79,68 @@ def test_folder__follows_links_but_not_in_circles(tmp_path: Path, photograph: by
     checked = check_images(source, 0.5, 2)
     assert checked.good.tolist() == [1, 2]
     assert checked.bad == {str(photos / "broken.jpg"): f"broken link to {tmp_path / 'gone.jpg'}"}
+
+
+def test_folder__lists_a_folder_once_however_many_links_lead_to_it(
+    tmp_path: Path, photograph: bytes, monkeypatch
+) -> None:
+    fill(tmp_path, [f"{number}/image.jpg" for number in range(20)], photograph)
+    for number in range(20):
+        (tmp_path / str(number) / "up").symlink_to(tmp_path)
+        (tmp_path / str(number) / "itself").symlink_to("itself")
+        (tmp_path / str(number) / "next").symlink_to(tmp_path / str((number + 1) % 20))
+    (tmp_path / "itself").symlink_to("itself")
+    listed, scandir = [], os.scandir
+    monkeypatch.setattr(
+        os, "scandir", lambda path: (listed.append(os.path.realpath(os.fsdecode(path))), scandir(path))[1]
+    )
+    assert len(open_source(str(tmp_path))) == 20
+    assert max(Counter(listed).values()) <= 3  # the folder itself is also asked for splits
+
+
+@pytest.mark.parametrize("name", ["part.parquet", "part.arrow", "train-images-idx3-ubyte"])
+def test_folder__with_a_fifo_for_a_table_is_refused_and_nobody_waits(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    refused: list[str] = []
+
+    def open_it() -> None:
+        try:
+            open_source(str(tmp_path))
+        except ValueError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=open_it, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert [text.partition(" (")[0] for text in refused] == [f"{tmp_path / name} cannot be read"]
+    assert "it is a FIFO, not a regular file" in refused[0]
+
+
+def test_list__with_devices_of_the_kernel_and_impossible_names_has_bad_images(
+    tmp_path: Path, photograph: bytes
+) -> None:
+    (tmp_path / "good.jpg").write_bytes(photograph)
+    (tmp_path / "list.txt").write_bytes(b"good.jpg\n/proc/self/mem\nwith\0nul.jpg\n/proc/self/environ\n")
+    for num_processes in (1, 2):
+        checked = check_images(open_source(str(tmp_path / "list.txt")), 0.8, num_processes)
+        assert checked.good.tolist() == [0]
+        assert list(checked.bad.values())[:2] == [
+            "cannot be read: Input/output error",
+            "cannot be opened: its path has a NUL byte",
+        ]
+    text = checked.bad.describe()
+    assert "\0" not in text
+    assert "with\\x00nul.jpg" in text
+    with pytest.raises(BadImage, match="cannot be read: Input/output error"):
+        open_source(str(tmp_path / "list.txt")).read(1)
+
+
+def test_bad_images__describe_names_that_are_not_unicode(tmp_path: Path) -> None:
+    name = os.fsdecode("café ".encode() + b"\xe9.jpg")
+    text = BadImages({name: "empty"}).describe()
+    assert text == "café \\xe9.jpg: empty"
+    BadImages({name: "empty"}).append_to(tmp_path / "bad.jsonl")
+    assert BadImages.read(tmp_path / "bad.jsonl") == {name: "empty"}
 
 
 @pytest.mark.parametrize("validation_name", ["val", "valid", "validation", "test", "held_out", "Val"])

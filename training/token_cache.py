@@ -4,6 +4,7 @@ Shapes: I images, B of them at a time, N targets per image.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -66,5 +67,5 @@ def _fingerprint(images: ImageDataset, targets: Targets) -> str:
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     for index in range(len(images)):
-        digest.update(images.name(index).encode() + b"\0")
+        digest.update(os.fsencode(images.name(index)) + b"\0")
     return digest.hexdigest()

@@ -35,6 +35,7 @@ from training.stopping import StopOnSignal, init_worker
 from training.weight_average import WeightAverage
 
 _DROP_FACTOR = 0.1
+_SECONDS_UNTIL_STUCK = 900  # without a batch from the data workers
 
 
 class MimTrainer(Trainer):
@@ -125,6 +126,7 @@ class MimTrainer(Trainer):
         loader = super()._get_dataloader(*args, **kwargs)
         base = getattr(loader, "base_dataloader", loader)
         base.worker_init_fn = partial(init_worker, base.worker_init_fn)
+        base.timeout = _SECONDS_UNTIL_STUCK if base.num_workers else 0
         return loader
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
