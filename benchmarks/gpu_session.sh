@@ -123,10 +123,12 @@ main() {
                 --device "$device" --output "$work/cold" 2>&1 | sed "s/^/[compiling $side] /" | grep warm_up &
         done
     done
-    part "tests marked gpu" 110 $python -m pytest -m gpu -vv --durations 10 -p no:cacheprovider -p no:xdist tests/test_gpu.py
+    local tests=($python -m pytest -m gpu -vv --durations 10 -p no:cacheprovider -p no:xdist tests/test_gpu.py)
+    part "tests marked gpu" 110 "${tests[@]}" -k "not beside_other_programs"
     wait
     part "training step, compiled" 120 $python -m benchmarks.train_step "${compiled[@]}" --sides ours stock --compile \
         "${repeats[@]}"
+    part "test of the automatic batch size" 60 "${tests[@]}" -k beside_other_programs # it takes the memory of the GPU
     echo "==== all parts: $SECONDS s; results in $output"
     return $failed
 }

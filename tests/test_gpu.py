@@ -113,27 +113,6 @@ def test_step__does_not_wait_for_the_device(variant):
     step()
 
 
-def test_compile__is_one_graph_in_half_precision_with_the_same_loss_and_gradient(variant):
-    torch._dynamo.reset()
-    model, batch = tiny_model(variant).to(DEVICE).train(), on_device(tiny_batch(variant))
-
-    def gradients(forward) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        model.zero_grad()
-        with half_precision():
-            loss = forward(**batch).loss
-        loss.backward()
-        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-    # Triton's code is measured by benchmarks/train_step.py; this is about the graphs, and takes seconds.
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    (loss, found), (expected_loss, expected) = gradients(compiled), gradients(model)
-    torch.testing.assert_close(loss, expected_loss, rtol=0.01, atol=0.01)
-    assert found.keys() == expected.keys()
-    largest = max(gradient.abs().max() for gradient in expected.values())
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() < 0.05 * largest, name
-
-
 def test_tokenizer__does_not_wait_for_the_device():
     targets = TokenizerTargets(tiny_tokenizer(), (SIZE // PATCH, SIZE // PATCH)).to(torch.device(DEVICE))
     batch = {targets.view.name: torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8, device=DEVICE)}
@@ -227,3 +206,27 @@ def test_command__auto_finds_a_batch_that_fits_beside_other_programs(tmp_path, c
     found = re.search(r"note: (\d+) images per device \(auto\): more might not fit into", capsys.readouterr().out)
     assert found is not None
     assert 8 <= int(found[1]) <= 64
+
+
+# ---- compilation, last because it takes longest ----
+
+
+def test_compile__is_one_graph_in_half_precision_with_the_same_loss_and_gradient(variant):
+    torch._dynamo.reset()
+    model, batch = tiny_model(variant).to(DEVICE).train(), on_device(tiny_batch(variant))
+
+    def gradients(forward) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        with half_precision():
+            loss = forward(**batch).loss
+        loss.backward()
+        return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    # Triton's code is measured by benchmarks/train_step.py; this is about the graphs, and takes seconds.
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    (loss, found), (expected_loss, expected) = gradients(compiled), gradients(model)
+    torch.testing.assert_close(loss, expected_loss, rtol=0.01, atol=0.01)
+    assert found.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() < 0.05 * largest, name
