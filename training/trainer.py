@@ -139,7 +139,8 @@ class MimTrainer(Trainer):
     def _count_losses(self, batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         counts = [self._loss_counts(batch) for batch in batches]
         totals = {
-            name: torch.tensor(float(sum(count[name] for count in counts)), device=self.args.device)
+            # Filled on the device: a copy of a number would wait for all steps before it.
+            name: torch.full((), float(sum(count[name] for count in counts)), device=self.args.device)
             for name in counts[0]
         }
         return self.accelerator.reduce(totals, reduction="sum") if totals else {}
