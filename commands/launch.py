@@ -54,7 +54,7 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
     """Run a command and return its exit code; what a user can repair is one message instead of a traceback.
 
     The codes: 2 for a mistake in the command or the data, 3 for a loss that is not finite, 4 for a fault of the system
-    (disk, memory), 130 and 143 for a run that SIGINT (Ctrl-C) or SIGTERM stopped.
+    (disk, memory), 130, 143 and 129 for a run that SIGINT (Ctrl-C), SIGTERM or SIGHUP stopped.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the step is finished, a checkpoint is written, and the same command continues exactly."""
+"""SIGINT, SIGTERM and SIGHUP: the step is finished, a checkpoint is written, and the same command continues."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ def assert_equal_weights(folder, expected):
         assert torch.equal(resumed[name], value), name
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signal__to_all_processes_of_a_run_is_followed_by_a_checkpoint_of_that_step(tmp_path, undisturbed, name):
     """As from a terminal or a scheduler: the data workers receive the signal as well."""
     process = start(tmp_path, "--num_workers", "2", "--signal_at", f"6 {name} group")
@@ -49,6 +49,25 @@ def test_signal__to_all_processes_of_a_run_is_followed_by_a_checkpoint_of_that_s
     assert "Traceback" not in errors
     assert last_whole_checkpoint(tmp_path)[0].name == "checkpoint-7"
     assert start(tmp_path, "--num_workers", "2", "--resume").wait() == 0
+    assert_equal_weights(tmp_path, undisturbed)
+
+
+def test_signal__of_a_terminal_that_is_gone_is_followed_by_a_checkpoint_too(tmp_path):
+    """Printing to such a terminal is an error."""
+    far_end, terminal = os.openpty()
+    command = [sys.executable, str(TRAIN), str(tmp_path), "--signal_at", "6 SIGHUP group"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=terminal, stdout=terminal, start_new_session=True)
+    os.close(terminal)
+    os.close(far_end)
+    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    assert last_whole_checkpoint(tmp_path)[0].name == "checkpoint-7"
+
+
+def test_signal__that_nohup_ignores_is_ignored(tmp_path, undisturbed):
+    process = start(tmp_path, "--signal_at", "6 SIGHUP group", launcher=("nohup", sys.executable))
+    process.communicate(timeout=120)
+    assert process.returncode == 0
     assert_equal_weights(tmp_path, undisturbed)
 
 

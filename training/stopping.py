@@ -1,9 +1,10 @@
-"""Stop a training run at the end of a step, with a checkpoint, when SIGINT or SIGTERM asks for it.
+"""Stop a training run at the end of a step, with a checkpoint, when SIGINT, SIGTERM or SIGHUP asks for it.
 
 transformers' `enable_jit_checkpoint` knows SIGTERM only, lets each process stop at a step of its own, and returns as
 if the training were complete.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -16,7 +17,9 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # Ctrl-C; kill, and the end of a job's time on a cluster
+_HANGUP = getattr(signal, "SIGHUP", None)  # absent on Windows
+# Ctrl-C; kill, and the end of a job's time on a cluster; a closed terminal or a lost connection.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
 
 
 class Stopped(BaseException):
@@ -32,6 +35,7 @@ def raising_stopped(message: str) -> Iterator[None]:
     """Turn a signal within this context into `Stopped`; for work that can be interrupted anywhere."""
 
     def stop(number: int, frame: Any) -> None:
+        _silence_lost_terminal()
         raise Stopped(number, f"stopped by {signal.Signals(number).name} {message}")
 
     with _handling_signals(stop):
@@ -61,6 +65,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.received = number
+        _silence_lost_terminal()
         if os.environ.get("RANK", "0") == "0":
             print(
                 f"{signal.Signals(number).name}: stopping after this step; a second one ends at once", file=sys.stderr
@@ -82,12 +87,24 @@ class StopOnSignal(TrainerCallback):
             raise Stopped(self.received, f"stopped by {name} at step {step:,} of {state.max_steps:,}; {kept}")
 
 
+def _silence_lost_terminal() -> None:
+    """Discard all further output to a terminal that was closed: printing there would be an error."""
+    for stream in (1, 2):
+        try:
+            os.get_terminal_size(stream)
+        except OSError as error:
+            if error.errno == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
 def init_worker(seed_worker: Callable[[int], None] | None, worker_id: int) -> None:
     """Seed a data worker, which only its trainer may stop: the last step needs its images.
 
     A terminal and a cluster's scheduler send their signals to the workers, too.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if _HANGUP:
+        signal.signal(_HANGUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # absent on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_exit_if_the_trainer_asks, daemon=True).start()
@@ -123,7 +140,9 @@ def _handling_signals(handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # Python handles signals there only
         yield
         return
-    before = {number: signal.signal(number, handler) for number in _SIGNALS}
+    # nohup ignores SIGHUP, and so must we.
+    handled = [n for n in _SIGNALS if n != _HANGUP or signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
         yield
     finally:

@@ -100,7 +100,7 @@ class MimTrainer(Trainer):
         """As in `Trainer`.
 
         Raises:
-            Stopped: If SIGINT or SIGTERM stopped it, after a checkpoint.
+            Stopped: If SIGINT, SIGTERM or SIGHUP stopped it, after a checkpoint.
         """
         with self._stop_on_signal.listening():
             return super().train(*args, **kwargs)
