@@ -55,9 +55,9 @@ def test_signal__to_all_processes_of_a_run_is_followed_by_a_checkpoint_of_that_s
 def test_signal__of_a_terminal_that_is_gone_is_followed_by_a_checkpoint_too(tmp_path):
     """Printing to such a terminal is an error."""
     far_end, terminal = os.openpty()
-    command = [sys.executable, str(TRAIN), str(tmp_path), "--signal_at", "6 SIGHUP group"]
+    command = [sys.executable, str(TRAIN), str(tmp_path), "--signal_at", f"6 SIGHUP {far_end}"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=terminal, stdout=terminal, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, stderr=terminal, stdout=terminal, pass_fds=[far_end])
     os.close(terminal)
     os.close(far_end)
     assert process.wait(timeout=120) == 128 + signal.SIGHUP

@@ -28,7 +28,10 @@ class Die(TrainerCallback):
 
 
 class Signal(TrainerCallback):
-    """Before the last micro-batch of a step: to the group of processes, to this one twice, or to rank 1 only."""
+    """Before the last micro-batch of a step: to the group of processes, to this one twice, or to rank 1 only.
+
+    Or to this one, after the far end of its terminal, a file descriptor, was closed.
+    """
 
     def __init__(self, step: str, name: str, target: str) -> None:
         self.step, self.number, self.target = int(step), getattr(signal, name), target
@@ -38,6 +41,9 @@ class Signal(TrainerCallback):
             return
         if self.target == "group":
             os.killpg(os.getpgid(0), self.number)
+        elif self.target.isdigit():
+            os.close(int(self.target))
+            os.kill(os.getpid(), self.number)
         elif self.target == "twice" or args.process_index == 1:
             os.kill(os.getpid(), self.number)
         if self.target == "twice":
