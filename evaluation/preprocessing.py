@@ -59,6 +59,9 @@ def open_preprocessor(name: str, num_channels: int) -> Preprocessor:
     try:
         settings, _ = BaseImageProcessor.get_image_processor_dict(name)
     except OSError:
+        file = Path(name, "preprocessor_config.json")
+        if file.exists():
+            file.open("rb").close()  # raises the error of a file that the user may not read
         raise ValueError(
             f"`model` {name} has no preprocessor_config.json, which defines how images are resized and standardized; "
             "save its image processor in the same folder, or use the output folder of a finished run"

@@ -1,6 +1,7 @@
 """Read how an encoder's images are standardized from the image processor saved with it."""
 
 import math
+from pathlib import Path
 
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -25,6 +26,9 @@ def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[s
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name, subfolder=subfolder)
     except (OSError, ValueError):
+        file = Path(name, subfolder, "preprocessor_config.json")
+        if file.exists():
+            file.open("rb").close()  # raises the error of a file that the user may not read
         return {}
     mean, std = processor.get("image_mean"), processor.get("image_std")
     if processor.get("do_normalize") is False:

@@ -64,7 +64,7 @@ def open_config(
         raise ValueError(f"`{role}` {name} is neither a folder nor a Hub id (org/name)")
     if folder.is_dir() and not (folder / subfolder / "config.json").is_file():
         raise ValueError(f"`{role}` {name} is not a saved model: {_explain_folder(folder)}")
-    with _explaining(f"`{role}` {name}", trust_remote_code):
+    with _explaining(role, name, trust_remote_code):
         # Before 5.23, transformers saved the config of the DALL-E encoder without a model type.
         settings, _ = PreTrainedConfig.get_config_dict(name, subfolder=subfolder)
         is_dalle = FlavaImageCodebook.__name__ in (settings.get("architectures") or ())
@@ -123,7 +123,7 @@ def open_model(
         config = open_config(name, role, trust_remote_code=trust_remote_code)
         model_class = _class_of(config, label, keeps_classifier)
     options |= {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": bool(trust_remote_code)}
-    with _explaining(label, trust_remote_code), torch.random.fork_rng(devices=[]):
+    with _explaining(role, name, trust_remote_code), torch.random.fork_rng(devices=[]):
         model, info = model_class.from_pretrained(name, **options)
     missing, unused = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
     if lost := [key for key in missing if not any(part in key for part in ("pooler.", *optional))]:
@@ -162,7 +162,7 @@ def _is_in_block(key: str, model: Any) -> bool:
 
 
 @contextmanager
-def _explaining(label: str, trust_remote_code: bool | None) -> Iterator[None]:
+def _explaining(role: str, name: str, trust_remote_code: bool | None) -> Iterator[None]:
     """Turn the errors of missing, damaged, hostile and foreign files into one ValueError with a reason of one line."""
     try:
         yield
@@ -173,11 +173,23 @@ def _explaining(label: str, trust_remote_code: bool | None) -> Iterator[None]:
                 "its weights are damaged, or hold more than tensors, which could run a program; expected a "
                 "model.safetensors"
             )
+        elif problem := next(filter(None, map(_refusal, Path(name).rglob("*.*"))), ""):
+            reason = problem  # the readers of weights report that there is no such file
         elif "`trust_remote_code=True`" in str(error):
             reason = "it needs Python code from its repository, which is not run"
             if trust_remote_code is not None:
                 reason += "; read the code, and if you trust it, add `trust_remote_code`"
-        raise ValueError(f"{label} cannot be opened: {reason}") from error
+        raise ValueError(f"`{role}` {name} cannot be opened: {reason}") from error
+
+
+def _refusal(path: Path) -> str:
+    """Return why the user may not read a file of a model; nothing if that is possible."""
+    try:
+        if path.is_file():
+            path.open("rb").close()
+    except OSError as error:
+        return f"{error.strerror}: {path}"
+    return ""
 
 
 def _explain_folder(folder: Path) -> str:

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -157,6 +158,47 @@ def test_names__that_are_not_unicode_are_trained_on_and_embedded(photos, tmp_pat
     assert run(argv, run_evaluation.main, partial(make_parser, EvaluationSettings)) == 0
     names = pa.parquet.read_table(tmp_path / "features.parquet")["name"].to_pylist()
     assert f"{tmp_path}/\\xe9t/\\xe9t0.jpg" in names
+
+
+# ---- files without permission ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert pretrain([*SMALL, "--output_dir", str(out), "--max_steps", "1"]) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "model.safetensors", "preprocessor_config.json", "photos", "list.txt"]
+)
+def test_file__that_the_user_may_not_read_is_named(model, photos, tmp_path, capsys, monkeypatch, file):
+    folder = shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "list.txt").write_text("\n".join(str(path) for path in photos.iterdir()))
+    path = next(path for path in (folder / file, tmp_path / file) if path.exists())
+    images = str(tmp_path / "list.txt") if file == "list.txt" else str(photos)
+    argv = ["--model", str(folder), "--dataset", images, "--embed", str(tmp_path / "f.parquet"), "--use_cpu"]
+    for parent in [tmp_path, *tmp_path.parents[:-1]]:
+        if parent.stat().st_mode & 0o055 != 0o055 and parent.is_relative_to(tempfile.gettempdir()):
+            parent.chmod(0o755)
+    for each in folder.rglob("*"):
+        each.chmod(0o755 if each.is_dir() else 0o644)  # safetensors writes files that only their owner may read
+    path.chmod(0)
+    capsys.readouterr()
+    is_root = os.geteuid() == 0
+    if is_root:  # who may read everything
+        os.seteuid(65534)
+    try:
+        code = run(argv, run_evaluation.main, partial(make_parser, EvaluationSettings))
+    finally:
+        if is_root:
+            os.seteuid(0)
+        path.chmod(0o755)
+    assert code in (2, 4)
+    (message,) = capsys.readouterr().err.splitlines()[-1:]
+    assert f"{os.strerror(errno.EACCES)}: " in message
+    assert str(path) in message
 
 
 # ---- the data workers ----
