@@ -1,7 +1,7 @@
 PYTHON ?= python
 CODE = modeling data training evaluation hub commands tasks benchmarks run_pretraining.py run_tokenizer.py run_finetune.py run_evaluation.py
 
-.PHONY: style check test test-slow test-gpu test-oldest
+.PHONY: style check test test-slow test-gpu test-oldest survival
 
 style:
 	$(PYTHON) -m ruff check --fix .
@@ -28,3 +28,7 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet -r requirements.txt -c constraints-oldest.txt pytest pytest-timeout pytest-xdist
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4
+
+# Kills, faults and damaged images, and a dated table in benchmarks/ (see tests/survival.py); it may be stopped and continued.
+survival:
+	OMP_NUM_THREADS=1 $(PYTHON) tests/survival.py

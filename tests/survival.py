@@ -1,0 +1,440 @@
+# ruff: noqa: E402
+"""Kill runs, damage images and break the environment, and write a table of what survived: `make survival`.
+
+- Kills: short runs of `run_tokenizer.py`, `run_pretraining.py` and `run_finetune.py` get SIGKILL, half of them at a
+  random time, half at a random file that they open for writing, rename or delete. The same command must then end with
+  the weights of a run that nobody disturbed, and leave nothing unfinished behind.
+- Faults: tests/test_faults.py.
+- Files: damaged images of all formats are scanned, decoded and cropped. Each must be an image or a `BadImage`; a
+  crash, another exception or more than 60 seconds is a failure.
+
+Each result is kept in the work folder as soon as it is known, and not computed again: stop the program at any time.
+Writes benchmarks/survival_<hardware>_<date>.md.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
+
+import argparse
+import datetime
+import io
+import json
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import time
+import traceback
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+
+import numpy as np
+from PIL import Image
+from same_weights import digest
+
+import run_finetune
+import run_pretraining
+import run_tokenizer
+from commands.launch import run
+from data.augmentations import random_crop, single_view
+from data.decoding import BadImage, check, decode
+from data.headers import scan_files
+from data.seeds import seeded_generator
+
+TINY = ["--max_steps", "6", "--per_device_train_batch_size", "8", "--save_steps", "2", "--eval_steps", "3"]
+TINY += ["--report_to", "none", "--use_cpu", "--image_size", "32"]
+# Name -> the command and its words; {name} stands for the output of another undisturbed run.
+RUNS: dict[str, tuple[Callable[[list[str]], None], list[str]]] = {
+    "tokenizer": (
+        run_tokenizer.main,
+        ["--model", "dvae-nano", "--vocab_size", "64", "--start_from_images", "--usage_weight", "0.1", *TINY],
+    ),
+    "mae": (run_pretraining.main, ["--model", "vit-nano", *TINY]),
+    "beit": (
+        run_pretraining.main,
+        ["--method", "beit", "--model", "vit-nano", "--tokenizer", "{tokenizer}", "--cache_tokens", *TINY],
+    ),
+    "simmim": (run_pretraining.main, ["--method", "simmim", "--model", "vit-nano", *TINY, "--image_size", "64"]),
+    "fine-tuning": (
+        run_finetune.main,
+        ["--model", "{mae}", "--dataset", "sample-fashion", "--labels_per_class", "8", "--ema_decay", "0.9", *TINY],
+    ),
+}
+KILLED_RUNS = ("tokenizer", "beit", "simmim", "fine-tuning")
+UNFINISHED = (".export*", "*.part*", "*.tmp", "pretraining/.export*")
+FILES_PER_TASK = 100
+SECONDS_PER_FILE = 60
+DAMAGES = ("truncated", "flipped bits", "random bytes", "zeros", "removed", "inserted", "repeated", "header")
+
+
+class Results:
+    """The results so far, by key, in a file of JSON lines."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.by_key: dict[str, dict] = {entry["key"]: entry for entry in map(json.loads, lines)}
+
+    def add(self, key: str, failure: str = "", **facts: object) -> None:
+        self.by_key[key] = {"key": key, "failure": failure, **facts}
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(self.by_key[key]) + "\n")
+        print(f"{key}: {failure or 'survived'}", file=sys.stderr, flush=True)
+
+    def of(self, prefix: str) -> list[dict]:
+        return [entry for key, entry in self.by_key.items() if key.startswith(f"{prefix}/")]
+
+
+# ---- kills ----
+
+
+def in_a_process(work: Callable[[], int], log: Path, seconds: float | None = None) -> int:
+    """Fork, so that torch is imported once; return the exit code, negative for a signal. SIGKILL after `seconds`."""
+    if not (child := os.fork()):
+        with log.open("w") as stream:
+            os.dup2(stream.fileno(), 1)
+            os.dup2(stream.fileno(), 2)
+        code = 70
+        try:
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    end = time.monotonic() + (seconds or 3600)
+    while True:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            os.kill(child, signal.SIGKILL)
+            end += 3600
+        time.sleep(0.002)
+
+
+def command(name: str, work: Path, output_dir: Path, dies_at_write: int = 0) -> Callable[[], int]:
+    """Return the command of a run, which dies at a file that it opens for writing or renames in its folder."""
+    main, words = RUNS[name]
+    words = [str(work / word[1:-1]) if word.startswith("{") else word for word in words]
+    num_writes = 0
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal num_writes
+        is_write = (event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)) or event in (
+            "os.rename",
+            "os.remove",
+        )
+        if is_write and isinstance(arguments[0], str | bytes) and str(output_dir) in os.fsdecode(arguments[0]):
+            num_writes += 1
+            if num_writes == dies_at_write:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def start() -> int:
+        sys.addaudithook(count)
+        code = run([*words, "--output_dir", str(output_dir)], main, argparse.ArgumentParser)
+        output_dir.with_suffix(".writes").write_text(str(num_writes))
+        return code
+
+    return start
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    files = [*folder.glob("*.safetensors"), *folder.glob("pretraining/*.safetensors")]
+    return {str(file.relative_to(folder)): digest(file) for file in files}
+
+
+def undisturbed(name: str, work: Path) -> None:
+    """Run to the end, and note the duration."""
+    folder = work / name
+    if (work / f"{name}.seconds").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.monotonic()
+    code = in_a_process(command(name, work, folder), work / f"{name}.log")
+    if code:
+        sys.exit(f"{name} ended with {code}:\n{(work / f'{name}.log').read_text()[-3000:]}")
+    (work / f"{name}.seconds").write_text(str(time.monotonic() - start))
+
+
+def kill(name: str, number: int, work: Path) -> tuple[str, str]:
+    """Kill a run, and start it again; return where it was killed, and what is wrong then, if anything."""
+    expected, folder, log = weights_of(work / name), work / "killed", work / "killed.log"
+    shutil.rmtree(folder, ignore_errors=True)
+    generator = random.Random(f"{name} {number}")
+    if number % 2:
+        write = generator.randint(1, int((work / name).with_suffix(".writes").read_text()))
+        where = f"write {write}"
+        code = in_a_process(command(name, work, folder, write), log)
+    else:
+        seconds = generator.uniform(0, float((work / f"{name}.seconds").read_text()))
+        where = f"{seconds:.2f} s"
+        code = in_a_process(command(name, work, folder), log, seconds)
+    if code not in (0, -signal.SIGKILL):
+        return where, f"ended with {code} before it was killed: {log.read_text()[-300:]}"
+    code = in_a_process(command(name, work, folder), log)
+    if code and "holds a finished run" not in log.read_text():
+        return where, f"the same command ended with {code}: {log.read_text()[-300:]}"
+    if weights_of(folder) != expected:
+        return where, "other weights"
+    left = [str(path.relative_to(folder)) for pattern in UNFINISHED for path in folder.glob(pattern)]
+    return where, f"left behind: {', '.join(left)}" if left else ""
+
+
+# ---- faults ----
+
+
+def faults(results: Results, work: Path) -> None:
+    report = work / "faults.xml"
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={report}", "tests/test_faults.py"]
+    subprocess.run(words, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, stdout=sys.stderr, check=False)
+    for case in ET.parse(report).iter("testcase"):
+        problems = [child.tag for child in case if child.tag in ("failure", "error")]
+        skipped = case.find("skipped") is not None
+        results.add(f"faults/{case.get('name')}", ", ".join(problems), **({"skipped": True} if skipped else {}))
+
+
+# ---- damaged files ----
+
+
+def originals() -> dict[str, bytes]:
+    """Return small encoded images by kind: all formats, gray, 16 bit, float, CMYK, palette, transparent, animated."""
+    paths = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))
+    photograph = Image.open(paths[0]).convert("RGB").resize((80, 60))
+    others = [Image.open(path).convert("RGB").resize((80, 60)) for path in paths[1:3]]
+    gray = photograph.convert("L")
+    deep = Image.fromarray(np.asarray(gray).astype(np.uint16) * 257)
+    real = Image.fromarray(np.asarray(gray).astype(np.float32))
+    animated = {"save_all": True}
+    kinds: dict[str, tuple[Image.Image, str, dict]] = {
+        "JPEG": (photograph, "JPEG", {}),
+        "JPEG progressive": (photograph, "JPEG", {"progressive": True}),
+        "JPEG gray": (gray, "JPEG", {}),
+        "JPEG CMYK": (photograph.convert("CMYK"), "JPEG", {}),
+        "MPO": (photograph, "MPO", animated),
+        "PNG": (photograph, "PNG", {}),
+        "PNG gray": (gray, "PNG", {}),
+        "PNG 16 bit": (deep, "PNG", {}),
+        "PNG 1 bit": (gray.convert("1"), "PNG", {}),
+        "PNG palette": (photograph.quantize(32), "PNG", {}),
+        "PNG transparent": (photograph.convert("RGBA"), "PNG", {}),
+        "PNG animated": (photograph, "PNG", animated),
+        "WebP": (photograph, "WEBP", {}),
+        "WebP lossless": (photograph.convert("RGBA"), "WEBP", {"lossless": True}),
+        "WebP animated": (photograph, "WEBP", animated),
+        "GIF": (gray, "GIF", {}),
+        "GIF animated": (photograph, "GIF", animated),
+        "BMP": (photograph, "BMP", {}),
+        "BMP gray": (gray, "BMP", {}),
+        "TIFF": (photograph, "TIFF", {}),
+        "TIFF LZW": (photograph, "TIFF", {"compression": "tiff_lzw"}),
+        "TIFF 16 bit": (deep, "TIFF", {}),
+        "TIFF float": (real, "TIFF", {}),
+        "TIFF CMYK": (photograph.convert("CMYK"), "TIFF", {}),
+        "TIFF pages": (photograph, "TIFF", animated),
+        "PPM": (photograph, "PPM", {}),
+        "PGM": (gray, "PPM", {}),
+        "PGM 16 bit": (deep.convert("I"), "PPM", {}),
+        "AVIF": (photograph, "AVIF", {}),
+        "AVIF animated": (photograph, "AVIF", animated),
+        "JPEG 2000": (photograph, "JPEG2000", {}),
+        "JPEG 2000 gray": (gray, "JPEG2000", {}),
+        "TGA": (photograph, "TGA", {}),
+        "TGA compressed": (gray, "TGA", {"compression": "tga_rle"}),
+    }
+    encoded = {}
+    for name, (image, form, options) in kinds.items():
+        stream = io.BytesIO()
+        if options is animated:
+            options = {**animated, "append_images": [each.copy() for each in others]}  # saving leaves marks on them
+        image.copy().save(stream, form, **options)
+        encoded[name] = stream.getvalue()
+    return encoded
+
+
+def damaged(data: bytes, generator: random.Random) -> tuple[bytes, str]:
+    damage = generator.choice(DAMAGES)
+    content, length = bytearray(data), len(data)
+    start = generator.randrange(length)
+    end = min(length, start + generator.choice((1, 4, 64, 1024)))
+    if damage == "truncated":
+        del content[start:]
+    elif damage == "flipped bits":
+        for _ in range(generator.choice((1, 4, 16))):
+            content[generator.randrange(length)] ^= 1 << generator.randrange(8)
+    elif damage == "random bytes":
+        content[start:end] = generator.randbytes(end - start)
+    elif damage == "zeros":
+        content[start:end] = bytes(end - start)
+    elif damage == "removed":
+        del content[start:end]
+    elif damage == "inserted":
+        content[start:start] = generator.randbytes(end - start)
+    elif damage == "repeated":
+        content[start:start] = content[start:end]
+    else:
+        for _ in range(generator.choice((1, 2, 4))):
+            content[generator.randrange(min(64, length))] = generator.randrange(256)
+    return bytes(content), damage
+
+
+def read_damaged(first: int, num_files: int, folder: Path, report: Path) -> int:
+    """Read damaged files and report a JSON line before and after each, so that a crash is known by its file."""
+    encoded = originals()
+    views = [single_view(random_crop((32, 32), (0.2, 1.0)), num_channels) for num_channels in (1, 3)]
+
+    def too_slow(*_: object) -> None:
+        raise BaseExceptionGroup("more than 60 seconds", [TimeoutError()])
+
+    signal.signal(signal.SIGALRM, too_slow)
+    with report.open("a") as stream:
+        for number in range(first, first + num_files):
+            generator = random.Random(f"file {number}")
+            kind = list(encoded)[number % len(encoded)]
+            data, damage = damaged(encoded[kind], generator)
+            name = f"{number}.img"
+            (folder / name).write_bytes(data)
+            stream.write(json.dumps({"number": number, "kind": kind, "damage": damage}) + "\n")
+            stream.flush()
+            signal.alarm(SECONDS_PER_FILE)
+            outcomes, failure = [], ""
+            sample, seed = {"image": data}, seeded_generator("survival", number)
+            for read in (
+                lambda data=data: check(data),
+                lambda data=data, number=number: decode(data, (1, 3)[number % 2]),
+                lambda sample=sample, seed=seed, number=number: views[number // 34 % 2](sample, seed),
+            ):
+                try:
+                    read()
+                    outcomes.append("image")
+                except BadImage:
+                    outcomes.append("bad")
+                except BaseException as error:
+                    failure = f"{type(error).__name__}: {error}"[:300]
+            try:
+                scan = scan_files(os.fsencode(folder), [os.fsencode(name)])
+                if bool(scan.records["is_good"][0]) != (outcomes[:1] == ["image"]) and not failure:
+                    failure = "the scan and the check differ"
+            except BaseException as error:
+                failure = f"scan: {type(error).__name__}: {error}"[:300]
+            signal.alarm(0)
+            (folder / name).unlink()
+            is_image = outcomes == ["image"] * 3
+            stream.write(json.dumps({"number": number, "is_image": is_image, "failure": failure}) + "\n")
+            stream.flush()
+    return 0
+
+
+def read_task(first: int, num_files: int, results: Results, work: Path) -> None:
+    """Read `num_files` damaged files in a process of their own; go on behind one that crashes it."""
+    folder, report = work / "files", work / "files.jsonl"
+    folder.mkdir(exist_ok=True)
+    report.unlink(missing_ok=True)
+    begin, end, failures = first, first + num_files, []
+    while begin < end:
+        code = in_a_process(partial(read_damaged, begin, end - begin, folder, report), work / "files.log")
+        lines = [json.loads(line) for line in report.read_text().splitlines()]
+        begin = lines[-1]["number"] + 1
+        if code:
+            failures.append(f"{lines[-1]['number']} {lines[-1].get('kind')}: the process ended with {code}")
+        elif begin < end:
+            sys.exit("the files did not end")
+    by_number: dict[int, dict] = {}
+    for line in lines:
+        by_number.setdefault(line["number"], {}).update(line)
+    failures += [f"{n} {line['kind']}: {line['failure']}" for n, line in by_number.items() if line.get("failure")]
+    kinds = Counter(line["kind"] for line in by_number.values())
+    num_images = sum(line.get("is_image", False) for line in by_number.values())
+    failure = "; ".join(failures)
+    results.add(f"files/{first}", failure, num_files=num_files, num_images=num_images, failures=failures, kinds=kinds)
+
+
+# ---- the table ----
+
+
+def table(results: Results, arguments: argparse.Namespace) -> str:
+    rows = ["| | tried | survived | |", "|---|---|---|---|"]
+    for name in KILLED_RUNS:
+        entries = results.of(name)
+        failed = [f"{entry['key']} ({entry['where']}): {entry['failure']}" for entry in entries if entry["failure"]]
+        note = "; ".join(failed) or "the weights of the undisturbed run, bit by bit"
+        rows.append(f"| {name}, killed | {len(entries)} | {len(entries) - len(failed)} | {note} |")
+    entries = [entry for entry in results.of("faults") if not entry.get("skipped")]
+    failed = [entry["key"].removeprefix("faults/") for entry in entries if entry["failure"]]
+    note = "; ".join(failed) or "one message, or only the images that it meets"
+    rows.append(f"| faults | {len(entries)} | {len(entries) - len(failed)} | {note} |")
+    entries = results.of("files")
+    num_files, num_images = (sum(entry[key] for entry in entries) for key in ("num_files", "num_images"))
+    failed = [failure for entry in entries for failure in entry["failures"]]
+    kinds = {kind for entry in entries for kind in entry["kinds"]}
+    note = f"{num_images:,} still read, the others are refused with a reason; {len(kinds)} kinds"
+    note = "; ".join([note, *failed])
+    rows.append(f"| damaged images | {num_files:,} | {num_files - len(failed):,} | {note} |")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate", "pillow"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    hardware = f"{platform.machine()}, {os.cpu_count()} cores, {memory:.0f} GiB"
+    return "\n".join(
+        [
+            "# What survives kills, faults and damaged images",
+            "",
+            f"{datetime.date.today()}, {hardware}, Python {platform.python_version()}, {packages}:",
+            f"`python tests/survival.py --kills {arguments.kills} --files {arguments.files}`",
+            "",
+            "Half of the kills come at a random time, half at a random file that the run opens for writing, renames "
+            "or deletes; then the same command is given again. Runs of 6 steps with a checkpoint every 2, on the "
+            "CPU in float32. The faults are the tests in tests/test_faults.py.",
+            "",
+            *rows,
+            "",
+        ]
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30, help="of each kind of run (default: 30)")
+    parser.add_argument("--files", type=int, default=10_000, help="damaged images (default: 10,000)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin nothing new after this time")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/survival"), help="keeps what is known so far")
+    parser.add_argument("--table_dir", type=Path, default=ROOT / "benchmarks")
+    arguments = parser.parse_args()
+    work, end = arguments.work_dir.resolve(), time.monotonic() + 60 * arguments.minutes
+    work.mkdir(parents=True, exist_ok=True)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_ASSETS_CACHE": str(work / "assets")}
+    results = Results(work / "results.jsonl")
+
+    def is_wanted(key: str) -> bool:
+        return key not in results.by_key and time.monotonic() < end
+
+    for name in RUNS:
+        if time.monotonic() < end:
+            undisturbed(name, work)
+    for number in range(arguments.kills):  # of all kinds in turn, so that a short time tries each
+        for name in KILLED_RUNS:
+            if is_wanted(key := f"{name}/{number}"):
+                where, failure = kill(name, number, work)
+                results.add(key, failure, where=where)
+    for first in range(0, arguments.files, FILES_PER_TASK):
+        if is_wanted(f"files/{first}"):
+            read_task(first, min(FILES_PER_TASK, arguments.files - first), results, work)
+    if not results.of("faults") and time.monotonic() < end:
+        faults(results, work)
+    name = f"survival_{platform.machine()}-cpu{os.cpu_count()}_{datetime.date.today()}.md"
+    (arguments.table_dir / name).write_text(table(results, arguments), encoding="utf-8")
+    print(table(results, arguments))
+    return int(any(entry["failure"] for entry in results.by_key.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
