@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
 from commands.launch import has_accelerator, run
+from commands.output_folder import check_output_dir
 from commands.parsing import make_parser
 from data.bad_images import BadImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
@@ -86,6 +87,7 @@ def evaluate(
     task = find_task(settings)
     model, dataset = short_name(settings.model), "-".join(map(short_name, settings.dataset))
     output_dir = Path(settings.output_dir or f"outputs/evaluation-{model}-{dataset}")
+    check_output_dir(output_dir)
     file = output_dir / METRICS_FILE
     if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("written_by") != _WRITTEN_BY:
         raise ValueError(f"{file} was not written by {_WRITTEN_BY} and is not overwritten: use another --output_dir")

@@ -2,7 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,9 +18,10 @@ from transformers.trainer_utils import HubStrategy
 from commands.duration import DurationEstimate, describe_duration, measure_seconds_per_step
 from commands.launch import first_on_main, printer
 from commands.memory import free_bytes
-from commands.output_folder import SETTINGS_FILE, logging_into, prepare_output_dir
+from commands.output_folder import SETTINGS_FILE, check_output_dir, logging_into, prepare_output_dir
 from commands.plan import Plan
 from commands.pretraining_settings import PretrainingSettings
+from commands.run_lock import locked
 from commands.settings import TrainingSettings
 from commands.tokenizer_settings import TokenizerSettings
 from data.bad_images import BadImages
@@ -102,11 +103,13 @@ def train(
     repository = open_repository(settings)
 
     def prepare() -> Path | None:
+        lock.enter_context(locked(output_dir))
         if repository is not None and settings.uploads_at_saves:
             bring_back(repository, settings, output_dir, written_last, log)
         return prepare_output_dir(output_dir, settings, bad, log, written_last, check)
 
-    with naming_what_is_safe(output_dir):
+    first_on_main(state, partial(check_output_dir, output_dir))
+    with naming_what_is_safe(output_dir), ExitStack() as lock:
         checkpoint = first_on_main(state, prepare)
         with logging_into(output_dir):
             trainer = build_trainer(plan, checkpoint)

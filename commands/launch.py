@@ -179,12 +179,12 @@ def printer(state: PartialState) -> Callable[[str], None]:
 
 
 def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
-    """Run `work` on the main process and return its result, or raise its ValueError, on all processes."""
+    """Run `work` on the main process and return its result, or raise its ValueError or OSError, on all processes."""
     outcome: list[Any] = [None, None]
     if state.is_main_process:
         try:
             outcome[0] = work()
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             outcome[1] = error
     if state.num_processes > 1:
         broadcast_object_list(outcome)

@@ -1,5 +1,6 @@
 """Check of the output folder before training: it is new, or holds a finished run or one to continue."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +41,18 @@ WRITTEN_FILES = (
 LEFT_BEHIND = (f"{UNFINISHED_EXPORT}*", ".export", "tokens-*.part.npy")
 # What run_evaluation.py writes besides METRICS_FILE; deleted only if it wrote that, as users may have such files.
 _OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt")
+
+
+def check_output_dir(folder: Path) -> None:
+    """Raise OSError if a folder cannot be made or written; nothing is created."""
+    advice = "give another --output_dir"
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, f"Not a directory, {advice}", str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(
+            errno.EACCES, f"Nothing can be written here, change the permissions or {advice}", existing
+        )
 
 
 def prepare_output_dir(

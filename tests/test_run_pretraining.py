@@ -20,6 +20,7 @@ from transformers import AutoModel
 
 from commands import artifacts
 from commands.launch import has_accelerator
+from commands.run_lock import locked
 
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
 CODE = ("mae.py", "base.py", "patches.py", "positions.py", "reconstruction.py", "schedules.py")
@@ -340,7 +341,15 @@ def test_mistakes__an_experiment_tracker_that_is_not_installed(tmp_path, capsys,
 def test_mistakes__an_output_folder_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert pretrain([*SMALL, "--output_dir", str(tmp_path / "file" / "out")]) == 4
-    assert capsys.readouterr().err.endswith(f"Not a directory: {tmp_path}/file/out\n")
+    assert capsys.readouterr().err.endswith(f"Not a directory, give another --output_dir: {tmp_path}/file\n")
+    assert pretrain([*SMALL, "--output_dir", str(tmp_path / "file")]) == 4
+    assert capsys.readouterr().err.endswith(f"Not a directory, give another --output_dir: {tmp_path}/file\n")
+
+
+def test_mistakes__an_output_folder_that_another_run_uses(tmp_path, capsys):
+    with locked(tmp_path / "out"):
+        assert "is in use by another run (process " in refusal(capsys, *SMALL, "--output_dir", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_mistakes__show_their_traceback_with_debug(tmp_path):
