@@ -1,36 +1,51 @@
 """One run at a time in an output folder, and what a killed run leaves is no obstacle."""
 
-import json
+import errno
+import fcntl
 import os
-import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 
-import psutil
 import pytest
+from conftest import ROOT
 
 from commands.output_folder import check_output_dir
 from commands.run_lock import LOCK_FILE, locked
 
+HOLD = """
+import multiprocessing, sys, time
+from pathlib import Path
+from commands.run_lock import locked
 
-def write_lock(folder, **changes):
-    me = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
-    (folder / LOCK_FILE).write_text(json.dumps({**me, **changes}))
+with locked(Path(sys.argv[1])):
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True).start()  # a data worker
+    print("locked", flush=True)
+    time.sleep(60)
+"""
 
 
-def enter(folder):
-    with locked(folder):
-        assert json.loads((folder / LOCK_FILE).read_text())["pid"] == os.getpid()
+@contextmanager
+def held_by_another_process(folder):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert holder.stdout.readline() == b"locked\n"
+        yield holder
+    finally:
+        holder.kill()
+        holder.wait()
 
 
-def test_lock__keeps_others_out_until_it_is_released(tmp_path):
-    with (
-        locked(tmp_path),
-        pytest.raises(ValueError, match=rf"in use by another run \(process {os.getpid()} on"),
-        locked(tmp_path),
-    ):
-        pass
-    enter(tmp_path)
+def test_lock__keeps_others_out_until_its_process_is_killed(tmp_path):
+    with held_by_another_process(tmp_path) as holder:
+        message = rf"in use by another run \(process {holder.pid} on .*, since .*\): wait, stop it"
+        with pytest.raises(ValueError, match=message), locked(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+        assert (tmp_path / LOCK_FILE).exists()
+        with locked(tmp_path):
+            assert (tmp_path / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
     assert not list(tmp_path.iterdir())
 
 
@@ -40,22 +55,27 @@ def test_lock__is_released_by_an_error_and_leaves_no_new_folder(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_lock__of_a_process_that_has_ended_is_stale(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    write_lock(tmp_path, pid=ended.pid)
-    enter(tmp_path)
-    write_lock(tmp_path, started=1000.0)  # the number of this process, which began later
-    enter(tmp_path)
+def test_lock__is_left_out_where_the_file_system_has_none(tmp_path, monkeypatch):
+    def lockf(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with locked(tmp_path):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
-def test_lock__that_may_be_held_elsewhere_names_the_file_to_delete(tmp_path):
-    write_lock(tmp_path, host="another", pid=2**22 + 1)
-    with pytest.raises(ValueError, match=rf"if it has died, delete {tmp_path}/{LOCK_FILE}$"):
-        enter(tmp_path)
-    (tmp_path / LOCK_FILE).write_text("")
-    with pytest.raises(ValueError, match="cannot be read: delete it unless"):
-        enter(tmp_path)
+def test_lock__of_a_file_that_was_removed_meanwhile_does_not_count(tmp_path, monkeypatch):
+    lock, lockf, removed = tmp_path / LOCK_FILE, fcntl.lockf, []
+
+    def remove_then_lock(file, *arguments):
+        if not removed:
+            removed.append(lock.unlink())
+        lockf(file, *arguments)
+
+    monkeypatch.setattr(fcntl, "lockf", remove_then_lock)
+    with locked(tmp_path):
+        assert lock.exists()
 
 
 def test_output_dir__that_cannot_be_made_or_written_is_refused(tmp_path, monkeypatch):

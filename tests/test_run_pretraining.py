@@ -16,11 +16,12 @@ import torch
 from conftest import IMAGE_PROCESSOR, ROOT
 from PIL import Image
 from pretraining_command import pretrain
+from test_run_lock import held_by_another_process
 from transformers import AutoModel
 
 from commands import artifacts
 from commands.launch import has_accelerator
-from commands.run_lock import locked
+from commands.run_lock import LOCK_FILE
 
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
 CODE = ("mae.py", "base.py", "patches.py", "positions.py", "reconstruction.py", "schedules.py")
@@ -347,9 +348,9 @@ def test_mistakes__an_output_folder_that_cannot_be_made(tmp_path, capsys):
 
 
 def test_mistakes__an_output_folder_that_another_run_uses(tmp_path, capsys):
-    with locked(tmp_path / "out"):
+    with held_by_another_process(tmp_path / "out"):
         assert "is in use by another run (process " in refusal(capsys, *SMALL, "--output_dir", str(tmp_path / "out"))
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [LOCK_FILE]
 
 
 def test_mistakes__show_their_traceback_with_debug(tmp_path):
