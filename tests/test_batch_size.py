@@ -98,6 +98,7 @@ def test_cpu__without_memory_for_one_image_is_an_error(monkeypatch):
         plans_on_cpu(monkeypatch, free=200e6)
 
 
+@pytest.mark.slow
 def test_tokenizer_and_fine_tuning__take_the_number_too(sizes, tmp_path, capsys):
     size = ["--image_size", "32"]
     run_tokenizer.main(["--dataset", PHOTOGRAPHS, "--model", "dvae-nano", *size, *SHORT, *AUTO, "--dry_run"])

@@ -113,7 +113,11 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("language", "code"), BLOCKS, ids=[code.split("\n")[-2][:60] for _, code in BLOCKS])
+@pytest.mark.parametrize(
+    ("language", "code"),
+    [pytest.param(*block, marks=pytest.mark.slow if "run_tokenizer.py" in block[1] else ()) for block in BLOCKS],
+    ids=[code.split("\n")[-2][:60] for _, code in BLOCKS],
+)
 def test_block__runs(language, code, workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     if language == "bash":

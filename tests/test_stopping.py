@@ -38,7 +38,9 @@ def assert_equal_weights(folder, expected):
         assert torch.equal(resumed[name], value), name
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize(
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP"))]
+)
 def test_signal__to_all_processes_of_a_run_is_followed_by_a_checkpoint_of_that_step(tmp_path, undisturbed, name):
     """As from a terminal or a scheduler: the data workers receive the signal as well."""
     process = start(tmp_path, "--num_workers", "2", "--signal_at", f"6 {name} group")

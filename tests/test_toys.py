@@ -85,6 +85,7 @@ def test_two_crops__equal_in_one_and_two_processes_and_export_the_teacher(tree):
     assert torch.equal(exported["layers.0.mlp.fc1.weight"], teacher["layers.0.mlp.fc1.weight"])
 
 
+@pytest.mark.slow
 def test_two_crops__teacher_starts_other_runs_and_is_logged_as_such(tree):
     few = ["--image_size", "32", "--report_to", "none", "--use_cpu", "--per_device_train_batch_size", "8"]
     start = [*SMALL, "--max_steps", "1", "--per_device_train_batch_size", "8", "--output_dir", "source"]

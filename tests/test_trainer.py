@@ -305,6 +305,7 @@ def mean_of_visible_loss(images: ImageDataset, collator: MaskingCollator, model:
     return (take_tokens(patches, hidden) - guess).square().mean().item()
 
 
+@pytest.mark.slow
 def test_learning__on_fashion_mnist_halves_the_loss_of_predicting_the_mean(tmp_path):
     torch.manual_seed(0)
     encoder = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 384}
