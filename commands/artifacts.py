@@ -62,6 +62,7 @@ class Artifacts:
             stage_checkpoint(output_dir / f"checkpoint-{step}", output_dir / SETTINGS_FILE, folder / checkpoint_name)
 
     def write(self, trainer: MimTrainer, folder: Path, unfinished: str | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         settings, splits, history = self.settings, self.splits, trainer.state.log_history
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         encoder, dataset = model.exported_encoder, " + ".join(settings.eval_dataset or [])
