@@ -106,6 +106,13 @@ def test_native__marks_a_finished_run_last_and_removes_what_a_killed_export_left
     assert not list(tmp_path.glob(".export*"))
 
 
+def test_native__may_be_read_by_everybody_who_may_read_other_files(tmp_path):
+    export(tiny_model("mae"), tmp_path, method="mae", recipe={})
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
+
+
 @pytest.mark.parametrize("name", native_models())
 def test_timm__names_and_shapes_are_those_of_its_own_models(name):
     """The list was written by timm 1.0.31 from the arguments that `hub.export.timm` gives."""

@@ -8,6 +8,7 @@ Remote code of a subfolder is looked up at the root, so the code files are in bo
 import copy
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -153,6 +154,10 @@ def replacing(output_dir: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=UNFINISHED_EXPORT) as scratch_name:
         scratch = Path(scratch_name)
         yield scratch
+        umask = os.umask(0)
+        os.umask(umask)
+        for weights in scratch.rglob("*.safetensors"):  # safetensors lets nobody else read its files
+            weights.chmod(0o666 & ~umask)
         marks = ("config.json", PRETRAINING)  # of a complete model, and of a finished run
         for path in sorted(scratch.iterdir(), key=lambda path: marks.index(path.name) if path.name in marks else -1):
             path.replace(output_dir / path.name)
