@@ -75,7 +75,7 @@ def test_two_crops__equal_in_one_and_two_processes_and_export_the_teacher(tree):
     history = json.loads((tree / "one" / "trainer_state.json").read_text())["log_history"]
     logged = [entry for entry in history if "loss" in entry]
     assert logged[0]["teacher_temperature"] == pytest.approx(0.04)
-    assert logged[-1]["momentum"] > 0.99
+    assert logged[-1]["teacher_momentum"] > 0.99
     student, teacher = (
         {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
         for prefix in ("encoder.", "teacher.")

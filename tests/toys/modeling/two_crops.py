@@ -15,7 +15,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, View, mean_metric
-from .ema import update_ema_
+from .ema import EmaTeacher
 from .encoders import BEIT_DEFAULTS, BeitEncoder
 from .patches import masked_indices
 from .schedules import Progress, Schedule
@@ -43,11 +43,12 @@ class TwoCropsConfig(MimConfig):
         return (View(num_crops=2, crop_scale=(0.4, 1.0)),)
 
 
-class TwoCropsForPreTraining(MimPreTrainedModel):
+class TwoCropsForPreTraining(EmaTeacher, MimPreTrainedModel):
     """A student that sees masked crops and a teacher that sees them whole; the teacher is exported."""
 
     config: TwoCropsConfig
     encoder: BeitEncoder
+    averages: ClassVar[dict[str, str]] = {"teacher": "encoder", "teacher_head": "head"}
     frozen_parameters = ("teacher", "teacher_head")
     exported = "teacher"
     _no_split_modules = ["BeitLayer"]  # noqa: RUF012 - read by transformers as a class attribute
@@ -65,11 +66,6 @@ class TwoCropsForPreTraining(MimPreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.1)
-
-    def train(self, mode: bool = True):
-        super().train(mode)
-        self.teacher.eval()
-        return self
 
     def forward(
         self,
@@ -121,23 +117,13 @@ class TwoCropsForPreTraining(MimPreTrainedModel):
         """The teacher's temperature rises in the first half of the training, its momentum in all of it."""
         return {
             "teacher_temperature": Schedule(0.04, 0.07, num_steps // 2, "linear"),
-            "momentum": Schedule(0.9, 1.0, num_steps),
+            "teacher_momentum": Schedule(0.9, 1.0, num_steps),
         }
 
     def before_update(self, progress: Progress) -> None:
         """Keep the head as it is in the first half of the training."""
         if 2 * progress.step < progress.num_steps:
             self.head.weight.grad = None
-
-    def after_step(self, progress: Progress) -> None:
-        """Let the teacher follow the student."""
-        for teacher, student in ((self.teacher, self.encoder), (self.teacher_head, self.head)):
-            update_ema_(teacher.parameters(), student.parameters(), progress.values["momentum"])
-
-    def after_loading_encoder(self) -> None:
-        """Start the teacher as a copy of the student."""
-        self.teacher.load_state_dict(self.encoder.state_dict())
-        self.teacher_head.load_state_dict(self.head.state_dict())
 
     def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
         return [f"teacher entropy {logs['teacher_entropy']:.2f}"] if "teacher_entropy" in logs else []
