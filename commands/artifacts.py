@@ -90,6 +90,8 @@ class Artifacts:
             online_results=results_at(history, trainer.state.global_step, dataset),
             num_extra_tokens=sum(hasattr(encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")),
             pools_mean=getattr(encoder.config, "use_mean_pooling", False),
+            has_pooler=getattr(encoder, "native_has_pooler", True),
+            exported=model.exported,
             native_root_problem=native_root_problem(model),
         )
         # Last, because it marks a finished run. A config that is uploaded must not contain folders of this computer.

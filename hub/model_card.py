@@ -54,6 +54,8 @@ def write_model_card(
     datasets: Sequence[str] = (),
     num_extra_tokens: int = 1,
     pools_mean: bool = False,
+    has_pooler: bool = True,
+    exported: str = "encoder",
     native_root_problem: str | None = None,
     task: TaskCard | None = None,
     from_scratch: bool = False,
@@ -74,6 +76,8 @@ def write_model_card(
         datasets: The training data; Hub ids are linked.
         num_extra_tokens: Number of tokens before the patches: 1 for a class token, else 0.
         pools_mean: Whether the encoder's pooler normalizes the mean of the patches rather than the class token.
+        has_pooler: Whether the encoder has a `pooler_output` at all.
+        exported: Name of the encoder in the pre-training model, such as "teacher".
         native_root_problem: Why there is no native encoder in the folder, if so (`hub.export`).
         task: The task of a fine-tuned model; None for an encoder.
         from_scratch: Whether a fine-tuned model was trained from random weights.
@@ -119,6 +123,8 @@ def write_model_card(
         native_root_problem=native_root_problem,
         patches=f"[:, {num_extra_tokens}:]" if num_extra_tokens else "",
         pools_mean=pools_mean,
+        has_pooler=has_pooler,
+        exported=exported,
         command=shorten_command(command),
         metrics=_rows({_METRIC_NAMES.get(name, name): value for name, value in metrics.items()}),
         measured=results_section(results),

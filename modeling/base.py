@@ -224,7 +224,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     needs_equal_num_masked: ClassVar[bool] = False
     targets: ClassVar[str | None] = None
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
-    exported: ClassVar[str] = "encoder"
+    exported: str = "encoder"
     decodes_masked_patches: ClassVar[bool] = False
 
     # ---- training ----

@@ -69,6 +69,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "simmim+deit": {"encoder_config": {**_ENCODER, "model_type": "deit"}},
     "simmim-asymmetric": _MAE,
     "beit": {"encoder_config": _BEIT, "vocab_size": 16},
+    "data2vec": {"encoder_config": {**_BEIT, "attention_probs_dropout_prob": 0.0}},
 }
 # The methods of tests/toys, in a tree where they were added.
 _TOYS = {"hog": _MAE, "two-crops": {"encoder_config": _BEIT, "num_outputs": 16}}

@@ -212,7 +212,8 @@ def test_data2vec__student_and_teacher_give_the_authors_prediction_and_target(tm
     mask = expected["bool_masked_pos"].bool()
     for weights in ("student", "teacher"):
         arguments = ["--from", "data2vec", GOLDEN / "data2vec.pth", "--to", tmp_path / weights, "--weights", weights]
-        assert "ignored: model" in run(arguments)
+        other = {"student": "'model' and 'model_ema'", "teacher": "'model_ema' and 'model'"}[weights]
+        assert f"reading the weights under {other}\ndropped" in run(arguments)
     student, teacher = (AutoModel.from_pretrained(tmp_path / name).eval() for name in ("student", "teacher"))
     state = weights_of("data2vec")
     features = student(expected["pixel_values"], bool_masked_pos=mask).last_hidden_state[:, 1:][mask]
@@ -432,7 +433,7 @@ FILES = {
     "simmim": (torch.load(GOLDEN / "simmim_vit.pth", weights_only=True), "simmim", "SimMimForPreTraining"),
     "simmim swin": (torch.load(GOLDEN / "simmim_swin.pth", weights_only=True), "simmim", "SimMimForPreTraining"),
     "beit fine-tuned": ({"module": beit_finetuned()}, "beit", "BeitForImageClassification"),
-    "data2vec": (torch.load(GOLDEN / "data2vec.pth", weights_only=True), "data2vec", "BeitModel"),
+    "data2vec": (torch.load(GOLDEN / "data2vec.pth", weights_only=True), "data2vec", "Data2VecForPreTraining"),
     "ibot": (ibot_checkpoint(), "ibot", "ViTModel"),
 }
 

@@ -83,8 +83,9 @@ def vit_mae(**changes: Any) -> ViTMAEForPreTraining:
     return model
 
 
-METHODS = ("mae", "simmim-asymmetric", "simmim", "beit")
+METHODS = ("mae", "simmim-asymmetric", "simmim", "beit", "data2vec")
 VIT_LIKE = " ".join(METHODS)
+BEIT_LIKE = "simmim beit data2vec"
 # Every kind of source with the methods that can go on from it.
 SOURCES: dict[str, tuple[Any, str]] = {
     "ViT": (lambda: ViTModel(ViTConfig(**SIZES)), VIT_LIKE),
@@ -94,9 +95,9 @@ SOURCES: dict[str, tuple[Any, str]] = {
     "ViTMAE": (vit_mae, VIT_LIKE),
     "DeiT": (lambda: DeiTModel(DeiTConfig(**SIZES)), "simmim beit"),
     "DeiT classifier": (lambda: DeiTForImageClassification(DeiTConfig(**SIZES)), "simmim beit"),
-    "BEiT": (lambda: BeitModel(BeitConfig(**SIZES, **SHARED_BIAS)), "simmim beit"),
-    "BEiT in pre-training": (lambda: BeitForMaskedImageModeling(BeitConfig(**SIZES, **SHARED_BIAS)), "simmim beit"),
-    "BEiT classifier": (lambda: BeitForImageClassification(BeitConfig(**SIZES, **OWN_BIAS)), "simmim beit"),
+    "BEiT": (lambda: BeitModel(BeitConfig(**SIZES, **SHARED_BIAS)), BEIT_LIKE),
+    "BEiT in pre-training": (lambda: BeitForMaskedImageModeling(BeitConfig(**SIZES, **SHARED_BIAS)), BEIT_LIKE),
+    "BEiT classifier": (lambda: BeitForImageClassification(BeitConfig(**SIZES, **OWN_BIAS)), BEIT_LIKE),
     "BEiT like a ViT": (
         lambda: BeitModel(BeitConfig(**SIZES, **ABSOLUTE, use_mean_pooling=False)),
         VIT_LIKE,
@@ -104,10 +105,10 @@ SOURCES: dict[str, tuple[Any, str]] = {
     "DINOv2": (lambda: Dinov2Model(Dinov2Config(**DINO)), VIT_LIKE),
     "DINOv2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**DINO)), VIT_LIKE),
     "DINOv2 with SwiGLU": (lambda: Dinov2Model(Dinov2Config(**DINO, use_swiglu_ffn=True)), ""),
-    "Data2VecVision": (lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **SHARED_BIAS)), "simmim beit"),
+    "Data2VecVision": (lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **SHARED_BIAS)), BEIT_LIKE),
     "Data2VecVision, a table a block": (
         lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **OWN_BIAS, use_mean_pooling=False)),
-        "simmim beit",
+        BEIT_LIKE,
     ),
     "Swin": (lambda: SwinModel(SwinConfig(**SWIN)), "simmim"),
     "Swin in pre-training": (lambda: SwinForMaskedImageModeling(SwinConfig(**SWIN, encoder_stride=8)), "simmim"),

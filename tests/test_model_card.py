@@ -274,7 +274,8 @@ def test_rules__want_metadata_at_the_top():
 
 
 @pytest.mark.parametrize(
-    ("method", "arxiv"), [("mae", "2111.06377"), ("simmim", "2111.09886"), ("beit", "2106.08254")]
+    ("method", "arxiv"),
+    [("mae", "2111.06377"), ("simmim", "2111.09886"), ("beit", "2106.08254"), ("data2vec", "2202.03555")],
 )
 def test_card__cites_the_method(tmp_path, method, arxiv):
     text = card_text(tmp_path, method=method)
@@ -300,6 +301,10 @@ def test_card__tells_how_to_use_an_encoder_without_a_class_token_or_without_a_na
     assert "last_hidden_state.mean(1)" in swin
     assert "[:, 1:]" not in swin
     assert "there is no class token" in swin
+    teacher = card_text(tmp_path, has_pooler=False, exported="teacher")
+    assert "there is no `pooler_output`" in teacher
+    assert "has no classifier. It is the teacher: a moving average of the encoder that was trained.\n" in teacher
+    assert "It is the encoder" not in swin
     alone = card_text(tmp_path, native_root_problem="a window of 12 is too large")
     assert "a window of 12 is too large" in alone
     assert "AutoModel.from_pretrained" not in alone

@@ -149,6 +149,47 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
     assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
 
 
+def test_data2vec__has_the_published_constants():
+    settings = load(RECIPES / "data2vec.yaml")
+    published = {
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "weight_decay": 0.05,
+        "base_learning_rate": 2e-3 * 256 / 2048,
+        "warmup_epochs": 10,
+        "num_train_epochs": 800,
+        "max_grad_norm": 3.0,
+        "mask_strategy": "block",
+        "crop_scale": [0.08, 1.0],
+        "color_jitter": 0.4,
+        "smooth_l1_beta": 2.0,
+        "post_target_layer_norm": True,
+    }
+    assert {name: settings.values[name] for name in published} == published
+    assert round(settings.values["mask_ratio"] * 196) == 120
+    assert json.loads(settings.values["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "images_per_step", "peak", "warmup", "accuracy"),
+    [("vit-base", 2048, 2e-3, 10, "84.2"), ("vit-large", 4096, 1e-3, 80, "86.2")],
+)
+def test_data2vec__published_runs_are_of_800_epochs(model, images_per_step, peak, warmup, accuracy):
+    path = RECIPES / f"data2vec_{model}_in1k.yaml"
+    settings = load(path)
+    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    num_images = (NUM_IMAGENET_IMAGES, 50_000)
+    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
+    assert plan.images_per_step == images_per_step
+    assert plan.learning_rate == pytest.approx(peak)
+    assert plan.num_steps == 800 * math.ceil(NUM_IMAGENET_IMAGES / images_per_step)
+    assert plan.warmup_steps == warmup * plan.steps_per_epoch
+    assert json.loads(settings.values["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / peak)
+    assert (settings.values["num_target_layers"], settings.values["teacher_momentum"]) == (6, 0.9998)
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+    assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
+
+
 def test_quickstart__is_small_and_predicts_plain_pixels():
     settings = load(RECIPES / "quickstart.yaml")
     plan = PretrainingPlan.make(

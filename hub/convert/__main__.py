@@ -30,7 +30,8 @@ from modeling.patches import height_and_width
 IMAGE_STATS = ("imagenet", "half")
 # A format has `convert`, which raises ValueError if the weights do not fit, and if it needs them: `add_flags`;
 # `required_flags`, which returns the flags that a file does not answer with the values of published files;
-# `image_stats`, the default of --image_stats if it is not ImageNet's; `WEIGHTS`, keys of the file by --weights.
+# `image_stats`, the default of --image_stats if it is not ImageNet's; `WEIGHTS`, keys of the file by --weights
+# (`options.states` has the weights under all of them).
 FORMATS: dict[str, Any] = {
     "mae": mae,
     "simmim": simmim,
@@ -57,7 +58,7 @@ def convert_file(options: argparse.Namespace) -> list[str]:
     file = open_weights(options.file)
     name, state = _select(file, options)
     _refuse_other_formats(file, state, options.method)
-    converted, notes = _convert(state, options)
+    converted, notes = _convert(file, state, options)
     recipe = {"converted_from": file.path.name}
     if isinstance(converted.model, MimPreTrainedModel):
         problem = export(converted.model, target, method=options.method, recipe=recipe)
@@ -71,7 +72,7 @@ def convert_file(options: argparse.Namespace) -> list[str]:
         written = f"{target}: {type(converted.model).__name__}, for {auto_class}"
     if problem is None:
         notes += _verify(target, converted)
-    return [*_ignored(file, name), *_dropped(converted), *notes, written]
+    return [*_ignored(file, name, converted.also_read), *_dropped(converted), *notes, written]
 
 
 def inspect(path: str) -> list[str]:
@@ -89,13 +90,13 @@ def inspect(path: str) -> list[str]:
     guesses: list[str] = []
     for flag, typical in unknown.items():
         guesses += [f"--{flag}", *typical.replace("NUMBER", "1").split("|")[0].split()]
-    converted, notes = _convert(state, _parse([*arguments, *guesses]))
+    converted, notes = _convert(file, state, _parse([*arguments, *guesses]))
     flags = " ".join(f"--{flag} {typical}" for flag, typical in unknown.items())
     also = f"; {', '.join(kind.methods[1:])} files have the same keys" if kind.methods[1:] else ""
     return [
         f"{path}: {kind.form} (--from {method}{also})",
         f"  opens as {_describe(converted.model, unknown)}",
-        *(f"  {line}" for line in (*_ignored(file, name), *_dropped(converted), *notes)),
+        *(f"  {line}" for line in (*_ignored(file, name, converted.also_read), *_dropped(converted), *notes)),
         f"  convert it: python -m hub.convert {shlex.join(arguments)} {flags}".rstrip(),
         *(f"  --{flag}: not stored in the file" for flag in unknown),
     ]
@@ -153,13 +154,14 @@ def _unanswered(state: State, options: argparse.Namespace) -> dict[str, str]:
     return {flag: typical for flag, typical in flags.items() if getattr(options, flag) is None}
 
 
-def _convert(state: State, options: argparse.Namespace) -> tuple[Converted, list[str]]:
+def _convert(file: WeightFile, state: State, options: argparse.Namespace) -> tuple[Converted, list[str]]:
     module = FORMATS[options.method]
     if unknown := _unanswered(state, options):
         flags = ", ".join(f"--{flag} {typical}" for flag, typical in unknown.items())
         raise ValueError(f"the file does not store every setting: add {flags} (values of published files)")
     default = module.image_stats(state) if hasattr(module, "image_stats") else "imagenet"
     (options.image_mean, options.image_std), notes = _image_stats(state, options.image_stats, default)
+    options.states = file.states
     converted = module.convert(state, options)
     return converted, [*converted.notes, *notes]
 
@@ -175,9 +177,11 @@ def _image_stats(state: State, name: str | None, default: str | None) -> tuple[A
     return stats, [] if name else [f"images are standardized with --image_stats {chosen}, the default for such files"]
 
 
-def _ignored(file: WeightFile, name: str) -> list[str]:
-    others = [*(key for key in file.states if key != name), *file.others]
-    return [f"reading the weights under {name!r}; ignored: {', '.join(others)}"] if others else []
+def _ignored(file: WeightFile, name: str, also_read: tuple[str, ...]) -> list[str]:
+    others = [*(key for key in file.states if key not in (name, *also_read)), *file.others]
+    names = " and ".join(map(repr, (name, *also_read)))
+    ignored = f"; ignored: {', '.join(others)}" if others else ""
+    return [f"reading the weights under {names}{ignored}"] if others or also_read else []
 
 
 def _dropped(converted: Converted) -> list[str]:

@@ -27,6 +27,7 @@ class Converted:
     model: PreTrainedModel
     weights: State  # of its encoder, under the authors' names
     dropped: dict[str, str] = field(default_factory=dict)  # the reason, by unused key of the file
+    also_read: tuple[str, ...] = ()  # keys of the file under which there are other weights that the model holds
     notes: list[str] = field(default_factory=list)
 
 

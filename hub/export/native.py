@@ -33,12 +33,13 @@ def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[st
 
     A grayscale encoder takes RGB images, as those of every image processor and pipeline, and sees them in gray.
     """
-    config = copy.deepcopy(encoder.config)
+    as_native = getattr(encoder, "as_native", None)  # of an encoder that leaves as another class
+    config, weights = as_native() if as_native else (copy.deepcopy(encoder.config), encoder.state_dict())
     _record_origin(config, method, recipe)
     if config.model_type in ("vit", "deit"):
         # AutoModel always builds a pooler. With an identity nothing is random: pooler_output is the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
-    state = dict(encoder.state_dict())
+    state = dict(weights)
     if config.num_channels == 1:
         config.num_channels = 3
         state |= {name: gray_to_rgb(state[name]) for name in state if name.endswith(_PATCH_PROJECTION)}
@@ -46,7 +47,7 @@ def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[st
     if config.model_type in ("vit", "deit"):
         state["pooler.dense.weight"] = torch.eye(config.hidden_size)
         state["pooler.dense.bias"] = torch.zeros(config.hidden_size)
-    if getattr(config, "use_mean_pooling", False):  # a BEiT that was fine-tuned once: the final norm is in the pooler
+    if config.model_type == "beit" and config.use_mean_pooling:  # was fine-tuned once: its final norm is in the pooler
         state.setdefault("pooler.layernorm.weight", torch.ones(config.hidden_size))
         state.setdefault("pooler.layernorm.bias", torch.zeros(config.hidden_size))
     if config.model_type in ("swin", "deit"):
