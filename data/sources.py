@@ -108,7 +108,7 @@ def _open_folder(folder: Path, split: str | None) -> ImageSource:
     if len(images):
         if split not in (None, "train") and subfolder == folder:
             raise ValueError(f"no split {split!r} in {folder}; it has: {', '.join(split_names(str(folder)))}")
-        description = f"{subfolder}: {len(images):,} image files"
+        description = f"{subfolder}: {len(images):,} image file{'s' * (len(images) != 1)}"
         if validation is not None:
             description += f" ({validation.name}/ beside it is for validation)"
         return FileSource(images, os.fsencode(subfolder), description, subfolder)

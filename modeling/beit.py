@@ -17,7 +17,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, mean_metric, summarize_means
-from .encoders import BEIT_DEFAULTS, BeitEncoder, DeitEncoder
+from .encoders import BEIT_DEFAULTS, BeitEncoder, DeitEncoder, trunc_normal_at_one_std_
 from .patches import masked_indices, patch_grid
 from .reconstruction import checkerboard
 
@@ -68,7 +68,7 @@ class BeitForPreTraining(MimPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)  # truncated at one std: authors' code
+            trunc_normal_at_one_std_(module.weight, std=0.02)
             init.zeros_(module.bias)
 
     def forward(

@@ -21,7 +21,7 @@ from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper
 from .ema import EmaTeacher, full_precision, momentum_schedule
-from .encoders import BEIT_DEFAULTS, BeitEncoder
+from .encoders import BEIT_DEFAULTS, BeitEncoder, trunc_normal_at_one_std_
 from .patches import masked_indices
 from .schedules import Schedule
 
@@ -149,7 +149,7 @@ class Data2VecForPreTraining(EmaTeacher, MimPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)  # truncated at one std: authors' code
+            trunc_normal_at_one_std_(module.weight, std=0.02)
             init.zeros_(module.bias)
 
     def forward(

@@ -21,6 +21,13 @@ HEADER = ("Paper:", "Run:", "Cost:", "Expected:", "Measured:")
 NUM_IMAGENET_IMAGES = 1_281_167
 
 
+def plan_of_imagenet(settings) -> PretrainingPlan:
+    """Return the plan on eight GPUs."""
+    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
+    num_images = (NUM_IMAGENET_IMAGES, 50_000)
+    return PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
+
+
 def load(path: Path):
     argv = ["--method", path.stem] if path.stem in CONFIGS else ["--config", str(path)]
     return load_pretraining_settings(argv, CONFIGS)
@@ -104,9 +111,7 @@ def test_published_runs__are_1600_epochs_of_4096_images_a_step(
         num_heads,
     )
     assert (sizes["intermediate_size"], sizes["patch_size"]) == (4 * width, patch_size)
-    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
-    num_images = (NUM_IMAGENET_IMAGES, 50_000)
-    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
+    plan = plan_of_imagenet(settings)
     assert plan.images_per_step == 4096
     assert plan.learning_rate == pytest.approx(2.4e-3)
     assert plan.num_steps == 1600 * math.ceil(NUM_IMAGENET_IMAGES / 4096)  # the last step of an epoch is a smaller one
@@ -138,9 +143,7 @@ def test_beit__has_the_published_constants():
 def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accuracy, clip):
     path = RECIPES / f"beit_{model}_in1k.yaml"
     settings = load(path)
-    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
-    num_images = (NUM_IMAGENET_IMAGES, 50_000)
-    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
+    plan = plan_of_imagenet(settings)
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(1.5e-3)
     assert plan.num_steps == 800 * math.ceil(NUM_IMAGENET_IMAGES / 2048)
@@ -177,9 +180,7 @@ def test_data2vec__has_the_published_constants():
 def test_data2vec__published_runs_are_of_800_epochs(model, images_per_step, peak, warmup, accuracy):
     path = RECIPES / f"data2vec_{model}_in1k.yaml"
     settings = load(path)
-    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
-    num_images = (NUM_IMAGENET_IMAGES, 50_000)
-    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
+    plan = plan_of_imagenet(settings)
     assert plan.images_per_step == images_per_step
     assert plan.learning_rate == pytest.approx(peak)
     assert plan.num_steps == 800 * math.ceil(NUM_IMAGENET_IMAGES / images_per_step)
@@ -237,9 +238,7 @@ def test_simmim__has_the_published_settings():
 def test_simmim__published_runs_are_of_2048_images_a_step(name, epochs, peak, drop, hidden, accuracy):
     path = RECIPES / f"simmim_{name}.yaml"
     settings = load(path)
-    eight_gpus = Hardware("cuda", 96, world_size=8, num_local_processes=8, has_bf16=True)
-    num_images = (NUM_IMAGENET_IMAGES, 50_000)
-    plan = PretrainingPlan.make(settings, eight_gpus, num_images, Footprint(1, 1, 1, 1), "imagenet", settings.grid)
+    plan = plan_of_imagenet(settings)
     assert plan.images_per_step == 2048
     assert plan.learning_rate == pytest.approx(peak)
     assert plan.num_steps == epochs * math.ceil(NUM_IMAGENET_IMAGES / 2048)
