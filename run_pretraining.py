@@ -216,6 +216,8 @@ def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingC
         with_image_index=True,
         prediction_ratio=settings.prediction_ratio,
         image_size=settings.image_size if settings.image_size_schedule else None,
+        mask_probability=config.mask_probability,
+        spreads_ratios=config.spreads_mask_ratios,
     )
 
 

@@ -3,6 +3,7 @@
 Shapes: B images, C channels, H W pixels, N patches of the grid, k masks per image.
 """
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,9 @@ class MaskingCollator:
         image_size: Height and width of the images that have this grid; images of another size get the grid of patches
             of the same size. None for this grid at any size.
         with_image_index: Return "image_index" int64 (B,) as well.
+        mask_probability: Share of the masks that mask anything; each is decided on its own.
+        spreads_ratios: Mask exactly that share of a batch, rounded, with ratios spread evenly over the range of
+            `mask_ratio` (DINOv2). A mask then depends on its batch too.
     """
 
     grid: tuple[int, int]
@@ -77,6 +81,8 @@ class MaskingCollator:
     with_image_index: bool = False
     prediction_ratio: float = 1.0
     image_size: tuple[int, int] | None = None
+    mask_probability: float = 1.0
+    spreads_ratios: bool = False
     _draw_mask: Callable[..., torch.Tensor] = field(init=False, repr=False, compare=False)
     _num_calls: int = field(default=0, init=False, repr=False, compare=False)
 
@@ -111,14 +117,18 @@ class MaskingCollator:
         return rows, columns
 
     def _masks_by_counters(self, features: Sequence[Mapping[str, Any]], grid: tuple[int, int]) -> list[torch.Tensor]:
-        ratio = self._batch_ratio(self.seed, "ratio", features[0]["step"])
         num_masks = self.num_masks or 1
         keys = [
             (feature["epoch"], feature["image_index"], *((number,) if number else ()))
             for feature in features
             for number in range(num_masks * feature.get("crop", 0), num_masks * (feature.get("crop", 0) + 1))
         ]
-        return [self._mask(grid, ratio, seeded_generator(self.seed, "mask", *key)) for key in keys]
+        if self.spreads_ratios:
+            ratios = self._spread_ratios(len(keys), seeded_generator(self.seed, "ratios", *keys[0]))
+        else:
+            ratios = [self._batch_ratio(self.seed, "ratio", features[0]["step"])] * len(keys)
+        generators = (seeded_generator(self.seed, "mask", *key) for key in keys)
+        return [self._mask(grid, *pair) for pair in zip(ratios, generators, strict=True)]
 
     def _masks_by_call(self, num_images: int, grid: tuple[int, int]) -> list[torch.Tensor]:
         """Draw all masks from one generator, as nothing distinguishes the images."""
@@ -133,8 +143,12 @@ class MaskingCollator:
         place = (int(os.environ.get("RANK", 0)), worker.id if worker else -1, worker.seed if worker else 0)
         call = (self.seed, "call", *place, self._num_calls)
         self._num_calls += 1
-        ratio, generator = self._batch_ratio(*call, "ratio"), seeded_generator(*call)
-        return [self._mask(grid, ratio, generator) for _ in range(num_images * (self.num_masks or 1))]
+        num_masks, generator = num_images * (self.num_masks or 1), seeded_generator(*call)
+        if self.spreads_ratios:
+            ratios = self._spread_ratios(num_masks, generator)
+        else:
+            ratios = [self._batch_ratio(*call, "ratio")] * num_masks
+        return [self._mask(grid, ratio, generator) for ratio in ratios]
 
     def _batch_ratio(self, *counters: int | str) -> float | None:
         """Return the ratio that all masks of the batch share; None if each draws its own."""
@@ -142,12 +156,27 @@ class MaskingCollator:
             return self.mask_ratio
         return self._draw_ratio(seeded_generator(*counters)) if self.equal_num_masked else None
 
+    def _spread_ratios(self, num_masks: int, generator: torch.Generator) -> list[float | None]:
+        """Return a ratio from each of equally wide bins of the range and zeros, in random order."""
+        num_masked = round(self.mask_probability * num_masks)
+        low, high = self._ratio_range()
+        places = (torch.arange(num_masked) + torch.rand(num_masked, generator=generator)) / max(num_masked, 1)
+        ratios = [low + (high - low) * place for place in places.tolist()] + [0.0] * (num_masks - num_masked)
+        return [ratios[index] for index in torch.randperm(num_masks, generator=generator).tolist()]
+
     def _draw_ratio(self, generator: torch.Generator) -> float:
         low, high = self._ratio_range()
         return low + (high - low) * torch.rand((), generator=generator).item()
 
     def _mask(self, grid: tuple[int, int], ratio: float | None, generator: torch.Generator) -> torch.Tensor:
-        """Return the masked patches and, if not all are predicted, those that are: (1, N) or (2, N)."""
+        """Return the masked patches and, if not all are predicted, those that are: (1, N) or (2, N).
+
+        A ratio of 0 masks nothing.
+        """
+        if not self.spreads_ratios and self.mask_probability < 1:
+            ratio = ratio if torch.rand((), generator=generator).item() < self.mask_probability else 0.0
+        if ratio == 0:
+            return torch.zeros(1 if self.prediction_ratio == 1 else 2, math.prod(grid), dtype=torch.bool)
         ratio = self._draw_ratio(generator) if ratio is None else ratio
         mask = self._draw_mask(grid, ratio, generator)
         if self.prediction_ratio == 1:
@@ -176,6 +205,13 @@ class MaskingCollator:
                 "Give one ratio, such as 0.75."
             )
 
+        if self.equal_num_masked and (self.mask_probability < 1 or self.spreads_ratios):
+            name = "spreads_ratios" if self.spreads_ratios else f"mask_probability {self.mask_probability}"
+            raise ValueError(
+                f"{name} masks a different number of patches in each image, but this method needs equal numbers "
+                "within a batch (equal_num_masked)."
+            )
+
     def _check_grid_and_ratio(self) -> None:
         if len(self.grid) != 2 or min(self.grid) < 1:
             raise ValueError(f"grid must be (patch rows, patch columns), both positive, got {self.grid}.")
@@ -183,6 +219,8 @@ class MaskingCollator:
             raise ValueError(f"A range of mask_ratio is (lowest, highest), got {self.mask_ratio}.")
         if not 0 < self.prediction_ratio <= 1:
             raise ValueError(f"prediction_ratio must be above 0 and at most 1, got {self.prediction_ratio}.")
+        if not 0 <= self.mask_probability <= 1:
+            raise ValueError(f"mask_probability must be from 0 to 1, got {self.mask_probability}.")
         low, high = self._ratio_range()
         if not 0 < low <= high < 1:
             raise ValueError(f"mask_ratio must lie between 0 and 1, the lowest first, got {self.mask_ratio}.")

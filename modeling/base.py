@@ -47,6 +47,24 @@ class Paper(NamedTuple):
         )
 
 
+class Photometric(NamedTuple):
+    """Random changes of a view's colors, after cropping and mirroring (values of DINO, iBOT and DINOv2).
+
+    Of probabilities for each crop, the last one counts for all further crops.
+
+    Args:
+        color_jitter: Largest change of brightness, contrast and saturation as shares, and of the hue in turns.
+        blur_radius: Smallest and largest standard deviation of the Gaussian in pixels.
+    """
+
+    color_jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)
+    color_jitter_probability: float = 0.8
+    grayscale_probability: float = 0.2
+    blur_probability: tuple[float, ...] = (0.5,)
+    blur_radius: tuple[float, float] = (0.1, 2.0)
+    solarize_probability: tuple[float, ...] = (0.0,)  # inverts the pixels from 128 on
+
+
 class View(NamedTuple):
     """One input of the model that is cropped from each image.
 
@@ -55,12 +73,14 @@ class View(NamedTuple):
         num_crops: Random crops per image, stacked to (B, num_crops, C, H, W); None for one crop, (B, C, H, W).
         image_size: Height and width in pixels; None for the encoder's.
         crop_scale: Smallest and largest share of the image's area; None for the run's setting.
+        photometric: Changes of the colors in training, in place of the run's color jitter; None for that.
     """
 
     name: str = "pixel_values"
     num_crops: int | None = None
     image_size: tuple[int, int] | None = None
     crop_scale: tuple[float, float] | None = None
+    photometric: Photometric | None = None
 
 
 class FinetuneRecipe(NamedTuple):
@@ -97,6 +117,9 @@ class MimConfig(PreTrainedConfig):
     settings_of_targets: ClassVar[tuple[str, ...]] = ()
     settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("decoder",)
     paper: ClassVar[Paper | None] = None
+    # Share of the masks that mask anything, and whether the ratios of a batch are spread evenly over their range.
+    mask_probability: ClassVar[float] = 1.0
+    spreads_mask_ratios: ClassVar[bool] = False
 
     encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.collators import MaskingCollator
-from data.masks import random_mask
+from data.masks import block_mask, random_mask
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 
@@ -173,6 +173,9 @@ class SharedMemoryProbe:
         ({"mask_ratio": (0.01, 0.5), "strategy": "exact-block"}, "0.01 masks 0 of 24 patches"),
         ({"mask_ratio": 0.5, "strategy": "grid"}, "0.5 does not give a regular grid on 4x6"),
         ({"mask_ratio": (0.7, 0.8), "strategy": "grid"}, "'grid' has only a few ratios"),
+        ({"mask_probability": 1.1}, "mask_probability must be from 0 to 1, got 1.1"),
+        ({"mask_probability": 0.5}, r"mask_probability 0.5 masks a different number .* \(equal_num_masked\)"),
+        ({"spreads_ratios": True}, r"spreads_ratios masks a different number .* \(equal_num_masked\)"),
         ({"grid": (0, 6)}, r"positive, got \(0, 6\)"),
         ({"grid": (4, 6, 3)}, r"got \(4, 6, 3\)"),
     ],
@@ -272,3 +275,55 @@ def test_collator__draws_a_mask_for_each_crop_of_an_image():
     assert masks.shape == (2, 2, 64)
     assert len({tuple(mask.tolist()) for mask in masks.flatten(0, 1)}) == 4
     assert torch.equal(masks[0, 0], first)
+
+
+def test_mask_probability__leaves_images_without_a_mask_and_is_drawn_before_the_ratio():
+    collate = MaskingCollator((8, 8), (0.1, 0.5), "block", equal_num_masked=False, num_masks=2, mask_probability=0.5)
+    items = [make_item(index, epoch=3) for index in range(300)]
+    batch = collate(items)
+    masks = batch["bool_masked_pos"].flatten(0, 1)
+    masked = masks[masks.any(1)]
+    assert len(masked) / len(masks) == pytest.approx(0.5, abs=0.08)  # standard error 0.02
+    assert masked.sum(1).max() > 28
+    assert masked.sum(1).min() < 10
+    assert batch["num_masked_patches"] == int(masks.sum())
+    assert collate(items[7:8])["bool_masked_pos"][0].equal(batch["bool_masked_pos"][7])
+    for index in range(8):
+        generator = seeded_generator(0, "mask", 3, index)
+        is_masked = torch.rand((), generator=generator) < 0.5
+        expected = block_mask((8, 8), 0.1 + 0.4 * torch.rand((), generator=generator).item(), generator)
+        assert batch["bool_masked_pos"][index, 0].equal(expected & is_masked)
+
+
+def test_mask_probability__of_zero_masks_nothing():
+    batch = MaskingCollator(GRID, 0.5, equal_num_masked=False, prediction_ratio=0.5, mask_probability=0.0)(
+        [make_item(0), make_item(1)]
+    )
+    assert batch["num_masked_patches"] == batch["num_predicted_patches"] == 0
+    assert batch["bool_predicted_pos"].shape == (2, 24)
+
+
+@pytest.mark.parametrize("num_images", [1, 5, 16])
+def test_spread_ratios__are_one_from_each_bin_of_the_range(num_images):
+    settings = {"equal_num_masked": False, "num_masks": 2, "mask_probability": 0.5, "spreads_ratios": True}
+    collate = MaskingCollator((32, 32), (0.1, 0.5), **settings)
+    orders = set()
+    for epoch in range(3):
+        items = [make_item(index, epoch, step=epoch) for index in range(num_images)]
+        masks = collate(items)["bool_masked_pos"].flatten(0, 1)
+        ratios = masks.float().mean(1)
+        assert len(ratios[ratios > 0]) == num_images
+        bins = ((ratios[ratios > 0].sort().values - 0.1) / (0.4 / num_images)).tolist()
+        assert all(number - 0.1 < place < number + 1.1 for number, place in enumerate(bins))
+        orders.add(tuple(ratios.argsort().tolist()))
+        again = MaskingCollator((32, 32), (0.1, 0.5), **settings)(items)["bool_masked_pos"].flatten(0, 1)
+        assert again.equal(masks)  # whatever came before, as after a resume
+    assert len(orders) > 1 or num_images == 1
+
+
+@pytest.mark.filterwarnings("ignore:The items lack")
+def test_spread_ratios__of_bare_items_differ_by_call():
+    collate = MaskingCollator((8, 8), (0.1, 0.9), equal_num_masked=False, mask_probability=0.5, spreads_ratios=True)
+    first, second = (collate(make_bare_items(6))["bool_masked_pos"] for _ in range(2))
+    assert first.any(1).sum() == second.any(1).sum() == 3
+    assert not first.equal(second)
