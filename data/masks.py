@@ -6,7 +6,8 @@ this raises a ValueError.
 
 Paper: random and grid: He et al. 2021 (MAE), arXiv:2111.06377, Sec. 3 and Fig. 6.  random-unit: Xie et al. 2021
 (SimMIM), arXiv:2111.09886, Sec. 3.2.  block: Bao et al. 2021 (BEiT), arXiv:2106.08254, Alg. 1.  exact-block: Peng et
-al. 2022 (BEiT v2), arXiv:2208.06366.  inverse-block: Darcet et al. 2025 (CAPI), arXiv:2502.08769.
+al. 2022 (BEiT v2), arXiv:2208.06366.  inverse-block: Darcet et al. 2025 (CAPI), arXiv:2502.08769.  visible-blocks:
+Baevski et al. 2022 (data2vec 2.0), arXiv:2212.07525, who call it inverse block masking.
 Code: counts and loops follow the authors' code where it differs from the paper.
 Shapes: N patches = rows * columns of the grid.
 """
@@ -21,6 +22,8 @@ BLOCK_ATTEMPTS = 10  # attempts to place a block before the mask is left as it i
 BLOCK_MIN_AREA = 16  # in patches; BEiT's value for a 14x14 grid
 BLOCK_MIN_ASPECT = 0.3  # height / width lies between this and its reciprocal
 INVERSE_BLOCK_MIN_ASPECT = 0.5  # the same for CAPI
+VISIBLE_BLOCK_SIDE = 3  # in patches; data2vec 2.0's value for a 14x14 grid
+VISIBLE_BLOCK_SURPLUS = 0.07  # fraction of the patches that blocks cover beyond the visible ones, as they overlap
 GRID_RATIO_TOLERANCE = 0.005  # so that 8/9 can be written as 0.89
 
 
@@ -116,6 +119,25 @@ def inverse_block_mask(grid: tuple[int, int], mask_ratio: float, generator: torc
     return torch.from_numpy(mask)
 
 
+def visible_blocks_mask(grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> torch.Tensor:
+    """Leave squares of 3 x 3 patches visible, then change single patches until int(N * (1 - mask_ratio)) are -> (N,).
+
+    Squares may overlap and are cut off at the border. `inverse_block_mask` leaves one rectangle visible instead.
+    """
+    rows, columns = grid
+    num_visible = _num_visible(grid, mask_ratio)
+    num_blocks = int(rows * columns * (1 - mask_ratio + VISIBLE_BLOCK_SURPLUS) / VISIBLE_BLOCK_SIDE**2)
+    visible, reach = np.zeros(grid, dtype=bool), VISIBLE_BLOCK_SIDE // 2
+    for center in torch.randint(rows * columns, (max(1, num_blocks),), generator=generator).tolist():
+        row, column = divmod(center, columns)
+        visible[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = True
+    visible = visible.reshape(-1)
+    num_missing = num_visible - int(np.count_nonzero(visible))
+    candidates = np.flatnonzero(visible == (num_missing < 0))
+    visible[candidates[torch.randperm(candidates.size, generator=generator)[: abs(num_missing)].numpy()]] ^= True
+    return torch.from_numpy(~visible)
+
+
 def grid_mask(grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> torch.Tensor:
     """Leave one patch of every k x k patches visible, mask_ratio = 1 - 1/k**2 (MAE: k = 2, 75 %) -> (N,).
 
@@ -142,6 +164,7 @@ MASK_STRATEGIES: dict[str, Callable[..., torch.Tensor]] = {
     "block": block_mask,
     "exact-block": exact_block_mask,
     "inverse-block": inverse_block_mask,
+    "visible-blocks": visible_blocks_mask,
     "grid": grid_mask,
 }
 UNEQUAL_COUNT_STRATEGIES = frozenset({"block"})  # the number of masked patches differs between images

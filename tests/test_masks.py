@@ -42,7 +42,7 @@ def bounding_box(cells: torch.Tensor) -> tuple[int, int]:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("mask_ratio", RATIOS)
-@pytest.mark.parametrize("strategy", ["random", "inverse-block"])
+@pytest.mark.parametrize("strategy", ["random", "inverse-block", "visible-blocks"])
 def test_visible_patches__are_counted_as_in_the_mae_code(strategy, mask_ratio, grid):
     num_patches = math.prod(grid)
     masks = draw_masks(strategy, grid, mask_ratio, 20)
@@ -173,6 +173,18 @@ def test_inverse_block_mask__leaves_one_rectangle_visible_across_the_border():
 def test_inverse_block_mask__shows_every_patch_equally_often():
     rates = draw_masks("inverse-block", (7, 10), 0.6, 4000).float().mean(0)
     assert rates.sub(0.6).abs().max() < 0.04  # standard error 0.008
+
+
+def test_visible_blocks_mask__leaves_whole_squares_and_few_single_patches():
+    """As data2vec 2.0 on a 14x14 grid: five squares of 3x3, and 39 of 196 patches visible in the end."""
+    whole, lonely = [], []
+    for mask in draw_masks("visible-blocks", (14, 14), 0.8, 200):
+        visible = (~mask).float().view(1, 1, 14, 14)
+        around = torch.nn.functional.conv2d(visible, torch.ones(1, 1, 3, 3), padding=1)
+        whole.append(int((around == 9).sum()))
+        lonely.append(int(((around == 1) & (visible == 1)).sum()))
+    assert np.mean(whole) > 2.5  # of five; random masks of this ratio have 0.00008
+    assert np.mean(lonely) < 3  # of 39; random masks have about 7
 
 
 @pytest.mark.parametrize(
