@@ -301,6 +301,15 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
         """Return phrases about this model's metrics for one line of the log; evaluation prefixes names by `eval_`."""
         return []
 
+    def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
+        """Return a sentence about a sign of collapse, with its number and what to change; None if there is none.
+
+        Args:
+            logs: Metrics of an evaluation after warm-up, without the prefix `eval_`: those of `summarize_metrics`, the
+                loss, and `rankme` and `feature_std` of the exported encoder where the run measures them.
+        """
+        return None
+
     def panel_problem(self, targets: Any = None) -> str | None:
         """Return why there is nothing to draw, or None if `panel` draws."""
         return f"{type(self).__name__} draws no predictions" if type(self).panel is MimPreTrainedModel.panel else None

@@ -20,6 +20,7 @@ from transformers import Data2VecVisionConfig, PreTrainedConfig
 from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper
+from .collapse import row_moments, std_between_rows
 from .ema import EmaTeacher, full_precision, momentum_schedule
 from .encoders import BEIT_DEFAULTS, BeitEncoder, trunc_normal_at_one_std_
 from .patches import masked_indices
@@ -177,7 +178,7 @@ class Data2VecForPreTraining(EmaTeacher, MimPreTrainedModel):
             return MimOutput(logits=logits)
         targets = self.teacher_targets(pixels, masked)
         loss = nn.functional.smooth_l1_loss(logits.float(), targets, beta=self.config.smooth_l1_beta)
-        metrics = {"target": _moments(targets), "prediction": _moments(logits)}
+        metrics = {"target": row_moments(targets), "prediction": row_moments(logits)}
         return MimOutput(loss=loss, logits=logits, metrics=metrics)
 
     @torch.no_grad()
@@ -204,14 +205,21 @@ class Data2VecForPreTraining(EmaTeacher, MimPreTrainedModel):
 
     def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Return the std of targets and predictions between patches, which is 0 if all are the same (collapse)."""
-        return {f"{name}_std": _std(moments).item() for name, moments in sums.items()}
+        return {f"{name}_std": std_between_rows(moments).item() for name, moments in sums.items()}
 
     def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
-        """Return the std of the targets, and what to change if it vanishes."""
-        if (std := logs.get("target_std", logs.get("eval_target_std"))) is None:
-            return []
-        cure = "; collapsing: the targets are nearly equal. Lower the learning rate or raise the teacher's momentum"
-        return [f"target std {std:.3f}{cure if std < _COLLAPSED_STD else ''}"]
+        """Return the std of the targets."""
+        std = logs.get("target_std", logs.get("eval_target_std"))
+        return [] if std is None else [f"target std {std:.3f}"]
+
+    def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
+        """Look at the targets only: the predictions are equal until the model has learned something."""
+        if (std := logs.get("target_std", 1.0)) >= _COLLAPSED_STD:
+            return None
+        return (
+            f"the targets of all patches are nearly equal (std {std:.3f}, below {_COLLAPSED_STD}): lower the learning "
+            "rate, or raise teacher_momentum."
+        )
 
 
 def _patches(tokens: torch.Tensor) -> torch.Tensor:
@@ -222,16 +230,3 @@ def _patches(tokens: torch.Tensor) -> torch.Tensor:
 def _normalize(features: torch.Tensor) -> torch.Tensor:
     """Give each row of (M, D) mean 0 and variance 1, without learned weights."""
     return nn.functional.layer_norm(features.float(), features.shape[-1:], eps=1e-5)
-
-
-@torch.no_grad()
-def _moments(rows: torch.Tensor) -> torch.Tensor:
-    """Return the sums over rows (M, D) of values, squares and ones, (3, D), which can be added up."""
-    rows = rows.float()
-    return torch.stack([rows.sum(0), rows.square().sum(0), torch.ones_like(rows).sum(0)])
-
-
-def _std(moments: torch.Tensor) -> torch.Tensor:
-    """Return the std over rows, averaged over features."""
-    mean, mean_square = moments[0] / moments[2], moments[1] / moments[2]
-    return (mean_square - mean.square()).clamp(min=0).sqrt().mean()

@@ -189,7 +189,8 @@ def test_collapse__is_seen_in_the_log_and_pooled_over_micro_batches():
     pooled = model.summarize_metrics({name: first[name] + second[name] for name in first})
     assert pooled["target_std"] == pytest.approx(torch.cat(rows).std(0, correction=0).mean().item(), rel=1e-4)
     assert model.describe_metrics(pooled) == [f"target std {pooled['target_std']:.3f}"]
-    assert "collapsing" in model.describe_metrics({"target_std": 0.02})[0]
+    assert model.collapse_signs(pooled) is None
+    assert "std 0.020, below 0.1): lower the learning rate" in model.collapse_signs({"target_std": 0.02})
 
 
 @pytest.mark.parametrize(
