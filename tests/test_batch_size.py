@@ -1,14 +1,13 @@
 """`--per_device_train_batch_size auto`: what is tried, what the plan says, and that resume and processes agree."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from forked import run_forked
 
 import run_finetune
 import run_pretraining
@@ -137,10 +136,7 @@ def test_resume__keeps_the_number_of_the_run(sizes, tmp_path, monkeypatch, capsy
 def test_two_processes__take_the_smaller_number(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [*launch, str(script), *PRETRAINING, *AUTO]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    ran = run_forked([script, *PRETRAINING, *AUTO], os.environ | {"PYTHONPATH": str(ROOT)}, num_processes=2)
     assert ran.returncode == 0, ran.stderr[-3000:]
     # 13 x 2 processes x 8 steps are the 218 images.
     assert (tmp_path / "0.txt").read_text() == "tried [1, 2, 4, 8, 13], has 4"

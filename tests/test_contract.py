@@ -23,6 +23,7 @@ from conftest import (
     tiny_targets,
     train_whole_and_resumed,
 )
+from forked import run_forked
 from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModel, Trainer, pipeline
@@ -327,16 +328,9 @@ def test_export__leaves_an_old_export_alone_when_the_new_one_is_wrong(variant, t
 def test_two_processes__equal_one_with_the_same_global_batch(tmp_path):
     """All heads in one launch. DDP averages in another order than one process sums, hence the tolerance."""
     script = Path(__file__).parent / "train_all_heads.py"
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for command, name in (([sys.executable], "one"), (launcher, "two")):
-        result = subprocess.run(
-            [*command, str(script), str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False
-        )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    for num_processes, name in ((None, "one"), (2, "two")):
+        result = run_forked([script, tmp_path / name], environment, num_processes=num_processes)
         assert result.returncode == 0, result.stderr[-3000:]
     for variant in TINY_MODELS:
         one, two = (torch.load(tmp_path / name / f"{variant}.pt", weights_only=True) for name in ("one", "two"))

@@ -1,12 +1,11 @@
 """Fine-tuning gives one result however a step is divided, and its checkpoints hold every weight."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from forked import run_forked
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from train_classifiers import ENCODERS, NUM_CLASSES, few_clothes, tiny_classifier, tiny_finetune_trainer
@@ -40,12 +39,9 @@ def test_accumulation__of_four_by_two_equals_one_by_eight(kind, tmp_path):
 def test_two_processes__equal_one_with_the_same_global_batch(tmp_path):
     """DDP averages in another order than one process sums, hence the tolerance."""
     script = ROOT / "tests" / "train_classifiers.py"
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    for command, name in (([sys.executable], "one"), (launcher, "two")):
-        done = subprocess.run(
-            [*command, str(script), str(tmp_path / name)], env=environment, capture_output=True, text=True, check=False
-        )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for num_processes, name in ((None, "one"), (2, "two")):
+        done = run_forked([script, tmp_path / name], environment, num_processes=num_processes)
         assert done.returncode == 0, done.stderr[-3000:]
     for kind in ENCODERS:
         one, two = (torch.load(tmp_path / name / f"{kind}.pt", weights_only=True) for name in ("one", "two"))

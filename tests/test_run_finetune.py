@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import IMAGE_PROCESSOR, OLDEST, ROOT, tiny_model
+from forked import run_forked
 from hubstub import HubStub
 from PIL import Image
 from safetensors.torch import load_file
@@ -193,13 +194,8 @@ def test_resume__after_a_kill_gives_the_undisturbed_weights_and_results_bit_by_b
     encoder, expected = undisturbed
     out = tmp_path / "out"
     argv = ["--model", str(encoder), "--dataset", str(labeled), "--output_dir", str(out), *SHORT, *EVERY_TWO]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "finetune_and_die.py"), "5", *argv],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-    )
+    script = ROOT / "tests" / "finetune_and_die.py"
+    killed = run_forked([script, "5", *argv], os.environ | {"PYTHONPATH": str(ROOT)}, cwd=ROOT)
     assert killed.returncode == -9, killed.stderr[-2000:]
     assert (out / "checkpoint-4").is_dir()
     finetune(encoder, labeled, out, *EVERY_TWO)

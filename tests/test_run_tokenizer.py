@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from forked import run_forked
 from transformers import AutoModel
 
 import run_tokenizer
@@ -131,11 +130,10 @@ def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
 
 
 def test_two_processes__write_one_tokenizer(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     # Without --use_cpu transformers starts two jobs on a machine without an accelerator; the script sets it there.
     flags = SMALL if has_accelerator() else [flag for flag in SMALL if flag != "--use_cpu"]
-    command = [*launcher, str(ROOT / "run_tokenizer.py"), *flags, "--output_dir", str(tmp_path / "out")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    words = [ROOT / "run_tokenizer.py", *flags, "--output_dir", tmp_path / "out"]
+    result = run_forked(words, cwd=ROOT, num_processes=2)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "8 x 2 processes x 1 accumulation = 16" in result.stdout
     files = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}

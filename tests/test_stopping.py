@@ -2,12 +2,11 @@
 
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
+from forked import Forked, run_forked
 from PIL import ImageFile
 from safetensors.torch import load_file
 
@@ -18,10 +17,11 @@ from training.stopping import Stopped, raising_stopped
 TRAIN = ROOT / "tests" / "train_and_die.py"
 
 
-def start(folder, *arguments, launcher=(sys.executable,)):
-    command = [*launcher, str(TRAIN), str(folder), *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(folder, *arguments):
+    return Forked([TRAIN, folder, *arguments], ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +56,12 @@ def test_signal__to_all_processes_of_a_run_is_followed_by_a_checkpoint_of_that_s
 
 def test_signal__of_a_terminal_that_is_gone_is_followed_by_a_checkpoint_too(tmp_path):
     """Printing to such a terminal is an error."""
-    far_end, terminal = os.openpty()
-    command = [sys.executable, str(TRAIN), str(tmp_path), "--signal_at", f"6 SIGHUP {far_end}"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=terminal, stdout=terminal, pass_fds=[far_end])
-    os.close(terminal)
-    os.close(far_end)
-    assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    assert start(tmp_path, "--signal_at", "6 SIGHUP terminal").wait() == 128 + signal.SIGHUP
     assert last_whole_checkpoint(tmp_path)[0].name == "checkpoint-7"
 
 
 def test_signal__that_nohup_ignores_is_ignored(tmp_path, undisturbed):
-    process = start(tmp_path, "--signal_at", "6 SIGHUP group", launcher=("nohup", sys.executable))
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    assert start(tmp_path, "--signal_at", "6 SIGHUP group", "--nohup").wait() == 0
     assert_equal_weights(tmp_path, undisturbed)
 
 
@@ -80,9 +72,8 @@ def test_second_signal__ends_the_process_at_once(tmp_path):
 
 
 def test_signal__to_one_of_two_processes_stops_both_at_the_same_step(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29541"]
-    process = start(tmp_path, "--signal_at", "6 SIGTERM rank1", launcher=launcher)
-    process.communicate(timeout=180)
+    stopped = run_forked([TRAIN, tmp_path, "--signal_at", "6 SIGTERM rank1"], ENVIRONMENT, num_processes=2)
+    assert stopped.returncode == 128 + signal.SIGTERM
     checkpoint = last_whole_checkpoint(tmp_path)[0]
     assert checkpoint.name == "checkpoint-8"  # received in the seventh step, known everywhere one step later
     assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2

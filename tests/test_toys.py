@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from forked import run_forked
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
@@ -33,12 +32,10 @@ def tree(tmp_path_factory) -> Path:
     return tree
 
 
-def run(tree: Path, *words: str, returncode: int = 0) -> str:
+def run(tree: Path, *words: str, returncode: int = 0, num_processes: int | None = None) -> str:
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *words], cwd=tree, env=environment, capture_output=True, text=True, check=False
-    )
+    result = run_forked(words, environment, tree, num_processes)
     assert result.returncode == returncode, result.stdout[-2000:] + result.stderr[-3000:]
     return result.stdout + result.stderr
 
@@ -66,8 +63,7 @@ def test_two_crops__equal_in_one_and_two_processes_and_export_the_teacher(tree):
     flags = ["run_pretraining.py", "--method", "two-crops", *SMALL, "--max_steps", "6", "--optim", "sgd"]
     flags += ["--gradient_accumulation_steps", "2", "--learning_rate", "0.05", "--warmup_steps", "0"]
     one = run(tree, *flags, "--per_device_train_batch_size", "8", "--output_dir", "one")
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    run(tree, *launcher, *flags, "--per_device_train_batch_size", "4", "--output_dir", "two")
+    run(tree, *flags, "--per_device_train_batch_size", "4", "--output_dir", "two", num_processes=2)
     weights, other = (load_file(tree / name / "pretraining" / "model.safetensors") for name in ("one", "two"))
     for name, expected in weights.items():
         assert_close(other[name], expected, rtol=1e-4, atol=1e-5)

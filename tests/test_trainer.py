@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, tiny_arguments, tiny_collator, tiny_images, tiny_model
+from forked import run_forked
 from safetensors.torch import load_file
 from torch.utils.data import IterableDataset
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
@@ -45,9 +44,7 @@ def make_trainer(folder, images=None, eval_dataset=None, **changes):
 
 
 def train_in_a_process(folder: Path, *arguments: str) -> int:
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(TRAIN), str(folder), *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    result = run_forked([TRAIN, folder, *arguments], os.environ | {"PYTHONPATH": str(ROOT)})
     assert result.returncode in (0, KILLED), result.stderr[-3000:]
     return result.returncode
 

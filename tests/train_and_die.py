@@ -30,19 +30,24 @@ class Die(TrainerCallback):
 class Signal(TrainerCallback):
     """Before the last micro-batch of a step: to the group of processes, to this one twice, or to rank 1 only.
 
-    Or to this one, after the far end of its terminal, a file descriptor, was closed.
+    Or to this one, after the far end of the terminal that it prints to was closed.
     """
 
     def __init__(self, step: str, name: str, target: str) -> None:
         self.step, self.number, self.target = int(step), getattr(signal, name), target
+        if target == "terminal":
+            self.far_end, terminal = os.openpty()
+            for stream in (1, 2):
+                os.dup2(terminal, stream)
+            os.close(terminal)
 
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step != self.step:
             return
         if self.target == "group":
             os.killpg(os.getpgid(0), self.number)
-        elif self.target.isdigit():
-            os.close(int(self.target))
+        elif self.target == "terminal":
+            os.close(self.far_end)
             os.kill(os.getpid(), self.number)
         elif self.target == "twice" or args.process_index == 1:
             os.kill(os.getpid(), self.number)
@@ -67,9 +72,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--die_at", default="never 0")
     parser.add_argument("--signal_at")
+    parser.add_argument("--nohup", action="store_true", help="ignore SIGHUP, as the program of that name makes it")
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
+    if options.nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     where, number = options.die_at.split()
     trainer = DiesWhileSaving(
         model=tiny_model("mae", hidden_dropout_prob=0.1),
