@@ -6,7 +6,7 @@ Shapes: C channels, H W pixels of the crop.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -15,7 +15,8 @@ import torch
 from PIL import Image, ImageEnhance
 from torch import Tensor
 
-from data.crops import Box, View, load_crops, to_image, to_tensor
+from data.crops import Box, SizedCrop, View, load_sized_crops, to_image, to_tensor
+from data.photometric import ColorChanges, draw_color_changes
 
 _NUM_TRIES = 10
 _NUMBERS_PER_TRY = 4  # area, ratio, top, left
@@ -34,26 +35,34 @@ class Crop(Protocol):
 class _Draw:
     """The random choices of one crop; `factors` and `order` are those of `jitter_colors`."""
 
-    numbers: list[float]
-    is_flipped: bool
+    numbers: Sequence[float] = ()
+    is_flipped: bool = False
     factors: Sequence[float] = ()
     order: Sequence[int] = ()
+    color_changes: ColorChanges | None = None
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Flip a crop (C, H, W) and change its colors."""
         pixels = pixels.flip(2) if self.is_flipped else pixels
+        if self.color_changes is not None:
+            return self.color_changes.apply(pixels)
         return to_tensor(jitter_colors(to_image(pixels), self.factors, self.order)) if self.order else pixels
 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """A random part of the image, resized to `size` (height, width) and flipped half of the time."""
+    """A random part of the image, resized to `size` (height, width) and flipped half of the time.
+
+    Args:
+        photometric: What `draw_color_changes` takes, in place of `color_jitter`; None for that.
+    """
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: Image.Resampling = Image.Resampling.BICUBIC
     color_jitter: float = 0.0
+    photometric: Any = None
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -65,29 +74,21 @@ class RandomResizedCrop:
             raise ValueError(f"ratio is {self.ratio}, expected 0 < smallest <= largest, width over height")
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor:
-        return self.views(data, num_channels, [generator], [(self.size, self.interpolation)])[0][0]
+        return _load_crop(self, data, num_channels, generator)
 
-    def views(
-        self, data: bytes | Path, num_channels: int, generators: Sequence[torch.Generator], views: Sequence[View]
-    ) -> list[list[Tensor]]:
-        """Decode an image once and return a crop per generator, at several sizes with the same flip and colors."""
-        draws = [self._draw(generator) for generator in generators]
-
-        def choose_boxes(width: int, height: int) -> list[Box]:
-            return [self.choose_box(width, height, draw.numbers) for draw in draws]
-
-        crops = load_crops(data, choose_boxes, views, num_channels)
-        return [[draw.apply(pixels) for pixels in crop] for draw, crop in zip(draws, crops, strict=True)]
-
-    def _draw(self, generator: torch.Generator) -> "_Draw":
+    def draw(self, generator: torch.Generator, number: int) -> _Draw:
+        """Draw the choices of the crop `number` of a view."""
         # One call for all numbers that any image could need: the draws do not depend on its size.
         *numbers, flip = torch.rand(_NUM_TRIES * _NUMBERS_PER_TRY + 1, generator=generator).tolist()
+        if self.photometric is not None:
+            changes = draw_color_changes(self.photometric, number, generator)
+            return _Draw(numbers, flip < 0.5, color_changes=changes)
         if not self.color_jitter:
             return _Draw(numbers, flip < 0.5)
         factors = (1 + self.color_jitter * (2 * torch.rand(3, generator=generator) - 1)).tolist()
         return _Draw(numbers, flip < 0.5, factors, torch.randperm(3, generator=generator).tolist())
 
-    def choose_box(self, width: int, height: int, numbers: list[float]) -> Box:
+    def choose_box(self, width: int, height: int, numbers: Sequence[float]) -> Box:
         """Return the first of ten tries that fits, else the largest central part with an allowed ratio."""
         log_ratio = (math.log(self.ratio[0]), math.log(self.ratio[1]))
         for start in range(0, len(numbers), _NUMBERS_PER_TRY):
@@ -115,11 +116,12 @@ def random_crop(
     scale: tuple[float, float],
     interpolation: Image.Resampling = Image.Resampling.BICUBIC,
     color_jitter: float = 0.0,
+    photometric: Any = None,
 ) -> RandomResizedCrop:
     """Return a crop with about the aspect ratio of `size`, so that a wide input is not distorted."""
     height, width = size
     ratio = (3 / 4 * width / height, 4 / 3 * width / height)
-    return RandomResizedCrop(size, scale, ratio, interpolation, color_jitter)
+    return RandomResizedCrop(size, scale, ratio, interpolation, color_jitter, photometric)
 
 
 @dataclass(frozen=True)
@@ -133,19 +135,24 @@ class CenterCrop:
         _check_size(self.size)
 
     def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
-        return self.views(data, num_channels, [None], [(self.size, self.interpolation)])[0][0]
+        return _load_crop(self, data, num_channels, generator)
 
-    def views(
-        self, data: bytes | Path, num_channels: int, generators: Sequence[Any], views: Sequence[View]
-    ) -> list[list[Tensor]]:
-        """Return the crop once per generator, at several sizes."""
-        return load_crops(data, lambda *size: [self.choose_box(*size)], views, num_channels) * len(generators)
+    def draw(self, generator: torch.Generator | None, number: int) -> _Draw:
+        """Return the choices of a crop that has none."""
+        return _Draw()
 
-    def choose_box(self, width: int, height: int) -> Box:
+    def choose_box(self, width: int, height: int, numbers: Sequence[float] = ()) -> Box:
         scale = min(height / self.size[0], width / self.size[1])
         crop_height, crop_width = scale * self.size[0], scale * self.size[1]
         left, top = (width - crop_width) / 2, (height - crop_height) / 2
         return left, top, left + crop_width, top + crop_height
+
+
+DrawnCrop = RandomResizedCrop | CenterCrop  # crops whose boxes are known before the image is decoded
+
+
+def _load_crop(crop: DrawnCrop, data: bytes | Path, num_channels: int, generator: Any) -> Tensor:
+    return single_view(crop, num_channels)({"image": data}, generator)["pixel_values"]
 
 
 class OtherSize(NamedTuple):
@@ -171,16 +178,14 @@ class CropView:
     num_crops: int | None = None
     other_size: OtherSize | None = None
 
-    def __call__(
-        self, data: bytes | Path, num_channels: int, generators: Sequence[torch.Generator]
-    ) -> list[dict[str, Tensor]]:
-        """Return the view drawn by each generator; the image is decoded once."""
-        num_crops = self.num_crops or 1
-        crops = self._crops(data, num_channels, [one for one in generators for _ in range(num_crops)])
-        if self.num_crops is None:
-            return crops
-        groups = [crops[start : start + num_crops] for start in range(0, len(crops), num_crops)]
-        return [{name: torch.stack([crop[name] for crop in group]) for name in crops[0]} for group in groups]
+    @property
+    def sizes(self) -> dict[str, View]:
+        """Size and filter by key in the item."""
+        assert isinstance(self.crop, DrawnCrop)
+        sizes = {self.name: (self.crop.size, self.crop.interpolation)}
+        if self.other_size is not None:
+            sizes[self.other_size.name] = (self.other_size.size, self.other_size.interpolation)
+        return sizes
 
     @property
     def shortest_side(self) -> int:
@@ -188,18 +193,6 @@ class CropView:
         smallest = self.crop.scale[0] if isinstance(self.crop, RandomResizedCrop) else 1.0
         sides = self.crop.size if self.other_size is None else (*self.crop.size, *self.other_size.size)
         return math.ceil(max(sides) / math.sqrt(smallest))
-
-    def _crops(
-        self, data: bytes | Path, num_channels: int, generators: Sequence[torch.Generator]
-    ) -> list[dict[str, Tensor]]:
-        if not isinstance(self.crop, RandomResizedCrop | CenterCrop):
-            assert self.other_size is None
-            return [{self.name: self.crop(data, num_channels, generator)} for generator in generators]
-        views = {self.name: (self.crop.size, self.crop.interpolation)}
-        if self.other_size is not None:
-            views[self.other_size.name] = (self.other_size.size, self.other_size.interpolation)
-        crops = self.crop.views(data, num_channels, generators, list(views.values()))
-        return [dict(zip(views, crop, strict=True)) for crop in crops]
 
 
 @dataclass(frozen=True)
@@ -218,13 +211,37 @@ class Views:
         return max(view.shortest_side for view in self.views)
 
     def several(self, sample: Mapping[str, Any], generators: Sequence[torch.Generator]) -> list[dict[str, Any]]:
-        """Return the views drawn by each generator; the image is decoded once per view."""
+        """Return the views drawn by each generator; the image is decoded once for all of them."""
+        data = sample["image"]
         others = {key: value for key, value in sample.items() if key != "image"}
-        items = [dict(others) for _ in generators]
-        for view in self.views:
-            for item, found in zip(items, view(sample["image"], self.num_channels, generators), strict=True):
-                item |= found
-        return items
+        crops = [(view, view.crop) for view in self.views if isinstance(view.crop, DrawnCrop)]
+        if not crops:  # it decodes the image itself
+            (view,) = self.views
+            return [{**others, view.name: view.crop(data, self.num_channels, one)} for one in generators]
+        planned = [
+            [(view, crop, crop.draw(one, number)) for view, crop in crops for number in range(view.num_crops or 1)]
+            for one in generators
+        ]
+
+        def choose_crops(width: int, height: int) -> list[SizedCrop]:
+            return [
+                (crop.choose_box(width, height, draw.numbers), list(view.sizes.values()))
+                for plan in planned
+                for view, crop, draw in plan
+            ]
+
+        loaded = iter(load_sized_crops(data, choose_crops, self.num_channels))
+        return [{**others, **_finish([(view, draw) for view, _, draw in plan], loaded)} for plan in planned]
+
+
+def _finish(plan: Sequence[tuple[CropView, _Draw]], loaded: Iterator[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Return the views of an item, made of the next of the loaded crops."""
+    crops: dict[str, list[Tensor]] = {}
+    for view, draw in plan:
+        for name, pixels in zip(view.sizes, next(loaded), strict=True):
+            crops.setdefault(name, []).append(draw.apply(pixels))
+    single = {name for view, _ in plan if view.num_crops is None for name in view.sizes}
+    return {name: found[0] if name in single else torch.stack(found) for name, found in crops.items()}
 
 
 def build_views(
@@ -240,10 +257,12 @@ def build_views(
 ) -> Views:
     """Return the transform to a method's views: random crops in training, central ones in evaluation.
 
-    Views of several crops are random in evaluation too; the choice then depends on the image only.
+    Views of several crops are random in evaluation too, without the view's changes of color; the choice then depends
+    on the image only.
 
     Args:
         views: What the method's config lists (`modeling.base.View`), with names, sizes and numbers of crops.
+        color_jitter: For views that do not ask for other changes of color.
         other_size: Second size of the first view.
     """
     found: list[CropView] = []
@@ -251,7 +270,9 @@ def build_views(
         size = view.image_size or image_size
         crop: Crop = CenterCrop(size, interpolation)
         if train or view.num_crops is not None:
-            crop = random_crop(size, view.crop_scale or crop_scale, interpolation, color_jitter)
+            jitter = color_jitter if view.photometric is None else 0.0
+            photometric = view.photometric if train else None
+            crop = random_crop(size, view.crop_scale or crop_scale, interpolation, jitter, photometric)
         found.append(CropView(crop, view.name, view.num_crops, None if found else other_size))
     return Views(tuple(found), num_channels)
 

@@ -34,6 +34,7 @@ from data.jpeg import cut_jpeg
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 View = tuple[tuple[int, int], Image.Resampling]  # (height, width) and the resampling filter
+SizedCrop = tuple[Box, Sequence[View]]
 _INVERSE_ORIENTATION = {6: 8, 8: 6}  # all others are their own inverse
 _TORCH_MODES = {Image.Resampling.BICUBIC: "bicubic", Image.Resampling.BILINEAR: "bilinear"}
 _MAX_SKIP, _MAX_SHIFT = 1 / 8, 1 / 16  # of the output, pixels
@@ -59,46 +60,49 @@ def load_crops(
     Raises:
         BadImage: If the image is unreadable.
     """
+    return load_sized_crops(data, lambda *size: [(box, views) for box in choose_boxes(*size)], num_channels)
+
+
+def load_sized_crops(
+    data: bytes | Path, choose_crops: Callable[[int, int], Sequence[SizedCrop]], num_channels: int
+) -> list[list[Tensor]]:
+    """As `load_crops`, where each crop has its own views."""
     if isinstance(data, Path):
         data = read_bytes(data)
     if (pixels := _raw_pixels(data, num_channels)) is not None:
         height, width, _ = pixels.shape
-        boxes = _choose(choose_boxes, (width, height), _ORIGINAL.match(data))
-        return [[_resize(pixels, box, view) for view in views] for box in boxes]
+        crops = _choose(choose_crops, (width, height), _ORIGINAL.match(data))
+        return [[_resize(pixels, box, view) for view in views] for box, views in crops]
     with opened(data) as image:
         header = header_of(image)
         comment = image.info.get("comment")  # text in other formats than JPEG, which are never shrunk
         original = _ORIGINAL.match(comment) if isinstance(comment, bytes) else None
-        boxes = _choose(choose_boxes, (header.width, header.height), original)
+        crops = _choose(choose_crops, (header.width, header.height), original)
         with pillow_errors_as_bad_image():
-            return _resized_crops(image, data, header, boxes, views, num_channels)
+            return _resized_crops(image, data, header, crops, num_channels)
 
 
 def _choose(
-    choose_boxes: Callable[[int, int], Sequence[Box]], size: tuple[int, int], original: re.Match[bytes] | None
-) -> Sequence[Box]:
+    choose_crops: Callable[[int, int], Sequence[SizedCrop]], size: tuple[int, int], original: re.Match[bytes] | None
+) -> Sequence[SizedCrop]:
     """Return the crops of an image; those of a shrunk one are chosen by its original size."""
     if original is None:
-        return choose_boxes(*size)
+        return choose_crops(*size)
     width, height = int(original[1]), int(original[2])
     x, y = size[0] / width, size[1] / height
-    return [(left * x, top * y, right * x, bottom * y) for left, top, right, bottom in choose_boxes(width, height)]
+    crops = choose_crops(width, height)
+    return [((left * x, top * y, right * x, bottom * y), views) for (left, top, right, bottom), views in crops]
 
 
 def _resized_crops(
-    image: ImageFile.ImageFile,
-    data: bytes,
-    header: Header,
-    boxes: Sequence[Box],
-    views: Sequence[View],
-    num_channels: int,
+    image: ImageFile.ImageFile, data: bytes, header: Header, crops: Sequence[SizedCrop], num_channels: int
 ) -> list[list[Tensor]]:
     orientation = header.orientation
     pixels = scale_float_pixels(image)
     inverse = _INVERSE_ORIENTATION.get(orientation, orientation)
-    boxes = [_orient_box(box, header.width, header.height, inverse) for box in boxes]
-    views = [((size if orientation < 5 else size[::-1]), resample) for size, resample in views]
-    num_times_smaller = _draft(image, data, boxes, [size for size, _ in views], num_channels)
+    boxes = [_orient_box(box, header.width, header.height, inverse) for box, _ in crops]
+    sizes = [[((size if orientation < 5 else size[::-1]), resample) for size, resample in views] for _, views in crops]
+    num_times_smaller = _draft(image, data, list(zip(boxes, sizes, strict=True)), num_channels)
     boxes = [tuple(edge / num_times_smaller for edge in box) for box in boxes]  # type: ignore[misc]
     mode = "RGB" if num_channels == 3 else "L"
     if pixels.mode != mode or pixels.has_transparency_data:
@@ -108,23 +112,23 @@ def _resized_crops(
         right, bottom = min(math.ceil(max(rights)), pixels.width), min(math.ceil(max(bottoms)), pixels.height)
         pixels = to_eight_bit(pixels.crop((x, y, right, bottom)), num_channels)
         boxes = [(left - x, top - y, right - x, bottom - y) for left, top, right, bottom in boxes]
-    return [[_turn_upright(_resize(pixels, box, view), orientation) for view in views] for box in boxes]
+    return [
+        [_turn_upright(_resize(pixels, box, view), orientation) for view in views]
+        for box, views in zip(boxes, sizes, strict=True)
+    ]
 
 
-def _draft(
-    image: ImageFile.ImageFile,
-    data: bytes,
-    boxes: Sequence[Box],
-    sizes: Sequence[tuple[int, int]],
-    num_channels: int,
-) -> int:
+def _draft(image: ImageFile.ImageFile, data: bytes, crops: Sequence[SizedCrop], num_channels: int) -> int:
     """Set how much of a JPEG will be decoded, and at which scale; return how many times smaller it is."""
     if image.format not in ("JPEG", "MPO"):
         return 1
-    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-    scale = min(min((right - left) / width, (bottom - top) / height) for left, top, right, bottom in boxes)
+    scale = min(
+        min((right - left) / width, (bottom - top) / height)
+        for (left, top, right, bottom), views in crops
+        for (height, width), _ in views
+    )
     num_times_smaller = next((times for times in (8, 4, 2) if times <= scale), 1)
-    _cut(image, data, max(bottom for _, _, _, bottom in boxes), num_times_smaller)
+    _cut(image, data, max(bottom for (_, _, _, bottom), _ in crops), num_times_smaller)
     # draft() takes a size and picks the largest of 1, 2, 4, 8 that still reaches it: this size selects ours.
     mode = "L" if num_channels == 1 else None
     image.draft(mode, (image.width // num_times_smaller, image.height // num_times_smaller))
