@@ -45,15 +45,48 @@ _NATIVE_NAMES = (
 
 
 @strict
-class Data2VecConfig(MimConfig):
+class FeatureTargetConfig(MimConfig):
+    """Base class of the configurations of data2vec and data2vec 2.0.
+
+    Args:
+        num_target_layers: Last blocks of the teacher whose mean is the target; 0 to choose it by the depth.
+        teacher_momentum, teacher_momentum_start, teacher_momentum_steps: See `momentum_schedule`.
+        exported_weights: Which encoder users get, that of the teacher or of the student.
+    """
+
+    num_target_layers: int = 0
+    teacher_momentum: float = 0.0
+    teacher_momentum_start: float = 0.0
+    teacher_momentum_steps: int = 0
+    exported_weights: str = "teacher"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        num_blocks = self.encoder_config.num_hidden_layers
+        self.num_target_layers = self.num_target_layers or max(1, self.published_num_target_layers(num_blocks))
+        if not 1 <= self.num_target_layers <= num_blocks:
+            raise ValueError(
+                f"num_target_layers is {self.num_target_layers}, expected 1 to {num_blocks}, the encoder's blocks, or "
+                "0 to choose it"
+            )
+        for name in ("teacher_momentum", "teacher_momentum_start"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1; 0 to choose it")
+        if self.exported_weights not in ("teacher", "student"):
+            raise ValueError(f"exported_weights is {self.exported_weights!r}, expected 'teacher' or 'student'")
+
+    def published_num_target_layers(self, num_blocks: int) -> int:
+        """Return how many of the teacher's blocks the authors average for an encoder of this depth."""
+        raise NotImplementedError
+
+
+@strict
+class Data2VecConfig(FeatureTargetConfig):
     """Configuration of a data2vec.
 
     Args:
-        num_target_layers: Last blocks of the teacher whose mean output is the target; 0 for half of them, at most 6.
-        post_target_layer_norm: Whether that mean is normalized again.
+        post_target_layer_norm: Whether the mean of the last blocks is normalized again.
         smooth_l1_beta: Error at which the squared loss becomes an absolute one.
-        teacher_momentum, teacher_momentum_start, teacher_momentum_steps: See `momentum_schedule`.
-        exported_weights: Which encoder users get, that of the teacher or of the student.
     """
 
     model_type = "mim_data2vec"
@@ -66,33 +99,20 @@ class Data2VecConfig(MimConfig):
     encoder_defaults: ClassVar[dict[str, Any]] = {**BEIT_DEFAULTS, **_BASE}
     encoder_types = ("beit",)
 
-    num_target_layers: int = 0
     post_target_layer_norm: bool = True
     smooth_l1_beta: float = 2.0
-    teacher_momentum: float = 0.0
-    teacher_momentum_start: float = 0.0
-    teacher_momentum_steps: int = 0
-    exported_weights: str = "teacher"
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = self.encoder_config if isinstance(self.encoder_config, dict) else {}
         if given.get("model_type", "beit") == "beit" and given.get("num_hidden_layers", 12) >= 24:
             self.encoder_config = {**_LARGE, **given}
         super().__post_init__(**kwargs)
-        num_blocks = self.encoder_config.num_hidden_layers
-        self.num_target_layers = self.num_target_layers or min(6, max(1, num_blocks // 2))
-        if not 1 <= self.num_target_layers <= num_blocks:
-            raise ValueError(
-                f"num_target_layers is {self.num_target_layers}, expected 1 to {num_blocks}, the encoder's blocks, or "
-                "0 to choose it"
-            )
-        for name in ("teacher_momentum", "teacher_momentum_start"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1; 0 to choose it")
         if self.smooth_l1_beta < 0:
             raise ValueError(f"smooth_l1_beta is {self.smooth_l1_beta}, expected 0 or more")
-        if self.exported_weights not in ("teacher", "student"):
-            raise ValueError(f"exported_weights is {self.exported_weights!r}, expected 'teacher' or 'student'")
+
+    def published_num_target_layers(self, num_blocks: int) -> int:
+        """Return half of the blocks, at most 6."""
+        return min(6, num_blocks // 2)
 
 
 class Data2VecEncoder(BeitEncoder):
@@ -130,7 +150,41 @@ class Data2VecEncoder(BeitEncoder):
         return config, state
 
 
-class Data2VecForPreTraining(EmaTeacher, MimPreTrainedModel):
+class FeatureTargetModel(EmaTeacher, MimPreTrainedModel):
+    """Base class of data2vec and data2vec 2.0: how the teacher follows, and what the log shows."""
+
+    config: FeatureTargetConfig
+
+    def __init__(self, config: FeatureTargetConfig):
+        super().__init__(config)
+        self.exported = "teacher" if config.exported_weights == "teacher" else "encoder"
+
+    def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
+        """Return the momentum of the teacher."""
+        config = self.config
+        given = config.teacher_momentum, config.teacher_momentum_start, config.teacher_momentum_steps
+        return {"teacher_momentum": momentum_schedule(*given, num_steps)}
+
+    def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Return the std of targets and predictions between patches, which is 0 if all are the same (collapse)."""
+        return {f"{name}_std": std_between_rows(moments).item() for name, moments in sums.items()}
+
+    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
+        """Return the std of the targets."""
+        std = logs.get("target_std", logs.get("eval_target_std"))
+        return [] if std is None else [f"target std {std:.3f}"]
+
+    def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
+        """Look at the targets only: the predictions are equal until the model has learned something."""
+        if (std := logs.get("target_std", 1.0)) >= _COLLAPSED_STD:
+            return None
+        return (
+            f"the targets of all patches are nearly equal (std {std:.3f}, below {_COLLAPSED_STD}): lower the learning "
+            "rate, or raise teacher_momentum."
+        )
+
+
+class Data2VecForPreTraining(FeatureTargetModel):
     """A student that sees the masked image, and a teacher that sees it whole and follows the student (Fig. 1)."""
 
     config: Data2VecConfig
@@ -141,7 +195,6 @@ class Data2VecForPreTraining(EmaTeacher, MimPreTrainedModel):
     def __init__(self, config: Data2VecConfig):
         super().__init__(config)
         self.encoder, self.teacher = (Data2VecEncoder(config.encoder_config) for _ in range(2))
-        self.exported = "teacher" if config.exported_weights == "teacher" else "encoder"
         self.no_weight_decay = self.encoder.no_weight_decay
         self.lm_head = nn.Linear(config.encoder_config.hidden_size, config.encoder_config.hidden_size)
         self.post_init()
@@ -196,30 +249,6 @@ class Data2VecForPreTraining(EmaTeacher, MimPreTrainedModel):
             blocks = self.teacher.last_blocks(pixels.float(), self.config.num_target_layers)
             targets = torch.stack([_normalize(_patches(block)[masked]) for block in blocks]).mean(0)
             return _normalize(targets) if self.config.post_target_layer_norm else targets
-
-    def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
-        """Return the momentum of the teacher."""
-        config = self.config
-        given = config.teacher_momentum, config.teacher_momentum_start, config.teacher_momentum_steps
-        return {"teacher_momentum": momentum_schedule(*given, num_steps)}
-
-    def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return the std of targets and predictions between patches, which is 0 if all are the same (collapse)."""
-        return {f"{name}_std": std_between_rows(moments).item() for name, moments in sums.items()}
-
-    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
-        """Return the std of the targets."""
-        std = logs.get("target_std", logs.get("eval_target_std"))
-        return [] if std is None else [f"target std {std:.3f}"]
-
-    def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
-        """Look at the targets only: the predictions are equal until the model has learned something."""
-        if (std := logs.get("target_std", 1.0)) >= _COLLAPSED_STD:
-            return None
-        return (
-            f"the targets of all patches are nearly equal (std {std:.3f}, below {_COLLAPSED_STD}): lower the learning "
-            "rate, or raise teacher_momentum."
-        )
 
 
 def _patches(tokens: torch.Tensor) -> torch.Tensor:

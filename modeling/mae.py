@@ -105,15 +105,19 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
         Returns the input of the first layer and the output of each, (R, 1+V, D), the class token first; the last one
         is normalized and the encoder's output.
         """
+        states = [self.embed(patches, visible, grid)]
+        for layer in self.layers:
+            states.append(layer(states[-1]))
+        return [*states[:-1], self.layernorm(states[-1])]
+
+    def embed(self, patches: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+        """Return the input of the first layer (R, 1+V, D) for the arguments of `encode`."""
         projection = self.embeddings.patch_embeddings.projection
         weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the order inside a patch is `patchify`'s
         positions = self.positions(grid)
         x = nn.functional.linear(patches, weight, projection.bias) + positions[visible + 1]  # (R, V, D)
         cls = (self.embeddings.cls_token + positions[0]).expand(len(x), -1, -1)  # (R, 1, D)
-        states = [torch.cat([cls.to(x.dtype), x], dim=1)]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return [*states[:-1], self.layernorm(states[-1])]
+        return torch.cat([cls.to(x.dtype), x], dim=1)
 
     def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
         """Return the fixed positions (1+N, D) of a grid: sines and cosines, or another model's table, resized."""

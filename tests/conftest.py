@@ -70,6 +70,12 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "simmim-asymmetric": _MAE,
     "beit": {"encoder_config": _BEIT, "vocab_size": 16},
     "data2vec": {"encoder_config": {**_BEIT, "attention_probs_dropout_prob": 0.0}},
+    "data2vec2": {
+        "encoder_config": _ENCODER,
+        "decoder_num_convolutions": 2,
+        "decoder_num_groups": 4,
+        "mask_noise_std": 0.0,  # the same batch, split otherwise, would get other noise
+    },
 }
 # The methods of tests/toys, in a tree where they were added.
 _TOYS = {"hog": _MAE, "two-crops": {"encoder_config": _BEIT, "num_outputs": 16}}

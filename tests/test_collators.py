@@ -159,7 +159,10 @@ class SharedMemoryProbe:
     ("arguments", "message"),
     [
         ({"strategy": "blocks"}, "'blocks'. Known: random, random-unit, block"),
-        ({"strategy": "block"}, "'block' .* equal .*: random, random-unit, exact-block, inverse-block, visible-blocks, grid"),
+        (
+            {"strategy": "block"},
+            "'block' .* equal .*: random, random-unit, exact-block, inverse-block, visible-blocks, grid",
+        ),
         ({"mask_unit": 2}, "mask_unit 2 has no effect with the strategy 'random'"),
         ({"strategy": "random-unit", "mask_unit": 4}, r"4x6 .* 4x4 .*\[1, 2\]"),
         ({"mask_ratio": 1.0}, "between 0 and 1, .* 1.0"),

@@ -275,7 +275,13 @@ def test_rules__want_metadata_at_the_top():
 
 @pytest.mark.parametrize(
     ("method", "arxiv"),
-    [("mae", "2111.06377"), ("simmim", "2111.09886"), ("beit", "2106.08254"), ("data2vec", "2202.03555")],
+    [
+        ("mae", "2111.06377"),
+        ("simmim", "2111.09886"),
+        ("beit", "2106.08254"),
+        ("data2vec", "2202.03555"),
+        ("data2vec2", "2212.07525"),
+    ],
 )
 def test_card__cites_the_method(tmp_path, method, arxiv):
     text = card_text(tmp_path, method=method)

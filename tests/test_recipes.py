@@ -191,6 +191,33 @@ def test_data2vec__published_runs_are_of_800_epochs(model, images_per_step, peak
     assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
 
 
+def test_data2vec2__published_run_is_of_375_thousand_steps_of_256_images():
+    path = RECIPES / "data2vec2_vit-base_in1k.yaml"
+    settings = load(path)
+    plan = plan_of_imagenet(settings)
+    published = {
+        "mask_strategy": "visible-blocks",
+        "mask_ratio": 0.8,
+        "num_masks": 16,
+        "crop_scale": [0.2, 1.0],
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "weight_decay": 0.05,
+        "max_grad_norm": 4.0,
+        "num_target_layers": 10,
+        "class_loss_weight": 0.01 * 16 * 16,
+        "mask_noise_std": 0.01,
+        "teacher_momentum_start": 0.9998,
+        "teacher_momentum": 0.99999,
+        "teacher_momentum_steps": 100_000,
+    }
+    assert {name: settings.values[name] for name in published} == published
+    assert (plan.images_per_step, plan.learning_rate) == (256, pytest.approx(1e-3))
+    assert (plan.num_steps, plan.warmup_steps) == (375_300, 50_040)
+    assert plan.num_masked == (157, 157)
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+
+
 def test_quickstart__is_small_and_predicts_plain_pixels():
     settings = load(RECIPES / "quickstart.yaml")
     plan = PretrainingPlan.make(
