@@ -1,6 +1,7 @@
 """Small heads and real images that many tests share. A new head adds one entry to TINY_HEADS."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -202,6 +203,11 @@ def train_whole_and_resumed(
     resumed = make_trainer(folder / "interrupted", [])
     resumed.train(resume_from_checkpoint=str(last_whole_checkpoint(folder / "interrupted")[0]))
     return whole, resumed
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what was imported from garbage collection, which training starts often, for up to a second each time."""
+    gc.freeze()
 
 
 @pytest.fixture(params=sorted(TINY_MODELS))

@@ -5,6 +5,7 @@ part of what is tested, `subprocess` starts it.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -104,6 +105,7 @@ def _run(
 ) -> None:
     """Make this process one of `python WORDS`."""
     multiprocessing.set_start_method(None, force=True)  # of data workers: the platform's
+    gc.freeze()  # what was imported, so that no collection of garbage looks at it
     atexit._clear()  # what the libraries registered in the process that this one was forked from
     os.setsid()
     for pipe, number in ((stdout, 1), (stderr, 2)):
