@@ -33,8 +33,8 @@ from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, measure_image_stats
 from data.size_schedule import ScheduledTransform, Transform, as_data_steps
 from data.splits import PretrainingSplits
-from evaluation.online import OnlineEvaluation, open_online_evaluation
-from evaluation.online_history import summarize
+from evaluation.online import FeatureSpread, OnlineEvaluation, open_feature_spread, open_online_evaluation
+from evaluation.online_history import summarize, summarize_spread
 from evaluation.pictures import panel_drawer, panel_indices
 from hub.export.native import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
@@ -42,6 +42,7 @@ from hub.init_weights import Weights, read_weights
 from modeling import CONFIGS, MODELS, MimConfig, MimPreTrainedModel
 from modeling.patches import patch_grid
 from training.callbacks import show_panels, show_progress
+from training.collapse import WatchForCollapse
 from training.online_evaluation import EvaluateOnline
 from training.targets import Targets
 from training.token_cache import cached_targets
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
     weights, start = Weights({}, []), settings.start
     if start is not None and not start.sizes_only:
         weights = read_weights(start, blank, settings.repair_positions)
-    evaluation = open_evaluation(settings, state)
+    evaluation = open_evaluation(settings, splits, state)
     lines = [f"note: {note}" for note in weights.notes]
     views = transform_of(settings, config, targets, train=True)
     lines += describe_cache(settings, views)
@@ -84,8 +85,12 @@ def main(argv: list[str]) -> None:
     if evaluation is not None:
         lines.append(f"online evaluation: {evaluation.describe()}")
         every = int(plan.training_arguments()["eval_steps"])
-        describe = partial(summarize, start="untrained" if settings.init_from is None else "the initial weights")
+        describe: Callable[..., str] = summarize_spread
+        if settings.eval_dataset is not None:
+            describe = partial(summarize, start="untrained" if settings.init_from is None else "the initial weights")
         callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, describe))
+    if blank.can_collapse:
+        callbacks.append(lambda trainer: WatchForCollapse(trainer, settings.stop_on_collapse))
     artifacts = Artifacts(settings, splits, argv)
     train(
         plan,
@@ -112,13 +117,21 @@ def starting_point(chosen: PretrainingSettings) -> StartingModel:
 # ---- images ----
 
 
-def open_evaluation(settings: PretrainingSettings, state: PartialState) -> OnlineEvaluation | None:
-    """Open what --eval_dataset names on the main process, which evaluates; errors are raised on all processes."""
-    opened: list[OnlineEvaluation] = []
+def open_evaluation(
+    settings: PretrainingSettings, splits: PretrainingSplits, state: PartialState
+) -> OnlineEvaluation | FeatureSpread | None:
+    """Open what --eval_dataset names on the main process, which evaluates; errors are raised on all processes.
+
+    Without it, features that can collapse are measured on validation images.
+    """
+    opened: list[OnlineEvaluation | FeatureSpread] = []
+    wanted = (settings.image_size, settings.num_channels)
     if (dataset := settings.eval_dataset) is not None:
-        wanted = (settings.image_size, settings.num_channels, settings.seed, settings.eval_label_column)
+        own = (settings.seed, settings.eval_label_column)
         with set_by(label_column="eval_label_column"):
-            first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted)))
+            first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted, *own)))
+    elif MODELS[settings.method].can_collapse and len(splits.validation) and settings.eval_strategy != "no":
+        first_on_main(state, lambda: opened.append(open_feature_spread(splits.validation, *wanted)))
     return opened[0] if opened else None
 
 

@@ -23,6 +23,7 @@ from hub.checkpoints import stage_checkpoint
 from hub.export.native import PRETRAINING, export, native_root_problem
 from hub.model_card import write_model_card
 from hub.redaction import shorten_paths, shorten_values
+from training.collapse import describe_collapse
 from training.evaluation_guard import describe_non_finite
 from training.finetune_trainer import FinetuneTrainer
 from training.trainer import MimTrainer
@@ -173,6 +174,7 @@ def write_card(
 ) -> None:
     """Draw the training curve and write the model card; `own` are arguments of `write_model_card`."""
     num_bad = len(BadImages.read(trainer.output_dir / BAD_IMAGES_FILE))
+    warnings = describe_non_finite(trainer.state.log_history), describe_collapse(trainer)
     write_model_card(
         folder,
         command=shlex.join([*launcher(), settings.program["prog"], *argv]),
@@ -183,7 +185,7 @@ def write_card(
         curve=draw_curve(trainer, folder),
         license=settings.license,
         datasets=settings.dataset,
-        warning=describe_non_finite(trainer.state.log_history),
+        warning="; ".join(filter(None, warnings)) or None,
         **own,
     )
 

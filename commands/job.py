@@ -30,6 +30,7 @@ from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
 from training.checkpoints import last_whole_checkpoint
+from training.collapse import CollapseError, describe_collapse
 from training.evaluation_guard import describe_non_finite
 from training.guard import NonFiniteError
 from training.hub_push import HubPush
@@ -135,8 +136,9 @@ def train(
             ) from error
         trainer.stop_if_not_finite()
         log(f"{output_dir}: {finish(trainer)}")
-        if problem := describe_non_finite(trainer.state.log_history):
-            log(f"warning: {problem}")
+        for problem in (describe_non_finite(trainer.state.log_history), describe_collapse(trainer)):
+            if problem:
+                log(f"warning: {problem}")
         if hasattr(trainer, "end"):  # absent in transformers 5.17
             trainer.end()
         if hub_push is not None and state.is_main_process:
@@ -172,7 +174,7 @@ def naming_what_is_safe(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError, BadImage) as error:
-        if not isinstance(error, NonFiniteError):
+        if not isinstance(error, NonFiniteError | CollapseError):
             checkpoint, _ = last_whole_checkpoint(output_dir)
             kept = "no checkpoint is complete yet: the same command starts again"
             if checkpoint is not None:

@@ -28,6 +28,7 @@ from commands.arithmetic import Hardware
 from commands.parsing import SettingsError
 from data.image_checks import num_cores
 from training.callbacks import duration
+from training.collapse import CollapseError
 from training.guard import NonFiniteError
 from training.stopping import Stopped, raising_stopped
 
@@ -54,7 +55,8 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
     """Run a command and return its exit code; what a user can repair is one message instead of a traceback.
 
     The codes: 2 for a mistake in the command or the data, 3 for a loss that is not finite, 4 for a fault of the system
-    (disk, memory), 130, 143 and 129 for a run that SIGINT (Ctrl-C), SIGTERM or SIGHUP stopped.
+    (disk, memory), 5 for a model that collapsed, 130, 143 and 129 for a run that SIGINT (Ctrl-C), SIGTERM or SIGHUP
+    stopped.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
@@ -88,8 +90,9 @@ def _describe_failure(error: Exception | Stopped) -> tuple[int, str]:
     """Return the exit code and a message, or 0 for an error of ours, whose traceback is needed."""
     if isinstance(error, Stopped):
         return error.exit_code, str(error)
-    if isinstance(error, NonFiniteError | ValueError):
-        return 3 if isinstance(error, NonFiniteError) else 2, _without_worker(error)
+    for kind, exit_code in ((ValueError, 2), (NonFiniteError, 3), (CollapseError, 5)):
+        if isinstance(error, kind):
+            return exit_code, _without_worker(error)
     fault = _system_fault(error)
     return (0, "") if fault is None else (4, fault)
 

@@ -23,7 +23,7 @@ SUBSET_FILE, METRICS_FILE, CONFUSION_FILE = "labelled_images.txt", "metrics.json
 # Settings that do not change the result, so that a continued run may have other values.
 FREE_TO_CHANGE = (
     *("dataloader_", "logging_", "eval_", "save_", "report_to", "disable_tqdm", "hub_", "push_to_hub"),
-    "max_bad",
+    *("max_bad", "stop_on_collapse"),
 )
 # Settings that must be those of the checkpoint to load it.
 SHAPES = (

@@ -134,6 +134,9 @@ class PretrainingRunFlags(RunFlags):
         "the learning rate of each layer of the encoder is this fraction of that of the layer above; for --init_from",
         POSITIVE_UP_TO_ONE,
     )
+    stop_on_collapse: bool = flag(
+        True, "for methods with a teacher: stop when three evaluations in a row show that the features collapsed"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

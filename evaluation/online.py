@@ -10,18 +10,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.augmentations import CenterCrop, single_view
-from data.images import ImageDataset, StackedImages
+from data.images import ImageDataset, SourceSamples, StackedImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified
 from evaluation.class_balance import BALANCED, accuracy_with_error, is_unbalanced
 from evaluation.features import FrozenEncoder
 from evaluation.knn import Knn
 from evaluation.linear_probe import fit_logistic_at
-from evaluation.online_history import BALANCED_KNN, BALANCED_LINEAR, KNN, LINEAR, RANKME, error_of
-from evaluation.quality import rankme
+from evaluation.online_history import BALANCED_KNN, BALANCED_LINEAR, FEATURE_STD, KNN, LINEAR, RANKME, error_of
+from evaluation.quality import feature_std, rankme
 
 _NUM_NEIGHBORS, _TEMPERATURE, _C = 20, 0.07, 1e-2
 _BATCH_SIZE = 64
@@ -43,7 +44,7 @@ class OnlineEvaluation:
 
     def __call__(self, model: Any) -> dict[str, float]:
         """Return the metrics of a pre-training model's `exported_encoder`; empty if its features are not finite."""
-        train, test = (self._features(model, split.pixel_values) for split in (self.train, self.test))
+        train, test = (features_of(model, split.pixel_values) for split in (self.train, self.test))
         if not (train.isfinite().all() and test.isfinite().all()):
             return {}  # training has diverged, which the trainer reports itself
         labels, truth = (split.labels.to(train.device) for split in (self.train, self.test))
@@ -55,7 +56,7 @@ class OnlineEvaluation:
         for name, logits in zip(names, (linear(test), knn(test)), strict=True):
             correct = (logits.argmax(1) == truth).cpu().numpy()
             metrics[name], metrics[error_of(name)] = accuracy_with_error(correct, self.test.labels.numpy())
-        return metrics | {RANKME: rankme(test)}
+        return metrics | {RANKME: rankme(test), FEATURE_STD: feature_std(test)}
 
     @property
     def is_unbalanced(self) -> bool:
@@ -67,10 +68,33 @@ class OnlineEvaluation:
             f"{self.num_classes} classes{f'; {BALANCED}' if self.is_unbalanced else ''}"
         )
 
-    def _features(self, model: Any, images: Tensor) -> Tensor:
-        encoder = FrozenEncoder(model.exported_encoder, model.exported_encoder.config)
-        batches = (model.standardize(batch.to(encoder.device)) for batch in images.split(_BATCH_SIZE))
-        return torch.cat([encoder(batch).mean for batch in batches])  # (N, D)
+
+@dataclass(frozen=True)
+class FeatureSpread:
+    """Measures how much a model's features of unlabeled images differ, as `OnlineEvaluation` does of labeled ones."""
+
+    images: StackedImages
+
+    def __call__(self, model: Any) -> dict[str, float]:
+        features = features_of(model, self.images.pixel_values)
+        return {RANKME: rankme(features), FEATURE_STD: feature_std(features)} if features.isfinite().all() else {}
+
+    def describe(self) -> str:
+        return f"RankMe and std of the mean of patches, {len(self.images):,} validation images"
+
+
+def features_of(model: Any, images: Tensor) -> Tensor:
+    """Return the mean of the patches (N, D) of a pre-training model's `exported_encoder`."""
+    encoder = FrozenEncoder(model.exported_encoder, model.exported_encoder.config)
+    batches = (model.standardize(batch.to(encoder.device)) for batch in images.split(_BATCH_SIZE))
+    return torch.cat([encoder(batch).mean for batch in batches])
+
+
+def open_feature_spread(samples: SourceSamples, size: tuple[int, int], num_channels: int) -> FeatureSpread:
+    """Load at most 1,000 evenly spaced images into memory, cropped to `size` (height, width)."""
+    positions = np.unique(np.linspace(0, len(samples) - 1, min(_NUM_TEST, len(samples))).astype(np.int64))
+    images = ImageDataset(samples.select(positions), single_view(CenterCrop(size), num_channels))
+    return FeatureSpread(StackedImages(images, os.cpu_count() or 1))
 
 
 def open_online_evaluation(

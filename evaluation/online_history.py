@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 
 from evaluation.class_balance import BALANCED, NUM_ERRORS, interval_of_share
 
-LINEAR, KNN, RANKME = "eval_linear_accuracy", "eval_knn_accuracy", "eval_rankme"
+LINEAR, KNN = "eval_linear_accuracy", "eval_knn_accuracy"
+RANKME, FEATURE_STD = "eval_rankme", "eval_feature_std"
 BALANCED_LINEAR, BALANCED_KNN = "eval_linear_balanced_accuracy", "eval_knn_balanced_accuracy"
 _MIN_POINTS = 4  # of a trend
 _GREEN, _PURPLE, _GRAY = "#009E73", "#CC79A7", "#767676"  # Okabe and Ito
@@ -59,6 +60,12 @@ def summarize(log_history: Sequence[Mapping[str, Any]], start: str = "untrained"
     metric = f" ({BALANCED})" if history.is_unbalanced else ""
     values = f"linear probe {last[history.linear]:.1%}{gain}, kNN {last[history.knn]:.1%}, RankMe {last[RANKME]:.1f}"
     return f"{values}{metric}: {history.trend()}"
+
+
+def summarize_spread(log_history: Sequence[Mapping[str, Any]]) -> str:
+    """Summarize the last measurement of `evaluation.online.FeatureSpread` in one line."""
+    last = [entry for entry in log_history if RANKME in entry][-1]
+    return f"features: RankMe {last[RANKME]:.1f}, std {last[FEATURE_STD]:.3f}"
 
 
 def results_at(log_history: Sequence[Mapping[str, Any]], step: int, dataset: str) -> list[dict[str, Any]]:

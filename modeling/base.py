@@ -229,6 +229,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     - `needs_equal_num_masked`: all images of a batch must have equally many masked patches.
     - `targets`: kind of targets that the batch must hold, see `training.targets`; None if the images are enough.
     - `exported`: name of the submodule that leaves as the native encoder.
+    - `can_collapse`: the targets follow the model itself, so that they may become equal; see `collapse_signs`.
     - `decodes_masked_patches`: masked patches exist in the decoder only, so that `forward` takes several masks
       (B, k, N) of an image, and in `bool_predicted_pos` the masked patches to decode.
     """
@@ -248,6 +249,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     targets: ClassVar[str | None] = None
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     exported: str = "encoder"
+    can_collapse: ClassVar[bool] = False
     decodes_masked_patches: ClassVar[bool] = False
 
     # ---- training ----
@@ -306,7 +308,8 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
 
         Args:
             logs: Metrics of an evaluation after warm-up, without the prefix `eval_`: those of `summarize_metrics`, the
-                loss, and `rankme` and `feature_std` of the exported encoder where the run measures them.
+                loss, and `rankme` and `feature_std` of the exported encoder. Before the first step only the last two,
+                and any of them may be missing.
         """
         return None
 

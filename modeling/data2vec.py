@@ -177,7 +177,7 @@ class FeatureTargetModel(EmaTeacher, MimPreTrainedModel):
     def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
         """Look at the targets only: the predictions are equal until the model has learned something."""
         if (std := logs.get("target_std", 1.0)) >= _COLLAPSED_STD:
-            return None
+            return super().collapse_signs(logs)
         return (
             f"the targets of all patches are nearly equal (std {std:.3f}, below {_COLLAPSED_STD}): lower the learning "
             "rate, or raise teacher_momentum."

@@ -21,6 +21,7 @@ from evaluation.online import OnlineEvaluation, open_online_evaluation
 from evaluation.online_history import (
     BALANCED_KNN,
     BALANCED_LINEAR,
+    FEATURE_STD,
     KNN,
     LINEAR,
     RANKME,
@@ -179,7 +180,7 @@ def test_online_evaluation__does_not_change_the_model(variant):
     online_evaluation, state = open_online_evaluation(["sample-fashion"], (32, 32), 3, seed=0), torch.get_rng_state()
     first, second = online_evaluation(model), online_evaluation(model)
     assert first == second
-    assert set(first) == {LINEAR, error_of(LINEAR), KNN, error_of(KNN), RANKME}
+    assert set(first) == {LINEAR, error_of(LINEAR), KNN, error_of(KNN), RANKME, FEATURE_STD}
     assert {name: module.training for name, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in model.parameters())

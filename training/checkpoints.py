@@ -7,6 +7,7 @@ state with flipped bits without complaint: `checksums.json` has the SHA-256 of e
 
 import hashlib
 import json
+import math
 import os
 import zipfile
 from functools import lru_cache
@@ -28,11 +29,16 @@ def problem_with(checkpoint: Path) -> str | None:
     return _problem_with_weights(checkpoint) or _problem_with_states(checkpoint) or _damage(checkpoint)
 
 
-def last_whole_checkpoint(output_dir: Path) -> tuple[Path | None, dict[str, str]]:
-    """Return the newest complete checkpoint in `output_dir`, and why each newer one was skipped, by name."""
+def last_whole_checkpoint(output_dir: Path, before: float = math.inf) -> tuple[Path | None, dict[str, str]]:
+    """Return the newest complete checkpoint in `output_dir`, and why each newer one was skipped, by name.
+
+    Args:
+        before: Only checkpoints of earlier steps count.
+    """
     skipped: dict[str, str] = {}
-    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for checkpoint in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+    named = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("checkpoint-*")]
+    numbered = {int(number): path for number, path in named if number.isdigit() and int(number) < before}
+    for _, checkpoint in sorted(numbered.items(), reverse=True):
         problem = problem_with(checkpoint)
         if problem is None:
             return checkpoint, skipped
