@@ -20,6 +20,7 @@ from torch import Tensor
 
 _ORDERS = list(permutations(range(4)))
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow
+_MAX_PIXELS = 16_384  # at a time, so that the arrays of a step stay in the processor's cache
 _NUM_BLURS = 3  # box filters in a row that Pillow takes for a Gaussian
 
 
@@ -51,7 +52,8 @@ class ColorChanges:
                 array = _gray(array)[None]
             if self.blur_radius:
                 array = blur(array, self.blur_radius)
-            array = (array + np.float32(0.5)).astype(np.uint8)
+            array += 0.5
+            array = array.astype(np.uint8)
         if self.is_solarized:
             array = np.where(array < 128, array, 255 - array)
         return torch.from_numpy(np.repeat(array, num_channels, axis=0) if len(array) < num_channels else array)
@@ -80,50 +82,59 @@ def _of_crop(values: Sequence[float], number: int) -> float:
 
 def change_brightness(pixels: np.ndarray, change: float) -> None:
     """Multiply pixels (C, H, W) by 1 + change."""
-    pixels *= np.float32(1 + change)
-    if change > 0:
-        np.minimum(pixels, 255, out=pixels)
+    pixels *= 1 + change
+    _clip(pixels, change)
 
 
 def change_contrast(pixels: np.ndarray, change: float) -> None:
     """Multiply the distance of pixels (C, H, W) from the mean gray by 1 + change."""
     means = pixels.reshape(len(pixels), -1).mean(1)
     mean = float(np.dot(means, _GRAY)) if len(pixels) == 3 else float(means[0])
-    pixels *= np.float32(1 + change)
-    pixels -= np.float32(change * mean)
+    pixels *= 1 + change
+    pixels -= change * mean
     _clip(pixels, change)
 
 
 def change_saturation(pixels: np.ndarray, change: float) -> None:
     """Multiply the distance of pixels (3, H, W) from their gray by 1 + change."""
-    gray = _gray(pixels)
-    gray *= np.float32(change)
-    pixels *= np.float32(1 + change)
-    pixels -= gray
+    change_of_gray = _gray(pixels, change)
+    pixels *= 1 + change
+    pixels -= change_of_gray
     _clip(pixels, change)
 
 
 def shift_hue(pixels: np.ndarray, turns: float) -> None:
     """Shift the hue of pixels (3, H, W) in the HSV color space, which keeps their largest and smallest channel."""
+    num_rows = max(1, _MAX_PIXELS // pixels.shape[2])
+    for top in range(0, pixels.shape[1], num_rows):
+        _shift_hue(pixels[:, top : top + num_rows], turns)
+
+
+def _shift_hue(pixels: np.ndarray, turns: float) -> None:
     red, green, blue = pixels
     largest = np.maximum(np.maximum(red, green), blue)
     smallest = np.minimum(np.minimum(red, green), blue)
     chroma = largest - smallest
-    # In sixths of a turn: 0 is red, 2 green, 4 blue.
-    of_green, of_blue = (blue - red) + 2 * chroma, (red - green) + 4 * chroma
-    hue = np.where(largest == red, green - blue, np.where(largest == green, of_green, of_blue))
-    hue /= np.maximum(chroma, np.float32(1e-6), out=of_green)
+    # The hue in sixths of a turn times chroma: 0 is red, 2 green, 4 blue. Products are faster than np.where.
+    hue, offset = green - blue, 2 * chroma
+    of_green, of_blue = blue - red, red - green
+    of_green += offset
+    of_blue += np.add(offset, offset, out=offset)
+    for channel, of_channel in ((green, of_green), (blue, of_blue)):
+        of_channel -= hue
+        of_channel *= largest == channel
+        hue += of_channel
+    hue /= np.maximum(chroma, 1e-6, out=offset)
     thirds = round(3 * turns)  # a third of a turn exchanges the channels
-    for number, channel in enumerate(pixels):
-        # 1 up to a sixth of a turn away from the channel's own hue, 0 from two sixths on.
-        own = 2 * ((number - thirds) % 3) - 6 * (turns - thirds / 3)
-        np.abs(np.subtract(hue, np.float32(own), out=channel), out=channel)
-        channel -= 3
-        np.abs(channel, out=channel)
-        channel -= 1
-        np.minimum(np.maximum(channel, 0, out=channel), 1, out=channel)
-        channel *= chroma
-        channel += smallest
+    own = [[[2 * ((number - thirds) % 3) - 6 * (turns - thirds / 3)]] for number in range(3)]
+    # 1 up to a sixth of a turn away from the channel's own hue, 0 from two sixths on.
+    np.abs(np.subtract(hue, np.array(own, np.float32), out=pixels), out=pixels)
+    pixels -= 3
+    np.abs(pixels, out=pixels)
+    pixels -= 1
+    np.clip(pixels, 0, 1, out=pixels)
+    pixels *= chroma
+    pixels += smallest
 
 
 _JITTERS = (change_brightness, change_contrast, change_saturation, shift_hue)
@@ -131,11 +142,17 @@ _JITTERS = (change_brightness, change_contrast, change_saturation, shift_hue)
 
 def blur(pixels: np.ndarray, radius: float) -> np.ndarray:
     """Return pixels (C, H, W) after a Gaussian blur with this standard deviation; the border is repeated outwards."""
+    if pixels[0].size > _MAX_PIXELS and len(pixels) > 1:
+        return np.concatenate([blur(channel[None], radius) for channel in pixels])
     weights = blur_weights(radius)
     reach = len(weights) // 2
     num_channels, height, width = pixels.shape
-    padded = np.pad(pixels, ((0, 0), (reach, reach), (reach, reach)), "edge")
-    row = padded.shape[2]
+    row = width + 2 * reach
+    padded = np.empty((num_channels, height + 2 * reach, row), np.float32)
+    middle = padded[:, reach:-reach]
+    middle[..., reach:-reach] = pixels
+    middle[..., :reach], middle[..., -reach:] = pixels[..., :1], pixels[..., -1:]
+    padded[:, :reach], padded[:, -reach:] = middle[:, :1], middle[:, -1:]
     # On the flat array, where a step of one row is a step down: what runs over the ends of the rows is in the padding.
     flat = _weigh(_weigh(padded.ravel(), weights, 1), weights, row)  # starts at the first pixel
     strides = tuple(flat.itemsize * step for step in (padded[0].size, row, 1))
@@ -146,12 +163,12 @@ def _weigh(flat: np.ndarray, weights: Sequence[float], step: int) -> np.ndarray:
     """Return the sums of `flat`, shifted by multiples of `step`, with symmetric weights."""
     reach = len(weights) // 2
     size = flat.size - 2 * reach * step
-    total = flat[reach * step :][:size] * np.float32(weights[reach])
+    total = flat[reach * step :][:size] * weights[reach]
     pair = np.empty_like(total)
     for distance in range(1, reach + 1):
         before, after = flat[(reach - distance) * step :][:size], flat[(reach + distance) * step :][:size]
         np.add(before, after, out=pair)
-        pair *= np.float32(weights[reach + distance])
+        pair *= weights[reach + distance]
         total += pair
     return total
 
@@ -170,9 +187,9 @@ def blur_weights(radius: float) -> list[float]:
     return weights
 
 
-def _gray(pixels: np.ndarray) -> np.ndarray:
-    """Return the gray (H, W) of pixels (3, H, W)."""
-    red, green, blue = (channel * np.float32(weight) for channel, weight in zip(pixels, _GRAY, strict=True))
+def _gray(pixels: np.ndarray, share: float = 1.0) -> np.ndarray:
+    """Return a share of the gray (H, W) of pixels (3, H, W)."""
+    red, green, blue = (channel * (share * weight) for channel, weight in zip(pixels, _GRAY, strict=True))
     red += green
     red += blue
     return red
@@ -180,4 +197,4 @@ def _gray(pixels: np.ndarray) -> np.ndarray:
 
 def _clip(pixels: np.ndarray, change: float) -> None:
     if change > 0:  # others stay between values in range
-        np.minimum(np.maximum(pixels, 0, out=pixels), 255, out=pixels)
+        np.clip(pixels, 0, 255, out=pixels)

@@ -87,6 +87,14 @@ def test_gray_and_solarized__equal_pillows() -> None:
     assert differences(ColorChanges(is_gray=True), image, image.convert("L").convert("RGB")).max() <= 1
 
 
+def test_large_crop__is_changed_in_parts_as_if_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = to_tensor(photograph())
+    changes = ColorChanges([(3, 0.1), (1, 0.2)], blur_radius=1.5)
+    at_once = changes.apply(pixels)
+    monkeypatch.setattr(photometric, "_MAX_PIXELS", 1000)
+    assert torch.equal(changes.apply(pixels), at_once)
+
+
 def test_no_change__keeps_the_pixels() -> None:
     pixels = to_tensor(photograph())
     assert torch.equal(ColorChanges().apply(pixels), pixels)
