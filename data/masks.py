@@ -131,11 +131,11 @@ def visible_blocks_mask(grid: tuple[int, int], mask_ratio: float, generator: tor
     for center in torch.randint(rows * columns, (max(1, num_blocks),), generator=generator).tolist():
         row, column = divmod(center, columns)
         visible[max(0, row - reach) : row + reach + 1, max(0, column - reach) : column + reach + 1] = True
-    visible = visible.reshape(-1)
+    mask = ~visible.reshape(-1)
     num_missing = num_visible - int(np.count_nonzero(visible))
-    candidates = np.flatnonzero(visible == (num_missing < 0))
-    visible[candidates[torch.randperm(candidates.size, generator=generator)[: abs(num_missing)].numpy()]] ^= True
-    return torch.from_numpy(~visible)
+    candidates = np.flatnonzero(mask == (num_missing > 0))
+    mask[candidates[torch.randperm(candidates.size, generator=generator)[: abs(num_missing)].numpy()]] ^= True
+    return torch.from_numpy(mask)
 
 
 def grid_mask(grid: tuple[int, int], mask_ratio: float, generator: torch.Generator) -> torch.Tensor:

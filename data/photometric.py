@@ -3,8 +3,8 @@
 Paper: Caron et al. 2021, "Emerging Properties in Self-Supervised Vision Transformers" (DINO), arXiv:2104.14294, after
 Grill et al. 2020, "Bootstrap Your Own Latent" (BYOL), arXiv:2006.07733, App. B.
 Code: the authors' chain of torchvision's ColorJitter and RandomGrayscale and of Pillow's filters, in this order.
-Differs: NumPy instead of Pillow, which takes twice the time. Pixels are rounded once at the end instead of after each
-change, and hues are not rounded to 1/256 turn.
+Differs: NumPy instead of Pillow, which takes two to three times as long. Pixels are rounded once at the end instead of
+after each change, and hues are not rounded to 1/256 turn.
 Shapes: C channels, H W pixels; all arrays are float32 in [0, 255] and changed in place.
 """
 
@@ -29,7 +29,7 @@ class ColorChanges:
     """The changes drawn for one crop.
 
     Args:
-        jitters: Numbers of the functions in `_JITTERS` with their factors, in the order to apply them.
+        jitters: Index of a function in `_JITTERS` and how much it changes, in the order to apply them.
         blur_radius: Standard deviation in pixels; 0 for none.
     """
 
@@ -46,8 +46,8 @@ class ColorChanges:
         is_gray = self.is_gray and num_channels == 3
         if jitters or is_gray or self.blur_radius:
             array = array.astype(np.float32)
-            for which, factor in jitters:
-                _JITTERS[which](array, factor)
+            for which, change in jitters:
+                _JITTERS[which](array, change)
             if is_gray:
                 array = _gray(array)[None]
             if self.blur_radius:
