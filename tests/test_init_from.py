@@ -83,7 +83,7 @@ def vit_mae(**changes: Any) -> ViTMAEForPreTraining:
     return model
 
 
-METHODS = ("mae", "simmim-asymmetric", "simmim", "beit", "data2vec")
+METHODS = ("mae", "simmim-asymmetric", "simmim", "beit", "data2vec", "data2vec2")
 VIT_LIKE = " ".join(METHODS)
 BEIT_LIKE = "simmim beit data2vec"
 # Every kind of source with the methods that can go on from it.
