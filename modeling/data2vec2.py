@@ -189,7 +189,7 @@ class Data2Vec2ForPreTraining(FeatureTargetModel):
         if self.config.class_loss_weight:
             mean_targets = targets.mean(1).repeat_interleave(len(visible) // len(targets), 0)  # (R, D)
             losses["class"] = _scaled_error(features[:, 0], mean_targets)
-        metrics = {"target": row_moments(targets.flatten(0, 1)), "prediction": row_moments(logits.flatten(0, 1))}
+        metrics = {"prediction": row_moments(logits.flatten(0, 1))}
         return MimOutput(loss=self.weighted_sum(losses), losses=losses, logits=logits, metrics=metrics)
 
     def decode(self, features: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -220,6 +220,11 @@ class Data2Vec2ForPreTraining(FeatureTargetModel):
         over_images = [nn.functional.instance_norm(output[:, 1:].float().mT) for output in outputs]  # (B, D, N) each
         targets = torch.stack(over_images).mean(0).mT
         return nn.functional.layer_norm(targets, targets.shape[-1:])
+
+    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
+        """Return the std of the predictions; targets are normalized over each image, so that theirs says nothing."""
+        std = logs.get("prediction_std", logs.get("eval_prediction_std"))
+        return [] if std is None else [f"prediction std {std:.3f}"]
 
     def loss_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """The patch loss is a mean over predicted patches, the class loss over masks."""

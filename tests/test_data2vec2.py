@@ -119,6 +119,18 @@ def test_several_masks__cost_one_pass_of_the_teacher_and_give_the_mean_over_sing
     assert_close(together.logits.unflatten(0, (4, 3)), torch.stack([output.logits for output in alone], 1))
 
 
+@torch.no_grad()
+def test_log__has_the_std_of_the_predictions_and_the_features_of_a_collapsed_encoder_are_a_sign():
+    model = shifted_model()
+    output = model(**batch_of(num_masks=2))
+    metrics = model.summarize_metrics(output.metrics)
+    std = output.logits.flatten(0, 1).std(0, correction=0).mean().item()
+    assert metrics == {"prediction_std": pytest.approx(std, rel=1e-4)}
+    assert model.describe_metrics(metrics) == [f"prediction std {std:.3f}"]
+    assert model.collapse_signs({**metrics, "feature_std": 0.7, "rankme": 9.0}) is None
+    assert "nearly equal" in model.collapse_signs({**metrics, "feature_std": 0.01, "rankme": 1.5})
+
+
 def test_gradient__reaches_the_student_only():
     model = shifted_model().train()
     model(**batch_of(num_masks=2)).loss.backward()
