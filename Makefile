@@ -15,7 +15,7 @@ check:
 	$(PYTHON) -m codespell_lib .
 
 test:
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 test-slow:
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m slow
@@ -27,7 +27,7 @@ test-gpu:
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/pip install --quiet -r requirements.txt -c constraints-oldest.txt pytest pytest-timeout pytest-xdist
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Kills, faults and damaged images, and a dated table in benchmarks/ (see tests/survival.py); it may be stopped and continued.
 survival:

@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -198,11 +199,21 @@ def train_whole_and_resumed(
     """Return a trainer that trained at once, and one that went on after another was interrupted."""
     whole = make_trainer(folder / "whole", [])
     whole.train()
+    end_data_workers()
     with pytest.raises(KeyboardInterrupt):
         make_trainer(folder / "interrupted", [Interrupted()]).train()
+    end_data_workers()
     resumed = make_trainer(folder / "interrupted", [])
     resumed.train(resume_from_checkpoint=str(last_whole_checkpoint(folder / "interrupted")[0]))
+    end_data_workers()
     return whole, resumed
+
+
+def end_data_workers() -> None:
+    """End the persistent workers of trainers that train no more; a garbage collection would wait 5 s for each."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.terminate()
 
 
 def pytest_collection_finish() -> None:

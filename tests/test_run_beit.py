@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from pretraining_command import pretrain
 from transformers import AutoModel, ViTConfig, ViTModel
 
@@ -44,7 +45,7 @@ def refusal(capsys, *argv: str) -> str:
 @pytest.mark.parametrize("flags", [[], ["--cache_tokens"], ["--cache_tokens", "--validation_fraction", "0"]])
 def test_run__writes_an_encoder_a_panel_and_the_accuracy(tokenizer, tmp_path, flags):
     folder = tmp_path / "out"
-    more = ["--dataset", "sample-fashion"] if "--validation_fraction" in flags else []
+    more = ["--dataset", str(ROOT / "data/samples/photographs/held_out")] if "--validation_fraction" in flags else []
     argv = [*SMALL, "--tokenizer", tokenizer, "--output_dir", str(folder), "--mask_ratio", "0.3", *flags, *more]
     assert pretrain(argv) == 0
     assert type(AutoModel.from_pretrained(folder)).__name__ == "BeitModel"

@@ -72,31 +72,39 @@ PIPELINE = """
 import json, sys, warnings
 warnings.simplefilter("error")
 from transformers import pipeline
-classify = pipeline("image-classification", model=sys.argv[1], function_to_apply="none", top_k=99)
-print(json.dumps(classify(sys.argv[2])))
+settings = {"function_to_apply": "none", "top_k": 99}
+classifiers = [pipeline("image-classification", model=folder, **settings) for folder in sys.argv[2:]]
+print(json.dumps([classify(sys.argv[1]) for classify in classifiers]))
 """
+
+
+@pytest.fixture(scope="module")
+def classified_elsewhere(encoders, labeled, tmp_path_factory):
+    """A classifier of each encoder, and what they say in one process that cannot import this project."""
+    folder = tmp_path_factory.mktemp("classifiers")
+    outs = {variant: finetune(encoder, labeled, folder / variant) for variant, encoder in encoders.items()}
+    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", PIPELINE, str(PHOTOGRAPHS[40]), *map(str, outs.values())]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return outs, dict(zip(outs, json.loads(done.stdout), strict=True)), done.stderr
 
 
 @pytest.mark.skipif(OLDEST, reason="5.17 opens no image processor without torchvision")
 @pytest.mark.parametrize("variant", ["mae", "simmim", "simmim+swin"])
 def test_result__a_pipeline_without_this_project_gives_our_logits_and_says_nothing(
-    variant, encoders, labeled, tmp_path
+    variant, encoders, labeled, classified_elsewhere
 ):
-    out = finetune(encoders[variant], labeled, tmp_path / "out")
-    photograph = PHOTOGRAPHS[40]
-    environment = {**os.environ, "PYTHONPATH": "", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PIPELINE, str(out), str(photograph)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line] == []
-    theirs = {entry["label"]: entry["score"] for entry in json.loads(done.stdout)}
+    outs, answers, errors = classified_elsewhere
+    assert [line for line in errors.splitlines() if line.strip() and "Loading weights" not in line] == []
+    theirs = {entry["label"]: entry["score"] for entry in answers[variant]}
 
     # Ours: the view that training evaluated with, standardized as the trainer does.
     argv = ["--model", str(encoders[variant]), "--dataset", str(labeled)]
     settings = load_finetune_settings(argv, SETTINGS, run_finetune.encoder_config)
-    pixel_values = settings.evaluation_view(photograph, 3).unsqueeze(0)  # (1, C, H, W) uint8
+    pixel_values = settings.evaluation_view(PHOTOGRAPHS[40], 3).unsqueeze(0)  # (1, C, H, W) uint8
     stats, _ = run_finetune.image_stats(str(encoders[variant]))
     mean, std = (torch.tensor(stats[name]).view(1, 3, 1, 1) * 255 for name in ("image_mean", "image_std"))
-    native = AutoModelForImageClassification.from_pretrained(out).eval()
+    native = AutoModelForImageClassification.from_pretrained(outs[variant]).eval()
     with torch.no_grad():
         logits = native((pixel_values - mean) / std).logits[0].tolist()
     ours = {native.config.id2label[number]: logit for number, logit in enumerate(logits)}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import Forked, run_forked
 from PIL import Image
 
 from data import image_checks, scan_file
@@ -300,6 +301,14 @@ def test_full_disk__is_a_note_and_the_old_scan_file_stays(
     assert check_and_list(folder)[1] == ["new.jpg"]
 
 
+# The variable is read at the import, which a forked process has behind it.
+KEEP_IN = "import os, huggingface_hub.constants as hub; hub.HF_ASSETS_CACHE = os.environ['HF_ASSETS_CACHE']\n"
+
+
+def keep_in(folder: Path) -> dict[str, str]:
+    return {**os.environ, "HF_ASSETS_CACHE": str(folder.parent / "assets")}
+
+
 def test_really_full_disk__is_a_note(folder: Path) -> None:
     """In a process that may write files of 1 kB only."""
     program = (
@@ -308,10 +317,7 @@ def test_really_full_disk__is_a_note(folder: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
         "print(check_images(open_source(sys.argv[1]), 0.5, 1).summary.notes)"
     )
-    environment = {**os.environ, "HF_ASSETS_CACHE": str(folder.parent / "assets")}
-    ran = subprocess.run(
-        [sys.executable, "-c", program, str(folder)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    ran = run_forked(["-c", KEEP_IN + program, folder], keep_in(folder), ROOT)
     assert "File too large" in ran.stdout, ran.stderr
     assert not [path for path in (folder.parent / "assets").rglob("*") if path.is_file()]
 
@@ -349,22 +355,17 @@ print(len(checked.good), checked.summary.num_opened, checked.summary.notes)
 """
 
 
-def start(folder: Path, how: str) -> subprocess.Popen:
-    environment = {**os.environ, "HF_ASSETS_CACHE": str(folder.parent / "assets")}
-    return subprocess.Popen(
-        [sys.executable, "-c", CHECK, str(folder), how], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
-
-
 def test_kill_while_writing__leaves_nothing_that_is_believed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with start(folder, "slowly") as process:
+    command = [sys.executable, "-c", CHECK, str(folder), "slowly"]
+    with subprocess.Popen(command, cwd=ROOT, env=keep_in(folder), stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "writing\n"
         process.send_signal(signal.SIGKILL)
     files = [path for path in (folder.parent / "assets").rglob("*") if path.is_file()]
     assert [path.suffix for path in files] == [".unfinished"]
     os.utime(files[0], (0, 0))
-    outputs = [start(folder, "normally").communicate()[0].split(" ", 2)[:2] for _ in range(2)]
+    words = ["-c", KEEP_IN + CHECK, folder, "normally"]
+    outputs = [run_forked(words, keep_in(folder), ROOT).stdout.split(" ", 2)[:2] for _ in range(2)]
     assert outputs == [["12", "12"], ["12", "0"]]
     files = [path for path in (folder.parent / "assets").rglob("*") if path.is_file()]
     assert [path.suffix for path in files] == [".scan"]  # the remains of the killed process are gone
@@ -396,7 +397,8 @@ def test_processes_at_once__share_a_scan_file_that_is_always_whole(folder: Path)
     for thread in threads:
         thread.join()
     assert not failures
-    processes = [start(folder, "normally") for _ in range(2)]
+    words = ["-c", KEEP_IN + CHECK, folder, "normally"]
+    processes = [Forked(words, keep_in(folder), ROOT) for _ in range(2)]
     assert [process.communicate()[0].split(" ")[0] for process in processes] == ["12", "12"]
     assert same(check_images(source, 0.5, 1), expected)
 
