@@ -5,8 +5,10 @@ text and the permitted values. A group is such a dataclass with a `title`, its h
 command (`commands.settings`) inherit from their groups and may declare a field again to change its default or help.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from inspect import cleandoc
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin
@@ -239,6 +241,16 @@ def method_flags(config_class: type) -> dict[str, Any]:
         for setting in fields(config_class)
         if setting.name not in inherited and setting.type in (int, float, bool, str)
     }
+
+
+def method_help(config_class: type) -> dict[str, str]:
+    """Return the first sentences about settings in the docstring of a method's config, by name."""
+    descriptions: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__):
+        arguments = cleandoc(vars(owner).get("__doc__") or "").partition("Args:\n")[2]
+        for names, text in re.findall(r"^ {4}([a-z_0-9, ]+): (.+(?:\n {8}.+)*)", arguments, re.MULTILINE):
+            descriptions |= dict.fromkeys(names.split(", "), " ".join(text.split()).partition(". ")[0].rstrip("."))
+    return descriptions
 
 
 def flags_of(settings_class: type) -> dict[str, Any]:

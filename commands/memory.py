@@ -1,6 +1,6 @@
 """Estimate the memory and the arithmetic of a training step on one device, from the model on the meta device."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ _SHARE_UNDER_AUTOCAST = 0.64
 class Footprint:
     """Parameters of a model, the bytes that one image keeps in float32 for the backward pass, and its FLOPs.
 
-    `flops_per_image` counts the matrix products of the forward pass and twice as many for the backward pass.
+    `flops_per_image` counts the matrix products of the forward pass, and twice as many for the backward pass, which a
+    teacher does not have.
     """
 
     num_parameters: int
@@ -64,11 +65,17 @@ def measure_footprint(model: nn.Module, batch: Mapping[str, Any]) -> Footprint:
 
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     flops = FlopCounterMode(display=False, custom_mapping={attention: _attention_flops})
+    flops.flop_registry = {operator: _in_training(count) for operator, count in flops.flop_registry.items()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), flops, _FusedAttention():
         model(**batch)
     num_trained = sum(number for number, is_trained in numbers if is_trained)
     num_parameters = sum(number for number, _ in numbers)
-    return Footprint(num_parameters, num_trained, sum(kept.values()), 3 * flops.get_total_flops())
+    return Footprint(num_parameters, num_trained, sum(kept.values()), flops.get_total_flops())
+
+
+def _in_training(count: Callable[..., int]) -> Callable[..., int]:
+    """Add the backward pass to a function that returns the FLOPs of an operator."""
+    return lambda *args, **kwargs: count(*args, **kwargs) * (3 if torch.is_grad_enabled() else 1)
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:

@@ -12,7 +12,15 @@ from typing import Any, get_args, get_type_hints
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
-from commands.flags import TRANSFORMERS_DEFAULT, TrainingFlags, default_of, flags_of, method_flags, tuple_in
+from commands.flags import (
+    TRANSFORMERS_DEFAULT,
+    TrainingFlags,
+    default_of,
+    flags_of,
+    method_flags,
+    method_help,
+    tuple_in,
+)
 
 
 class SettingsError(ValueError):
@@ -133,12 +141,16 @@ def _unknown(parser: Any, rest: Sequence[str]) -> str:
 def _method_group(methods: Mapping[str, type]) -> type:
     """Return a dataclass of the methods' settings; methods may share a setting, each with its own default."""
     defaults: dict[str, dict[str, Any]] = {}
+    descriptions: dict[str, str] = {}
     for method, config_class in methods.items():
+        descriptions |= method_help(config_class)
         for name, default in method_flags(config_class).items():
             defaults.setdefault(name, {})[method] = default
     flags = []
     for name, per_method in defaults.items():
         text = "of " + ", ".join(f"{method} (default: {_shown(default)})" for method, default in per_method.items())
+        if name in descriptions:
+            text += f": {descriptions[name][0].lower()}{descriptions[name][1:]}".replace("%", "%%")
         default = next(iter(per_method.values()))
         flags.append((name, type(default), field(default=default, metadata={"help": text})))
     return make_dataclass("MethodFlags", flags, namespace={"_argument_group_name": "method"})

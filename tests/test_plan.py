@@ -7,7 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 import run_pretraining
 from commands.arithmetic import Hardware
-from commands.memory import Footprint
+from commands.memory import Footprint, measure_footprint
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
 from modeling import MODELS
@@ -305,3 +305,19 @@ def test_arithmetic__of_mae_is_that_of_its_matrix_products():
         + patches * 512 * patch_values
     )
     assert plan_of_real_model("--model", "vit-base").footprint.flops_per_image == 3 * 2 * products
+
+
+def test_arithmetic__of_a_teacher_is_that_of_its_forward_pass():
+    class StudentAndTeacher(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student, self.teacher = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+
+        def forward(self, pixel_values):
+            with torch.no_grad():
+                targets = self.teacher(pixel_values)
+            return self.student(pixel_values) - targets
+
+    with torch.device("meta"):
+        footprint = measure_footprint(StudentAndTeacher(), {"pixel_values": torch.empty(1, 8)})
+    assert footprint.flops_per_image == (3 + 1) * 2 * 8 * 16

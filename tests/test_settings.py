@@ -326,6 +326,7 @@ def test_help__has_every_default_that_is_ours(capsys):
     assert "from swin-nano to swin-large (default: vit-base)" in text
     assert "seed of all random numbers: data order, crops, masks, weights (default: 0)" in text
     assert "of mae (default: 512)" in text
+    assert "0 for an average over the last 2% of the steps" in text
 
 
 # ---- masks in pixels, and a schedule's own arguments ----
