@@ -50,8 +50,8 @@ class FeatureTargetConfig(MimConfig):
 
     Args:
         num_target_layers: Last blocks of the teacher whose mean is the target; 0 to choose it by the depth.
-        teacher_momentum: Momentum of the teacher at the end; 0 for an average over the last 2% of the steps, and at most
-            0.9998, which is the published value for 500,000 steps.
+        teacher_momentum: Momentum of the teacher at the end; 0 for an average over the last 2% of the steps, and at
+            most 0.9998, which is the published value for 500,000 steps.
         teacher_momentum_start: Momentum at the start; 0 for a constant one.
         teacher_momentum_steps: Steps of a linear rise of the momentum; 0 for half a cosine over all steps.
         exported_weights: Which encoder users get, that of the teacher or of the student.
