@@ -14,6 +14,7 @@ from conftest import (
     ROOT,
     SIZE,
     TINY_MODELS,
+    VARIANTS,
     model_class,
     tiny_arguments,
     tiny_batch,
@@ -255,7 +256,7 @@ def opened_elsewhere(tmp_path_factory):
     """Every head exported, and opened in one process that cannot import this project."""
     folder = tmp_path_factory.mktemp("exported")
     expected = {}
-    for variant in TINY_MODELS:
+    for variant in VARIANTS:
         head, batch = tiny_model(variant).eval(), tiny_batch(variant)
         export(head, folder / variant, method=variant, recipe={"mask_ratio": 0.75})
         standardized = head.standardize(batch["pixel_values"]).flatten(0, -4)
@@ -265,7 +266,7 @@ def opened_elsewhere(tmp_path_factory):
         expected[variant] = {"features": features, "loss": head(**batch).loss.item()}
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    command = [sys.executable, "-c", LOAD_ALL, str(folder), *TINY_MODELS]
+    command = [sys.executable, "-c", LOAD_ALL, str(folder), *VARIANTS]
     result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return folder, expected, json.loads(result.stdout.splitlines()[-1]), result.stderr
@@ -332,7 +333,7 @@ def test_two_processes__equal_one_with_the_same_global_batch(tmp_path):
     for num_processes, name in ((None, "one"), (2, "two")):
         result = run_forked([script, tmp_path / name], environment, num_processes=num_processes)
         assert result.returncode == 0, result.stderr[-3000:]
-    for variant in TINY_MODELS:
+    for variant in VARIANTS:
         one, two = (torch.load(tmp_path / name / f"{variant}.pt", weights_only=True) for name in ("one", "two"))
         assert two["world_size"] == 2
         for name, expected in one["weights"].items():

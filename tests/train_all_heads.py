@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import TINY_MODELS, tiny_arguments, tiny_collator, tiny_images, tiny_model
+from conftest import VARIANTS, tiny_arguments, tiny_collator, tiny_images, tiny_model
 
 from training.trainer import MimTrainer
 
@@ -14,7 +14,7 @@ NUM_IMAGES = 8
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for variant in TINY_MODELS:
+    for variant in VARIANTS:
         arguments = tiny_arguments(folder / variant, max_steps=3, optim="sgd", learning_rate=0.1)
         arguments.per_device_train_batch_size = NUM_IMAGES // arguments.world_size
         trainer = MimTrainer(
