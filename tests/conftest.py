@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +220,12 @@ def end_data_workers() -> None:
 def pytest_collection_finish() -> None:
     """Exempt what was imported from garbage collection, which training starts often, for up to a second each time."""
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _no_data_workers() -> Iterator[None]:
+    yield
+    end_data_workers()
 
 
 @pytest.fixture(params=VARIANTS)
