@@ -79,6 +79,10 @@ def main(argv: list[str]) -> None:
     lines = [f"note: {note}" for note in weights.notes]
     views = transform_of(settings, config, targets, train=True)
     lines += describe_cache(settings, views)
+    chosen = settings_for_images(settings, len(splits.train))
+    lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
+    schedules = blank.schedules(plan.num_steps, plan.steps_per_epoch)
+    lines += [f"{name.replace('_', ' ')}: {schedule.describe()}" for name, schedule in schedules.items()]
     if problem := native_root_problem(blank):
         lines.insert(0, f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
     callbacks: list[Callable[[MimTrainer], TrainerCallback]] = []
@@ -153,9 +157,16 @@ def model_config(
             log = printer(PartialState())
             log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
         derived |= {"image_mean": mean, "image_std": [value or 1.0 for value in std]}
+    derived |= settings_for_images(settings, len(splits.train))
     return CONFIGS[settings.method](
         encoder_config=settings.encoder_settings(), **{**settings.method_settings, **derived}
     )
+
+
+def settings_for_images(settings: PretrainingSettings, num_images: int) -> dict[str, Any]:
+    """Return the settings that the method chooses by the number of images, as far as they are not given."""
+    chosen = CONFIGS[settings.method].settings_for(num_images)
+    return {name: value for name, value in chosen.items() if not settings.values[name]}
 
 
 def without_weights(config: MimConfig) -> MimPreTrainedModel:

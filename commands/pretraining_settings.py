@@ -188,6 +188,11 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
             raise SettingsError(
                 "--image_stats is preset, expected auto for gray images: the statistics of ImageNet have three colors"
             )
+        if self.is_users("weight_decay") and "weight_decay_end" in self.method_settings:
+            raise SettingsError(
+                f"--weight_decay has no effect with {self.method}, where it rises: give --weight_decay_start and "
+                "--weight_decay_end"
+            )
         self._check_against_start()
 
     @property

@@ -143,6 +143,11 @@ class MimConfig(PreTrainedConfig):
         return (View(),)
 
     @classmethod
+    def settings_for(cls, num_images: int) -> dict[str, Any]:
+        """Return the values of settings that follow from the number of training images where they are 0."""
+        return {}
+
+    @classmethod
     def finetune_recipe(cls, encoder_config: Any) -> FinetuneRecipe:
         """Return the published fine-tuning settings that fit an encoder best, by default those for its family."""
         # A ViT that was fine-tuned before may have become a BEiT; its method tells what it was.
@@ -228,6 +233,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     - `no_weight_decay`: suffixes of parameter names without weight decay, beside biases and one-dimensional tensors.
     - `needs_equal_num_masked`: all images of a batch must have equally many masked patches.
     - `targets`: kind of targets that the batch must hold, see `training.targets`; None if the images are enough.
+    - `predicts_patches`: False if nothing is masked, so that there are no `logits`.
     - `exported`: name of the submodule that leaves as the native encoder.
     - `can_collapse`: the targets follow the model itself, so that they may become equal; see `collapse_signs`.
     - `decodes_masked_patches`: masked patches exist in the decoder only, so that `forward` takes several masks
@@ -246,6 +252,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     # Otherwise Trainer assumes that a model with `labels` divides by num_items_in_batch, and accumulates sums.
     accepts_loss_kwargs = False
     needs_equal_num_masked: ClassVar[bool] = False
+    predicts_patches: ClassVar[bool] = True
     targets: ClassVar[str | None] = None
     frozen_parameters: ClassVar[tuple[str, ...]] = ()
     exported: str = "encoder"

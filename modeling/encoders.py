@@ -3,7 +3,7 @@
 Papers: Bao et al. 2021 (BEiT), arXiv:2106.08254, Sec. 2.5; Xie et al. 2021 (SimMIM), arXiv:2111.09886, Sec. 4.1.
 Code: microsoft/unilm/beit at 768a3c8; microsoft/SimMIM at d3e29bc.
 Differs from transformers: only as the classes below document. Parameters keep their names, so that a trained encoder
-opens as a `BeitModel`, `DeiTModel` or `SwinModel`.
+opens as a `BeitModel`, `ViTModel`, `DeiTModel` or `SwinModel`.
 Shapes: B images, N tokens, D width, h w patches per column and row.
 """
 
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import BeitConfig, BeitModel, DeiTConfig, DeiTModel, SwinConfig, SwinModel
+from transformers import BeitConfig, BeitModel, DeiTConfig, DeiTModel, SwinConfig, SwinModel, ViTConfig, ViTModel
 from transformers import initialization as init
 from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitRelativePositionBias
 from transformers.models.deit.modeling_deit import DeiTEmbeddings
@@ -23,8 +23,11 @@ from transformers.models.swin.modeling_swin import (
     SwinRelativePositionBias,
 )
 from transformers.models.swin.modeling_swin import SwinEncoder as NativeSwinStages
+from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from .base import InitializesEveryModule
+from .patches import patch_grid
+from .positions import resize_positions
 
 # Defaults of an encoder_config for pre-training: the authors' values where transformers has others.
 BEIT_DEFAULTS: dict[str, Any] = {
@@ -94,6 +97,46 @@ class BeitEncoder(InitializesEveryModule, BeitModel):
             if linear is block.attention.o_proj or linear is block.mlp.fc2:
                 return math.sqrt(2 * number)
         return 1.0
+
+
+class AnySizeEmbeddings(ViTEmbeddings):
+    """ViTEmbeddings whose positions are resized to the grid of any image; the native ones need square images."""
+
+    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        patch: Any = self.patch_size
+        old, new = patch_grid(self.image_size, patch), patch_grid((height, width), patch)
+        return resize_positions(self.position_embeddings, old, new)
+
+
+class VitEncoder(InitializesEveryModule, ViTModel):
+    """A ViTModel with drop path that takes crops of any size, initialized as in DINO and iBOT."""
+
+    # All have weight decay.
+    no_weight_decay: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: ViTConfig, drop_path_rate: float = 0.0, use_mask_token: bool = True):
+        super().__init__(config, add_pooling_layer=False)
+        self.embeddings = AnySizeEmbeddings(config, use_mask_token)
+        rates = torch.linspace(0, drop_path_rate, len(self.layers), device="cpu").tolist()
+        layer: Any
+        for layer, rate in zip(self.layers, rates, strict=True):
+            if rate:  # this dropout is the last operation of both branches
+                layer.dropout = nn.Sequential(layer.dropout, SwinDropPath(rate))
+        self.post_init()
+
+    def tokens(self, pixels: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the normalized output (B, 1+N, D), the class token first."""
+        outputs = self(pixels, bool_masked_pos=bool_masked_pos, interpolate_pos_encoding=True)
+        tokens: torch.Tensor = outputs.last_hidden_state
+        return tokens
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[no-untyped-call]  # LayerNorm; tokens and positions
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.Conv2d):
+            init_like_pytorch(module)
 
 
 class DeitEncoder(InitializesEveryModule, DeiTModel):

@@ -21,14 +21,18 @@ def positions_of_grid(table: torch.Tensor, old: tuple[int, int], new: tuple[int,
     return resize_positions(table, old, new)
 
 
-def resize_positions(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+def resize_positions(
+    table: torch.Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool = False
+) -> torch.Tensor:
     """Resize position embeddings (1, E+N, D) to a new grid of patches; the E rows of extra tokens are kept."""
     if old == new:
         return table
     num_extra = table.shape[1] - old[0] * old[1]
     extra, patches = table[:, :num_extra], table[:, num_extra:]
     grid = patches.unflatten(1, old).permute(0, 3, 1, 2)  # (1, D, h, w)
-    resized = nn.functional.interpolate(grid.float(), size=new, mode="bicubic", align_corners=False).to(table.dtype)
+    resized = nn.functional.interpolate(
+        grid.float(), size=new, mode="bicubic", align_corners=False, antialias=antialias
+    ).to(table.dtype)
     return torch.cat([extra, resized.flatten(2).transpose(1, 2)], dim=1)
 
 

@@ -23,6 +23,12 @@ class Schedule:
             return self.start + (self.end - self.start) * step / self.num_steps
         return self.end + (self.start - self.end) * (1 + math.cos(math.pi * step / self.num_steps)) / 2
 
+    def describe(self) -> str:
+        """Return the course of the value in words."""
+        if self.start == self.end or not self.num_steps:
+            return f"{self.end:.6g}"
+        return f"{self.start:.6g} to {self.end:.6g} within {self.num_steps:,} steps ({self.shape})"
+
 
 def constant(value: float) -> Schedule:
     """Return a schedule that never changes."""

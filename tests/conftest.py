@@ -53,6 +53,13 @@ _MAE = {
     "decoder_intermediate_size": 32,
 }
 _BEIT = {**_ENCODER, "drop_path_rate": 0.0}  # batches that are split otherwise would drop other paths
+_PROTOTYPES = {
+    "num_prototypes": 24,
+    "head_hidden_size": 32,
+    "head_bottleneck_size": 16,
+    "num_local_crops": 2,
+    "drop_path_rate": 0.0,
+}
 _SWIN = {
     "model_type": "swin",
     "embed_dim": 16,
@@ -78,7 +85,12 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
         "decoder_num_groups": 4,
         "mask_noise_std": 0.0,  # the same batch, split otherwise, would get other noise
     },
+    "ibot": {"encoder_config": _ENCODER, **_PROTOTYPES},
+    "dino": {"encoder_config": _ENCODER, **_PROTOTYPES},
+    "dinov2": {"encoder_config": _ENCODER, **_PROTOTYPES},
 }
+# Methods whose loss of a batch is not the mean of those of its parts.
+COMPARES_IMAGES = {"dinov2": "Sinkhorn-Knopp, KoLeo and the spread of ratios compare the images of a batch"}
 # The methods of tests/toys, in a tree where they were added.
 _TOYS = {"hog": _MAE, "two-crops": {"encoder_config": _BEIT, "num_outputs": 16}}
 TINY_MODELS |= {method: settings for method, settings in _TOYS.items() if method in MODELS}
@@ -146,7 +158,7 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
 
     With labels where the method needs them.
     """
-    needs_equal = model_class(variant).needs_equal_num_masked
+    needs_equal, config = model_class(variant).needs_equal_num_masked, tiny_config(variant)
     patch_size = TINY_MODELS[variant]["encoder_config"]["patch_size"]
     collator = MaskingCollator(
         patch_grid(SIZE, patch_size),
@@ -154,7 +166,9 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
         strategy="random" if patch_size == PATCH else "random-unit",
         mask_unit=PATCH // patch_size,
         equal_num_masked=needs_equal,
-        num_masks=tiny_config(variant).views[0].num_crops,
+        num_masks=config.views[0].num_crops,
+        mask_probability=config.mask_probability,
+        spreads_ratios=config.spreads_mask_ratios,
         with_image_index=with_image_index,
     )
     return LabeledByTokenizer(collator) if model_class(variant).targets == "tokenizer" else collator

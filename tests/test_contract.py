@@ -1,5 +1,6 @@
 """The battery that every head in `modeling` passes. Heads are found, not listed."""
 
+import copy
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    COMPARES_IMAGES,
     PATCH,
     ROOT,
     SIZE,
@@ -35,6 +37,14 @@ from modeling import MODELS
 from training.trainer import MimTrainer
 
 
+def predicting_model(variant):
+    model = tiny_model(variant).eval()
+    if not model.predicts_patches:
+        assert model(**tiny_batch(variant)).logits is None
+        pytest.skip("nothing is masked")
+    return model
+
+
 def test_heads__each_has_a_tiny_configuration_here():
     assert {variant.split("+")[0] for variant in TINY_MODELS} == set(MODELS)
 
@@ -55,25 +65,27 @@ def test_output__is_the_same_for_the_same_input(variant):
     head, batch = tiny_model(variant).eval(), tiny_batch(variant)
     first, second = head(**batch), head(**batch)
     assert torch.equal(first.loss, second.loss)
-    assert torch.equal(first.logits, second.logits)
+    assert first.logits is second.logits is None or torch.equal(first.logits, second.logits)
 
 
 @torch.no_grad()
 def test_predictions__differ_between_hidden_patches(variant):
     """With weights moved off their start: BEiT learns positions from zero, so at the start nothing differs."""
-    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
+    head, batch = predicting_model(variant), tiny_batch(variant)
     generator = torch.Generator().manual_seed(0)
     for parameter in head.parameters():
         if parameter.requires_grad:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     counts = head.masked_units(batch["bool_masked_pos"]).flatten(0, -2).sum(dim=1).tolist()  # of each image or crop
-    for predictions in head(**batch).logits.flatten(0, -2).split(counts):  # (M, K)
+    parts = [part for part in head(**batch).logits.flatten(0, -2).split(counts) if len(part) > 1]  # (M, K)
+    assert len(parts) >= 4
+    for predictions in parts:
         assert (predictions[:1] - predictions[1:]).abs().amax(-1).min() > 1e-3
 
 
 @torch.no_grad()
 def test_predictions__do_not_see_hidden_pixels(variant):
-    head, batch = tiny_model(variant).eval(), tiny_batch(variant)
+    head, batch = predicting_model(variant), tiny_batch(variant)
     hidden = head.masked_units(batch["bool_masked_pos"]).unflatten(-1, (1, SIZE // PATCH, SIZE // PATCH))
     hidden = hidden.repeat_interleave(PATCH, -1).repeat_interleave(PATCH, -2)
     changed = batch | {"pixel_values": torch.where(hidden, 255 - batch["pixel_values"], batch["pixel_values"])}
@@ -83,7 +95,7 @@ def test_predictions__do_not_see_hidden_pixels(variant):
 
 @torch.no_grad()
 def test_predictions__belong_to_mask_units(variant):
-    model, batch = tiny_model(variant).eval(), tiny_batch(variant)
+    model, batch = predicting_model(variant), tiny_batch(variant)
     logits, units = model(**batch).logits, model.masked_units(batch["bool_masked_pos"])
     predicted = model.predicted_units(logits, units)
     assert (SIZE // model.config.prediction_side) ** 2 == units.shape[-1]
@@ -126,7 +138,8 @@ def test_images__may_be_rectangular_and_of_any_channel_count(variant):
     settings["encoder_config"] = settings["encoder_config"] | {"image_size": (32, 48), "num_channels": 1}
     head = model_class(variant)(model_class(variant).config_class(**settings))
     batch = tiny_batch(variant)
-    batch["pixel_values"] = torch.cat(2 * [batch["pixel_values"][..., :1, :, :]], dim=-1)[..., :48]
+    batch |= {name: batch[name][..., :1, :, :] for name in batch if name.endswith("pixel_values")}
+    batch["pixel_values"] = torch.cat(2 * [batch["pixel_values"]], dim=-1)[..., :48]
     cells = torch.tensor([[False] + 4 * [True] + [False]]).repeat(4, 1)  # (h, w) of PATCH x PATCH pixels
     step = PATCH // settings["encoder_config"]["patch_size"]
     mask = cells.repeat_interleave(step, 0).repeat_interleave(step, 1).flatten()
@@ -157,10 +170,17 @@ def test_attention__implementations_agree(variant, implementation):
     assert_close(head(**tiny_batch(variant)).loss, expected)
 
 
-def test_training__lowers_the_loss_under_ours_and_under_the_stock_trainer(variant, tmp_path):
+def test_training__lowers_the_loss_under_ours_and_under_the_stock_trainer(variant, tmp_path, monkeypatch):
+    model = tiny_model(variant)
+    if hasattr(model, "teacher_heads"):
+        # The better a teacher spreads the images over the prototypes, the higher the loss: here it is another model
+        # that stands still.
+        monkeypatch.setattr(model_class(variant), "after_step", lambda self, progress: None)
+        torch.manual_seed(1)
+        model.teacher_heads.load_state_dict(model.build_heads().apply(model._init_weights).state_dict())
     for trainer_class in (Trainer, MimTrainer):
         trainer = trainer_class(
-            model=tiny_model(variant),
+            model=copy.deepcopy(model),
             args=tiny_arguments(tmp_path, max_steps=30, learning_rate=3e-3),
             train_dataset=tiny_images(variant=variant),
             eval_dataset=tiny_images(train=False, variant=variant),
@@ -173,6 +193,8 @@ def test_training__lowers_the_loss_under_ours_and_under_the_stock_trainer(varian
 
 
 def test_accumulation__of_4_batches_of_2_equals_one_of_8(variant, tmp_path):
+    if variant in COMPARES_IMAGES:
+        pytest.skip(COMPARES_IMAGES[variant])
     weights = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         trainer = MimTrainer(

@@ -50,7 +50,7 @@ def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[st
     if config.model_type == "beit" and config.use_mean_pooling:  # was fine-tuned once: its final norm is in the pooler
         state.setdefault("pooler.layernorm.weight", torch.ones(config.hidden_size))
         state.setdefault("pooler.layernorm.bias", torch.zeros(config.hidden_size))
-    if config.model_type in ("swin", "deit"):
+    if config.model_type in ("vit", "swin", "deit"):
         state.pop("embeddings.mask_token", None)  # AutoModel builds them without one; pretraining/ keeps it
     native.load_state_dict(state, strict=True)
     return native.eval()
