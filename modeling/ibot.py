@@ -346,7 +346,7 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
                 f"largest, {spread:.1%} for their mean): {cure}, raise teacher_momentum_start, or lower the learning "
                 "rate."
             )
-        return None
+        return super().collapse_signs(logs)
 
     def before_update(self, progress: Progress) -> None:
         """Clip each gradient by itself, and keep the prototypes as they are at first."""
