@@ -342,7 +342,7 @@ def test_wrong_kind__a_beit_is_no_data2vec(tmp_path):
     assert "use --from beit" in refusal({"model": state}, "data2vec", tmp_path)
 
 
-@pytest.mark.parametrize("method", ["mae", "simmim", "beit", "data2vec", "ibot", "timm"])
+@pytest.mark.parametrize("method", ["mae", "simmim", "beit", "data2vec", "ibot", "dino", "dinov2", "timm"])
 def test_wrong_kind__something_else_altogether(method, tmp_path):
     message = refusal({"model": {"fc.weight": drawn(2, 2)}}, method, tmp_path)
     assert f"is not a checkpoint of {method}" in message

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from hub.convert import beit, data2vec, ibot, mae, simmim, timm
+from hub.convert import beit, data2vec, dino, dinov2, ibot, mae, simmim, timm
 from hub.convert.native_models import Converted
 from hub.convert.recognize import recognize
 from hub.convert.reference import reference_output
@@ -31,13 +31,15 @@ IMAGE_STATS = ("imagenet", "half")
 # A format has `convert`, which raises ValueError if the weights do not fit, and if it needs them: `add_flags`;
 # `required_flags`, which returns the flags that a file does not answer with the values of published files;
 # `image_stats`, the default of --image_stats if it is not ImageNet's; `WEIGHTS`, keys of the file by --weights
-# (`options.states` has the weights under all of them).
+# (`options.states` has the weights under all of them, `options.losses` those of losses).
 FORMATS: dict[str, Any] = {
     "mae": mae,
     "simmim": simmim,
     "beit": beit,
     "data2vec": data2vec,
     "ibot": ibot,
+    "dino": dino,
+    "dinov2": dinov2,
     "timm": timm,
 }
 
@@ -161,7 +163,7 @@ def _convert(file: WeightFile, state: State, options: argparse.Namespace) -> tup
         raise ValueError(f"the file does not store every setting: add {flags} (values of published files)")
     default = module.image_stats(state) if hasattr(module, "image_stats") else "imagenet"
     (options.image_mean, options.image_std), notes = _image_stats(state, options.image_stats, default)
-    options.states = file.states
+    options.states, options.losses = file.states, file.losses
     converted = module.convert(state, options)
     return converted, [*converted.notes, *notes]
 
@@ -178,7 +180,7 @@ def _image_stats(state: State, name: str | None, default: str | None) -> tuple[A
 
 
 def _ignored(file: WeightFile, name: str, also_read: tuple[str, ...]) -> list[str]:
-    others = [*(key for key in file.states if key not in (name, *also_read)), *file.others]
+    others = [key for key in (*file.states, *file.others) if key not in (name, *also_read)]
     names = " and ".join(map(repr, (name, *also_read)))
     ignored = f"; ignored: {', '.join(others)}" if others else ""
     return [f"reading the weights under {names}{ignored}"] if others or also_read else []
@@ -200,11 +202,11 @@ def _describe(model: PreTrainedModel, unknown: dict[str, str]) -> str:
     encoder = getattr(config, "encoder_config", config)
     names = (
         *("depths", "embed_dim", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_heads"),
-        *("intermediate_size", "window_size", "patch_size", "image_size", "num_channels"),
+        *("intermediate_size", "window_size", "num_register_tokens", "patch_size", "image_size", "num_channels"),
     )
     sizes = [f"{name} {getattr(encoder, name)}" for name in names if hasattr(encoder, name) and name not in unknown]
     if encoder is not config:
-        of_model = ("vocab_size", *(name for name in vars(config) if name.startswith("decoder_")))
+        of_model = ("vocab_size", "num_prototypes", *(name for name in vars(config) if name.startswith("decoder_")))
         sizes += [f"{name} {getattr(config, name)}" for name in of_model if hasattr(config, name)]
     elif hasattr(model, "classifier"):
         sizes.append(f"num_labels {config.num_labels}")

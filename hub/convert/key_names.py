@@ -54,6 +54,22 @@ MAE: Table = (
     ("^decoder_pos_embed", "^decoder_positions"),
 )
 
+DINOV2: Table = (
+    (".attn.proj.", ".attention.o_proj."),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+    (".mlp.w12.", ".mlp.gate_proj."),  # both matrices of a gated MLP in one
+    (".mlp.w12.", ".mlp.up_proj."),
+    (".mlp.w3.", ".mlp.down_proj."),
+    ("^cls_token", "^embeddings.cls_token"),
+    ("^mask_token", "^embeddings.mask_token"),
+    ("^register_tokens", "^embeddings.register_tokens"),
+    ("^pos_embed", "^embeddings.position_embeddings"),
+    ("^patch_embed.proj.", "^embeddings.patch_embeddings.projection."),
+    ("^norm.", "^layernorm."),
+    ("^blocks.", "^encoder.layer."),
+)
+
 _QKV = re.compile(r"\.attn\.qkv\.(weight|bias)$")
 _PROJECTION = re.compile(r"\.attention\.[qkv]_proj\.(weight|bias)$")
 

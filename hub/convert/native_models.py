@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.models.dinov2 import modeling_dinov2
 
-from hub.convert.key_names import BEIT, TABLES, VIT, Table, native_to_theirs, to_native
+from hub.convert.key_names import BEIT, DINOV2, TABLES, VIT, Table, native_to_theirs, to_native
 from hub.convert.sizes import beit_settings, swin_settings, vit_settings
 from hub.convert.weight_file import State
 from modeling.encoders import SwinEncoder
@@ -17,6 +18,16 @@ Reasons = Mapping[str, str]  # why keys are not used, by a regular expression
 _DERIVED = {r"relative_position_index$|attn_mask$": "computed from the sizes"}
 NO_MASK_TOKEN = "AutoModel builds this encoder without a mask token"
 _LAYER_SCALE = re.compile(r"\.ls([12])\.gamma$")
+# DINOv2's names in transformers 5.17.
+_OLDER_DINOV2 = {
+    ".q_proj.": ".attention.query.",
+    ".k_proj.": ".attention.key.",
+    ".v_proj.": ".attention.value.",
+    ".o_proj.": ".output.dense.",
+    ".gate_proj.": ".weights_in.",
+    ".down_proj.": ".weights_out.",
+}
+_HAS_OLDER_DINOV2 = hasattr(modeling_dinov2, "Dinov2SelfAttention")
 _KEY_BIAS = "its key part adds the same number to all scores of a query, which cancels in the softmax"
 
 
@@ -52,20 +63,20 @@ def convert_vit(
         if "mask_token" in state:
             dropped["mask_token"] = NO_MASK_TOKEN
             del state["mask_token"]
-        return _build(state, vit_settings(state, num_attention_heads, image_size), dropped)
+        return build_native(state, vit_settings(state, num_attention_heads, image_size), dropped)
     if "mask_token" in state:
         state["mask_token"] = state["mask_token"].view(1, 1, -1)
     dropped |= {key: _KEY_BIAS for key in state if key.endswith(".attn.qkv.bias")}
     arguments = beit_settings(state, num_attention_heads, image_size)
     if not isinstance(arguments["image_size"], int):
         raise ValueError(f"these weights need a BeitModel, which only accepts square images, not {image_size}")
-    return _build(state, arguments, dropped)
+    return build_native(state, arguments, dropped)
 
 
 def convert_beit(state: State, num_attention_heads: int | None = None, reasons: Reasons = _DERIVED) -> Converted:
     """Convert the ViT of BEiT, SimMIM or data2vec to a BeitModel or BeitForImageClassification."""
     state, dropped = drop(state, reasons)
-    return _build(state, beit_settings(state, num_attention_heads), dropped)
+    return build_native(state, beit_settings(state, num_attention_heads), dropped)
 
 
 def convert_swin(state: State, image_size: int | None, reasons: Reasons = _DERIVED) -> Converted:
@@ -77,11 +88,12 @@ def convert_swin(state: State, image_size: int | None, reasons: Reasons = _DERIV
         problem = SwinEncoder(config).native_root_problem
     if problem:
         raise ValueError(f"transformers' Swin cannot hold these weights: {problem}")
-    return _build(state, arguments, dropped)
+    return build_native(state, arguments, dropped)
 
 
-def _build(state: State, arguments: dict[str, Any], dropped: dict[str, str]) -> Converted:
-    table = TABLES[arguments["model_type"]]
+def build_native(state: State, arguments: dict[str, Any], dropped: dict[str, str]) -> Converted:
+    """Build an encoder, or a classifier if the weights have a head, from its settings and the authors' weights."""
+    table = TABLES.get(arguments["model_type"], DINOV2)
     if "head.weight" in state:
         config = AutoConfig.for_model(**arguments, num_labels=len(state["head.weight"]))
         model = AutoModelForImageClassification.from_config(config)
@@ -93,9 +105,16 @@ def _build(state: State, arguments: dict[str, Any], dropped: dict[str, str]) -> 
 
 
 def rename(state: State, table: Table) -> Iterable[tuple[str, str, torch.Tensor]]:
-    """Apply `to_native`, without the key biases that a BEiT cannot have."""
+    """Apply `to_native`, without the key biases that a BEiT cannot have, and with gated MLPs split."""
     for theirs, ours, tensor in to_native(state, table):
-        if not (table is BEIT and ours.endswith(".k_proj.bias")):
+        if table is DINOV2 and _HAS_OLDER_DINOV2:
+            for name, older in _OLDER_DINOV2.items():
+                ours = ours.replace(name, older)
+            yield theirs, ours, tensor
+        elif ".mlp.gate_proj." in ours:
+            for name, part in zip(("gate_proj", "up_proj"), tensor.chunk(2), strict=True):
+                yield theirs, ours.replace("gate_proj", name), part.clone()
+        elif not (table is BEIT and ours.endswith(".k_proj.bias")):
             yield theirs, ours, tensor
 
 
@@ -109,7 +128,7 @@ def load_weights(
     """
     expected = model.state_dict()
     prefix = model.base_model_prefix + "."
-    found: dict[str, torch.Tensor] = {}
+    found = {name: tensor for name, tensor in expected.items() if not tensor.numel()}  # no file has an empty tensor
     unexpected, mismatched = [], []
     for theirs, ours, tensor in weights:
         name = next((name for name in (prefix + ours, ours) if name in expected), None)

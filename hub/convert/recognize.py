@@ -15,6 +15,7 @@ class Kind(NamedTuple):
 
 
 _PROJECTION_HEAD = "head.mlp.0.weight"
+_LOSSES = {"ibot_loss": "iBOT", "dino_loss": "DINO"}  # beside both networks
 
 
 def recognize(file: WeightFile, state: State) -> Kind | None:
@@ -63,15 +64,25 @@ def _recognize_beit(file: WeightFile, state: State, form: str) -> Kind:
 
 
 def _recognize_vit(file: WeightFile, state: State, form: str) -> Kind:
+    if "dino_head.mlp.0.weight" in state or ("mask_token" in state and "blocks.0.ls1.gamma" in state):
+        keys = _present(state, "dino_head.mlp.0.weight", "mask_token", "register_tokens", "blocks.0.ls1.gamma")
+        return Kind(f"DINOv2, {_networks(file)}", ("dinov2", "timm"), keys)
     if "masked_embed" in state or _PROJECTION_HEAD in state or {"teacher", "student"} & set(file.states):
-        return Kind("iBOT, encoder only", ("ibot",), _present(state, "masked_embed", _PROJECTION_HEAD, "pos_embed"))
+        keys = _present(state, "masked_embed", _PROJECTION_HEAD, "pos_embed")
+        names = [name for loss, name in _LOSSES.items() if loss in file.others]
+        names = names or (["iBOT"] if "masked_embed" in state else ["iBOT", "DINO"])
+        return Kind(f"{' or '.join(names)}, {_networks(file)}", tuple(map(str.lower, names)), keys)
     if "pos_embed" in state and image_size_from_positions(state) is None:
         return Kind(f"ViT, {form}, whose positions are not a square grid and a class token", ("timm",), ("pos_embed",))
     if "blocks.0.ls1.gamma" in state or "state_dict_ema" in file.states:
         return Kind(f"ViT, {form}", ("timm",), _present(state, "blocks.0.ls1.gamma", "head.weight"))
     if "fc_norm.weight" in state or "head.weight" in state:
-        return Kind(f"ViT, {form}", ("mae", "timm", "ibot"), _present(state, "fc_norm.weight", "head.weight"))
-    return Kind(f"ViT, {form}", ("mae", "ibot", "timm"), _present(state, "pos_embed", "norm.weight"))
+        return Kind(f"ViT, {form}", ("mae", "timm", "ibot", "dino"), _present(state, "fc_norm.weight", "head.weight"))
+    return Kind(f"ViT, {form}", ("mae", "ibot", "dino", "timm"), _present(state, "pos_embed", "norm.weight"))
+
+
+def _networks(file: WeightFile) -> str:
+    return "student and teacher" if {"teacher", "student"} <= set(file.states) else "encoder only"
 
 
 def _present(state: State, *keys: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Run a ViT or BEiT directly on the authors' weights; the converter compares its result with this.
+"""Run a ViT, BEiT or DINOv2 directly on the authors' weights; the converter compares its result with this.
 
 It uses neither transformers nor renamed keys, so that a misplaced weight cannot go unnoticed.
-Code: facebookresearch/mae at efb2a80, microsoft/unilm/beit at 768a3c8 (reimplemented).
+Code: facebookresearch/mae at efb2a80, microsoft/unilm/beit at 768a3c8, facebookresearch/dinov2 at e1277af (all
+reimplemented).
 Shapes: B images, N patches, D hidden size, A heads.
 """
 
@@ -15,22 +16,27 @@ from modeling.encoders import relative_position_index
 
 @torch.no_grad()
 def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Return all tokens (B, 1+N, D) after the final norm, if there is one, or the logits of a classifier."""
+    """Return all tokens after the final norm, if there is one, or the logits of a classifier.
+
+    Tokens are (B, 1+N, D), with registers after the class token.
+    """
     weight = state["patch_embed.proj.weight"]
     x = F.conv2d(pixel_values, weight, state["patch_embed.proj.bias"], stride=weight.shape[-1])
     grid = (x.shape[2], x.shape[3])
     x = torch.cat([state["cls_token"].expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)  # (B, 1+N, D)
     if "pos_embed" in state:
         x = x + state["pos_embed"]
+    if "register_tokens" in state:
+        x = torch.cat([x[:, :1], state["register_tokens"].expand(len(x), -1, -1), x[:, 1:]], dim=1)
     shared = _bias(state[SHARED_TABLE], grid) if SHARED_TABLE in state else 0.0
     for block in range(count_blocks(state, r"^blocks\.(\d+)\.")):
         prefix = f"blocks.{block}."
         weights = {key.removeprefix(prefix): t for key, t in state.items() if key.startswith(prefix)}
         table = weights.get(BLOCK_TABLE.removeprefix("blocks.0."))
         bias = shared if table is None else shared + _bias(table, grid)
-        x = x + weights.get("gamma_1", 1.0) * _attention(weights, _norm(weights, "norm1", x), bias, num_heads)
-        hidden = F.gelu(_linear(weights, "mlp.fc1", _norm(weights, "norm2", x)))
-        x = x + weights.get("gamma_2", 1.0) * _linear(weights, "mlp.fc2", hidden)
+        first, second = (weights.get(f"gamma_{i}", weights.get(f"ls{i}.gamma", 1.0)) for i in (1, 2))
+        x = x + first * _attention(weights, _norm(weights, "norm1", x), bias, num_heads)
+        x = x + second * _mlp(weights, _norm(weights, "norm2", x))
     if "norm.weight" in state:
         x = _norm(state, "norm", x)
     if "head.weight" not in state:
@@ -49,6 +55,13 @@ def _attention(weights: State, x: torch.Tensor, bias: torch.Tensor | float, num_
     scores = (q @ k.mT) * q.shape[-1] ** -0.5 + bias
     mixed = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)  # (B, 1+N, D)
     return _linear(weights, "attn.proj", mixed)
+
+
+def _mlp(weights: State, x: torch.Tensor) -> torch.Tensor:
+    if "mlp.w12.weight" in weights:
+        gate, values = _linear(weights, "mlp.w12", x).chunk(2, dim=-1)
+        return _linear(weights, "mlp.w3", F.silu(gate) * values)
+    return _linear(weights, "mlp.fc2", F.gelu(_linear(weights, "mlp.fc1", x)))
 
 
 def _bias(table: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

@@ -13,6 +13,7 @@ from hub.convert.weight_file import State
 
 SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 BLOCK_TABLE = "blocks.0.attn.relative_position_bias_table"
+_GATED = "blocks.0.mlp.w3.weight"
 
 
 def vit_settings(state: State, num_attention_heads: int | None, image_size: list[int] | None = None) -> dict[str, Any]:
@@ -36,6 +37,26 @@ def beit_settings(
         # Only tells whether there is LayerScale; its values are weights.
         "layer_scale_init_value": 0.1 if "blocks.0.gamma_1" in state else 0.0,
     }
+
+
+def dinov2_settings(state: State, num_attention_heads: int | None) -> dict[str, Any]:
+    """Return the settings of a DINOv2, with registers or without; its MLPs may be gated."""
+    settings = _transformer_settings(state, num_attention_heads, None)
+    size, hidden_size, is_gated = settings.pop("intermediate_size"), settings["hidden_size"], _GATED in state
+    sizes = {ratio: ratio * hidden_size for ratio in range(1, 17)}
+    if is_gated:  # two thirds, rounded up to a multiple of 8
+        sizes = {ratio: (int(full * 2 / 3) + 7) // 8 * 8 for ratio, full in sizes.items()}
+    ratio = next((ratio for ratio, expected in sizes.items() if expected == size), None)
+    if ratio is None:
+        raise ValueError(f"transformers' DINOv2 has no MLP of {size} for a hidden size of {hidden_size}")
+    registers = state.get("register_tokens")
+    own = (
+        {"model_type": "dinov2", "use_mask_token": "mask_token" in state}
+        if registers is None
+        else {"model_type": "dinov2_with_registers", "num_register_tokens": registers.shape[1]}
+    )
+    bias = {"qkv_bias": "blocks.0.attn.qkv.bias" in state}
+    return {**own, **settings, **bias, "mlp_ratio": ratio, "use_swiglu_ffn": is_gated}
 
 
 def swin_settings(state: State, image_size: int | None) -> dict[str, Any]:
@@ -105,7 +126,9 @@ def _transformer_settings(
         "hidden_size": hidden_size,
         "num_hidden_layers": count_blocks(state, r"^blocks\.(\d+)\."),
         "num_attention_heads": num_attention_heads,
-        "intermediate_size": _require(state, "blocks.0.mlp.fc1.weight").shape[0],
+        "intermediate_size": (
+            state[_GATED].T if _GATED in state else _require(state, "blocks.0.mlp.fc1.weight")
+        ).shape[0],
         "image_size": sides[0] if len(set(sides)) == 1 else sides,
         "patch_size": patch_size,
         "num_channels": num_channels,

@@ -18,14 +18,19 @@ _OTHER_CONTENT: list[Any] = [argparse.Namespace, (OrderedDict, "yacs.config.CfgN
 # Wrappers of training code, which are not part of the model.
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 _ENCODERS = ("backbone.", "encoder.")
+_CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")  # DINOv2 groups its blocks, which keep their numbers
 
 
 class WeightFile(NamedTuple):
-    """State dicts by their key in the file ("" if the file is one), and the `others` keys beside them."""
+    """State dicts by their key in the file ("" if the file is one), and the `others` keys beside them.
+
+    Of these, `losses` hold tensors too.
+    """
 
     path: Path
     states: dict[str, dict[str, torch.Tensor]]
     others: list[str]
+    losses: dict[str, dict[str, torch.Tensor]] = {}  # noqa: RUF012 - a default of a tuple
 
     def state(self, *wanted: str) -> tuple[str, dict[str, torch.Tensor]]:
         """Return the first of `wanted` in the file, or raise ValueError: its key, and the weights without prefixes."""
@@ -42,15 +47,28 @@ def open_weights(path: str | Path) -> WeightFile:
         raise ValueError(f"no file {str(path)!r}")
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _unpickle(path)
     if _is_state(content):
-        return WeightFile(path, {"": content}, [])
+        content = {"": content}
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict of tensors")
-    states = {str(key): dict(value) for key, value in content.items() if _is_state(value)}
+    for key, value in list(content.items()):  # DINOv2 saves both networks and its losses as one
+        if _is_state(value) and {"student", "teacher"} <= {name.split(".")[0] for name in value}:
+            del content[key]
+            content |= _split(value)
+    found = {str(key): dict(value) for key, value in content.items() if _is_state(value)}
     # A loss or an optimizer may hold tensors too.
-    states = {key: value for key, value in states.items() if any("patch_embed" in name for name in value)} or states
+    states = {key: value for key, value in found.items() if any("patch_embed" in name for name in value)} or found
     if not states:
         raise ValueError(f"{path} holds no state dict (a dict of tensors): its keys are {list(content)[:8]}")
-    return WeightFile(path, states, [str(key) for key in content if str(key) not in states])
+    losses = {key: value for key, value in found.items() if key not in states}
+    return WeightFile(path, states, [str(key) for key in content if str(key) not in states], losses)
+
+
+def _split(state: State) -> dict[str, dict[str, torch.Tensor]]:
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in state.items():
+        part, _, name = key.partition(".")
+        parts.setdefault(part, {})[name] = tensor
+    return parts
 
 
 def without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -60,13 +78,13 @@ def without_prefixes(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for prefix in _ENCODERS:
         if _all_start_with(state, prefix) or (prefix == "backbone." and any(key.startswith(prefix) for key in state)):
             state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    return state
+    return {_CHUNK.sub(r"blocks.\1.", key): tensor for key, tensor in state.items()}
 
 
 def suggested_num_heads(state: State) -> str:
     """Return the number of attention heads of published models of this hidden size; no file stores it."""
     width = state["patch_embed.proj.weight"].shape[0] if "patch_embed.proj.weight" in state else 0
-    return {192: "3", 384: "6", 768: "12", 1024: "16", 1280: "16"}.get(width, "NUMBER")
+    return {192: "3", 384: "6", 768: "12", 1024: "16", 1280: "16", 1536: "24"}.get(width, "NUMBER")
 
 
 def _all_start_with(state: dict[str, torch.Tensor], prefix: str) -> bool:
