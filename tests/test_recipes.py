@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from commands.arithmetic import Hardware
@@ -216,6 +217,107 @@ def test_data2vec2__published_run_is_of_375_thousand_steps_of_256_images():
     assert (plan.num_steps, plan.warmup_steps) == (375_300, 50_040)
     assert plan.num_masked == (157, 157)
     assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "smallest_crop", "trains_scale", "warmup", "frozen", "max_norm", "last_rate", "accuracy"),
+    [
+        ("ibot_vit-small", 800, 0.25, True, 30, 1, 3.0, 1e-6, "75.2 top-1 by kNN, 77.9"),
+        ("ibot_vit-base", 400, 0.32, False, 50, 3, 0.3, 2e-6, "77.1 top-1 by kNN, 79.5"),
+        ("dino_vit-small", 800, 0.25, True, 30, 1, 0.0, 1e-5, "74.5 top-1 by kNN, 77.0"),
+        ("dino_vit-base", 400, 0.25, False, 50, 3, 0.3, 2e-6, "76.1 top-1 by kNN, 78.2"),
+    ],
+)
+def test_multi_crop__published_runs_are_of_1024_images_a_step(
+    name, epochs, smallest_crop, trains_scale, warmup, frozen, max_norm, last_rate, accuracy
+):
+    path = RECIPES / f"{name}_in1k.yaml"
+    settings = load(path)
+    plan = plan_of_imagenet(settings)
+    published = {
+        "num_train_epochs": epochs,
+        "crop_scale": [smallest_crop, 1.0],
+        "max_local_crop_scale": smallest_crop,
+        "trains_prototype_scale": trains_scale,
+        "teacher_temperature_warmup_epochs": warmup,
+        "freeze_prototypes_epochs": frozen,
+        "max_tensor_norm": max_norm,
+        "num_prototypes": 65_536,
+        "num_local_crops": 10,
+        "min_local_crop_scale": 0.05,
+        "drop_path_rate": 0.1,
+        "student_temperature": 0.1,
+        "teacher_temperature": 0.07,
+        "teacher_temperature_start": 0.04,
+        "teacher_momentum_start": 0.996,
+        "centering": "mean",
+        "center_momentum": 0.9,
+        "head_hidden_size": 2048,
+        "head_bottleneck_size": 256,
+        "koleo_loss_weight": 0,
+        "weight_decay_start": 0.04,
+        "weight_decay_end": 0.4,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "max_grad_norm": 0,
+    }
+    if name.startswith("ibot"):
+        published |= {"num_prototypes": 8192, "mask_strategy": "block", "mask_ratio": [0.1, 0.5], "shares_heads": True}
+    assert {key: settings.values[key] for key in published} == published
+    assert plan.images_per_step == 1024
+    assert plan.learning_rate == pytest.approx({800: 2e-3, 400: 3e-3}[epochs])
+    kwargs = json.loads(settings.values["lr_scheduler_kwargs"])
+    assert kwargs["min_lr_rate"] * plan.learning_rate == pytest.approx(last_rate, rel=1e-4)
+    assert (plan.num_steps, plan.warmup_steps) == (epochs * 1251, 10 * 1251)
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+    assert f"Expected: {accuracy} by a linear probe" in path.read_text(encoding="utf-8")
+
+
+def test_dinov2__published_run_is_the_short_configuration():
+    path = RECIPES / "dinov2_vit-large_in1k.yaml"
+    settings = load(path)
+    plan = plan_of_imagenet(settings)
+    published = {
+        "num_prototypes": 65_536,
+        "head_hidden_size": 2048,
+        "head_bottleneck_size": 256,
+        "shares_heads": True,
+        "trains_prototype_scale": True,
+        "centering": "mean",
+        "koleo_loss_weight": 0.1,
+        "mask_probability": 0.5,
+        "mask_ratio": [0.1, 0.5],
+        "drop_path_rate": 0.3,
+        "num_register_tokens": 0,
+        "num_local_crops": 8,
+        "crop_scale": [0.32, 1.0],
+        "min_local_crop_scale": 0.05,
+        "max_local_crop_scale": 0.32,
+        "teacher_temperature_start": 0.04,
+        "teacher_temperature": 0.07,
+        "teacher_momentum_start": 0.992,
+        "weight_decay_start": 0.04,
+        "weight_decay_end": 0.4,
+        "layer_decay": 0.9,
+        "max_grad_norm": 3.0,
+        "max_tensor_norm": 0,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+    }
+    assert {name: settings.values[name] for name in published} == published
+    assert (plan.images_per_step, plan.num_steps, plan.warmup_steps) == (2048, 100 * 1250, 10 * 1250)
+    assert plan.learning_rate == pytest.approx(4e-3 * math.sqrt(2048 / 1024), rel=1e-4)
+    kwargs = json.loads(settings.values["lr_scheduler_kwargs"])
+    assert kwargs["min_lr_rate"] * plan.learning_rate == pytest.approx(1e-6, rel=1e-4)
+    config = CONFIGS["dinov2"](encoder_config=settings.encoder_settings(), **settings.method_settings)
+    assert config.encoder_config.layerscale_value == 1e-5
+    assert [view.image_size for view in config.views] == [None, (96, 96)]
+    with torch.device("meta"):
+        schedules = MODELS["dinov2"](config).schedules(plan.num_steps, plan.steps_per_epoch)
+    assert schedules["teacher_temperature"].num_steps == 30 * 1250
+    assert round(settings.values["freeze_prototypes_epochs"] * plan.steps_per_epoch) == 1250
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+    assert "Expected: 81.6 top-1 by kNN, 82.9" in path.read_text(encoding="utf-8")
 
 
 def test_quickstart__is_small_and_predicts_plain_pixels():
