@@ -87,9 +87,10 @@ class Artifacts:
             base_model=settings.init_from,
             metrics=metrics,
             panel=copy_panel(trainer.output_dir, folder),
+            panel_caption=model.panel_caption,
             unfinished=unfinished,
             online_results=results_at(history, trainer.state.global_step, dataset),
-            num_extra_tokens=sum(hasattr(encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation")),
+            num_extra_tokens=num_extra_tokens(encoder),
             pools_mean=getattr(encoder.config, "use_mean_pooling", False),
             has_pooler=getattr(encoder, "native_has_pooler", True),
             exported=model.exported,
@@ -197,6 +198,12 @@ def draw_curve(trainer: Trainer, folder: Path) -> str | None:
         return None
     training_curve(history, folder / CURVE_FILE)
     return CURVE_FILE
+
+
+def num_extra_tokens(encoder: Any) -> int:
+    """Return the number of tokens before the patches."""
+    single = sum(hasattr(encoder.embeddings, f"{kind}_token") for kind in ("cls", "distillation"))
+    return single + getattr(encoder.config, "num_register_tokens", 0)
 
 
 def copy_panel(output_dir: Path, folder: Path) -> str | None:

@@ -56,6 +56,7 @@ def write_model_card(
     pools_mean: bool = False,
     has_pooler: bool = True,
     exported: str = "encoder",
+    panel_caption: str = "Predictions of the model",
     native_root_problem: str | None = None,
     task: TaskCard | None = None,
     from_scratch: bool = False,
@@ -73,6 +74,7 @@ def write_model_card(
         model_name: A Hub id, from which the examples then load, or any other name.
         metrics: `train_loss`, `eval_loss` and other metrics of the training.
         panel: A figure in `folder`, relative to it; so is `curve`.
+        panel_caption: What it shows, if there is no `task` that says it.
         datasets: The training data; Hub ids are linked.
         num_extra_tokens: Number of tokens before the patches: 1 for a class token, else 0.
         pools_mean: Whether the encoder's pooler normalizes the mean of the patches rather than the class token.
@@ -132,6 +134,7 @@ def write_model_card(
         versions=_rows(versions),
         recipe=[(name, _cell(value)) for name, value in _flatten(recipe)],
         panel=_figure(folder, panel),
+        panel_caption=task.caption if task else panel_caption,
         curve=_figure(folder, curve),
     )
     text = str(card)

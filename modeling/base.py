@@ -236,6 +236,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     - `predicts_patches`: False if nothing is masked, so that there are no `logits`.
     - `exported`: name of the submodule that leaves as the native encoder.
     - `can_collapse`: the targets follow the model itself, so that they may become equal; see `collapse_signs`.
+    - `panel_caption`: what `panel` shows, for the model card.
     - `decodes_masked_patches`: masked patches exist in the decoder only, so that `forward` takes several masks
       (B, k, N) of an image, and in `bool_predicted_pos` the masked patches to decode.
     """
@@ -258,6 +259,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     exported: str = "encoder"
     can_collapse: ClassVar[bool] = False
     decodes_masked_patches: ClassVar[bool] = False
+    panel_caption: ClassVar[str] = "Reconstructions of images: input, masked, predicted"
 
     # ---- training ----
 

@@ -23,6 +23,7 @@ from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper
 from .collapse import row_moments, std_between_rows
 from .ema import EmaTeacher, full_precision, momentum_schedule
 from .encoders import BEIT_DEFAULTS, BeitEncoder, trunc_normal_at_one_std_
+from .feature_panel import feature_panel
 from .patches import masked_indices
 from .schedules import Schedule
 
@@ -157,6 +158,9 @@ class FeatureTargetModel(EmaTeacher, MimPreTrainedModel):
     """Base class of data2vec and data2vec 2.0: how the teacher follows, and what the log shows."""
 
     config: FeatureTargetConfig
+    encoder: Any
+    teacher: Any
+    panel_caption = "What teacher and student represent: input, principal components of their patches"
 
     def __init__(self, config: FeatureTargetConfig):
         super().__init__(config)
@@ -185,6 +189,10 @@ class FeatureTargetModel(EmaTeacher, MimPreTrainedModel):
             f"the targets of all patches are nearly equal (std {std:.3f}, below {_COLLAPSED_STD}): lower the learning "
             "rate, or raise teacher_momentum."
         )
+
+    def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
+        """Draw the images, and the features of their patches in both networks."""
+        return feature_panel(self, batch["pixel_values"], {"teacher": self.teacher, "student": self.encoder})
 
 
 class Data2VecForPreTraining(FeatureTargetModel):

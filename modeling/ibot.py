@@ -23,6 +23,7 @@ from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, Photometric, 
 from .collapse import distribution_sums, marginal_entropy, mean_entropy
 from .ema import EmaTeacher, full_precision
 from .encoders import VitEncoder
+from .feature_panel import feature_panel
 from .patches import height_and_width, masked_indices
 from .schedules import Progress, Schedule
 from .self_distillation import (
@@ -158,6 +159,9 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
     encoder: Any
     teacher: Any
     averages: ClassVar[dict[str, str]] = {"teacher": "encoder", "teacher_heads": "heads"}
+    panel_caption = (
+        "What the teacher represents: input, attention of its class token, principal components of its patches"
+    )
     frozen_parameters = ("teacher", "teacher_heads")
     _keep_in_fp32_modules_strict = ["teacher", "teacher_heads", "centers"]  # noqa: RUF012 - read by transformers
     _no_split_modules = ["ViTLayer"]  # noqa: RUF012 - read by transformers as a class attribute
@@ -347,6 +351,10 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
                 "rate."
             )
         return super().collapse_signs(logs)
+
+    def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
+        """Draw the first global crop, where the teacher's class token looks, and the features of its patches."""
+        return feature_panel(self, batch["pixel_values"][:, 0], {"teacher": self.teacher}, attends="teacher")
 
     def before_update(self, progress: Progress) -> None:
         """Clip each gradient by itself, and keep the prototypes as they are at first."""

@@ -5,15 +5,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import transformers
-from conftest import PATCH, ROOT, SIZE, TINY_MODELS, model_class, tiny_model
+from conftest import PATCH, ROOT, SIZE, TINY_MODELS, model_class, tiny_batch, tiny_model
 from PIL import Image
 
 from data.sources import open_source
 from evaluation.embedding import write_embeddings
 from evaluation.features import BOTH, CLASS_TOKEN, MEAN, collect, thumbnails, untrained
-from evaluation.maps import class_attention, feature_maps, principal_colors
+from evaluation.maps import class_attention, feature_maps
 from evaluation.preprocessing import batches
 from hub.export.native import export
+from modeling.feature_panel import ATTENTION, COMPONENTS, principal_colors
 from run_evaluation import open_encoder
 
 PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))[:6]
@@ -280,3 +281,30 @@ def test_principal_colors__separate_two_kinds_of_patches():
     assert colors.shape == (2, 3, 4, 4)
     assert (colors[:, 0, :, 2:] > 0.8).all()
     assert (colors[:, 0, :, :2] < 0.2).all()
+
+
+@pytest.mark.parametrize(
+    ("variant", "columns"),
+    [
+        ("ibot", ["input", f"teacher: {ATTENTION}", f"teacher: {COMPONENTS}"]),
+        ("dinov2", ["input", f"teacher: {ATTENTION}", f"teacher: {COMPONENTS}"]),
+        ("data2vec", ["input", f"teacher: {COMPONENTS}", f"student: {COMPONENTS}"]),
+        ("data2vec2", ["input", f"teacher: {COMPONENTS}", f"student: {COMPONENTS}"]),
+    ],
+)
+def test_panel_of_a_teacher__shows_what_it_represents_of_the_first_crop(variant, columns):
+    model, batch = tiny_model(variant).eval(), tiny_batch(variant)
+    before = model.teacher.config._attn_implementation
+    views = model.panel(batch)
+    assert model.panel_problem() is None
+    assert list(views) == columns
+    pixels = batch["pixel_values"]
+    torch.testing.assert_close(views["input"], (pixels[:, 0] if pixels.ndim == 5 else pixels) / 255)
+    assert {view.shape[2:] for view in views.values()} == {(SIZE, SIZE)}
+    assert model.teacher.config._attn_implementation == before
+    if "student" in columns[-1]:  # the same weights, so far
+        torch.testing.assert_close(views[columns[1]], views[columns[2]])
+    with torch.no_grad():
+        model.teacher.layernorm.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.panel(batch)

@@ -6,9 +6,11 @@ import shlex
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model
 from huggingface_hub import ModelCard
 from transformers.pipelines import SUPPORTED_TASKS
 
+from commands.artifacts import num_extra_tokens
 from hub.card_rules import check_card
 from hub.model_card import card_for, write_model_card
 from hub.redaction import shorten_command, shorten_paths
@@ -315,3 +317,8 @@ def test_card__tells_how_to_use_an_encoder_without_a_class_token_or_without_a_na
     assert "a window of 12 is too large" in alone
     assert "AutoModel.from_pretrained" not in alone
     assert 'subfolder="pretraining"' in alone
+
+
+@pytest.mark.parametrize(("variant", "number"), [("mae", 1), ("dinov2", 5), ("simmim+swin", 0)])
+def test_patches__begin_after_class_token_and_registers(variant, number):
+    assert num_extra_tokens(tiny_model(variant).encoder) == number
