@@ -19,6 +19,7 @@ FAMILIES = {
     "deit": "DeiT",
     "beit": "BEiT",
     "dinov2": "DINOv2",
+    "dinov2_with_registers": "DINOv2 with registers",
     "data2vec-vision": "Data2VecVision",
     "swin": "Swin",
 }
@@ -26,6 +27,7 @@ FAMILIES = {
 FAMILIES_OF = {
     "vit": ("ViT", "ViTMAE", "DINOv2 without SwiGLU", "BEiT and Data2VecVision with absolute positions only"),
     "beit": ("BEiT", "Data2VecVision", "ViT", "ViTMAE", "DINOv2 without SwiGLU"),
+    "dinov2_with_registers": ("DINOv2", "DINOv2 with registers"),
     "deit": ("DeiT",),
     "swin": ("Swin",),
 }
@@ -36,6 +38,10 @@ _SHARED = (
 _SETTINGS = {
     "vit": _SHARED,
     "deit": _SHARED,
+    "dinov2_with_registers": (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+        *("qkv_bias", "layerscale_value", "use_swiglu_ffn", "num_register_tokens"),
+    ),
     "beit": tuple(name for name in _SHARED if name != "qkv_bias"),
     "swin": (
         *("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"),
@@ -69,6 +75,10 @@ def obstacle(config: PreTrainedConfig, host: str) -> str | None:
         return "it merges patches from stage to stage, in windows" if family == "swin" else "it is not a Swin"
     if "deit" in (family, host):
         return "it has a distillation token" if family == "deit" else "it has no distillation token"
+    if host == "dinov2_with_registers":
+        return None if family == "dinov2" else "it is not a DINOv2"
+    if family == "dinov2_with_registers":
+        return "it has registers"
     if getattr(config, "use_swiglu_ffn", False):
         return "its MLPs are gated (SwiGLU)"
     if host == "vit":
@@ -85,7 +95,9 @@ def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[
     """Return the arguments of our encoder's native config, except sizes of image, patch and channels."""
     names = (*_SETTINGS[host], *(_REGULARIZERS if is_own else ()))
     arguments = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    if config.model_type == "dinov2":
+    if host == "dinov2_with_registers":
+        arguments.setdefault("num_register_tokens", 0)
+    elif config.model_type == "dinov2":
         arguments["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
     if host == "beit":
         for kind in _RELATIVE_KINDS:
@@ -105,9 +117,9 @@ def has_final_norm(config: PreTrainedConfig) -> bool:
     return in_head or not getattr(config, "use_mean_pooling", False)
 
 
-def native_state(state: State, family: str, has_norm: bool) -> tuple[State, State]:
-    """Split a transformers model into its encoder, under the names of ViT and BEiT, and the rest."""
-    if family == "swin":
+def native_state(state: State, family: str, has_norm: bool, host: str = "") -> tuple[State, State]:
+    """Split a transformers model into its encoder, under the names of ViT and BEiT (or of `host`), and the rest."""
+    if family == "swin" or host == "dinov2_with_registers":
         return state, {}
     if family == "vit_mae":
         encoder = {name.removeprefix("vit."): tensor for name, tensor in state.items() if name.startswith("vit.")}

@@ -43,7 +43,7 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
             f"`method` {start.method} holds the absolute positions of {start.name} in a BeitModel, which reads "
             f"square images only; got {grid[0]} x {grid[1]} patches: give `image_size` one number"
         )
-    encoder, kept_head, unused = _read_state(start)
+    encoder, kept_head, unused = _read_state(start, config.model_type)
     notes = _repair(start, encoder, kept_head, repair_positions)
     encoder, changes = as_host(encoder, config.model_type, getattr(config, "qkv_bias", True))
     wanted, state, has_resized = head.state_dict(), {}, False
@@ -53,7 +53,7 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
             state[name], has_resized = resized, has_resized or resized is not tensor
         else:
             unused.append(name)
-    missing = [name for name in wanted if name not in state]
+    missing = [name for name, tensor in wanted.items() if name not in state and tensor.numel()]
     strange = [name for name in missing if name.startswith("encoder.") and not name.endswith("mask_token")]
     assert not strange, f"{start.family} is said to fit, and lacks {strange}"
     kept = [name for name in state if not name.startswith("encoder.")]
@@ -70,7 +70,7 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
     return Weights(state, [*lines, *notes])
 
 
-def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
+def _read_state(start: StartingModel, host: str) -> tuple[State, State, list[str]]:
     """Return the encoder, the other weights if the method continues them, and the names of unused weights."""
     if start.own_method is not None:
         model = open_model(
@@ -97,7 +97,7 @@ def _read_state(start: StartingModel) -> tuple[State, State, list[str]]:
         start.name, "init_from", model_class=model_class, optional=("mask_token", "decoder."), config=config, **options
     )
     state = {name: tensor for name, tensor in model.state_dict().items() if name not in absent}
-    encoder, head = native_state(state, config.model_type, has_final_norm(config))
+    encoder, head = native_state(state, config.model_type, has_final_norm(config), host)
     if not start.keeps_head:
         unused, head = [*unused, *head], {}
     return encoder, head, [name.removeprefix(f"{model.base_model_prefix}.") for name in unused]

@@ -25,6 +25,8 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
@@ -83,8 +85,9 @@ def vit_mae(**changes: Any) -> ViTMAEForPreTraining:
     return model
 
 
-METHODS = ("mae", "simmim-asymmetric", "simmim", "beit", "data2vec", "data2vec2")
-VIT_LIKE = " ".join(METHODS)
+METHODS = ("mae", "simmim-asymmetric", "simmim", "beit", "data2vec", "data2vec2", "ibot", "dinov2")
+VIT_LIKE = " ".join(METHODS[:-1])
+PROTOTYPES = {"num_prototypes": 24, "head_hidden_size": 16, "head_bottleneck_size": 16}
 BEIT_LIKE = "simmim beit data2vec"
 # Every kind of source with the methods that can go on from it.
 SOURCES: dict[str, tuple[Any, str]] = {
@@ -102,9 +105,13 @@ SOURCES: dict[str, tuple[Any, str]] = {
         lambda: BeitModel(BeitConfig(**SIZES, **ABSOLUTE, use_mean_pooling=False)),
         VIT_LIKE,
     ),
-    "DINOv2": (lambda: Dinov2Model(Dinov2Config(**DINO)), VIT_LIKE),
-    "DINOv2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**DINO)), VIT_LIKE),
-    "DINOv2 with SwiGLU": (lambda: Dinov2Model(Dinov2Config(**DINO, use_swiglu_ffn=True)), ""),
+    "DINOv2": (lambda: Dinov2Model(Dinov2Config(**DINO)), f"{VIT_LIKE} dinov2"),
+    "DINOv2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**DINO)), f"{VIT_LIKE} dinov2"),
+    "DINOv2 with SwiGLU": (lambda: Dinov2Model(Dinov2Config(**DINO, use_swiglu_ffn=True)), "dinov2"),
+    "DINOv2 with registers": (
+        lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)),
+        "dinov2",
+    ),
     "Data2VecVision": (lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **SHARED_BIAS)), BEIT_LIKE),
     "Data2VecVision, a table a block": (
         lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **OWN_BIAS, use_mean_pooling=False)),
@@ -153,7 +160,7 @@ def features_of(model: PreTrainedModel, images: torch.Tensor, **options: Any) ->
 def continued(folder: Path | str, method: str, repair: bool = False, **changes: Any) -> tuple[Any, list[str]]:
     """The head that a run would begin with, and what is said."""
     start = open_starting_model(str(folder), method)
-    flags = {**start.fixed, **start.defaults, **changes}
+    flags = {**(PROTOTYPES if method in ("ibot", "dinov2") else {}), **start.fixed, **start.defaults, **changes}
     own = {name: flags.pop(name) for name in ("image_size", "patch_size", "num_channels")}
     flags.pop("image_stats", None)
     head = MODELS[method](CONFIGS[method](encoder_config={**start.encoder, **own}, **flags, **start.image_stats))
@@ -244,8 +251,9 @@ def test_run__of_five_steps_begins_with_the_features_of_the_source(kind, method,
 def own_run(folder: Path, method: str = "mae") -> Any:
     """A head of ours with random weights, as a run leaves it: encoder at the root, the whole in pretraining/."""
     torch.manual_seed(0)
-    kind = SIZES if method.startswith(("mae", "beit")) else SWIN | {"model_type": "swin"}
-    own = {**DECODER, "norm_pix_loss": False} if method == "mae" else {"vocab_size": 16} if method == "beit" else {}
+    kind = SIZES if method != "simmim" else SWIN | {"model_type": "swin"}
+    dinov2 = PROTOTYPES | {"num_register_tokens": 3, "shares_heads": True, "centering": "mean"}
+    own = {"mae": {**DECODER, "norm_pix_loss": False}, "beit": {"vocab_size": 16}, "dinov2": dinov2}.get(method, {})
     stats = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.25]}
     head = MODELS[method](CONFIGS[method](encoder_config=kind, **own, **stats))
     with torch.no_grad():
@@ -255,7 +263,7 @@ def own_run(folder: Path, method: str = "mae") -> Any:
     return head.eval()
 
 
-@pytest.mark.parametrize("method", ["mae", "simmim", "beit"])
+@pytest.mark.parametrize("method", ["mae", "simmim", "beit", "dinov2"])
 @pytest.mark.parametrize("part", ["", "pretraining"])
 def test_own_output__of_the_same_method_is_taken_over_whole(method, part, tmp_path):
     before = own_run(tmp_path, method)
