@@ -40,6 +40,7 @@ POOLINGS: dict[str, tuple[str, ...]] = {
     "swin": ("mean",),
     "deit": ("class",),
     "dinov2": ("class and mean",),
+    "dinov2_with_registers": ("class and mean",),
 }
 _SHARED_BY_VIT_AND_BEIT = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps"),

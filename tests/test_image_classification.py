@@ -9,6 +9,7 @@ from transformers import (
     Data2VecVisionConfig,
     DeiTConfig,
     Dinov2Config,
+    Dinov2WithRegistersConfig,
     ResNetConfig,
     SwinConfig,
     ViTConfig,
@@ -45,6 +46,11 @@ KINDS = {
     "swin": (SwinConfig(**SWIN), "mean", "SwinForImageClassification"),
     "deit": (DeiTConfig(**TINY), "class", "DeiTForImageClassification"),
     "dinov2": (Dinov2Config(**DINO), "class and mean", "Dinov2ForImageClassification"),
+    "dinov2 with registers": (
+        Dinov2WithRegistersConfig(**DINO),
+        "class and mean",
+        "Dinov2WithRegistersForImageClassification",
+    ),
     "data2vec": (
         Data2VecVisionConfig(**TINY, use_shared_relative_position_bias=True),
         "mean",
