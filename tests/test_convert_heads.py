@@ -185,6 +185,13 @@ def test_dinov2__released_backbones_are_native(registers, gated, tmp_path):
     assert torch.equal(model.embeddings.mask_token, backbone(1, registers, gated)["mask_token"])
 
 
+def test_centers__of_zero_before_the_first_step_are_centers_of_ibot(tmp_path):
+    content = ibot_file()
+    content["ibot_loss"] = {name: torch.zeros_like(center) for name, center in content["ibot_loss"].items()}
+    out, _ = converted(content, "ibot", tmp_path)
+    assert model_class("ibot").from_pretrained(out / "pretraining").config.centering == "mean"
+
+
 def test_dinov2__without_registers_too_is_whole(tmp_path):
     out, _ = converted(dinov2_file(registers=0), "dinov2", tmp_path)
     assert model_class("dinov2").from_pretrained(out / "pretraining").config.num_register_tokens == 0

@@ -57,8 +57,8 @@ def convert_whole(
     centers = {ours: center.flatten() for ours, center in stored.items() if center is not None}
     if len(networks) < 2 or len(centers) < len(layout.centers) or not _are_equal(list(heads.values())):
         return None
-    # Sinkhorn-Knopp leaves the centers as they are at first.
-    centering = "mean" if any(center.any() for center in centers.values()) else "sinkhorn"
+    # DINOv2 has centers with Sinkhorn-Knopp too, which stay zero.
+    centering = "mean" if any(center.any() for center in centers.values()) else layout.config_class.centering
     head = {name: tensor for name, (_, tensor) in heads["student"]["class_token"].items()}
     scales = [head["scale"][1] for of_network in heads.values() for head in of_network.values()]
     config = layout.config_class(
