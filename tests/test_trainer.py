@@ -87,6 +87,18 @@ def test_checkpoint__with_a_cut_or_missing_file_is_not_whole(tmp_path, cut):
     assert problem_with(checkpoint) is not None or cut == "rng_state.pth"  # torch is re-seeded at every step anyway
 
 
+def test_resume__after_a_kill_keeps_teacher_and_centers_bit_by_bit(tmp_path):
+    variant = ("--variant", "ibot")
+    assert train_in_a_process(tmp_path / "whole", *variant) == 0
+    assert train_in_a_process(tmp_path / "killed", *variant, "--die_at", "step 10", "--num_workers", "2") == KILLED
+    assert train_in_a_process(tmp_path / "killed", *variant, "--num_workers", "2", "--resume") == 0
+    whole, resumed = (load_file(tmp_path / name / "final.safetensors") for name in ("whole", "killed"))
+    assert whole["centers.patch.mean"].any()
+    assert not torch.equal(whole["teacher.layernorm.weight"], whole["encoder.layernorm.weight"])
+    for name, expected in whole.items():
+        assert torch.equal(resumed[name], expected), name
+
+
 def test_resume__after_the_last_step_takes_no_further_step(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}  # mid-epoch
     undisturbed = make_trainer(tmp_path, **settings)

@@ -70,6 +70,7 @@ class DiesWhileSaving(MimTrainer):
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--variant", default="mae")
     parser.add_argument("--die_at", default="never 0")
     parser.add_argument("--signal_at")
     parser.add_argument("--nohup", action="store_true", help="ignore SIGHUP, as the program of that name makes it")
@@ -80,7 +81,7 @@ def main() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     where, number = options.die_at.split()
     trainer = DiesWhileSaving(
-        model=tiny_model("mae", hidden_dropout_prob=0.1),
+        model=tiny_model(options.variant, hidden_dropout_prob=0.1),
         args=tiny_arguments(
             options.folder,
             max_steps=16,
@@ -89,8 +90,8 @@ def main() -> None:
             warmup_steps=4,
             dataloader_num_workers=options.num_workers,
         ),
-        train_dataset=tiny_images(),
-        data_collator=tiny_collator(with_image_index=True),
+        train_dataset=tiny_images(variant=options.variant),
+        data_collator=tiny_collator(options.variant, with_image_index=True),
         callbacks=[Die(int(number))] if where == "step" else [],
     )
     if options.signal_at:
