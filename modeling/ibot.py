@@ -36,6 +36,7 @@ from .self_distillation import (
     sinkhorn_knopp,
 )
 
+_TEMPERATURE_STEPS = 37_500
 _COLLAPSED_GAP = 0.02  # between both entropies, as shares of ln K
 _BLUR, _SOLARIZE = (1.0, 0.1), (0.0, 0.2)  # probabilities for the two global crops
 
@@ -57,9 +58,10 @@ class IbotConfig(MimConfig):
         drop_path_rate: Of the student's last block; it grows linearly from the first one.
         student_temperature, teacher_temperature, teacher_temperature_start: Divisors of the similarities; the
             teacher's rises from its start.
-        teacher_temperature_warmup_epochs: Length of that rise; 0 for a tenth of the training.
+        teacher_temperature_warmup_epochs: Length of that rise; 0 for 37,500 steps, the published 30 epochs of ImageNet,
+            of which a short training makes a part.
         teacher_momentum_start: Momentum of the teacher's average, which rises to 1; 0 for an average over 2% of the
-            steps, at most 0.996.
+            steps, at least 0.9 and at most 0.996.
         centering: "mean" subtracts a running mean from the teacher's similarities, "sinkhorn" gives all prototypes the
             same share of each batch.
         center_momentum: Of the running mean.
@@ -308,8 +310,8 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
         """Return the teacher's temperature and momentum, and the weight decay."""
         config = self.config
-        rise = config.teacher_temperature_warmup_epochs * steps_per_epoch or 0.1 * num_steps
-        momentum = config.teacher_momentum_start or min(0.996, 1 - 1 / max(2.0, 0.02 * num_steps))
+        rise = config.teacher_temperature_warmup_epochs * steps_per_epoch or _TEMPERATURE_STEPS
+        momentum = config.teacher_momentum_start or min(0.996, 1 - 1 / max(10.0, 0.02 * num_steps))
         temperatures = (config.teacher_temperature_start, config.teacher_temperature)
         return {
             "teacher_temperature": Schedule(*temperatures, round(rise), "linear"),

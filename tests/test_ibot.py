@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_arguments, tiny_batch, tiny_collator, tiny_config, tiny_images, tiny_model
+from conftest import model_class, tiny_arguments, tiny_batch, tiny_collator, tiny_config, tiny_images, tiny_model
 from torch.testing import assert_close
 
 from modeling.dinov2 import Dinov2Config
 from modeling.ibot import IbotConfig, IbotForPreTraining
 from modeling.schedules import Progress
+from training.collapse import WatchForCollapse
 from training.trainer import MimTrainer
 
 METHODS = ("ibot", "dino", "dinov2")
@@ -148,9 +149,11 @@ def test_schedules__are_the_published_ones_where_given_and_else_follow_the_run()
     model = tiny_model("ibot")
     found = model.schedules(num_steps=1000, steps_per_epoch=100)
     assert found["teacher_temperature"].at(0) == 0.04
-    assert found["teacher_temperature"].at(100) == 0.07
+    assert found["teacher_temperature"].at(1000) == pytest.approx(0.0408)
+    assert found["teacher_temperature"].at(37_500) == 0.07
     assert found["teacher_momentum"].at(0) == pytest.approx(0.95)
     assert found["teacher_momentum"].at(1000) == 1.0
+    assert model.schedules(20, 10)["teacher_momentum"].at(0) == pytest.approx(0.9)
     assert model.schedules(1_000_000, 1250)["teacher_momentum"].at(0) == 0.996
     config.teacher_temperature_warmup_epochs = 30.0
     published = IbotForPreTraining(config).schedules(1_000_000, 1250)
@@ -178,6 +181,34 @@ def test_dinov2__has_registers_and_uniform_drop_path():
 def test_collapse_signs__compare_single_distributions_with_their_mean(entropy, spread, says):
     found = tiny_model("ibot").collapse_signs({"class_token_entropy": entropy, "class_token_spread": spread})
     assert found is None if says is None else says in found
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "collapses"),
+    [
+        ("dino", {"teacher_temperature": 0.2, "teacher_temperature_start": 0.2, "center_momentum": 1.0}, True),
+        ("dino", {"teacher_momentum_start": 0.5}, True),
+        ("ibot", {"teacher_momentum_start": 0.996}, False),
+    ],
+    ids=["flat and not centered", "a teacher that forgets", "healthy"],
+)
+def test_collapse__is_named_within_two_evaluations(method, settings, collapses, tmp_path, capsys):
+    config = tiny_config(method)
+    for name, value in settings.items():
+        setattr(config, name, value)
+    torch.manual_seed(0)
+    trainer = MimTrainer(
+        model=model_class(method)(config),
+        args=tiny_arguments(
+            tmp_path, max_steps=30, learning_rate=1e-3 if collapses else 3e-4, eval_strategy="steps", eval_steps=15
+        ),
+        train_dataset=tiny_images(variant=method),
+        eval_dataset=tiny_images(train=False, variant=method, num_images=32),
+        data_collator=tiny_collator(method, with_image_index=True),
+    )
+    trainer.add_callback(WatchForCollapse(trainer))
+    trainer.train()
+    assert ("distributions for all images are nearly equal" in capsys.readouterr().err) == collapses
 
 
 def test_entropies__are_shares_of_the_largest():
