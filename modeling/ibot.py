@@ -58,7 +58,7 @@ class IbotConfig(MimConfig):
         drop_path_rate: Of the student's last block; it grows linearly from the first one.
         student_temperature, teacher_temperature, teacher_temperature_start: Divisors of the similarities; the
             teacher's rises from its start.
-        teacher_temperature_warmup_epochs: Length of that rise; 0 for 37,500 steps, the published 30 epochs of ImageNet,
+        teacher_temperature_warmup_epochs: Length of that rise; 0 for 37,500 steps, 30 epochs of ImageNet as published,
             of which a short training makes a part.
         teacher_momentum_start: Momentum of the teacher's average, which rises to 1; 0 for an average over 2% of the
             steps, at least 0.9 and at most 0.996.
