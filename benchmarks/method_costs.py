@@ -5,7 +5,7 @@
 All methods have the settings of their recipes in recipes/, and take turns in one process. The input is measured on its
 own in this process, so images/s of one data worker: reading, decoding, cropping, colors, masks and stacking, per image
 and per million pixels of the crops. A step is forward, backward and update of float32 weights on a batch that is at
-hand. Memory is the growth of the largest resident memory in a process of its own.
+hand. Memory is the largest resident memory of a process of its own, less what it had before there was a model.
 Writes benchmarks/method_costs_<hardware>_<date>.json and .md.
 """
 
@@ -101,11 +101,12 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 def measure_memory(options: argparse.Namespace) -> float:
     """Take two steps in this process and return the memory that model, batch and steps need, in MiB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
     trial = Trial(options.methods[0], options)
     for _ in range(2):
         trial.step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+    before = pages * resource.getpagesize() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - before
 
 
 def memory_of(method: str, options: argparse.Namespace) -> float:
