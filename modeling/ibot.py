@@ -19,57 +19,38 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, Photometric, View
+from .base import MimOutput, Paper, View
 from .collapse import distribution_sums, marginal_entropy, mean_entropy
-from .ema import EmaTeacher, full_precision
+from .ema import full_precision
 from .encoders import VitEncoder
-from .feature_panel import feature_panel
-from .patches import height_and_width, masked_indices
+from .multi_crop import MultiCropConfig, MultiCropModel
+from .patches import masked_indices
 from .schedules import Progress, Schedule
-from .self_distillation import (
-    Center,
-    PrototypeHead,
-    class_token_loss,
-    clip_each_,
-    koleo_loss,
-    patch_loss,
-    sinkhorn_knopp,
-)
+from .self_distillation import Center, PrototypeHead, class_token_loss, koleo_loss, patch_loss, sinkhorn_knopp
 
 _TEMPERATURE_STEPS = 37_500
 _COLLAPSED_GAP = 0.02  # between both entropies, as shares of ln K
-_BLUR, _SOLARIZE = (1.0, 0.1), (0.0, 0.2)  # probabilities for the two global crops
 
 
 @strict
-class IbotConfig(MimConfig):
-    """Configuration of iBOT.
+class IbotConfig(MultiCropConfig):
+    """Configuration of iBOT, with the settings of `MultiCropConfig`.
 
     Args:
         num_prototypes: K; 0 for a power of two near a tenth of the number of images, at most 8,192.
-        head_hidden_size, head_bottleneck_size: Sizes of the projection head.
         shares_heads: Whether class tokens and patches have one head.
         trains_prototype_scale: Whether a prototype's length is trained (the authors' norm_last_layer False).
         class_token_loss_weight, patch_loss_weight: 0 leaves a loss out; without the patch loss it is DINO.
         mask_probability: Share of the global crops that have masked patches.
-        num_local_crops: L.
-        local_image_size: Side of a local crop in pixels; 0 for 3/7 of the image, as 96 of 224.
-        min_local_crop_scale, max_local_crop_scale: Share of the image's area in a local crop.
-        drop_path_rate: Of the student's last block; it grows linearly from the first one.
         student_temperature, teacher_temperature, teacher_temperature_start: Divisors of the similarities; the
             teacher's rises from its start.
         teacher_temperature_warmup_epochs: Length of that rise; 0 for 37,500 steps, 30 epochs of ImageNet as published,
             of which a short training makes a part.
-        teacher_momentum_start: Momentum of the teacher's average, which rises to 1; 0 for an average over 2% of the
-            steps, at least 0.9 and at most 0.996.
         centering: "mean" subtracts a running mean from the teacher's similarities, "sinkhorn" gives all prototypes the
             same share of each batch.
         center_momentum: Of the running mean.
         koleo_loss_weight: Of a loss that spreads the class tokens of a batch; 0 leaves it out.
         freeze_prototypes_epochs: First epochs without a change of the prototypes, at most a tenth of the training.
-        max_tensor_norm: Largest norm of the gradient of each tensor; 0 for no limit.
-        weight_decay_start, weight_decay_end: The weight decay rises with half a cosine.
-        exported_weights: Which encoder users get, that of the teacher or of the student.
     """
 
     model_type = "mim_ibot"
@@ -83,31 +64,19 @@ class IbotConfig(MimConfig):
     max_prototypes: ClassVar[int] = 8192
 
     num_prototypes: int = 0
-    head_hidden_size: int = 2048
-    head_bottleneck_size: int = 256
     shares_heads: bool = True
     trains_prototype_scale: bool = False
     class_token_loss_weight: float = 1.0
     patch_loss_weight: float = 1.0
     mask_probability: float = 0.5  # type: ignore[misc]
-    num_local_crops: int = 10
-    local_image_size: int = 0
-    min_local_crop_scale: float = 0.05
-    max_local_crop_scale: float = 0.25
-    drop_path_rate: float = 0.1
     student_temperature: float = 0.1
     teacher_temperature: float = 0.07
     teacher_temperature_start: float = 0.04
     teacher_temperature_warmup_epochs: float = 0.0
-    teacher_momentum_start: float = 0.0
     centering: str = "mean"
     center_momentum: float = 0.9
     koleo_loss_weight: float = 0.0
     freeze_prototypes_epochs: float = 1.0
-    max_tensor_norm: float = 3.0
-    weight_decay_start: float = 0.04
-    weight_decay_end: float = 0.4
-    exported_weights: str = "teacher"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -121,18 +90,11 @@ class IbotConfig(MimConfig):
         for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
-        for name in ("teacher_momentum_start", "center_momentum", "mask_probability"):
+        for name in ("center_momentum", "mask_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 0 to 1")
         if self.centering not in ("mean", "sinkhorn"):
             raise ValueError(f"centering is {self.centering!r}, expected 'mean' or 'sinkhorn'")
-        if self.exported_weights not in ("teacher", "student"):
-            raise ValueError(f"exported_weights is {self.exported_weights!r}, expected 'teacher' or 'student'")
-        if not 0 < self.min_local_crop_scale <= self.max_local_crop_scale <= 1:
-            raise ValueError(
-                f"min_local_crop_scale is {self.min_local_crop_scale} and max_local_crop_scale "
-                f"{self.max_local_crop_scale}, expected 0 < smallest <= largest <= 1"
-            )
 
     @classmethod
     def settings_for(cls, num_images: int) -> dict[str, Any]:
@@ -141,39 +103,18 @@ class IbotConfig(MimConfig):
 
     @property
     def views(self) -> tuple[View, ...]:
-        """Two global crops and the local ones, which only the class token's loss compares."""
-        patch = self.encoder_config.patch_size
-        height, width = height_and_width(self.encoder_config.image_size)
-        size = tuple(max(patch, round(side * 3 / 7 / patch) * patch) for side in (height, width))
-        if self.local_image_size:
-            size = (self.local_image_size, self.local_image_size)
-        views = [View(num_crops=2, photometric=Photometric(blur_probability=_BLUR, solarize_probability=_SOLARIZE))]
-        if self.num_local_crops and self.class_token_loss_weight:
-            scale = (self.min_local_crop_scale, self.max_local_crop_scale)
-            views.append(View("local_pixel_values", self.num_local_crops, size, scale, Photometric()))
-        return tuple(views)
+        """Without the local crops if there is no loss of the class token, which alone compares them."""
+        return super().views if self.class_token_loss_weight else super().views[:1]
 
 
-class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
+class IbotForPreTraining(MultiCropModel):
     """A student that sees global crops with masked patches, and local ones; a teacher that sees whole global crops."""
 
     config: IbotConfig
-    encoder: Any
-    teacher: Any
-    averages: ClassVar[dict[str, str]] = {"teacher": "encoder", "teacher_heads": "heads"}
-    panel_caption = (
-        "What the teacher represents: input, attention of its class token, principal components of its patches"
-    )
-    frozen_parameters = ("teacher", "teacher_heads")
     _keep_in_fp32_modules_strict = ["teacher", "teacher_heads", "centers"]  # noqa: RUF012 - read by transformers
-    _no_split_modules = ["ViTLayer"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: IbotConfig):
         super().__init__(config)
-        self.encoder, self.teacher = self.build_encoder(), self.build_encoder()
-        self.exported = "teacher" if config.exported_weights == "teacher" else "encoder"
-        self.no_weight_decay = self.encoder.no_weight_decay
-        self.heads, self.teacher_heads = self.build_heads(), self.build_heads()
         centered = ("class_token", "patch") if config.centering == "mean" else ()
         self.centers = nn.ModuleDict(
             {n: Center(config.num_prototypes, config.center_momentum) for n in centered if self.loss_weights[n]}
@@ -182,7 +123,7 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
         self.after_loading_encoder()
 
     def build_encoder(self) -> PreTrainedModel:
-        """Return an encoder; without masks there is no mask token to train."""
+        """Return an encoder, with a mask token if there are masks."""
         config = self.config
         return VitEncoder(config.encoder_config, config.drop_path_rate, use_mask_token=config.patch_loss_weight > 0)
 
@@ -195,11 +136,6 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
         sizes = (config.head_hidden_size, config.head_bottleneck_size, config.num_prototypes)
         width, trains_scale = config.encoder_config.hidden_size, config.trains_prototype_scale
         return nn.ModuleDict({name: PrototypeHead(width, *sizes, trains_scale) for name in names})
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, PrototypeHead):
-            module.init_weights()
 
     def forward(
         self,
@@ -235,12 +171,8 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
 
         losses = {}
         if config.class_token_loss_weight:
-            class_tokens = [tokens[:, 0].unflatten(0, (-1, num_crops))]  # (B, T, D)
-            if local_pixel_values is not None:
-                local_crops = self.standardize(local_pixel_values).flatten(0, 1)
-                local_tokens = self.encoder.tokens(local_crops)[:, 0]
-                class_tokens.append(local_tokens.unflatten(0, local_pixel_values.shape[:2]))  # (B, L, D)
-            student = self.heads["class_token"](torch.cat(class_tokens, dim=1))  # (B, T+L, K)
+            class_tokens = self.all_class_tokens(tokens, local_pixel_values, num_crops)
+            student = self.heads["class_token"](class_tokens)  # (B, T+L, K)
             teacher = targets["class_token"].unflatten(0, (-1, num_crops))  # (B, T, K)
             losses["class_token"] = class_token_loss(student, teacher, config.student_temperature)
         if config.koleo_loss_weight:
@@ -294,11 +226,6 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
             center: Any = self.centers[name]
             center.add(mean, count)
 
-    def loss_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
-        """All losses are means over images."""
-        num_images = len(batch["pixel_values"])
-        return {name: num_images for name, weight in self.loss_weights.items() if weight}
-
     @property
     def loss_weights(self) -> Mapping[str, float]:
         return {
@@ -311,13 +238,9 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
         """Return the teacher's temperature and momentum, and the weight decay."""
         config = self.config
         rise = config.teacher_temperature_warmup_epochs * steps_per_epoch or _TEMPERATURE_STEPS
-        momentum = config.teacher_momentum_start or min(0.996, 1 - 1 / max(10.0, 0.02 * num_steps))
         temperatures = (config.teacher_temperature_start, config.teacher_temperature)
-        return {
-            "teacher_temperature": Schedule(*temperatures, round(rise), "linear"),
-            "teacher_momentum": Schedule(momentum, 1.0, num_steps),
-            "weight_decay": Schedule(config.weight_decay_start, config.weight_decay_end, num_steps),
-        }
+        shared = super().schedules(num_steps, steps_per_epoch)
+        return {"teacher_temperature": Schedule(*temperatures, round(rise), "linear"), **shared}
 
     def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Return entropies of the teacher's distributions, as shares of ln K: of a single one, and of their mean."""
@@ -354,14 +277,9 @@ class IbotForPreTraining(EmaTeacher, MimPreTrainedModel):
             )
         return super().collapse_signs(logs)
 
-    def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
-        """Draw the first global crop, where the teacher's class token looks, and the features of its patches."""
-        return feature_panel(self, batch["pixel_values"][:, 0], {"teacher": self.teacher}, attends="teacher")
-
     def before_update(self, progress: Progress) -> None:
         """Clip each gradient by itself, and keep the prototypes as they are at first."""
-        if self.config.max_tensor_norm:
-            clip_each_(self.parameters(), self.config.max_tensor_norm)
+        super().before_update(progress)
         num_frozen = self.config.freeze_prototypes_epochs * progress.steps_per_epoch
         if progress.step < min(num_frozen, 0.1 * progress.num_steps):
             for name, parameter in self.heads.named_parameters():

@@ -1,8 +1,8 @@
-"""Parts of self-distillation with prototypes: projection head, centering, Sinkhorn-Knopp, and the losses.
+"""Parts of self-distillation: projection head, prototypes, centering, Sinkhorn-Knopp, and the losses.
 
 Papers: Caron et al. 2021 (DINO), arXiv:2104.14294, Sec. 3.1; Zhou et al. 2021 (iBOT), arXiv:2111.07832, Sec. 3; Oquab
 et al. 2023 (DINOv2), arXiv:2304.07193, Sec. 4; Caron et al. 2020 (SwAV), arXiv:2006.09882, Sec. 3 (Sinkhorn-Knopp);
-Sablayrolles et al. 2018, arXiv:1806.03198 (KoLeo).
+Sablayrolles et al. 2018, arXiv:1806.03198 (KoLeo); Wu et al. 2025 (SimDINO), arXiv:2502.10385, Sec. 3 (coding rate).
 Code: facebookresearch/dino at 7c446df; bytedance/ibot at da316d8; facebookresearch/dinov2 at e1277af.
 Shapes: B images, S crops that the student sees, T crops that the teacher sees (the first T of the S), R = B * T masks,
 N patches, M masked patches in the batch, D width, E bottleneck, K prototypes.
@@ -16,8 +16,38 @@ from torch import distributed, nn
 from transformers import initialization as init
 
 
-class PrototypeHead(nn.Module):
-    """An MLP to a bottleneck of unit length, and its cosine similarities to prototypes.
+class ProjectionHead(nn.Module):
+    """An MLP to a bottleneck of unit length."""
+
+    def __init__(self, width: int, hidden_size: int, bottleneck_size: int):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(width, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, hidden_size),
+            nn.GELU(),
+            nn.Linear(hidden_size, bottleneck_size),
+        )
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Initialize as the authors do."""
+        for linear in self.mlp:
+            if isinstance(linear, nn.Linear):
+                init.trunc_normal_(linear.weight, std=0.02)
+                init.zeros_(linear.bias)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., E), of unit length."""
+        return self.project(tokens)
+
+    def project(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., E), of unit length."""
+        return nn.functional.normalize(self.mlp(tokens), dim=-1, eps=1e-6)
+
+
+class PrototypeHead(ProjectionHead):
+    """A projection head and its cosine similarities to prototypes.
 
     Args:
         trains_scale: Whether the similarities have a trained factor for each prototype (`norm_last_layer` False in
@@ -27,14 +57,7 @@ class PrototypeHead(nn.Module):
     def __init__(
         self, width: int, hidden_size: int, bottleneck_size: int, num_prototypes: int, trains_scale: bool = False
     ):
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, hidden_size),
-            nn.GELU(),
-            nn.Linear(hidden_size, bottleneck_size),
-        )
+        super().__init__(width, hidden_size, bottleneck_size)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, bottleneck_size))
         if trains_scale:
             self.scale = nn.Parameter(torch.empty(num_prototypes, 1))
@@ -43,11 +66,8 @@ class PrototypeHead(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialize as the authors do: small Linear layers, prototypes as PyTorch's Linear, scale 1."""
-        for linear in self.mlp:
-            if isinstance(linear, nn.Linear):
-                init.trunc_normal_(linear.weight, std=0.02)
-                init.zeros_(linear.bias)
+        """Initialize the prototypes as PyTorch's Linear, with scale 1."""
+        super().init_weights()
         bound = self.prototypes.shape[1] ** -0.5
         init.uniform_(self.prototypes, -bound, bound)
         init.ones_(self.scale)
@@ -55,10 +75,6 @@ class PrototypeHead(nn.Module):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the similarities of tokens (..., D) to the prototypes, (..., K)."""
         return self.compare(self.project(tokens))
-
-    def project(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(..., D) -> (..., E), of unit length."""
-        return nn.functional.normalize(self.mlp(tokens), dim=-1, eps=1e-6)
 
     def compare(self, features: torch.Tensor) -> torch.Tensor:
         """(..., E) -> (..., K); linear, so that a mean of similarities is the similarity of the mean."""
@@ -134,11 +150,32 @@ def class_token_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: 
 
     Similarities of the student, distributions of the teacher; no crop is compared with itself.
     """
-    log_student = (student.float() / temperature).log_softmax(dim=-1)
-    terms = -(teacher @ log_student.transpose(1, 2)).mean(dim=0)  # (T, S)
+    return agreement_loss((student.float() / temperature).log_softmax(dim=-1), teacher)
+
+
+def agreement_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Return the negative mean inner product of crops (B, S, K) and other crops (B, T, K) of the same images.
+
+    No crop is compared with itself.
+    """
+    terms = -(teacher @ student.float().transpose(1, 2)).mean(dim=0)  # (T, S)
     num_teacher, num_student = terms.shape
     same = torch.eye(num_teacher, num_student, dtype=torch.bool, device=terms.device)
     return terms.masked_fill(same, 0).sum() / (num_teacher * num_student - num_teacher)
+
+
+def coding_rate(features: torch.Tensor, eps: float) -> torch.Tensor:
+    """Return the mean coding rate of the views (B, T, E) of images: large if those of different images are far apart.
+
+    It is log det(I + E / (B eps) Z Z^T) for the features Z of a view, times the authors' (E + B) / (E B).
+    """
+    num_images, _, width = features.shape
+    views = features.float().transpose(0, 1)  # (T, B, E)
+    gram = views @ views.transpose(1, 2) * (width / (num_images * eps))  # (T, B, B)
+    matrix = gram + torch.eye(num_images, device=gram.device)
+    log_det: torch.Tensor = 2 * torch.linalg.cholesky_ex(matrix)[0].diagonal(dim1=1, dim2=2).log().sum(dim=1)  # (T,)
+    rate: torch.Tensor = log_det.mean() * (width + num_images) / (2 * width * num_images)
+    return rate
 
 
 def patch_loss(

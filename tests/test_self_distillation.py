@@ -10,8 +10,10 @@ from torch.testing import assert_close
 from modeling.self_distillation import (
     Center,
     PrototypeHead,
+    agreement_loss,
     class_token_loss,
     clip_each_,
+    coding_rate,
     koleo_loss,
     patch_loss,
     sinkhorn_knopp,
@@ -98,6 +100,22 @@ def test_koleo_loss__is_the_mean_log_distance_to_the_nearest():
     distances = np.linalg.norm(unit[:, None] - unit[None], axis=-1) + 10 * np.eye(6)
     expected = -np.log(distances.min(axis=1)).mean()
     assert koleo_loss(torch.from_numpy(features)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_coding_rate__is_the_log_determinant_of_the_papers():
+    views = np.random.default_rng(2).normal(size=(6, 2, 4))
+    rates = []
+    for view in views.transpose(1, 0, 2):
+        covariance = np.eye(4) + 4 / (6 * 0.05) * view.T @ view
+        rates.append(0.5 * np.linalg.slogdet(covariance)[1] * (4 + 6) / (4 * 6))
+    assert coding_rate(torch.from_numpy(views), 0.05).item() == pytest.approx(np.mean(rates), rel=1e-5)
+    assert coding_rate(torch.ones(6, 2, 4), 0.05) < coding_rate(torch.from_numpy(views), 0.05)
+
+
+def test_agreement_loss__leaves_out_a_crop_with_itself():
+    student, teacher = torch.eye(3)[None], torch.eye(3)[None, :2]  # three different crops
+    assert agreement_loss(student, teacher) == 0
+    assert agreement_loss(torch.ones(1, 3, 1), torch.ones(1, 2, 1)) == -1
 
 
 def test_clip_each__limits_every_tensor_by_itself():

@@ -19,7 +19,8 @@ def main(folder: Path) -> None:
         arguments.per_device_train_batch_size = NUM_IMAGES // arguments.world_size
         model, collator = tiny_model(variant), tiny_collator(variant, with_image_index=True)
         if variant in COMPARES_IMAGES:  # within a process; Sinkhorn-Knopp compares those of all processes
-            model.config.koleo_loss_weight, collator.spreads_ratios = 0.0, False
+            model.config.koleo_loss_weight = model.config.coding_rate_weight = 0.0
+            collator.spreads_ratios = False
         trainer = MimTrainer(
             model=model,
             args=arguments,
