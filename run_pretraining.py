@@ -81,6 +81,11 @@ def main(argv: list[str]) -> None:
     lines += describe_cache(settings, views)
     chosen = settings_for_images(settings, len(splits.train))
     lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
+    if blank.compares_images and plan.accumulation > 1:
+        lines.append(
+            f"note: {settings.method} compares the images of a batch with each other: those of {plan.batch_size} at a "
+            f"time, not of all {plan.images_per_step:,} of a step"
+        )
     schedules = blank.schedules(plan.num_steps, plan.steps_per_epoch)
     lines += [f"{name.replace('_', ' ')}: {schedule.describe()}" for name, schedule in schedules.items()]
     if problem := native_root_problem(blank):

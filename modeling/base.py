@@ -277,6 +277,11 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
         """The weight of each of the named losses; 1 where there is none."""
         return {}
 
+    @property
+    def compares_images(self) -> bool:
+        """Whether a loss compares the images of a batch: small batches then do not add up to a large one."""
+        return False
+
     def weighted_sum(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Return the scalar loss of the named ones."""
         terms = [self.loss_weights.get(name, 1.0) * loss for name, loss in losses.items()]

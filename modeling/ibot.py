@@ -234,6 +234,11 @@ class IbotForPreTraining(MultiCropModel):
             "koleo": self.config.koleo_loss_weight,
         }
 
+    @property
+    def compares_images(self) -> bool:
+        config = self.config
+        return config.centering == "sinkhorn" or config.koleo_loss_weight > 0 or config.spreads_mask_ratios
+
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
         """Return the teacher's temperature and momentum, and the weight decay."""
         config = self.config

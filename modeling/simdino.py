@@ -103,6 +103,10 @@ class SimdinoForPreTraining(MultiCropModel):
     def loss_weights(self) -> Mapping[str, float]:
         return {"agreement": 1.0, "coding_rate": self.config.coding_rate_weight}
 
+    @property
+    def compares_images(self) -> bool:
+        return self.config.coding_rate_weight > 0
+
     def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Return the std of the teacher's features between crops; 1 if they are spread evenly over the sphere."""
         scale = self.config.head_bottleneck_size**0.5

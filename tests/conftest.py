@@ -90,11 +90,6 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "dinov2": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "simdino": {"encoder_config": _ENCODER, **{k: v for k, v in _PROTOTYPES.items() if k != "num_prototypes"}},
 }
-# Methods whose loss of a batch is not the mean of those of its parts.
-COMPARES_IMAGES = {
-    "dinov2": "Sinkhorn-Knopp, KoLeo and the spread of ratios compare the images of a batch",
-    "simdino": "the coding rate compares the images of a batch",
-}
 # The methods of tests/toys, in a tree where they were added.
 _TOYS = {"hog": _MAE, "two-crops": {"encoder_config": _BEIT, "num_outputs": 16}}
 TINY_MODELS |= {method: settings for method, settings in _TOYS.items() if method in MODELS}

@@ -87,8 +87,9 @@ def test_native__and_back_is_bitwise(variant, tmp_path):
     head = exported(variant, tmp_path)
     expected = head.exported_encoder.state_dict()
     native = AutoModel.from_pretrained(tmp_path)
-    root, _ = native_state(native.state_dict(), native.config.model_type, True)  # data2vec's class has other names
-    again = type(head.encoder)(head.encoder.config, add_pooling_layer=False)
+    family, host = native.config.model_type, head.config.encoder_config.model_type
+    root, _ = native_state(native.state_dict(), family, True, host)  # data2vec's class has other names
+    again = type(head)(head.config).encoder
     missing, unexpected = again.load_state_dict(root, strict=False)
     assert set(missing) <= {"embeddings.mask_token"}  # AutoModel builds a Swin without one
     assert all(name.startswith("pooler.") for name in unexpected)  # an identity

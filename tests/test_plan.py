@@ -321,3 +321,16 @@ def test_arithmetic__of_a_teacher_is_that_of_its_forward_pass():
     with torch.device("meta"):
         footprint = measure_footprint(StudentAndTeacher(), {"pixel_values": torch.empty(1, 8)})
     assert footprint.flops_per_image == (3 + 1) * 2 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("method", "mask"),
+    [
+        ("mae", "random, 147 of 196 patches masked"),
+        ("ibot", "block, 20 to 96 of 196 patches masked, in 50% of the crops"),
+        ("dino", "none"),
+        ("simdino", "none"),
+    ],
+)
+def test_mask__is_that_of_the_method(method, mask):
+    assert plan("--method", method).task_rows()["mask"] == mask

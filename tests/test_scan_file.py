@@ -313,6 +313,7 @@ def test_really_full_disk__is_a_note(folder: Path) -> None:
     """In a process that may write files of 1 kB only."""
     program = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from data import scan_file; scan_file.NANOSECONDS_UNTIL_SETTLED = 0\n"
         "from data.image_checks import check_images; from data.sources import open_source\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))\n"
         "print(check_images(open_source(sys.argv[1]), 0.5, 1).summary.notes)"

@@ -225,7 +225,10 @@ def test_debug__bare_shows_tracebacks_and_keeps_the_options_of_transformers():
         (["--patch_size"], "--patch_size: expected one argument"),
         (["--model", "vit-bass"], "did you mean vit-base?"),
         (["--model", "resnet"], "one of vit-nano, vit-tiny, vit-small, vit-base, vit-large, vit-huge"),
-        (["--method", "moe"], "--method: got 'moe', expected one of beit, data2vec, data2vec2, mae"),
+        (
+            ["--method", "moe"],
+            "--method: got 'moe', expected one of beit, data2vec, data2vec2, dino, dinov2, ibot, mae",
+        ),
         (["--mask_strategy", "stripes"], "expected one of random, random-unit, block"),
         (["--lr_scheduler_type", "cosin"], "did you mean cosine?"),
         (["--config", "nowhere.yaml"], ", mae, mae_vit-base_in1k"),

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import COMPARES_IMAGES, VARIANTS, tiny_arguments, tiny_collator, tiny_images, tiny_model
+from conftest import VARIANTS, tiny_arguments, tiny_collator, tiny_images, tiny_model
 
 from training.trainer import MimTrainer
 
@@ -18,7 +18,7 @@ def main(folder: Path) -> None:
         arguments = tiny_arguments(folder / variant, max_steps=3, optim="sgd", learning_rate=0.1)
         arguments.per_device_train_batch_size = NUM_IMAGES // arguments.world_size
         model, collator = tiny_model(variant), tiny_collator(variant, with_image_index=True)
-        if variant in COMPARES_IMAGES:  # within a process; Sinkhorn-Knopp compares those of all processes
+        if model.compares_images:  # within a process; Sinkhorn-Knopp compares those of all processes
             model.config.koleo_loss_weight = model.config.coding_rate_weight = 0.0
             collator.spreads_ratios = False
         trainer = MimTrainer(
