@@ -328,6 +328,11 @@ def transform_of(
     image_size: tuple[int, int] | None = None,
 ) -> Views:
     """Return the transform to the method's views, and to the one that the targets need."""
+    if settings.is_users("color_jitter") and any(view.photometric for view in config.views):
+        raise ValueError(
+            f"--color_jitter has no effect with {settings.method}, whose crops have the color changes of its paper; "
+            "leave it out"
+        )
     other_size = None if targets is None or targets.view is None else OtherSize(*targets.view)
     return build_views(
         config.views,

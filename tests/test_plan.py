@@ -334,3 +334,9 @@ def test_arithmetic__of_a_teacher_is_that_of_its_forward_pass():
 )
 def test_mask__is_that_of_the_method(method, mask):
     assert plan("--method", method).task_rows()["mask"] == mask
+
+
+def test_color_jitter__is_refused_by_methods_with_their_own_colors():
+    settings = load_pretraining_settings(["--method", "dino", "--color_jitter", "0.2"], CONFIGS)
+    with pytest.raises(ValueError, match="--color_jitter has no effect with dino"):
+        run_pretraining.transform_of(settings, CONFIGS["dino"](), None, train=True)
