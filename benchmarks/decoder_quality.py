@@ -177,7 +177,7 @@ def score(name: str, seed: int, images_per_second: float, options: argparse.Name
     )  # fmt: skip
     run(
         "run_finetune.py", "--config", "finetune_tuxstamps_few", "--model", str(encoder), "--dataset", tuning,
-        "--max_steps", str(options.finetune_steps), "--eval_steps", "1.0", "--save_steps", "1.0",
+        "--max_steps", str(options.finetune_steps), "--eval_steps", "0.5", "--save_steps", "0.5",
         "--report_to", "none", "--seed", str(seed), *workers, "--output_dir", str(tuned),
     )  # fmt: skip
     entries = json.loads((frozen / "metrics.json").read_text())["results"]
