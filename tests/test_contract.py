@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    OLDEST,
     PATCH,
     ROOT,
     SIZE,
@@ -157,7 +158,9 @@ def test_checkpointing__gives_the_same_gradient(variant):
             # transformers 5.17 has the old name only, later ones warn about it
             (getattr(head, "activation_checkpointing_enable", None) or head.gradient_checkpointing_enable)()
         head(**tiny_batch(variant)).loss.backward()
-        gradients.append(next(p.grad for n, p in head.named_parameters() if n.endswith("q_proj.weight")))
+        gradients.append(
+            next(p.grad for n, p in head.named_parameters() if n.endswith(("q_proj.weight", "query.weight")))
+        )
     assert_close(*gradients)
 
 
@@ -316,6 +319,7 @@ def test_root__carries_the_recipe_and_no_pointer_to_code(opened_elsewhere, varia
     assert opened_elsewhere[2][variant]["processor"].startswith("ViTImageProcessor")
 
 
+@pytest.mark.skipif(OLDEST, reason="5.17 opens no image processor without torchvision")
 def test_export__of_a_gray_encoder_takes_any_picture(variant, tmp_path):
     """As the model card promises: the processor and the pipeline convert to RGB."""
     settings = TINY_MODELS[variant] | {"image_mean": [0.4], "image_std": [0.25]}
