@@ -61,7 +61,8 @@ def _decoder(width: int, num_blocks: int) -> dict[str, int]:
 
 # Settings of a method that depend on the encoder's size, for methods that have them; the others keep their default
 # (MAE: width 512, 8 blocks and 16 heads for every published encoder). Beside a small encoder that decoder would take
-# most of the time, with vit-tiny 95% (benchmarks/decoder_quality.py compares decoders at equal time).
+# most of the time, with vit-tiny 95% (benchmarks/decoder_quality.py compares decoders at equal time; results are
+# beside it).
 # Beside the smallest encoders the same is true of the heads of iBOT, DINO and DINOv2.
 METHOD_SIZES: dict[str, dict[str, int]] = {
     "vit-nano": _decoder(128, 2) | {"head_hidden_size": 512},
