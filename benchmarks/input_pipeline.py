@@ -61,7 +61,7 @@ def large_images(photographs: Path, folder: Path, progressive: bool) -> None:
 def stock_side(files: list[bytes], crop: RandomResizedCrop) -> Side:
     def load(index: int, generator: torch.Generator) -> Tensor:
         image = Image.open(BytesIO(files[index])).convert("RGB")
-        draw = crop.draw(generator)
+        draw = crop.draw(generator, 0)
         box = crop.choose_box(image.width, image.height, draw.numbers)
         image = image.crop(box).resize(crop.size[::-1], crop.interpolation)
         if draw.is_flipped:
