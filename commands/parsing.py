@@ -141,16 +141,18 @@ def _unknown(parser: Any, rest: Sequence[str]) -> str:
 def _method_group(methods: Mapping[str, type]) -> type:
     """Return a dataclass of the methods' settings; methods may share a setting, each with its own default."""
     defaults: dict[str, dict[str, Any]] = {}
-    descriptions: dict[str, str] = {}
+    descriptions: dict[str, dict[str, list[str]]] = {}  # by setting and sentence, the methods that say it
     for method, config_class in methods.items():
-        descriptions |= method_help(config_class)
+        for name, sentence in method_help(config_class).items():
+            descriptions.setdefault(name, {}).setdefault(sentence, []).append(method)
         for name, default in method_flags(config_class).items():
             defaults.setdefault(name, {})[method] = default
     flags = []
     for name, per_method in defaults.items():
         text = "of " + ", ".join(f"{method} (default: {_shown(default)})" for method, default in per_method.items())
-        if name in descriptions:
-            text += f": {descriptions[name][0].lower()}{descriptions[name][1:]}".replace("%", "%%")
+        for sentence, saying in descriptions.get(name, {}).items():
+            whose = "" if len(descriptions[name]) == 1 else f"; {', '.join(saying)}"
+            text += f"{whose}: {sentence[0].lower()}{sentence[1:]}".replace("%", "%%")
         default = next(iter(per_method.values()))
         flags.append((name, type(default), field(default=default, metadata={"help": text})))
     return make_dataclass("MethodFlags", flags, namespace={"_argument_group_name": "method"})

@@ -18,10 +18,8 @@ from transformers import initialization as init
 from transformers.models.dinov2_with_registers.modeling_dinov2_with_registers import Dinov2WithRegistersEmbeddings
 
 from .base import InitializesEveryModule, Paper
-from .encoders import init_like_pytorch
+from .encoders import ResizedPositions, init_like_pytorch
 from .ibot import IbotConfig, IbotForPreTraining
-from .patches import patch_grid
-from .positions import resize_positions
 
 
 @strict
@@ -29,6 +27,7 @@ class Dinov2Config(IbotConfig):
     """Configuration of DINOv2, with the settings of `IbotConfig`.
 
     `num_register_tokens` tokens, which belong to no patch, are added to those of the encoder; 0 for the paper's model.
+    `drop_path_rate` is that of all blocks.
     """
 
     model_type = "mim_dinov2"
@@ -91,13 +90,10 @@ class Dinov2Encoder(InitializesEveryModule, Dinov2WithRegistersModel):
             init.normal_(module.register_tokens, std=1e-6)
 
 
-class AnySizeEmbeddings(Dinov2WithRegistersEmbeddings):
-    """Dinov2WithRegistersEmbeddings whose positions are resized for any image; the native ones need square images."""
+class AnySizeEmbeddings(ResizedPositions, Dinov2WithRegistersEmbeddings):
+    """Dinov2WithRegistersEmbeddings for crops of any size."""
 
-    def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        patch: Any = self.config.patch_size
-        old, new = patch_grid(self.config.image_size, patch), patch_grid((height, width), patch)
-        return resize_positions(self.position_embeddings, old, new, antialias=True)
+    antialias: ClassVar[bool] = True
 
 
 class Dinov2ForPreTraining(IbotForPreTraining):
@@ -109,3 +105,9 @@ class Dinov2ForPreTraining(IbotForPreTraining):
     def build_encoder(self) -> Dinov2Encoder:
         """Return an encoder, whose config has the drop path."""
         return Dinov2Encoder(self.config.encoder_config)
+
+    def freeze(self) -> None:
+        """Freeze the mask token as well if nothing is masked: native encoders always have one."""
+        super().freeze()
+        if not self.config.patch_loss_weight:
+            self.encoder.embeddings.mask_token.requires_grad_(False)

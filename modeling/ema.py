@@ -76,7 +76,7 @@ class EmaTeacher(nn.Module):
             return None
         return (
             f"the features of all images are nearly equal (std {std:.3f}, below {_COLLAPSED_STD}; RankMe {rank:.1f}, "
-            f"below {_COLLAPSED_RANK:.0f}): lower the learning rate, or raise teacher_momentum."
+            f"below {_COLLAPSED_RANK:.0f}): lower the learning rate, or raise the teacher's momentum."
         )
 
     def after_loading_encoder(self) -> None:

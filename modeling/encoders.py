@@ -99,13 +99,22 @@ class BeitEncoder(InitializesEveryModule, BeitModel):
         return 1.0
 
 
-class AnySizeEmbeddings(ViTEmbeddings):
-    """ViTEmbeddings whose positions are resized to the grid of any image; the native ones need square images."""
+class ResizedPositions:
+    """Mix-in of native embeddings that resizes positions to the grid of any image; the native ones need squares."""
+
+    antialias: ClassVar[bool] = False
+    patch_embeddings: Any
+    position_embeddings: Any
 
     def interpolate_pos_encoding(self, embeddings: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        patch: Any = self.patch_size
-        old, new = patch_grid(self.image_size, patch), patch_grid((height, width), patch)
-        return resize_positions(self.position_embeddings, old, new)
+        """Return the positions (1, 1+N, D) of an image."""
+        patch = self.patch_embeddings.patch_size[0]
+        old, new = patch_grid(self.patch_embeddings.image_size, patch), patch_grid((height, width), patch)
+        return resize_positions(self.position_embeddings, old, new, antialias=self.antialias)
+
+
+class AnySizeEmbeddings(ResizedPositions, ViTEmbeddings):
+    """ViTEmbeddings for crops of any size."""
 
 
 class VitEncoder(InitializesEveryModule, ViTModel):

@@ -37,7 +37,8 @@ class IbotConfig(MultiCropConfig):
     """Configuration of iBOT, with the settings of `MultiCropConfig`.
 
     Args:
-        num_prototypes: K; 0 for a power of two near a tenth of the number of images, at most 8,192.
+        num_prototypes: K; 0 for the method's largest number, in a run for a power of two near a tenth of the number of
+            images, if that is less.
         shares_heads: Whether class tokens and patches have one head.
         trains_prototype_scale: Whether a prototype's length is trained (the authors' norm_last_layer False).
         class_token_loss_weight, patch_loss_weight: 0 leaves a loss out; without the patch loss it is DINO.
@@ -207,10 +208,14 @@ class IbotForPreTraining(MultiCropModel):
                 targets["class_token"] = self.assign("class_token", similarities, temperature)
                 self.take_in("class_token", similarities.mean(dim=0), len(similarities))
             if self.config.patch_loss_weight:
-                head = self.patch_head(self.teacher_heads)
-                features = head.project(_patches(tokens, masks).flatten(0, 1))  # (R * N, E)
-                targets["patch"] = self.assign("patch", head.compare(features[masked]), temperature)
-                self.take_in("patch", head.compare(features.mean(dim=0)), len(features))
+                head, patches = self.patch_head(self.teacher_heads), _patches(tokens, masks).flatten(0, 1)
+                if self.training and "patch" in self.centers:  # all patches move the center
+                    features = head.project(patches)  # (R * N, E)
+                    self.take_in("patch", head.compare(features.mean(dim=0)), len(features))
+                    features = features[masked]
+                else:
+                    features = head.project(patches[masked])  # (M, E)
+                targets["patch"] = self.assign("patch", head.compare(features), temperature)
         return targets
 
     def assign(self, name: str, similarities: torch.Tensor, temperature: float) -> torch.Tensor:

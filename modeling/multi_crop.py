@@ -32,7 +32,7 @@ class MultiCropConfig(MimConfig):
         num_local_crops: L.
         local_image_size: Side of a local crop in pixels; 0 for 3/7 of the image, as 96 of 224.
         min_local_crop_scale, max_local_crop_scale: Share of the image's area in a local crop.
-        drop_path_rate: Of the student's last block; it grows linearly from the first one.
+        drop_path_rate: Drop path of the student's last block, to which it grows from the first one.
         teacher_momentum_start: Momentum of the teacher's average, which rises to 1; 0 for an average over 2% of the
             steps, at least 0.9 and at most 0.996.
         max_tensor_norm: Largest norm of the gradient of each tensor; 0 for no limit.

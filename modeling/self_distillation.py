@@ -15,6 +15,8 @@ import torch
 from torch import distributed, nn
 from transformers import initialization as init
 
+from .ema import full_precision
+
 
 class ProjectionHead(nn.Module):
     """An MLP to a bottleneck of unit length."""
@@ -111,7 +113,7 @@ class Center(nn.Module):
         if self._sum is None:
             return
         total = over_processes(torch.cat([self._sum, torch.full_like(self._sum[:1], self._count)]), "sum")
-        # Without a token in any process, as of masked patches, it stays.
+        # Without a token in any process it stays.
         new = torch.where(total[-1] > 0, total[:-1] / total[-1].clamp(min=1), self.mean)
         self.mean.lerp_(new, 1 - self.momentum)
         self._sum, self._count = None, 0
@@ -158,7 +160,8 @@ def agreement_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 
     No crop is compared with itself.
     """
-    terms = -(teacher @ student.float().transpose(1, 2)).mean(dim=0)  # (T, S)
+    with full_precision(student.device):
+        terms = -(teacher.float() @ student.float().transpose(1, 2)).mean(dim=0)  # (T, S)
     num_teacher, num_student = terms.shape
     same = torch.eye(num_teacher, num_student, dtype=torch.bool, device=terms.device)
     return terms.masked_fill(same, 0).sum() / (num_teacher * num_student - num_teacher)
@@ -171,7 +174,8 @@ def coding_rate(features: torch.Tensor, eps: float) -> torch.Tensor:
     """
     num_images, _, width = features.shape
     views = features.float().transpose(0, 1)  # (T, B, E)
-    gram = views @ views.transpose(1, 2) * (width / (num_images * eps))  # (T, B, B)
+    with full_precision(features.device):  # else rounding makes the matrix of nearly equal features indefinite
+        gram = views @ views.transpose(1, 2) * (width / (num_images * eps))  # (T, B, B)
     matrix = gram + torch.eye(num_images, device=gram.device)
     log_det: torch.Tensor = 2 * torch.linalg.cholesky_ex(matrix)[0].diagonal(dim1=1, dim2=2).log().sum(dim=1)  # (T,)
     rate: torch.Tensor = log_det.mean() * (width + num_images) / (2 * width * num_images)
@@ -201,7 +205,7 @@ def koleo_loss(features: torch.Tensor) -> torch.Tensor:
     """
     eps = 1e-8
     features = nn.functional.normalize(features.float(), dim=-1, eps=eps)
-    with torch.no_grad():
+    with torch.no_grad(), full_precision(features.device):
         similarity = features @ features.T
         nearest = similarity.fill_diagonal_(-1).argmax(dim=1)  # (B,)
     distance = nn.functional.pairwise_distance(features, features[nearest], eps=eps)
@@ -212,5 +216,5 @@ def koleo_loss(features: torch.Tensor) -> torch.Tensor:
 def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     """Scale the gradient of each tensor by itself to a norm of at most `max_norm`, without waiting for the device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch._foreach_norm(gradients)
-    torch._foreach_mul_(gradients, [(max_norm / (norm + 1e-6)).clamp(max=1) for norm in norms])
+    norms = torch.stack(torch._foreach_norm(gradients))
+    torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())

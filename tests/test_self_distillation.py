@@ -138,3 +138,23 @@ def test_prototype_head__compares_directions():
     assert_close(head(tokens), logits)
     assert "scale" not in dict(head.named_parameters())
     assert "scale" in dict(PrototypeHead(16, 32, 8, 24, trains_scale=True).named_parameters())
+
+
+@pytest.mark.parametrize("aligned", [0.0, 0.99])
+def test_losses__are_computed_in_float32_under_autocast(aligned):
+    """In half precision the Gram matrix of features that are nearly equal is not positive definite."""
+    generator = torch.Generator().manual_seed(0)
+    features = (1 - aligned) * torch.randn(64, 2, 256, generator=generator) + aligned
+    features = nn.functional.normalize(features, dim=-1)
+    teacher = (features / 0.04).softmax(dim=-1)
+    losses = (
+        lambda: coding_rate(features, 0.05),
+        lambda: koleo_loss(features[:, 0]),
+        lambda: class_token_loss(features, teacher, 0.1),
+    )
+    for loss in losses:
+        expected = loss()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = loss()
+        assert found.dtype == torch.float32
+        assert torch.equal(found, expected)

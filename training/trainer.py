@@ -291,6 +291,8 @@ class MimTrainer(Trainer):
                 cause = f"every loss was finite, the gradient was not: {calmer}."
             elif 0 < len(culprits) < len(batch):
                 cause = f"the loss of these images is not finite: {', '.join(culprits)}. Repair or remove them."
+            elif self._compares_processes:
+                cause = f"the images of its batch are compared, so none was tried alone: {calmer}. {', '.join(batch)}."
             else:
                 which = "every image" if culprits else "no single image"
                 cause = (
@@ -312,9 +314,15 @@ class MimTrainer(Trainer):
         if not isinstance(dataset, NamedItems):
             indices = []
         epoch = int(self.guard.step) // self.steps_per_epoch
-        alone = [index for index in indices if not self.has_finite_loss(dataset.item(index, epoch))]
+        tried = [] if self._compares_processes else indices
+        alone = [index for index in tried if not self.has_finite_loss(dataset.item(index, epoch))]
         names = [dataset.name(index) for index in alone], [dataset.name(index) for index in indices]
         return tuple(sorted(set(gather_object(part))) for part in names)  # type: ignore[return-value]
+
+    @property
+    def _compares_processes(self) -> bool:
+        """Whether the loss of a process waits for images of the others, whose numbers may differ."""
+        return self.accelerator.num_processes > 1 and getattr(self.model, "compares_images", False)
 
     @torch.no_grad()
     def has_finite_loss(self, item: dict[str, Any]) -> bool:
