@@ -35,7 +35,7 @@ def panel_drawer(name: str, views_of: Callable[[Any, dict[str, Any]], Mapping[st
         facts = [name, f"step {step:,}"]
         if eval_loss is not None:
             facts.append(f"validation loss {eval_loss:.4g}")
-        if "bool_masked_pos" in batch:
+        if "bool_masked_pos" in batch and batch["bool_masked_pos"].any():
             facts.append(f"mask ratio {batch['bool_masked_pos'].float().mean().item():.2f}")
         views = {label: images[:MAX_ROWS] for label, images in views_of(model, batch).items()}
         return labeled_grid(views, footer="  ·  ".join(facts))
