@@ -99,6 +99,21 @@ def test_resume__after_a_kill_keeps_teacher_and_centers_bit_by_bit(tmp_path):
         assert torch.equal(resumed[name], expected), name
 
 
+def test_non_finite__images_that_processes_compare_are_not_tried_alone(tmp_path, monkeypatch):
+    """Their losses would wait for the other processes, which may have fewer images to try."""
+    trainer = make_trainer(tmp_path, save_strategy="no")
+    trainer.model.__class__ = type("Comparing", (type(trainer.model),), {"compares_images": True})
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(MimTrainer, "steps_per_epoch", 6)
+    monkeypatch.setattr(MimTrainer, "has_finite_loss", lambda *_: pytest.fail("an image was tried alone"))
+    trainer.guard.watch_loss(torch.tensor(float("nan")), torch.tensor([0, 1]), step=3)
+    monkeypatch.setattr("training.non_finite.gather_object", lambda part: part)
+    monkeypatch.setattr(type(trainer.guard), "is_raised_anywhere", lambda guard: True)
+    monkeypatch.setattr(type(trainer.guard), "first_bad_step", lambda guard: 3)
+    with pytest.raises(NonFiniteError, match=r"at step 4\. the loss compares the images of all processes"):
+        trainer.stop_if_not_finite()
+
+
 def test_resume__after_the_last_step_takes_no_further_step(tmp_path):
     settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}  # mid-epoch
     undisturbed = make_trainer(tmp_path, **settings)

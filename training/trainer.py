@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
@@ -28,9 +27,10 @@ from modeling.schedules import Progress, Schedule
 from training.checkpoints import last_whole_checkpoint, write_checksums
 from training.devices import peak_flops
 from training.evaluation_guard import EvaluationGuard
-from training.guard import NonFiniteError, NonFiniteGuard, has_only_finite_weights
+from training.guard import NonFiniteError, NonFiniteGuard
 from training.layer_decay import layer_decay_groups
 from training.meters import Meter, MetricSums
+from training.non_finite import find_non_finite
 from training.stopping import StopOnSignal, init_worker
 from training.weight_average import WeightAverage
 
@@ -284,45 +284,8 @@ class MimTrainer(Trainer):
         Raises:
             NonFiniteError: If the guard was raised in some process, or a weight is not finite.
         """
-        if self.guard.is_raised_anywhere():
-            step, culprits, batch = self.guard.first_bad_step(), *self._bad_images()
-            calmer = "lower `learning_rate`, or clip with `max_grad_norm` 1; under `fp16` use `bf16`"
-            if not batch:
-                cause = f"every loss was finite, the gradient was not: {calmer}."
-            elif 0 < len(culprits) < len(batch):
-                cause = f"the loss of these images is not finite: {', '.join(culprits)}. Repair or remove them."
-            elif self._compares_processes:
-                cause = f"the images of its batch are compared, so none was tried alone: {calmer}. {', '.join(batch)}."
-            else:
-                which = "every image" if culprits else "no single image"
-                cause = (
-                    f"{which} of its batch does it alone, so it is not the data: {calmer}. It was {', '.join(batch)}."
-                )
-            raise NonFiniteError(
-                f"the loss or its gradient became NaN or infinite at step {step + 1}. {cause} No weight was updated "
-                f"from that step on. {self._last_good()}"
-            )
-        if not has_only_finite_weights(self.model):
-            raise NonFiniteError(
-                f"weights became NaN or infinite by step {self.state.global_step}, with a learning rate of "
-                f"{self._get_learning_rate():.3g}. {self._last_good()} Lower `learning_rate`."
-            )
-
-    def _bad_images(self) -> tuple[list[str], list[str]]:
-        """Return the names of the images that alone give a non-finite loss, and of the whole bad batch."""
-        dataset, indices = self.train_dataset, [i for i in self.guard.image_index.tolist() if i >= 0]
-        if not isinstance(dataset, NamedItems):
-            indices = []
-        epoch = int(self.guard.step) // self.steps_per_epoch
-        tried = [] if self._compares_processes else indices
-        alone = [index for index in tried if not self.has_finite_loss(dataset.item(index, epoch))]
-        names = [dataset.name(index) for index in alone], [dataset.name(index) for index in indices]
-        return tuple(sorted(set(gather_object(part))) for part in names)  # type: ignore[return-value]
-
-    @property
-    def _compares_processes(self) -> bool:
-        """Whether the loss of a process waits for images of the others, whose numbers may differ."""
-        return self.accelerator.num_processes > 1 and getattr(self.model, "compares_images", False)
+        if problem := find_non_finite(self):
+            raise NonFiniteError(problem)
 
     @torch.no_grad()
     def has_finite_loss(self, item: dict[str, Any]) -> bool:
@@ -331,10 +294,6 @@ class MimTrainer(Trainer):
         batch.pop("image_index", None)
         with self.compute_loss_context_manager():
             return bool(torch.isfinite(self.loss_and_outputs(self.model, self._with_targets(batch))[0]))
-
-    def _last_good(self) -> str:
-        checkpoint, _ = last_whole_checkpoint(self.output_dir)
-        return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint was written."
 
     # ---- checkpoints ----
 
