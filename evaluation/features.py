@@ -6,7 +6,6 @@ P = h * w patches, D feature dimension, T tokens.
 
 import copy
 import inspect
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +16,9 @@ from torch.nn import functional as F
 
 from data.seeds import seeded_generator
 from evaluation.preprocessing import Batch, Preprocessor
-from modeling.patches import height_and_width
+from modeling.patches import height_and_width, token_layout
 
 CLASS_TOKEN, MEAN, BOTH = "class token", "mean of patches", "class token and mean"
-_MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
 _THUMBNAIL_SIZE = 32
 
 
@@ -80,17 +78,16 @@ class FrozenEncoder:
         return Tokens(hidden[:, 0].float() if num_extra else None, patches)
 
     def _layout(self, num_tokens: int, height: int, width: int) -> tuple[int, tuple[int, int]]:
-        """Return the number of tokens before the patches and the patch grid; stages may have merged 2 x 2 patches."""
+        """Return the number of tokens before the patches and the patch grid."""
         patch_height, patch_width = height_and_width(getattr(self.config, "patch_size", 1))
-        for times in (1, 2, 4, 8, 16, 32):
-            grid = math.ceil(height / (patch_height * times)), math.ceil(width / (patch_width * times))
-            num_extra = num_tokens - math.prod(grid)
-            if 0 <= num_extra <= (_MAX_EXTRA_TOKENS if times == 1 else 0):
-                return num_extra, grid
-        raise ValueError(
-            f"{self.config.model_type} returns {num_tokens} tokens for an image of {height} x {width} pixels, which "
-            f"are not a grid of {patch_height} x {patch_width} patches; expected an encoder with a grid of features"
-        )
+        layout = token_layout(num_tokens, (height, width), (patch_height, patch_width))
+        if layout is None:
+            raise ValueError(
+                f"{self.config.model_type} returns {num_tokens} tokens for an image of {height} x {width} pixels, "
+                f"which are not a grid of {patch_height} x {patch_width} patches; expected an encoder with a grid of "
+                "features"
+            )
+        return layout
 
 
 def untrained(encoder: FrozenEncoder, seed: int) -> FrozenEncoder:

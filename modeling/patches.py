@@ -13,6 +13,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTAttention
 
+_MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
 _LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue in a gray image
 
 PatchSize = int | tuple[int, int]  # one side, or height and width
@@ -74,6 +75,22 @@ def patch_grid(image_size: int | Sequence[int], patch_size: int) -> tuple[int, i
             f"nearest that are: {down[0]} x {down[1]} and {up[0]} x {up[1]}"
         )
     return height // patch_size, width // patch_size
+
+
+def token_layout(
+    num_tokens: int, image_size: int | Sequence[int], patch_size: int | Sequence[int]
+) -> tuple[int, tuple[int, int]] | None:
+    """Return the number of tokens before the patches and the grid of an encoder's output; None if it has no grid.
+
+    Stages may have merged 2 x 2 patches; encoders that do so have no other tokens.
+    """
+    (height, width), (patch_height, patch_width) = height_and_width(image_size), height_and_width(patch_size)
+    for times in (1, 2, 4, 8, 16, 32):
+        grid = math.ceil(height / (patch_height * times)), math.ceil(width / (patch_width * times))
+        num_extra = num_tokens - math.prod(grid)
+        if 0 <= num_extra <= (_MAX_EXTRA_TOKENS if times == 1 else 0):
+            return num_extra, grid
+    return None
 
 
 def visible_and_masked_indices(
