@@ -69,16 +69,19 @@ class MultiCropConfig(MimConfig):
 
     @property
     def views(self) -> tuple[View, ...]:
-        """Two global crops, and the local ones."""
+        """Two global crops, and the local ones; on small images the blur is as much smaller than on 224 pixels."""
         patch = self.encoder_config.patch_size
         height, width = height_and_width(self.encoder_config.image_size)
+        scale = min(1.0, min(height, width) / 224)
+        photometric = Photometric(blur_radius=(0.1 * scale, 2.0 * scale))
         size = tuple(max(patch, round(side * 3 / 7 / patch) * patch) for side in (height, width))
         if self.local_image_size:
             size = (self.local_image_size, self.local_image_size)
-        views = [View(num_crops=2, photometric=Photometric(blur_probability=_BLUR, solarize_probability=_SOLARIZE))]
+        global_photometric = photometric._replace(blur_probability=_BLUR, solarize_probability=_SOLARIZE)
+        views = [View(num_crops=2, photometric=global_photometric)]
         if self.num_local_crops:
-            scale = (self.min_local_crop_scale, self.max_local_crop_scale)
-            views.append(View("local_pixel_values", self.num_local_crops, size, scale, Photometric()))
+            areas = (self.min_local_crop_scale, self.max_local_crop_scale)
+            views.append(View("local_pixel_values", self.num_local_crops, size, areas, photometric))
         return tuple(views)
 
 

@@ -91,6 +91,12 @@ def test_views__have_local_crops_of_three_sevenths():
     assert views[0].photometric.solarize_probability == (0.0, 0.2)
 
 
+@pytest.mark.parametrize(("image_size", "largest"), [(448, 2.0), (224, 2.0), (56, 0.5), ((56, 112), 0.5)])
+def test_views__blur_small_images_as_much_as_224_pixels(image_size, largest):
+    views = IbotConfig(encoder_config={"image_size": image_size, "patch_size": 8}).views
+    assert [view.photometric.blur_radius for view in views] == [(largest / 20, largest)] * 2
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_step__moves_teacher_and_centers_once_and_keeps_prototypes_at_first(method, tmp_path):
     model = tiny_model(method)
