@@ -247,6 +247,7 @@ def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingC
         image_size=settings.image_size if settings.image_size_schedule else None,
         mask_probability=config.mask_probability,
         spreads_ratios=config.spreads_mask_ratios,
+        with_noise=config.chooses_masks,
     )
 
 

@@ -6,7 +6,7 @@ Shapes: B images, C channels, H W pixels, N patches of the grid, k masks per ima
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from data.masks import FIXED_RATIO_STRATEGIES, MASK_STRATEGIES, UNEQUAL_COUNT_ST
 from data.seeds import seeded_generator
 
 COUNTERS = ("epoch", "step", "image_index")
+Masks = tuple[list[torch.Tensor], Iterable[torch.Generator]]  # and for each the generator of its noise
 
 
 def stack_items(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -69,6 +70,8 @@ class MaskingCollator:
         mask_probability: Share of the masks that mask anything; each is decided on its own.
         spreads_ratios: Mask exactly that share of a batch, rounded, with ratios spread evenly over the range of
             `mask_ratio` (DINOv2). A mask then depends on its batch too.
+        with_noise: Add "mask_noise" float (B, U) or (B, k, U), random numbers in [0, 1) for the U mask units of each
+            mask, for models that choose themselves which patches are masked (`modeling/adaptive_masks.py`).
     """
 
     grid: tuple[int, int]
@@ -83,6 +86,7 @@ class MaskingCollator:
     image_size: tuple[int, int] | None = None
     mask_probability: float = 1.0
     spreads_ratios: bool = False
+    with_noise: bool = False
     _draw_mask: Callable[..., torch.Tensor] = field(init=False, repr=False, compare=False)
     _num_calls: int = field(default=0, init=False, repr=False, compare=False)
 
@@ -97,11 +101,16 @@ class MaskingCollator:
         batch = stack_items(features)
         has_counters = all(name in feature for feature in features for name in COUNTERS)
         grid = self._grid_of(batch["pixel_values"])
-        masks = self._masks_by_counters(features, grid) if has_counters else self._masks_by_call(len(features), grid)
+        draw = self._masks_by_counters(features, grid) if has_counters else self._masks_by_call(len(features), grid)
+        masks, generators = draw
         stacked = torch.stack(masks)  # (B * k, 1, N), or (B * k, 2, N) with the predicted ones
         for name, mask in zip(("masked", "predicted"), stacked.unbind(1), strict=False):
             batch[f"bool_{name}_pos"] = mask if self.num_masks is None else mask.unflatten(0, (-1, self.num_masks))
             batch[f"num_{name}_patches"] = int(mask.sum())
+        if self.with_noise:
+            num_units = math.prod(grid) // self.mask_unit**2
+            noise = torch.stack([torch.rand(num_units, generator=generator) for generator in generators])
+            batch["mask_noise"] = noise if self.num_masks is None else noise.unflatten(0, (-1, self.num_masks))
         if not self.with_image_index:
             batch.pop("image_index", None)
         elif "image_index" not in batch:
@@ -116,7 +125,7 @@ class MaskingCollator:
         rows, columns = (length * number // whole for length, number, whole in sides)
         return rows, columns
 
-    def _masks_by_counters(self, features: Sequence[Mapping[str, Any]], grid: tuple[int, int]) -> list[torch.Tensor]:
+    def _masks_by_counters(self, features: Sequence[Mapping[str, Any]], grid: tuple[int, int]) -> Masks:
         num_masks = self.num_masks or 1
         keys = [
             (feature["epoch"], feature["image_index"], *((number,) if number else ()))
@@ -128,9 +137,10 @@ class MaskingCollator:
         else:
             ratios = [self._batch_ratio(self.seed, "ratio", features[0]["step"])] * len(keys)
         generators = (seeded_generator(self.seed, "mask", *key) for key in keys)
-        return [self._mask(grid, *pair) for pair in zip(ratios, generators, strict=True)]
+        masks = [self._mask(grid, *pair) for pair in zip(ratios, generators, strict=True)]
+        return masks, (seeded_generator(self.seed, "mask noise", *key) for key in keys)
 
-    def _masks_by_call(self, num_images: int, grid: tuple[int, int]) -> list[torch.Tensor]:
+    def _masks_by_call(self, num_images: int, grid: tuple[int, int]) -> Masks:
         """Draw all masks from one generator, as nothing distinguishes the images."""
         worker = get_worker_info()
         if self._num_calls == 0 and (worker is None or worker.id == 0):
@@ -148,7 +158,7 @@ class MaskingCollator:
             ratios = self._spread_ratios(num_masks, generator)
         else:
             ratios = [self._batch_ratio(*call, "ratio")] * num_masks
-        return [self._mask(grid, ratio, generator) for ratio in ratios]
+        return [self._mask(grid, ratio, generator) for ratio in ratios], [generator] * num_masks
 
     def _batch_ratio(self, *counters: int | str) -> float | None:
         """Return the ratio that all masks of the batch share; None if each draws its own."""

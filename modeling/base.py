@@ -120,6 +120,7 @@ class MimConfig(PreTrainedConfig):
     # Share of the masks that mask anything, and whether the ratios of a batch are spread evenly over their range.
     mask_probability: ClassVar[float] = 1.0
     spreads_mask_ratios: ClassVar[bool] = False
+    chooses_masks: ClassVar[bool] = False  # whether the model moves masks in training, by "mask_noise" of the collator
 
     encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
@@ -227,7 +228,7 @@ class InitializesEveryModule:
 class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     """Base class of the pre-training models: an `encoder` and what is dropped after pre-training.
 
-    A model never draws a mask itself. Class attributes:
+    A model never draws a mask itself, but may change one in training (`MimConfig.chooses_masks`). Class attributes:
 
     - `frozen_parameters`: prefixes of parameter names that never train.
     - `no_weight_decay`: suffixes of parameter names without weight decay, beside biases and one-dimensional tensors.

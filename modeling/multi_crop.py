@@ -24,8 +24,8 @@ _BLUR, _SOLARIZE = (1.0, 0.1), (0.0, 0.2)  # probabilities for the two global cr
 
 
 @strict
-class MultiCropConfig(MimConfig):
-    """Configuration of crops, encoders, head and schedules.
+class CropsConfig(MimConfig):
+    """Configuration of crops, drop path and heads.
 
     Args:
         head_hidden_size, head_bottleneck_size: Sizes of the projection head.
@@ -33,11 +33,6 @@ class MultiCropConfig(MimConfig):
         local_image_size: Side of a local crop in pixels; 0 for 3/7 of the image, as 96 of 224.
         min_local_crop_scale, max_local_crop_scale: Share of the image's area in a local crop.
         drop_path_rate: Drop path of the student's last block, to which it grows from the first one.
-        teacher_momentum_start: Momentum of the teacher's average, which rises to 1; 0 for an average over 2% of the
-            steps, at least 0.9 and at most 0.996.
-        max_tensor_norm: Largest norm of the gradient of each tensor; 0 for no limit.
-        weight_decay_start, weight_decay_end: The weight decay rises with half a cosine.
-        exported_weights: Which encoder users get, that of the teacher or of the student.
     """
 
     settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("head",)
@@ -49,18 +44,9 @@ class MultiCropConfig(MimConfig):
     min_local_crop_scale: float = 0.05
     max_local_crop_scale: float = 0.25
     drop_path_rate: float = 0.1
-    teacher_momentum_start: float = 0.0
-    max_tensor_norm: float = 3.0
-    weight_decay_start: float = 0.04
-    weight_decay_end: float = 0.4
-    exported_weights: str = "teacher"
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        if not 0 <= self.teacher_momentum_start <= 1:
-            raise ValueError(f"teacher_momentum_start is {self.teacher_momentum_start}, expected 0 to 1")
-        if self.exported_weights not in ("teacher", "student"):
-            raise ValueError(f"exported_weights is {self.exported_weights!r}, expected 'teacher' or 'student'")
         if not 0 < self.min_local_crop_scale <= self.max_local_crop_scale <= 1:
             raise ValueError(
                 f"min_local_crop_scale is {self.min_local_crop_scale} and max_local_crop_scale "
@@ -83,6 +69,32 @@ class MultiCropConfig(MimConfig):
             areas = (self.min_local_crop_scale, self.max_local_crop_scale)
             views.append(View("local_pixel_values", self.num_local_crops, size, areas, photometric))
         return tuple(views)
+
+
+@strict
+class MultiCropConfig(CropsConfig):
+    """Configuration of crops, encoders, head and schedules of a student and its teacher.
+
+    Args:
+        teacher_momentum_start: Momentum of the teacher's average, which rises to 1; 0 for an average over 2% of the
+            steps, at least 0.9 and at most 0.996.
+        max_tensor_norm: Largest norm of the gradient of each tensor; 0 for no limit.
+        weight_decay_start, weight_decay_end: The weight decay rises with half a cosine.
+        exported_weights: Which encoder users get, that of the teacher or of the student.
+    """
+
+    teacher_momentum_start: float = 0.0
+    max_tensor_norm: float = 3.0
+    weight_decay_start: float = 0.04
+    weight_decay_end: float = 0.4
+    exported_weights: str = "teacher"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if not 0 <= self.teacher_momentum_start <= 1:
+            raise ValueError(f"teacher_momentum_start is {self.teacher_momentum_start}, expected 0 to 1")
+        if self.exported_weights not in ("teacher", "student"):
+            raise ValueError(f"exported_weights is {self.exported_weights!r}, expected 'teacher' or 'student'")
 
 
 class MultiCropModel(EmaTeacher, MimPreTrainedModel):

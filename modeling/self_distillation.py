@@ -9,13 +9,13 @@ N patches, M masked patches in the batch, D width, E bottleneck, K prototypes.
 """
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from transformers import initialization as init
 
 from .ema import full_precision
+from .processes import over_processes
 
 
 class ProjectionHead(nn.Module):
@@ -137,14 +137,6 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int
         shares = shares / over_processes(shares.sum(dim=0), "sum").clamp(min=1e-30)
         shares = shares / shares.sum(dim=1, keepdim=True)
     return shares
-
-
-def over_processes(tensor: torch.Tensor, operation: Literal["sum", "max"]) -> torch.Tensor:
-    """Return the sum or the maximum of a tensor over all processes."""
-    if distributed.is_available() and distributed.is_initialized():
-        tensor = tensor.clone()
-        distributed.all_reduce(tensor, getattr(distributed.ReduceOp, operation.upper()))
-    return tensor
 
 
 def class_token_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:

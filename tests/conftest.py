@@ -90,6 +90,12 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "dinov2": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "simdino": {"encoder_config": _ENCODER, **{k: v for k, v in _PROTOTYPES.items() if k != "num_prototypes"}},
 }
+TINY_MODELS["refine"] = {
+    "encoder_config": _ENCODER,
+    **{k: v for k, v in _PROTOTYPES.items() if k != "num_prototypes"},
+    "queue_size": 64,
+    "num_candidates": 1,  # otherwise each process would draw others
+}
 # The methods of tests/toys, in a tree where they were added.
 _TOYS = {"hog": _MAE, "two-crops": {"encoder_config": _BEIT, "num_outputs": 16}}
 TINY_MODELS |= {method: settings for method, settings in _TOYS.items() if method in MODELS}
@@ -168,6 +174,7 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
         num_masks=config.views[0].num_crops,
         mask_probability=config.mask_probability,
         spreads_ratios=config.spreads_mask_ratios,
+        with_noise=config.chooses_masks,
         with_image_index=with_image_index,
     )
     return LabeledByTokenizer(collator) if model_class(variant).targets == "tokenizer" else collator

@@ -163,7 +163,7 @@ class MimTrainer(Trainer):
         return Progress(step, self.state.max_steps, self.steps_per_epoch, values)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        image_index = inputs.pop("image_index", None)  # (B,)
+        image_index = self._take_index(inputs)
         inputs = self._with_targets(inputs)
         self._reseed()
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -171,10 +171,15 @@ class MimTrainer(Trainer):
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        image_index = inputs.pop("image_index", None)
+        image_index = self._take_index(inputs)
         outputs = super().prediction_step(model, self._with_targets(inputs), *args, **kwargs)
         self._evaluation_guard.watch_loss(outputs[0], image_index)
         return outputs
+
+    def _take_index(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Return the images' numbers (B,); they stay in the batch only if the model asks for them."""
+        is_wanted = "image_index" in self._forward_arguments
+        return inputs.get("image_index") if is_wanted else inputs.pop("image_index", None)
 
     def _with_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs if self.targets is None else self.targets(self._prepare_inputs(inputs))
