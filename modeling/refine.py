@@ -27,7 +27,6 @@ from .processes import BatchNorm, gathered, this_process
 from .schedules import Progress
 
 _LARGEST_QUEUE, _MOST_CANDIDATES, _ROWS_PER_CANDIDATE = 65_536, 20, 50
-_LONGEST_WARMUP = 0.4  # of the training: 20 of 50 epochs
 
 
 @strict
@@ -40,7 +39,6 @@ class RefineConfig(CropsConfig):
             power of two up to the number of images, if that is less.
         num_candidates: Nearest neighbors of which one is drawn; 0 for 20, or less in a queue of less than 1,000.
         temperature: Divisor of the similarities.
-        head_warmup_epochs: First epochs in which the encoder does not change, at most 40% of the training.
     """
 
     model_type = "mim_refine"
@@ -57,7 +55,6 @@ class RefineConfig(CropsConfig):
     queue_size: int = 0
     num_candidates: int = 0
     temperature: float = 0.2
-    head_warmup_epochs: float = 20.0
     drop_path_rate: float = 0.0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -269,13 +266,6 @@ class RefineForPreTraining(MimPreTrainedModel):
         """Return how close the neighbors are."""
         similarity = logs.get("neighbor_similarity", logs.get("eval_neighbor_similarity"))
         return [] if similarity is None else [f"similarity of neighbors {similarity:.2f}"]
-
-    def before_update(self, progress: Progress) -> None:
-        """Keep the encoder as it is until the heads are trained (Sec. 4.1)."""
-        num_frozen = self.config.head_warmup_epochs * progress.steps_per_epoch
-        if progress.step < min(num_frozen, _LONGEST_WARMUP * progress.num_steps):
-            for parameter in self.encoder.parameters():
-                parameter.grad = None
 
     def after_step(self, progress: Progress) -> None:
         """Let the queues follow."""
