@@ -10,6 +10,7 @@ from .base import MimConfig, MimOutput, MimPreTrainedModel
 
 MODELS: dict[str, type[MimPreTrainedModel]] = {}  # by method
 CONFIGS: dict[str, type[MimConfig]] = {}
+TOKENIZERS: dict[str, type[PreTrainedModel]] = {}
 
 
 def _register(model_class: Any, auto_class: Any) -> None:
@@ -19,9 +20,11 @@ def _register(model_class: Any, auto_class: Any) -> None:
     auto_class.register(config_class, model_class, exist_ok=True)
     config_class.register_for_auto_class()  # save_pretrained then copies the code beside the weights
     model_class.register_for_auto_class(auto_class.__name__)
+    method = config_class.model_type.removeprefix("mim_").replace("_", "-")
     if auto_class is AutoModelForPreTraining:
-        method = config_class.model_type.removeprefix("mim_").replace("_", "-")
         MODELS[method], CONFIGS[method] = model_class, config_class
+    else:
+        TOKENIZERS[method] = model_class
 
 
 for _file in pkgutil.iter_modules(__path__):
@@ -34,4 +37,4 @@ for _file in pkgutil.iter_modules(__path__):
         elif issubclass(_class, PreTrainedModel) and hasattr(_class, "get_codebook_indices"):  # an image tokenizer
             _register(_class, AutoModel)
 
-__all__ = ["CONFIGS", "MODELS", "MimConfig", "MimOutput", "MimPreTrainedModel"]
+__all__ = ["CONFIGS", "MODELS", "TOKENIZERS", "MimConfig", "MimOutput", "MimPreTrainedModel"]

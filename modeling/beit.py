@@ -29,7 +29,7 @@ class BeitMimConfig(MimConfig):
     """Configuration of a BEiT; `vocab_size` is the number of codes of the tokenizer (published: 8192)."""
 
     model_type = "mim_beit"
-    transformers_model_types = ("beit",)  # as BeitForMaskedImageModeling
+    transformers_model_types: ClassVar[tuple[str, ...]] = ("beit",)  # as BeitForMaskedImageModeling
     settings_of_targets = ("vocab_size",)
     paper = Paper(
         "BEiT: BERT Pre-Training of Image Transformers",

@@ -125,19 +125,8 @@ class Data2VecEncoder(BeitEncoder):
     native_has_pooler: ClassVar[bool] = False
 
     def last_blocks(self, pixels: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
-        """Return the outputs of the last blocks, (B, 1+N, D) each, before the final norm.
-
-        Unlike `output_hidden_states`, this compiles at the first call, and keeps no other outputs in memory.
-        """
-        resolution, bias = pixels.shape[2:], self.shared_position_bias
-        grid = tuple(side // self.config.patch_size for side in resolution)  # type: ignore[operator]
-        scores = None if bias is None else bias(grid)  # (1, heads, 1+N, 1+N), added to the attention's
-        tokens, outputs = self.embeddings(pixels), []
-        for number, layer in enumerate(self.layers, start=1):
-            tokens = layer(tokens, attention_mask=scores, resolution=resolution)
-            if number > len(self.layers) - num_blocks:
-                outputs.append(tokens)
-        return outputs
+        """Return the outputs of the last blocks, (B, 1+N, D) each, before the final norm."""
+        return self.block_outputs(pixels, range(len(self.layers) - num_blocks + 1, len(self.layers) + 1))
 
     def as_native(self) -> tuple[PreTrainedConfig, dict[str, torch.Tensor]]:
         """Return config and weights of the Data2VecVisionModel that computes the same function."""

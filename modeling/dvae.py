@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -132,6 +132,12 @@ class DvaeModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)  # type: ignore[assignment]
     accepts_loss_kwargs = False
+    # For people: names, what `decode` returns, the validation loss in words, and the method that predicts the codes.
+    title: ClassVar[str] = "discrete VAE"
+    description: ClassVar[str] = "a discrete VAE as in [DALL-E](https://arxiv.org/abs/2102.12092)"
+    decodes: ClassVar[str] = "in [0, 1]"
+    loss_in_words: ClassVar[str] = "Validation reconstruction loss, from the chosen codes: {} nats per pixel channel."
+    used_by: ClassVar[str] = "beit"
 
     def __init__(self, config: DvaeConfig):
         super().__init__(config)

@@ -8,6 +8,7 @@ Shapes: B images, N tokens, D width, h w patches per column and row.
 """
 
 import math
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -74,11 +75,32 @@ class BeitEncoder(InitializesEveryModule, BeitModel):
             f"({rows} x {columns} patches); only square images can be exported"
         )
 
+    def attention_bias(self, pixels: torch.Tensor) -> torch.Tensor | None:
+        """Return what all blocks add to their attention scores, (1, heads, 1+N, 1+N); None without a shared table."""
+        patch_size: Any = self.config.patch_size
+        grid = patch_grid(pixels.shape[2:], patch_size)
+        return None if self.shared_position_bias is None else self.shared_position_bias(grid)
+
+    def block_outputs(
+        self, pixels: torch.Tensor, numbers: Collection[int], bool_masked_pos: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Return the outputs of blocks, numbered from 1, (B, 1+N, D) each, before the final norm.
+
+        Unlike `output_hidden_states`, this compiles at the first call, and keeps no other outputs in memory.
+        """
+        resolution, scores = pixels.shape[2:], self.attention_bias(pixels)
+        tokens, outputs = self.embeddings(pixels, bool_masked_pos), []
+        for number, layer in enumerate(self.layers, start=1):
+            tokens = layer(tokens, attention_mask=scores, resolution=resolution)
+            if number in numbers:
+                outputs.append(tokens)
+        return outputs
+
     # Initialization is defined here because transformers never runs a parent's `_init_weights` on a nested model.
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            trunc_normal_at_one_std_(module.weight, 0.02 / self._shrink_factor(module))
+            trunc_normal_at_one_std_(module.weight, 0.02 / shrink_factor(self.layers, module))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, BeitEmbeddings):
@@ -89,14 +111,6 @@ class BeitEncoder(InitializesEveryModule, BeitModel):
                 trunc_normal_at_one_std_(module.position_embeddings, 0.02)
         else:
             super()._init_weights(module)  # type: ignore[no-untyped-call]  # LayerNorm, zero tables, LayerScale
-
-    def _shrink_factor(self, linear: nn.Module) -> float:
-        """Return sqrt(2 l) for the last layers of both branches of block l (from 1), whose initial std is smaller."""
-        block: Any
-        for number, block in enumerate(self.layers, start=1):
-            if linear is block.attention.o_proj or linear is block.mlp.fc2:
-                return math.sqrt(2 * number)
-        return 1.0
 
 
 class ResizedPositions:
@@ -277,6 +291,14 @@ def _init_like_swin(native_init: Any, module: nn.Module) -> None:
         init.trunc_normal_(module.mask_token, std=0.02)
     elif isinstance(module, SwinRelativePositionBias):
         init.trunc_normal_(module.relative_position_bias_table, std=0.02)
+
+
+def shrink_factor(blocks: Iterable[Any], linear: nn.Module) -> float:
+    """Return sqrt(2 l) for the last layers of both branches of block l (from 1), whose initial std is smaller."""
+    for number, block in enumerate(blocks, start=1):
+        if linear is block.attention.o_proj or linear is block.mlp.fc2:
+            return math.sqrt(2 * number)
+    return 1.0
 
 
 def init_like_pytorch(module: nn.Linear | nn.Conv2d) -> None:

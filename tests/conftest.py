@@ -78,6 +78,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "simmim+deit": {"encoder_config": {**_ENCODER, "model_type": "deit"}},
     "simmim-asymmetric": _MAE,
     "beit": {"encoder_config": _BEIT, "vocab_size": 16},
+    "beit2": {"encoder_config": _BEIT, "vocab_size": 16},
     "data2vec": {"encoder_config": {**_BEIT, "attention_probs_dropout_prob": 0.0}},
     "data2vec2": {
         "encoder_config": _ENCODER,

@@ -153,6 +153,45 @@ def test_beit__published_runs_are_800_epochs_of_2048_images_a_step(model, accura
     assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("name", "epochs", "beta2", "drop_path", "accuracy"),
+    [
+        ("vit-base_in1k_300ep", 300, 0.98, 0.0, "85.0"),
+        ("vit-base_in1k", 1600, 0.999, 0.1, "85.5"),
+        ("vit-large_in1k_300ep", 300, 0.98, 0.0, "86.6"),
+        ("vit-large_in1k", 1600, 0.999, 0.1, "87.3"),
+    ],
+)
+def test_beit2__published_runs_are_of_300_and_1600_epochs(name, epochs, beta2, drop_path, accuracy):
+    path = RECIPES / f"beit2_{name}.yaml"
+    settings = load(path)
+    plan = plan_of_imagenet(settings)
+    published = {
+        "adam_beta1": 0.9,
+        "adam_beta2": beta2,
+        "drop_path_rate": drop_path,
+        "num_aggregation_blocks": 2,
+        "weight_decay": 0.05,
+        "warmup_epochs": 10,
+        "max_grad_norm": 3.0,
+        "mask_strategy": "exact-block",
+        "crop_scale": [0.2, 1.0],
+        "color_jitter": 0.4,
+        "image_stats": "preset",
+    }
+    assert {name: settings.values[name] for name in published} == published
+    assert plan.num_masked == (75, 75)
+    assert (plan.images_per_step, plan.learning_rate) == (2048, pytest.approx(1.5e-3))
+    assert plan.num_steps == epochs * math.ceil(NUM_IMAGENET_IMAGES / 2048)
+    assert json.loads(settings.values["lr_scheduler_kwargs"])["min_lr_rate"] == pytest.approx(1e-5 / 1.5e-3, rel=1e-4)
+    config = CONFIGS["beit2"](encoder_config=settings.encoder_settings(), **settings.method_settings)
+    scale, layer = {12: (0.1, 9), 24: (1e-5, 21)}[config.encoder_config.num_hidden_layers]
+    assert (config.encoder_config.layer_scale_init_value, config.aggregation_layer) == (scale, layer)
+    assert config.encoder_config.drop_path_rate == drop_path
+    assert f"{plan.num_steps:,} steps" in path.read_text(encoding="utf-8")
+    assert f"Expected: {accuracy} top-1" in path.read_text(encoding="utf-8")
+
+
 def test_data2vec__has_the_published_constants():
     settings = load(RECIPES / "data2vec.yaml")
     published = {

@@ -79,7 +79,8 @@ class TokenizerTargets(Targets):
         size = getattr(tokenizer.config, "image_size", _DALLE_IMAGE_SIZE)
         height, width = height_and_width(size)
         self._check_grid(height, width, grid, name)
-        self.view = ExtraView("tokenizer_pixel_values", (height, width), Image.Resampling.LANCZOS)
+        filter_name = getattr(tokenizer, "view_interpolation", "lanczos").upper()  # that of BEiT, or the tokenizer's
+        self.view = ExtraView("tokenizer_pixel_values", (height, width), Image.Resampling[filter_name])
         vocab_size = getattr(tokenizer, "vocab_size", None) or self.model.config.vocab_size
         self.config_settings = {"vocab_size": int(vocab_size)}
 

@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from hub.convert import beit, data2vec, dino, dinov2, ibot, mae, simmim, timm
+from hub.convert import beit, beit2, data2vec, dino, dinov2, ibot, mae, simmim, timm
 from hub.convert.native_models import Converted
 from hub.convert.recognize import recognize
-from hub.convert.reference import reference_output
+from hub.convert.reference import reference_features, reference_output
 from hub.convert.weight_file import State, WeightFile, open_weights
 from hub.export.native import PRETRAINING, export, export_native
 from hub.open_model import open_model
@@ -30,12 +30,13 @@ from modeling.patches import height_and_width
 IMAGE_STATS = ("imagenet", "half")
 # A format has `convert`, which raises ValueError if the weights do not fit, and if it needs them: `add_flags`;
 # `required_flags`, which returns the flags that a file does not answer with the values of published files;
-# `image_stats`, the default of --image_stats if it is not ImageNet's; `WEIGHTS`, keys of the file by --weights
-# (`options.states` has the weights under all of them, `options.losses` those of losses).
+# `image_stats`, the default of --image_stats if it is not ImageNet's (None: it has none); `WEIGHTS`, keys of the file
+# by --weights (`options.states` has the weights under all of them, `options.losses` those of losses).
 FORMATS: dict[str, Any] = {
     "mae": mae,
     "simmim": simmim,
     "beit": beit,
+    "beit2": beit2,
     "data2vec": data2vec,
     "ibot": ibot,
     "dino": dino,
@@ -66,6 +67,10 @@ def convert_file(options: argparse.Namespace) -> list[str]:
         problem = export(converted.model, target, method=options.method, recipe=recipe)
         root = f"no encoder at the root ({problem})" if problem else "encoder for AutoModel at the root"
         written = f"{target}: {root}, whole model in {PRETRAINING}/"
+    elif hasattr(converted.model, "get_codebook_indices"):
+        problem = None
+        converted.model.save_pretrained(target)
+        written = f"{target}: image tokenizer, which run_pretraining.py takes as --tokenizer"
     else:
         problem = None
         method = None if options.method == "timm" else options.method  # a timm file does not tell how it was trained
@@ -170,6 +175,8 @@ def _convert(file: WeightFile, state: State, options: argparse.Namespace) -> tup
 
 def _image_stats(state: State, name: str | None, default: str | None) -> tuple[Any, list[str]]:
     """Return (mean, std) for the encoder's channels, and a note if they are the format's default."""
+    if name is None and default is None:
+        return (None, None), []
     weight = next((tensor for key, tensor in state.items() if key.endswith("patch_embed.proj.weight")), None)
     num_channels = 3 if weight is None else weight.shape[1]
     chosen = name or (default if num_channels == 3 else "half")
@@ -206,7 +213,8 @@ def _describe(model: PreTrainedModel, unknown: dict[str, str]) -> str:
     )
     sizes = [f"{name} {getattr(encoder, name)}" for name in names if hasattr(encoder, name) and name not in unknown]
     if encoder is not config:
-        of_model = ("vocab_size", "num_prototypes", *(name for name in vars(config) if name.startswith("decoder_")))
+        decoder = (name for name in vars(config) if name.startswith("decoder_"))
+        of_model = ("vocab_size", "code_size", "num_prototypes", *decoder)
         sizes += [f"{name} {getattr(config, name)}" for name in of_model if hasattr(config, name)]
     elif hasattr(model, "classifier"):
         sizes.append(f"num_labels {config.num_labels}")
@@ -223,9 +231,13 @@ def _verify(folder: Path, converted: Converted) -> list[str]:
     shape = (1, config.num_channels, *height_and_width(config.image_size))
     pixel_values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weights = {key: tensor.float() for key, tensor in converted.weights.items()}
-    expected = reference_output(weights, pixel_values, config.num_attention_heads)
-    output = written(pixel_values)
-    computed = output.logits if "head.weight" in weights else output.last_hidden_state
+    if hasattr(written, "get_codebook_indices"):
+        expected = reference_features(weights, pixel_values.sigmoid(), config.num_attention_heads)
+        computed = written(pixel_values.sigmoid(), return_loss=False).features
+    else:
+        expected = reference_output(weights, pixel_values, config.num_attention_heads)
+        output = written(pixel_values)
+        computed = output.logits if "head.weight" in weights else output.last_hidden_state
     difference = ((computed - expected).abs().max() / expected.abs().max()).item()
     if not difference < 1e-4:
         shutil.rmtree(folder)

@@ -119,7 +119,7 @@ def rename(state: State, table: Table) -> Iterable[tuple[str, str, torch.Tensor]
 
 
 def load_weights(
-    model: PreTrainedModel, weights: Iterable[tuple[str, str, torch.Tensor]], table: Table, their_prefix: str = ""
+    model: Any, weights: Iterable[tuple[str, str, torch.Tensor]], table: Table, their_prefix: str = ""
 ) -> None:
     """Load all weights of `model` from (key in the file, key in the model or in its encoder, tensor).
 
@@ -127,7 +127,7 @@ def load_weights(
     `their_prefix` precedes the encoder's.
     """
     expected = model.state_dict()
-    prefix = model.base_model_prefix + "."
+    prefix = getattr(model, "base_model_prefix", "") + "."
     found = {name: tensor for name, tensor in expected.items() if not tensor.numel()}  # no file has an empty tensor
     unexpected, mismatched = [], []
     for theirs, ours, tensor in weights:

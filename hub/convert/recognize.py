@@ -15,6 +15,7 @@ class Kind(NamedTuple):
 
 
 _PROJECTION_HEAD = "head.mlp.0.weight"
+CODES = "quantize.embedding.weight"  # of a tokenizer
 _LOSSES = {"ibot_loss": "iBOT", "dino_loss": "DINO"}  # beside both networks
 
 
@@ -25,6 +26,8 @@ def recognize(file: WeightFile, state: State) -> Kind | None:
         return Kind("MAE, encoder and decoder", ("mae",), ("decoder_embed.weight",))
     if simmim := [key for key in state if key.startswith("decoder.0.")]:
         return Kind("SimMIM, encoder and prediction layer", ("simmim",), tuple(simmim))
+    if CODES in state:
+        return Kind("tokenizer of BEiT v2 (VQ-KD)", ("beit2",), (CODES,))
     if "patch_embed.proj.weight" not in state:
         return None
     if "layers.0.blocks.0.attn.qkv.weight" in state:
@@ -51,16 +54,17 @@ def _recognize_beit(file: WeightFile, state: State, form: str) -> Kind:
     if "lm_head.weight" in state:
         num_outputs, hidden_size = state["lm_head.weight"].shape
         if any(key.startswith("cls_pt_layers.") for key in state):
-            return Kind("BEiT v2 in pre-training", ("beit",), ("lm_head.weight", "cls_pt_layers.0..."))
+            return Kind("BEiT v2 in pre-training", ("beit2", "beit"), ("lm_head.weight", "cls_pt_layers.0..."))
         if "model_ema" in file.states:
             return Kind("data2vec in pre-training", ("data2vec",), ("lm_head.weight", "model_ema"))
         if num_outputs == hidden_size:  # a vocabulary of exactly this size would be a coincidence
             return Kind("data2vec in pre-training", ("data2vec", "beit"), ("lm_head.weight", *tables))
         return Kind("BEiT in pre-training", ("beit",), ("lm_head.weight", *tables))
     if "head.weight" in state:
-        methods = ("data2vec", "beit", "timm") if SHARED_TABLE in state else ("beit", "simmim", "data2vec", "timm")
+        per_block = ("beit", "beit2", "simmim", "data2vec", "timm")
+        methods = ("data2vec", "beit", "timm") if SHARED_TABLE in state else per_block
         return Kind(f"BEiT, {form}", methods, ("head.weight", *tables))
-    return Kind(f"BEiT, {form}", ("beit", "simmim", "data2vec", "timm"), tables)
+    return Kind(f"BEiT, {form}", ("beit", "beit2", "simmim", "data2vec", "timm"), tables)
 
 
 def _recognize_vit(file: WeightFile, state: State, form: str) -> Kind:

@@ -9,6 +9,7 @@ Shapes: B images, N patches, D hidden size, A heads.
 import torch
 from torch.nn import functional as F
 
+from hub.convert.recognize import CODES
 from hub.convert.sizes import BLOCK_TABLE, SHARED_TABLE, count_blocks
 from hub.convert.weight_file import State
 from modeling.encoders import relative_position_index
@@ -43,6 +44,27 @@ def reference_output(state: State, pixel_values: torch.Tensor, num_heads: int) -
         return x
     mean_or_class = _norm(state, "fc_norm", x[:, 1:].mean(1)) if "fc_norm.weight" in state else x[:, 0]
     return _linear(state, "head", mean_or_class)
+
+
+@torch.no_grad()
+def reference_features(state: State, pixel_values: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return the features (B, N, F) that a tokenizer of BEiT v2 rebuilds of images in [0, 1]."""
+    patches = reference_output(part(state, "encoder."), 2 * pixel_values - 1, num_heads)[:, 1:]
+    features, codes = F.normalize(_task_layer(state, "encode_task_layer", patches), dim=-1), state[CODES]
+    nearest = codes[torch.cdist(features, codes).argmin(-1)]
+    grid = [side // state["encoder.patch_embed.proj.weight"].shape[-1] for side in pixel_values.shape[2:]]
+    decoded = reference_output(part(state, "decoder."), nearest.mT.unflatten(2, grid), num_heads)[:, 1:]
+    return _task_layer(state, "decode_task_layer", decoded)
+
+
+def _task_layer(state: State, name: str, x: torch.Tensor) -> torch.Tensor:
+    return _linear(state, f"{name}.2", _linear(state, f"{name}.0", x).tanh())
+
+
+def part(state: State, prefix: str) -> dict[str, torch.Tensor]:
+    """Return one of a tokenizer's networks, with the name of a BEiT's final norm."""
+    found = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
+    return {key.replace("fc_norm.", "norm."): tensor for key, tensor in found.items()}
 
 
 def _attention(weights: State, x: torch.Tensor, bias: torch.Tensor | float, num_heads: int) -> torch.Tensor:
