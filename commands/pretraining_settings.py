@@ -23,6 +23,8 @@ from data.masks import MASK_STRATEGIES
 from hub.export.native import PRETRAINING
 from hub.init_from import StartingModel
 
+HOG = "hog"  # in place of a teacher
+
 _EPILOG = """\
 small data: a step never takes more images than there are, an epoch has at least one step, warm-up is at most a tenth
 of the run, and a method's own number of epochs is raised until the run has 2,000 steps. The plan, printed before
@@ -90,6 +92,17 @@ class PretrainingDataFlags(CachedImageFlags):
     )
     tokenizer: str | None = flag(None, "for beit: folder or Hub id of the image tokenizer whose tokens are predicted")
     trust_remote_code: bool = flag(False, "run the Python files that --tokenizer brings; read them first")
+    teacher: str | None = flag(
+        None,
+        f"for feature: folder or Hub id of the frozen encoder whose features are predicted, or '{HOG}' for histograms "
+        "of oriented gradients (MaskFeat)",
+    )
+    teacher_image_size: tuple[int, int] | None = flag(
+        None,
+        "one side, or height and width, of the images that the teacher sees; smaller ones cost less (default: the "
+        "teacher's own)",
+        SIDES,
+    )
     cache_tokens: bool = flag(
         False,
         "for beit: compute the tokens of every image once, before training. Each image is then its central crop, "

@@ -2,11 +2,19 @@
 
 import shlex
 from collections.abc import Callable
+from typing import Any
 
-from commands.pretraining_settings import PretrainingSettings
-from hub.open_model import open_model
+from accelerate import PartialState
+from transformers import AutoModel
+
+from commands.launch import printer
+from commands.pretraining_settings import HOG, PretrainingSettings
+from hub.image_stats import processor_image_size, processor_stats
+from hub.open_model import open_config, open_model
 from modeling import MimPreTrainedModel
-from training.targets import Targets, TokenizerTargets
+from modeling.base import IMAGENET_MEAN, IMAGENET_STD
+from modeling.frozen_teacher import FrozenTeacher
+from training.targets import Targets, TeacherTargets, TokenizerTargets
 
 CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --tokenizer one of
   1. your own, trained on your images:
@@ -18,16 +26,28 @@ CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --t
 """
 
 
+TEACHERS = """feature needs a teacher, and none is chosen for you. Give --teacher one of
+  1. a trained encoder of images by folder or Hub id: a ViT, DINOv2 or DINOv3, CLIP, BEiT, Swin or a convolutional
+     network, such as facebook/dinov2-small, or the output folder of a run
+  2. hog: histograms of oriented gradients (MaskFeat), which need no model
+"""
+_DEFAULT_IMAGE_SIZE = 224  # of teachers that name none
+# Flags of each kind of `MimPreTrainedModel.targets`.
+_FLAGS = {
+    "tokenizer": ("tokenizer", "trust_remote_code", "cache_tokens"),
+    "teacher": ("teacher", "teacher_image_size"),
+}
+
+
 def open_targets(
     settings: PretrainingSettings, model_class: type[MimPreTrainedModel], grid: tuple[int, int]
 ) -> Targets | None:
     """Return the targets that the method needs, or None; raises ValueError if their source is missing or unfit."""
-    if model_class.targets is None:
-        for flag in ("tokenizer", "trust_remote_code", "cache_tokens"):
+    for kind, flags in _FLAGS.items():
+        for flag in flags if kind != model_class.targets else ():
             if getattr(settings, flag):
                 raise ValueError(f"--{flag} has no effect with --method {settings.method}; leave it out")
-        return None
-    return _OPENERS[model_class.targets](settings, grid)
+    return None if model_class.targets is None else _OPENERS[model_class.targets](settings, grid)
 
 
 def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Targets:
@@ -38,5 +58,33 @@ def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Tar
     return TokenizerTargets(tokenizer, grid, f"--tokenizer {name}")
 
 
-# By `MimPreTrainedModel.targets`.
-_OPENERS: dict[str, Callable[[PretrainingSettings, tuple[int, int]], Targets]] = {"tokenizer": _open_tokenizer}
+def _open_teacher(settings: PretrainingSettings, grid: tuple[int, int]) -> Targets | None:
+    """Return the targets of a teacher; None for histograms of gradients, which the model computes itself."""
+    name = settings.teacher
+    if not name:
+        raise ValueError(TEACHERS)
+    if name == HOG:
+        if settings.teacher_image_size:
+            raise ValueError(f"--teacher_image_size has no effect with --teacher {HOG}; leave it out")
+        return None
+    config = open_config(name, "teacher")
+    if (vision := getattr(config, "vision_config", None)) is not None:  # of images and texts, such as CLIP
+        model = open_model(name, "teacher", model_class=AutoModel, config=vision).model
+    else:
+        model = open_model(name, "teacher").model
+    stats = processor_stats(name, getattr(model.config, "num_channels", 3))
+    if not stats:
+        stats = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
+        printer(PartialState())(
+            f"note: --teacher {name} has no preprocessor_config.json with mean and std: ImageNet's are used"
+        )
+    size: Any = settings.teacher_image_size or processor_image_size(name)
+    size = size or getattr(model.config, "image_size", _DEFAULT_IMAGE_SIZE)
+    teacher = FrozenTeacher(model, **stats, image_size=size, name=f"--teacher {name}")
+    return TeacherTargets(teacher, settings.image_size, settings.num_channels)
+
+
+_OPENERS: dict[str, Callable[[PretrainingSettings, tuple[int, int]], Targets | None]] = {
+    "tokenizer": _open_tokenizer,
+    "teacher": _open_teacher,
+}

@@ -45,3 +45,17 @@ def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[s
             "and an image_std above 0"
         )
     return stats
+
+
+def processor_image_size(name: str) -> tuple[int, int] | None:
+    """Return height and width of the images that a model's image processor makes; None if it does not say."""
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+    except (OSError, ValueError):
+        return None
+    size = (processor.get("do_center_crop", True) and processor.get("crop_size")) or processor.get("size")
+    if isinstance(size, dict):
+        side = size.get("shortest_edge")
+        size = [size.get("height", side), size.get("width", side)]
+    height, width = size if isinstance(size, list) else (size, size)
+    return (height, width) if isinstance(height, int) and isinstance(width, int) else None

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments, ViTConfig, ViTModel
 
 from data.augmentations import build_views
 from data.collators import MaskingCollator
@@ -25,9 +25,10 @@ from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
 from modeling import MODELS, MimConfig, MimPreTrainedModel
 from modeling.dvae import DvaeConfig, DvaeModel
+from modeling.frozen_teacher import FrozenTeacher
 from modeling.patches import patch_grid
 from training.checkpoints import last_whole_checkpoint
-from training.targets import TokenizerTargets
+from training.targets import Targets, TeacherTargets, TokenizerTargets
 from training.trainer import MimTrainer
 
 atexit.register(shutil.rmtree, os.environ["HF_ASSETS_CACHE"], ignore_errors=True)
@@ -86,6 +87,13 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
         "decoder_num_groups": 4,
         "mask_noise_std": 0.0,  # the same batch, split otherwise, would get other noise
     },
+    "feature": {"encoder_config": _ENCODER},
+    "feature+teacher": {
+        "encoder_config": _ENCODER,
+        "feature_size": 16,
+        "teacher_has_class_token": True,
+        "distill_visible": True,
+    },
     "ibot": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "dino": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "dinov2": {"encoder_config": _ENCODER, **_PROTOTYPES},
@@ -140,10 +148,33 @@ def tiny_tokenizer() -> DvaeModel:
         return DvaeModel(DvaeConfig(image_size=SIZE, vocab_size=16, **sizes)).eval()
 
 
-def tiny_targets(variant: str) -> TokenizerTargets | None:
-    if model_class(variant).targets != "tokenizer":
-        return None
-    return TokenizerTargets(tiny_tokenizer(), (SIZE // PATCH, SIZE // PATCH))
+def tiny_teacher() -> FrozenTeacher:
+    """A small, untrained ViT with another grid than the models here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        model = ViTModel(ViTConfig(image_size=24, patch_size=8, **sizes), add_pooling_layer=False)
+        return FrozenTeacher(model, (0.5,) * 3, (0.5,) * 3, 24)
+
+
+def tiny_targets(variant: str) -> Targets | None:
+    if model_class(variant).targets == "tokenizer":
+        return TokenizerTargets(tiny_tokenizer(), (SIZE // PATCH, SIZE // PATCH))
+    if "feature_size" in TINY_MODELS[variant]:
+        return TeacherTargets(tiny_teacher(), (SIZE, SIZE), 3)
+    return None
+
+
+class SeenByTeacher:
+    """A collator's batch with the features of `tiny_teacher`."""
+
+    def __init__(self, collator: MaskingCollator) -> None:
+        self.collator, self.teacher = collator, tiny_teacher()
+
+    def __call__(self, features: Any) -> dict[str, Any]:
+        batch = self.collator(features)
+        seen = self.teacher(batch["pixel_values"])
+        return batch | {"teacher_features": seen.patches, "teacher_class_token": seen.class_token}
 
 
 class LabeledByTokenizer:
@@ -162,7 +193,7 @@ class LabeledByTokenizer:
 def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
     """Masks of the 16 squares of PATCH x PATCH pixels: 12 of them, or 8 to 14 where the numbers may differ.
 
-    With labels where the method needs them.
+    With labels, or features of a teacher, where the method needs them.
     """
     needs_equal, config = model_class(variant).needs_equal_num_masked, tiny_config(variant)
     patch_size = TINY_MODELS[variant]["encoder_config"]["patch_size"]
@@ -178,7 +209,9 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
         with_noise=config.chooses_masks,
         with_image_index=with_image_index,
     )
-    return LabeledByTokenizer(collator) if model_class(variant).targets == "tokenizer" else collator
+    if model_class(variant).targets == "tokenizer":
+        return LabeledByTokenizer(collator)
+    return SeenByTeacher(collator) if "feature_size" in TINY_MODELS[variant] else collator
 
 
 def tiny_batch(variant: str = "mae", num_images: int = 8) -> dict[str, Any]:

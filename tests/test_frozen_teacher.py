@@ -6,6 +6,7 @@ import transformers
 from torch.testing import assert_close
 from transformers import AutoModel
 
+from benchmarks.efficientnet_lite0 import build_model
 from modeling.frozen_teacher import FrozenTeacher, match_grid
 
 _VIT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32}
@@ -107,3 +108,18 @@ def test_teacher__is_refused_if_it_reads_no_images_or_has_no_grid():
     teacher = FrozenTeacher(tiny("ViT", num_channels=1), (0.5,), (0.5,), 32, "x")
     with pytest.raises(ValueError, match=r"x reads images of 1 channels, but these have 3; choose a teacher with as"):
         teacher(pixels(32, 32))
+
+
+@torch.no_grad()
+def test_efficientnet_lite0__is_a_native_model_whose_squeeze_and_excitation_does_nothing():
+    sizes = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280}
+    torch.manual_seed(0)
+    weights = AutoModel.from_config(transformers.EfficientNetConfig(**sizes)).state_dict()
+    released = {name: value for name, value in weights.items() if "squeeze_excite" not in name}
+    model = build_model(released | {"classifier.weight": torch.zeros(1), "classifier.bias": torch.zeros(1)})
+    for name, value in released.items():
+        assert torch.equal(model.state_dict()[name], value), name
+    block = model.encoder.blocks[3]
+    hidden = torch.randn(2, block.squeeze_excite.dim, 4, 4)
+    assert torch.equal(block.squeeze_excite(hidden), hidden)
+    assert FrozenTeacher(model, MEAN, STD, 64).grid == (2, 2)

@@ -2,8 +2,9 @@
 
 `Targets` is what the trainer, the data and the panels know of them. The first kind is the tokens of an image
 tokenizer: any model with `get_codebook_indices(pixel_values) -> (B, h, w)`, such as ours (`run_tokenizer.py`) or the
-public DALL-E encoder (transformers' `FlavaImageCodebook`).
-Shapes: B images, C channels, H W pixels of the tokenizer's view, h w tokens, N = h * w patches.
+public DALL-E encoder (transformers' `FlavaImageCodebook`). The second is the features of a `FrozenTeacher`.
+Shapes: B images, C channels, H W pixels of the view of the tokenizer or teacher, h w its tokens or features, D their
+width, N = h * w patches.
 """
 
 from collections.abc import Mapping
@@ -109,3 +110,44 @@ class TokenizerTargets(Targets):
                 f"{grid[0]} x {grid[1]} patches: choose image_size and patch_size with as many patches as tokens, or "
                 f"a tokenizer trained with image_size {height * grid[0] // tokens[0]} {width * grid[1] // tokens[1]}"
             )
+
+
+class TeacherTargets(Targets):
+    """A teacher's features: `teacher_pixel_values` uint8 (B, C, H, W) become `teacher_features` (B, D, h, w).
+
+    `teacher_class_token` (B, D) is added if the teacher has one. Runs under the caller's autocast.
+
+    Args:
+        teacher: A `FrozenTeacher`; images of the student's size are not cropped a second time for it.
+        image_size: Height and width of the student's images.
+
+    Raises:
+        ValueError: If the teacher cannot read images of so many channels, or has a single feature for the whole image.
+    """
+
+    output = "teacher_features"
+
+    def __init__(self, teacher: Any, image_size: tuple[int, int], num_channels: int) -> None:
+        self.model = teacher
+        if min(teacher.grid) < 2:
+            height, width = teacher.image_size
+            raise ValueError(
+                f"{teacher.name} has a grid of {teacher.grid[0]} x {teacher.grid[1]} for images of {height} x {width} "
+                "pixels, so that patches would have the same target; choose a larger image_size for the teacher"
+            )
+        if tuple(image_size) != teacher.image_size:
+            self.view = ExtraView("teacher_pixel_values", teacher.image_size, Image.Resampling.BICUBIC)
+        self.config_settings = {
+            "feature_size": teacher.feature_size,
+            "teacher_has_class_token": teacher.has_class_token,
+        }
+        teacher(torch.zeros(1, num_channels, *teacher.image_size, dtype=torch.uint8))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        if self.output in batch:
+            return batch
+        pixel_values = batch["pixel_values" if self.view is None else self.view.name]
+        rest = {key: value for key, value in batch.items() if self.view is None or key != self.view.name}
+        features = self.model(pixel_values)
+        rest[self.output] = features.patches.float()
+        return rest if features.class_token is None else rest | {"teacher_class_token": features.class_token.float()}

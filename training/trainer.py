@@ -182,7 +182,10 @@ class MimTrainer(Trainer):
         return inputs.get("image_index") if is_wanted else inputs.pop("image_index", None)
 
     def _with_targets(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs if self.targets is None else self.targets(self._prepare_inputs(inputs))
+        if self.targets is None:
+            return inputs
+        with self.accelerator.autocast():
+            return self.targets(self._prepare_inputs(inputs))
 
     def compute_loss(
         self,
