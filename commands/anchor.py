@@ -9,6 +9,7 @@ from commands.output_folder import ANCHOR
 from commands.pretraining_settings import PretrainingSettings
 from hub.open_model import open_model
 from modeling import MimConfig
+from modeling.frozen_teacher import FrozenTeacher
 from training.targets import AnchorTargets
 
 
@@ -19,10 +20,12 @@ def open_anchor(settings: PretrainingSettings, config: MimConfig) -> AnchorTarge
     kept = Path(settings.output_dir or settings.default_output_dir()) / ANCHOR
     is_resumed = settings.start is not None and settings.start.sizes_only
     source = str(kept) if is_resumed and (kept / "config.json").is_file() else str(settings.init_from)
-    return AnchorTargets(open_model(source, "init_from").model, config.image_mean, config.image_std)
+    encoder = open_model(source, "init_from").model
+    return AnchorTargets(FrozenTeacher(encoder, config.image_mean, config.image_std, settings.image_size, source))
 
 
 def keep_anchor(anchor: AnchorTargets, output_dir: Path) -> None:
     """Save the encoder beside the checkpoints: the source may change or vanish before a run is continued."""
-    if Path(anchor.model.name_or_path) != output_dir / ANCHOR:
-        first_on_main(PartialState(), lambda: anchor.model.save_pretrained(output_dir / ANCHOR))
+    encoder = anchor.model.model
+    if Path(encoder.name_or_path) != output_dir / ANCHOR:
+        first_on_main(PartialState(), lambda: encoder.save_pretrained(output_dir / ANCHOR))

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_arguments, tiny_batch, tiny_collator, tiny_images, tiny_model, train_whole_and_resumed
+from conftest import SIZE, tiny_arguments, tiny_batch, tiny_collator, tiny_images, tiny_model, train_whole_and_resumed
 from pretraining_command import pretrain
 from torch.testing import assert_close
 from transformers import AutoModel, TrainerCallback, ViTConfig, ViTModel
 
 from modeling import MODELS
+from modeling.frozen_teacher import FrozenTeacher
 from modeling.self_distillation import gram_loss
 from training.targets import AnchorTargets
 from training.trainer import MimTrainer
@@ -107,8 +108,8 @@ def test_gram_loss__compares_cosines_between_patches_within_each_crop():
 def test_gram__compares_the_student_with_the_anchor_and_reaches_the_encoder():
     model, batch = tiny_model("dino"), tiny_batch("dino")
     model.config.gram_weight = 2.0
-    anchor = AnchorTargets(tiny_model("dino").teacher, model.config.image_mean, model.config.image_std)
-    batch = anchor(batch)
+    stats = model.config.image_mean, model.config.image_std
+    batch = AnchorTargets(FrozenTeacher(tiny_model("dino").teacher, *stats, SIZE))(batch)
     assert batch["anchor_features"].shape == (16, 16, 32)  # 2 crops of 8 images
     same = model(**batch)
     assert same.losses["gram"] < 1e-10  # nothing has changed yet
