@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.few_label import ROOT, run
+from benchmarks.few_label import run
+from benchmarks.resumable import ROOT
 from commands.presets import ENCODER_SIZES
 from data.collators import MaskingCollator
 from modeling.mae import MaeConfig, MaeForPreTraining

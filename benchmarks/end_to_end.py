@@ -110,7 +110,7 @@ class Bench:
 
     def parts(self, side: str) -> list[str]:
         if side == STOCK:
-            settings = (str(self.images), ENCODER, self.arguments())
+            settings = ([str(self.images)], ENCODER, self.arguments())
             call = f"time_parts_of_stock({settings!r}, {self.options.part_seconds})"
         else:
             call = f"time_parts_of_ours({self.our_flags(side)!r}, {self.options.part_seconds})"
@@ -162,7 +162,7 @@ class Bench:
         return json.loads(run.stdout.splitlines()[-1])
 
 
-def time_parts_of_stock(settings: tuple[str, dict, dict], seconds: float) -> None:
+def time_parts_of_stock(settings: tuple[list[str], dict, dict], seconds: float) -> None:
     from benchmarks.stock_mae import build_trainer
 
     print_parts(build_trainer(*settings), seconds)

@@ -22,18 +22,17 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks import resumable
+from benchmarks.resumable import ROOT
+
 SEEDS = (0, 1, 2)
 LABELS_PER_CLASS = 20
 TUNING_LABELS_PER_CLASS, VALIDATION_FRACTION = 200, 0.9  # 20 for training, 180 for validation
-_WRITTEN_LAST = ("README.md", "report.html")  # by training, by evaluation
 _seconds: list[float] = []  # of each command, including earlier starts
 ARMS = {"pre-trained": [], "from random weights": ["--from_scratch"]}
 
@@ -147,38 +146,12 @@ def results_of(folder: Path) -> dict[str, float]:
 
 
 def run(script: str, *flags: str) -> float:
-    """Run a command unless it has finished before, with its output in a file next to its results.
-
-    Returns:
-        The seconds that the command took, including interrupted runs.
-    """
-    out = Path(flags[flags.index("--output_dir") + 1])
-    command, record = [script, *flags], out.parent / f"{out.name}.json"
-    done: dict[str, Any] = {"command": command, "seconds": 0.0, "finished": False}
-    if record.exists():
-        done = json.loads(record.read_text())
-    if done["command"] != command:
-        raise SystemExit(f"{out} belongs to another command, {' '.join(done['command'])}: use another --output_dir")
-    if done["finished"] and any((out / name).exists() for name in _WRITTEN_LAST):
-        _seconds.append(done["seconds"])
-        return done["seconds"]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    log, started = out.parent / f"{out.name}.log", time.perf_counter()
-    try:
-        with log.open("w") as file:
-            environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-            result = subprocess.run(
-                [sys.executable, str(ROOT / script), *flags], stdout=file, stderr=subprocess.STDOUT, env=environment
-            )
-        done["finished"] = result.returncode == 0
-    finally:
-        done["seconds"] += time.perf_counter() - started
-        record.write_text(json.dumps(done) + "\n")
-    if not done["finished"]:
-        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-    print(f"{done['seconds']:6.0f} s  {out.name}", flush=True)
-    _seconds.append(done["seconds"])
-    return done["seconds"]
+    """Run a command unless it has finished before, and return the seconds that it took; exit if it fails."""
+    outcome = resumable.run(script, *flags)
+    if outcome.exit_code:
+        raise SystemExit(f"{' '.join(outcome.command)} failed:\n{outcome.output}")
+    _seconds.append(outcome.seconds)
+    return outcome.seconds
 
 
 # ---- the result file ----

@@ -76,8 +76,9 @@ class PrintSteps(TrainerCallback):
             print(f"step {state.global_step} loss {logs['loss']}", flush=True)
 
 
-def build_trainer(images: str, encoder: dict, arguments: dict) -> Trainer:
-    dataset = load_dataset("imagefolder", data_files={"train": f"{images}/**"}, split="train")
+def build_trainer(images: list[str], encoder: dict, arguments: dict) -> Trainer:
+    files = {"train": [f"{folder}/**" for folder in images]}
+    dataset = load_dataset("imagefolder", data_files=files, split="train", drop_labels=True)
     dataset.set_transform(Transform(encoder["image_size"]))
     # The flags of the script's README, with the authors' settings.
     settings = TrainingArguments(
@@ -99,7 +100,7 @@ def build_trainer(images: str, encoder: dict, arguments: dict) -> Trainer:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("images", help="folder")
+    parser.add_argument("images", type=lambda folder: [folder], help="folder")
     parser.add_argument("encoder", type=json.loads, help="settings of ViTMAEConfig")
     parser.add_argument("arguments", type=json.loads, help="settings of TrainingArguments")
     options = parser.parse_args()

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import few_label
+from benchmarks import few_label, resumable
 
 
 def test_run__skips_a_finished_command_and_refuses_another_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(few_label, "ROOT", tmp_path)
+    monkeypatch.setattr(resumable, "ROOT", tmp_path)
     script = "open('ran', 'a').write('x'); import os; os.makedirs('results/out'); open('results/out/README.md', 'w')"
     (tmp_path / "count.py").write_text(script)
     monkeypatch.chdir(tmp_path)
@@ -27,7 +27,7 @@ def test_run__skips_a_finished_command_and_refuses_another_one(tmp_path, monkeyp
 
 
 def test_run__reports_a_failed_command_and_runs_it_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(few_label, "ROOT", tmp_path)
+    monkeypatch.setattr(resumable, "ROOT", tmp_path)
     (tmp_path / "fail.py").write_text("raise SystemExit('no such data')")
     flags = ("--output_dir", str(tmp_path / "out"))
     with pytest.raises(SystemExit, match="no such data"):
