@@ -17,6 +17,7 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
 
+from commands.anchor import keep_anchor, open_anchor
 from commands.artifacts import Artifacts
 from commands.batch_size import TrialStep, with_batch_size
 from commands.cache import describe_cache, with_cache
@@ -44,7 +45,7 @@ from modeling.patches import patch_grid
 from training.callbacks import show_panels, show_progress
 from training.collapse import WatchForCollapse
 from training.online_evaluation import EvaluateOnline
-from training.targets import Targets
+from training.targets import AnchorTargets, Targets
 from training.token_cache import cached_targets
 from training.trainer import MimTrainer
 
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
     targets = open_targets(settings, MODELS[settings.method], grid)
     splits = open_images(settings, state)
     config = model_config(settings, splits, targets)
+    targets = targets or open_anchor(settings, config)
     collator = build_collator(settings, config)
     footprint = model_footprint(settings, config, collator)
     num_images = (len(splits.train), len(splits.validation))
@@ -96,7 +98,7 @@ def main(argv: list[str]) -> None:
         every = int(plan.training_arguments()["eval_steps"])
         describe: Callable[..., str] = summarize_spread
         if settings.eval_dataset is not None:
-            describe = partial(summarize, start="untrained" if settings.init_from is None else "the initial weights")
+            describe = partial(summarize, start=None if settings.init_from is None else "the initial weights")
         callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, describe))
     if blank.can_collapse:
         callbacks.append(lambda trainer: WatchForCollapse(trainer, settings.stop_on_collapse))
@@ -293,6 +295,8 @@ def build_trainer(
         first_steps = as_data_steps(plan.first_steps, plan.steps_per_epoch, data_steps_per_epoch)
         train_transform = ScheduledTransform(tuple(transforms), first_steps)
     central = dataset(samples, fixed)
+    if isinstance(targets, AnchorTargets) and not settings.dry_run:
+        keep_anchor(targets, output_dir)
     if targets is not None and settings.cache_tokens and not settings.dry_run:
         state = PartialState()
         file = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
@@ -306,6 +310,7 @@ def build_trainer(
         eval_dataset=validation,
         data_collator=collator,
         targets=targets,
+        num_head_steps=plan.num_head_steps,
         lr_drop_step=plan.lr_drop_step,
         layer_decay=settings.layer_decay,
         flops_per_image=plan.footprint.flops_per_image,

@@ -89,7 +89,9 @@ class Artifacts:
             panel=copy_panel(trainer.output_dir, folder),
             panel_caption=model.panel_caption,
             unfinished=unfinished,
-            online_results=results_at(history, trainer.state.global_step, dataset),
+            online_results=results_at(
+                history, trainer.state.global_step, dataset, "initial weights" if settings.init_from else None
+            ),
             num_extra_tokens=num_extra_tokens(encoder),
             pools_mean=getattr(encoder.config, "use_mean_pooling", False),
             has_pooler=getattr(encoder, "native_has_pooler", True),

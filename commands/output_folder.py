@@ -18,6 +18,7 @@ from training.checkpoints import last_whole_checkpoint, problem_with
 SETTINGS_FILE = "settings.yaml"
 BAD_IMAGES_FILE = "bad_images.jsonl"
 CURVE_FILE, PANEL_FILE, PANELS = "training_curve.png", "reconstructions.png", "panels"
+ANCHOR = "gram_anchor"  # folder with the frozen encoder of a loss, which every continuation of the run needs
 # Files of a fine-tuning run.
 SUBSET_FILE, METRICS_FILE, CONFUSION_FILE = "labelled_images.txt", "metrics.json", "confusion_matrix.png"
 # Settings that do not change the result, so that a continued run may have other values.
@@ -31,7 +32,7 @@ SHAPES = (
     *("task", "pooling", "mode", "num_trained_blocks"),  # of a fine-tuning run
 )
 # What runs write, besides the code files of the model, which are named as in `modeling`.
-WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", PANELS, "runs", ".hub")
+WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", PANELS, ANCHOR, "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("trainer_state.json", "codebook.json", "tokens-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),

@@ -18,12 +18,14 @@ class PretrainingPlan(Plan):
 
     Args:
         num_masked: Smallest and largest number of masked patches of an image.
+        num_head_steps: First steps, which train new parts only.
         lr_drop_step: First step with a tenth of the learning rate.
         first_steps: First step of each stage of the image_size_schedule.
     """
 
     settings: PretrainingSettings
     num_masked: tuple[int, int]
+    num_head_steps: int
     lr_drop_step: int | None
     first_steps: tuple[int, ...]
 
@@ -36,12 +38,25 @@ class PretrainingPlan(Plan):
             notes.append(
                 f"the learning rate never drops: --lr_drop_epoch {settings.lr_drop_epoch:g} is after the last step"
             )
+        num_head_steps = round(settings.head_warmup_epochs * steps_per_epoch) if settings.start is not None else 0
+        if not settings.is_users("head_warmup_epochs"):
+            num_head_steps = min(num_head_steps, num_steps // 2)
+        if num_head_steps >= num_steps:
+            raise ValueError(
+                f"--head_warmup_epochs {settings.head_warmup_epochs:g} is {num_head_steps:,} steps, but the whole "
+                f"training has {num_steps:,}: the encoder would not be trained; use fewer"
+            )
         draw, ratio = MASK_STRATEGIES[settings.mask_strategy], settings.mask_ratio
         unit = {"unit": settings.mask_unit} if settings.mask_strategy == "random-unit" else {}
         ratios = ratio if isinstance(ratio, tuple) else (ratio, ratio)
         num_masked = tuple(int(draw(settings.grid, one, seeded_generator("plan"), **unit).sum()) for one in ratios)
         first_steps = first_steps_of_stages(len(settings.image_size_schedule or ()), num_steps)
-        return {"lr_drop_step": step, "num_masked": num_masked, "first_steps": tuple(first_steps)}
+        return {
+            "num_head_steps": num_head_steps,
+            "lr_drop_step": step,
+            "num_masked": num_masked,
+            "first_steps": tuple(first_steps),
+        }
 
     def task_rows(self) -> dict[str, str]:
         settings, num_patches = self.settings, math.prod(self.grid)
@@ -70,6 +85,10 @@ class PretrainingPlan(Plan):
 
     def learning_rate_in_words(self) -> str:
         drop = f", a tenth of it from step {self.lr_drop_step:,}" if self.lr_drop_step else ""
+        if num_steps := self.num_head_steps:
+            drop += f"; for {num_steps:,} steps of new parts on the encoder as it is, then anew of all"
+        if self.settings.layer_decay != 1:
+            drop += f", times {self.settings.layer_decay:g} from layer to layer"
         return super().learning_rate_in_words() + drop
 
     def _standardized_by(self) -> str:

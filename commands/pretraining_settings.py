@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from commands.flags import (
     COUNT,
+    NOT_NEGATIVE,
     POSITIVE,
     POSITIVE_UP_TO_ONE,
     RATIO,
@@ -147,6 +148,12 @@ class PretrainingRunFlags(RunFlags):
         "the learning rate of each layer of the encoder is this fraction of that of the layer above; for --init_from",
         POSITIVE_UP_TO_ONE,
     )
+    head_warmup_epochs: float = flag(
+        0.0,
+        "first epochs, which train only what --init_from lacks, such as heads, on its encoder as it is; then the "
+        "learning rate rises anew, and all is trained",
+        NOT_NEGATIVE,
+    )
     stop_on_collapse: bool = flag(
         True, "for methods with a teacher: stop when three evaluations in a row show that the features collapsed"
     )
@@ -216,6 +223,14 @@ class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, Pretraini
         """Check that the weights to start from have these sizes, and that each setting has an effect."""
         start, name = self.start, self.init_from
         if start is None:
+            if self.method_settings.get("gram_weight"):
+                raise SettingsError(
+                    "--gram_weight needs --init_from, the encoder whose similarities between patches are kept"
+                )
+            if self.is_users("head_warmup_epochs") and self.head_warmup_epochs:
+                raise SettingsError(
+                    "--head_warmup_epochs has no effect without --init_from: there is no encoder yet; leave it out"
+                )
             if self.repair_positions:
                 raise SettingsError("--repair_positions has no effect without --init_from; leave it out")
             if self.image_stats == "source":

@@ -50,15 +50,23 @@ class OnlineHistory:
         return describe_trend(*self.series(self.linear), self.entries[-1].get(error_of(self.linear), 0.0))
 
 
-def summarize(log_history: Sequence[Mapping[str, Any]], start: str = "untrained") -> str:
-    """Summarize the last evaluation in one line: the gain over step 0, which is called `start`, then the trend."""
+def summarize(log_history: Sequence[Mapping[str, Any]], start: str | None = None) -> str:
+    """Summarize the last evaluation in one line: the gain over step 0, then the trend.
+
+    Args:
+        start: What step 0 is called, if it is a trained encoder, of which kNN shows what is kept.
+    """
     history = OnlineHistory.of(log_history)
     if not history.entries:
         return "no online evaluation yet"
     first, last = history.entries[0], history.entries[-1]
-    gain = _compare(first, last, history.linear, start) if first["step"] == 0 < last["step"] else ""
+    has_start = first["step"] == 0 < last["step"]
+    gain = _compare(first, last, history.linear, start or "untrained") if has_start else ""
+    kept = f" ({start} {first[history.knn]:.1%})" if has_start and start else ""
     metric = f" ({BALANCED})" if history.is_unbalanced else ""
-    values = f"linear probe {last[history.linear]:.1%}{gain}, kNN {last[history.knn]:.1%}, RankMe {last[RANKME]:.1f}"
+    values = (
+        f"linear probe {last[history.linear]:.1%}{gain}, kNN {last[history.knn]:.1%}{kept}, RankMe {last[RANKME]:.1f}"
+    )
     return f"{values}{metric}: {history.trend()}"
 
 
@@ -68,12 +76,26 @@ def summarize_spread(log_history: Sequence[Mapping[str, Any]]) -> str:
     return f"features: RankMe {last[RANKME]:.1f}, std {last[FEATURE_STD]:.3f}"
 
 
-def results_at(log_history: Sequence[Mapping[str, Any]], step: int, dataset: str) -> list[dict[str, Any]]:
-    """Return the evaluation at `step` as entries of metrics.json; empty if there was none at exactly this step."""
+def results_at(
+    log_history: Sequence[Mapping[str, Any]], step: int, dataset: str, start: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the evaluation at `step` as entries of metrics.json; empty if there was none at exactly this step.
+
+    Args:
+        start: What step 0 is called if it is a trained encoder, whose evaluation follows as a reference.
+    """
     history = OnlineHistory.of(log_history)
     entry = next((entry for entry in reversed(history.entries) if entry["step"] == step), None)
     if entry is None:
         return []
+    results = _results(history, entry, dataset)
+    if start and (first := history.entries[0])["step"] == 0 < step:
+        before = _results(history, first, dataset)
+        results += [{**result, "name": f"{start}: {result['name']}", "reference": True} for result in before]
+    return results
+
+
+def _results(history: OnlineHistory, entry: Mapping[str, Any], dataset: str) -> list[dict[str, Any]]:
     metric, classes = ("balanced_accuracy", " (unbalanced classes)") if history.is_unbalanced else ("accuracy", "")
     results: list[dict[str, Any]] = []
     for key, name in ((history.linear, "linear probe"), (history.knn, "kNN")):
@@ -131,7 +153,10 @@ def draw_history(axes: Axes, history: OnlineHistory) -> None:
         (history.linear, "linear probe", _GREEN, "o"),
         (history.knn, "kNN", _PURPLE, "^"),
     ):
-        axes.plot(*history.series(key), color=color, marker=marker, markersize=4, linewidth=1.6, label=name)
+        steps, accuracies = history.series(key)
+        axes.plot(steps, accuracies, color=color, marker=marker, markersize=4, linewidth=1.6, label=name)
+        if steps[0] == 0:  # what the run began with
+            axes.axhline(accuracies[0], color=color, linewidth=0.8, linestyle="--", alpha=0.6)
     axes.set_ylabel(
         BALANCED.replace("because ", "because\n") if history.is_unbalanced else "accuracy on frozen features"
     )

@@ -20,6 +20,7 @@ FAMILIES = {
     "beit": "BEiT",
     "dinov2": "DINOv2",
     "dinov2_with_registers": "DINOv2 with registers",
+    "dinov3_vit": "DINOv3",
     "data2vec-vision": "Data2VecVision",
     "swin": "Swin",
 }
@@ -27,10 +28,18 @@ FAMILIES = {
 FAMILIES_OF = {
     "vit": ("ViT", "ViTMAE", "DINOv2 without SwiGLU", "BEiT and Data2VecVision with absolute positions only"),
     "beit": ("BEiT", "Data2VecVision", "ViT", "ViTMAE", "DINOv2 without SwiGLU"),
-    "dinov2_with_registers": ("DINOv2", "DINOv2 with registers"),
+    "dinov2": ("DINOv2",),
+    "dinov2_with_registers": ("DINOv2 with registers",),
+    "dinov3_vit": ("DINOv3",),
     "deit": ("DeiT",),
     "swin": ("Swin",),
 }
+# These represent their own type only, under the names of the native class.
+_SELF_ONLY = ("dinov2", "dinov2_with_registers", "dinov3_vit", "deit", "swin")
+_OF_DINOV2 = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
+    *("qkv_bias", "layerscale_value", "use_swiglu_ffn"),
+)
 _SHARED = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
     *("hidden_act", "layer_norm_eps", "qkv_bias"),
@@ -38,15 +47,25 @@ _SHARED = (
 _SETTINGS = {
     "vit": _SHARED,
     "deit": _SHARED,
-    "dinov2_with_registers": (
-        *("hidden_size", "num_hidden_layers", "num_attention_heads", "mlp_ratio", "hidden_act", "layer_norm_eps"),
-        *("qkv_bias", "layerscale_value", "use_swiglu_ffn", "num_register_tokens"),
+    "dinov2": _OF_DINOV2,
+    "dinov2_with_registers": (*_OF_DINOV2, "num_register_tokens"),
+    "dinov3_vit": (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("layer_norm_eps", "layerscale_value", "use_gated_mlp", "num_register_tokens", "rope_theta"),
+        *("query_bias", "key_bias", "value_bias", "proj_bias", "mlp_bias"),
+        *("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"),
     ),
     "beit": tuple(name for name in _SHARED if name != "qkv_bias"),
     "swin": (
         *("embed_dim", "depths", "num_heads", "window_size", "mlp_ratio"),
         *("hidden_act", "layer_norm_eps", "qkv_bias", "use_absolute_embeddings"),
     ),
+}
+_ONLY_AS_THEMSELVES = {
+    "swin": "it merges patches from stage to stage, in windows",
+    "deit": "it has a distillation token",
+    "dinov2_with_registers": "it has registers",
+    "dinov3_vit": "it rotates queries and keys by their positions (RoPE)",
 }
 _RELATIVE_KINDS = ("use_relative_position_bias", "use_shared_relative_position_bias")
 # Regularization is not part of the function: it is only kept when the same method continues.
@@ -71,14 +90,10 @@ def obstacle(config: PreTrainedConfig, host: str) -> str | None:
     family = config.model_type
     if family == host:
         return None
-    if "swin" in (family, host):
-        return "it merges patches from stage to stage, in windows" if family == "swin" else "it is not a Swin"
-    if "deit" in (family, host):
-        return "it has a distillation token" if family == "deit" else "it has no distillation token"
-    if host == "dinov2_with_registers":
-        return None if family == "dinov2" else "it is not a DINOv2"
-    if family == "dinov2_with_registers":
-        return "it has registers"
+    if family in _ONLY_AS_THEMSELVES:
+        return _ONLY_AS_THEMSELVES[family]
+    if host in _SELF_ONLY:
+        return f"it is not a {FAMILIES[host]}"
     if getattr(config, "use_swiglu_ffn", False):
         return "its MLPs are gated (SwiGLU)"
     if host == "vit":
@@ -95,9 +110,7 @@ def encoder_settings(config: PreTrainedConfig, host: str, is_own: bool) -> dict[
     """Return the arguments of our encoder's native config, except sizes of image, patch and channels."""
     names = (*_SETTINGS[host], *(_REGULARIZERS if is_own else ()))
     arguments = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    if host == "dinov2_with_registers":
-        arguments.setdefault("num_register_tokens", 0)
-    elif config.model_type == "dinov2":
+    if config.model_type == "dinov2" != host:
         arguments["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
     if host == "beit":
         for kind in _RELATIVE_KINDS:
@@ -119,7 +132,7 @@ def has_final_norm(config: PreTrainedConfig) -> bool:
 
 def native_state(state: State, family: str, has_norm: bool, host: str = "") -> tuple[State, State]:
     """Split a transformers model into its encoder, under the names of ViT and BEiT (or of `host`), and the rest."""
-    if family == "swin" or host == "dinov2_with_registers":
+    if family == host in _SELF_ONLY and family != "deit":
         return state, {}
     if family == "vit_mae":
         encoder = {name.removeprefix("vit."): tensor for name, tensor in state.items() if name.startswith("vit.")}

@@ -117,7 +117,7 @@ def _head_settings(config: PreTrainedConfig, method: str) -> dict[str, Any]:
 def _host(name: str, config: PreTrainedConfig, method: str) -> str:
     """Return the type of the method's encoder that can compute the same function."""
     types = CONFIGS[method].encoder_types
-    for host in types:
+    for host in (*(own for own in types if own == config.model_type), *types):
         if obstacle(config, host) is None:
             return host
     others = [other for other, kind in CONFIGS.items() if any(obstacle(config, h) is None for h in kind.encoder_types)]

@@ -47,8 +47,9 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
     notes = _repair(start, encoder, kept_head, repair_positions)
     encoder, changes = as_host(encoder, config.model_type, getattr(config, "qkv_bias", True))
     wanted, state, has_resized = head.state_dict(), {}, False
+    antialias = getattr(head.encoder, "antialias", False)  # as the native class does at other sizes
     for name, tensor in {**{f"encoder.{key}": value for key, value in encoder.items()}, **kept_head}.items():
-        resized = _resized(name, tensor, start.grid, grid, wanted.get(name))
+        resized = _resized(name, tensor, start.grid, grid, wanted.get(name), antialias)
         if name in wanted and resized.shape == wanted[name].shape:
             state[name], has_resized = resized, has_resized or resized is not tensor
         else:
@@ -120,13 +121,18 @@ def _repair(start: StartingModel, encoder: State, head: State, repair_positions:
 
 
 def _resized(
-    name: str, tensor: torch.Tensor, old: tuple[int, int], new: tuple[int, int], wanted: torch.Tensor | None
+    name: str,
+    tensor: torch.Tensor,
+    old: tuple[int, int],
+    new: tuple[int, int],
+    wanted: torch.Tensor | None,
+    antialias: bool,
 ) -> torch.Tensor:
     """Resize a position table to the new grid, or to the new window of a Swin; return other weights unchanged."""
     if not name.endswith(_TABLES) or wanted is None:
         return tensor
     if not name.endswith("relative_position_bias_table"):
-        return resize_positions(tensor, old, new)
+        return resize_positions(tensor, old, new, antialias=antialias)
     if ".blocks." in name:
         window, new_window = ((math.isqrt(len(table)) + 1) // 2 for table in (tensor, wanted))
         old, new = (window, window), (new_window, new_window)

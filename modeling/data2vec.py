@@ -21,10 +21,11 @@ from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper
 from .collapse import row_moments, std_between_rows
+from .dino_encoders import NATIVE_TYPES, build_native_encoder
 from .ema import EmaTeacher, full_precision, momentum_schedule
 from .encoders import BEIT_DEFAULTS, BeitEncoder, trunc_normal_at_one_std_
 from .feature_panel import feature_panel
-from .patches import masked_indices
+from .patches import masked_indices, patch_grid
 from .schedules import Schedule
 
 # Authors' values by depth. The paper has a drop path of 0.2 for both.
@@ -101,7 +102,7 @@ class Data2VecConfig(FeatureTargetConfig):
         "2202.03555",
     )
     encoder_defaults: ClassVar[dict[str, Any]] = {**BEIT_DEFAULTS, **_BASE}
-    encoder_types = ("beit",)
+    encoder_types = ("beit", *NATIVE_TYPES)
 
     post_target_layer_norm: bool = True
     smooth_l1_beta: float = 2.0
@@ -123,6 +124,11 @@ class Data2VecEncoder(BeitEncoder):
     """A BeitEncoder that is exported as a Data2VecVisionModel."""
 
     native_has_pooler: ClassVar[bool] = False
+
+    def tokens(self, pixels: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the normalized output (B, 1+N, D), the class token first."""
+        tokens: torch.Tensor = self(pixels, bool_masked_pos=bool_masked_pos).last_hidden_state
+        return tokens
 
     def last_blocks(self, pixels: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
         """Return the outputs of the last blocks, (B, 1+N, D) each, before the final norm."""
@@ -188,13 +194,12 @@ class Data2VecForPreTraining(FeatureTargetModel):
     """A student that sees the masked image, and a teacher that sees it whole and follows the student (Fig. 1)."""
 
     config: Data2VecConfig
-    encoder: Data2VecEncoder
-    teacher: Data2VecEncoder
     _no_split_modules = ["BeitLayer"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: Data2VecConfig):
         super().__init__(config)
-        self.encoder, self.teacher = (Data2VecEncoder(config.encoder_config) for _ in range(2))
+        build = Data2VecEncoder if config.encoder_config.model_type == "beit" else build_native_encoder
+        self.encoder, self.teacher = (build(config.encoder_config) for _ in range(2))
         self.no_weight_decay = self.encoder.no_weight_decay
         self.lm_head = nn.Linear(config.encoder_config.hidden_size, config.encoder_config.hidden_size)
         self.post_init()
@@ -225,8 +230,9 @@ class Data2VecForPreTraining(FeatureTargetModel):
         """
         pixels = self.standardize(pixel_values)
         masked = masked_indices(bool_masked_pos, num_masked_patches)  # (M,)
-        features = self.encoder(pixels, bool_masked_pos=bool_masked_pos).last_hidden_state
-        logits = self.lm_head(_patches(features)[masked])  # (M, D)
+        num_patches = bool_masked_pos.shape[1]
+        features = self.encoder.tokens(pixels, bool_masked_pos)
+        logits = self.lm_head(_patches(features, num_patches)[masked])  # (M, D)
         if not return_loss:
             return MimOutput(logits=logits)
         targets = self.teacher_targets(pixels, masked)
@@ -245,15 +251,16 @@ class Data2VecForPreTraining(FeatureTargetModel):
         Returns:
             (M, D), float32.
         """
+        rows, columns = patch_grid(tuple(pixels.shape[-2:]), self.config.encoder_config.patch_size)
         with full_precision(pixels.device):
             blocks = self.teacher.last_blocks(pixels.float(), self.config.num_target_layers)
-            targets = torch.stack([_normalize(_patches(block)[masked]) for block in blocks]).mean(0)
+            targets = torch.stack([_normalize(_patches(block, rows * columns)[masked]) for block in blocks]).mean(0)
             return _normalize(targets) if self.config.post_target_layer_norm else targets
 
 
-def _patches(tokens: torch.Tensor) -> torch.Tensor:
-    """(B, 1+N, D) -> (B * N, D), without the class token."""
-    return tokens[:, 1:].flatten(0, 1)
+def _patches(tokens: torch.Tensor, num_patches: int) -> torch.Tensor:
+    """(B, 1+...+N, D) -> (B * N, D), without the class token and registers."""
+    return tokens[:, -num_patches:].flatten(0, 1)
 
 
 def _normalize(features: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from transformers.models.swin.modeling_swin import SwinEncoder as NativeSwinStag
 from transformers.models.vit.modeling_vit import ViTEmbeddings
 
 from .base import InitializesEveryModule
+from .block_by_block import BlockByBlock
 from .patches import patch_grid
 from .positions import resize_positions
 
@@ -131,7 +132,7 @@ class AnySizeEmbeddings(ResizedPositions, ViTEmbeddings):
     """ViTEmbeddings for crops of any size."""
 
 
-class VitEncoder(InitializesEveryModule, ViTModel):
+class VitEncoder(InitializesEveryModule, BlockByBlock, ViTModel):
     """A ViTModel with drop path that takes crops of any size, initialized as in DINO and iBOT."""
 
     # All have weight decay.
@@ -146,6 +147,11 @@ class VitEncoder(InitializesEveryModule, ViTModel):
             if rate:  # this dropout is the last operation of both branches
                 layer.dropout = nn.Sequential(layer.dropout, SwinDropPath(rate))
         self.post_init()
+
+    def embed_images(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the input of the first block (B, 1+N, D)."""
+        tokens: torch.Tensor = self.embeddings(pixels, interpolate_pos_encoding=True)
+        return tokens
 
     def tokens(self, pixels: torch.Tensor, bool_masked_pos: torch.Tensor | None = None) -> torch.Tensor:
         """Return the normalized output (B, 1+N, D), the class token first."""

@@ -1,7 +1,8 @@
 """iBOT: predict the prototypes that a teacher sees in other crops, and in the masked patches of the same crop.
 
 Papers: Zhou et al. 2021, "iBOT: Image BERT Pre-Training with Online Tokenizer", arXiv:2111.07832, Sec. 3; Caron et al.
-2021, "Emerging Properties in Self-Supervised Vision Transformers" (DINO), arXiv:2104.14294, Sec. 3.
+2021, "Emerging Properties in Self-Supervised Vision Transformers" (DINO), arXiv:2104.14294, Sec. 3; for the loss of
+Gram matrices Siméoni et al. 2025, "DINOv3", arXiv:2508.10104, Sec. 4 (there the frozen encoder sees larger crops).
 Code: bytedance/ibot at da316d8; facebookresearch/dino at 7c446df.
 Differs: Position embeddings of local crops are resized to an exact size, as in transformers, instead of by a factor.
 Temperatures change in every step, not in every epoch. Temperature warm-up, momentum and number of prototypes follow
@@ -17,16 +18,22 @@ from typing import Any, ClassVar
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedModel
 
 from .base import MimOutput, Paper, View
 from .collapse import distribution_sums, marginal_entropy, mean_entropy
 from .ema import full_precision
-from .encoders import VitEncoder
 from .multi_crop import MultiCropConfig, MultiCropModel
 from .patches import masked_indices
 from .schedules import Progress, Schedule
-from .self_distillation import Center, PrototypeHead, class_token_loss, koleo_loss, patch_loss, sinkhorn_knopp
+from .self_distillation import (
+    Center,
+    PrototypeHead,
+    class_token_loss,
+    gram_loss,
+    koleo_loss,
+    patch_loss,
+    sinkhorn_knopp,
+)
 
 _TEMPERATURE_STEPS = 37_500
 _COLLAPSED_GAP = 0.02  # between both entropies, as shares of ln K
@@ -51,6 +58,8 @@ class IbotConfig(MultiCropConfig):
             same share of each batch.
         center_momentum: Of the running mean.
         koleo_loss_weight: Of a loss that spreads the class tokens of a batch; 0 leaves it out.
+        gram_weight: Of a loss that keeps the similarities between the patches of an image as they are in the encoder
+            that the training starts from (DINOv3, Sec. 4, has up to 2); 0 leaves it out.
         freeze_prototypes_epochs: First epochs without a change of the prototypes, at most a tenth of the training.
     """
 
@@ -77,6 +86,7 @@ class IbotConfig(MultiCropConfig):
     centering: str = "mean"
     center_momentum: float = 0.9
     koleo_loss_weight: float = 0.0
+    gram_weight: float = 0.0
     freeze_prototypes_epochs: float = 1.0
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -123,10 +133,9 @@ class IbotForPreTraining(MultiCropModel):
         self.post_init()
         self.after_loading_encoder()
 
-    def build_encoder(self) -> PreTrainedModel:
-        """Return an encoder, with a mask token if there are masks."""
-        config = self.config
-        return VitEncoder(config.encoder_config, config.drop_path_rate, use_mask_token=config.patch_loss_weight > 0)
+    @property
+    def sees_masked_patches(self) -> bool:
+        return self.config.patch_loss_weight > 0
 
     def build_heads(self) -> nn.ModuleDict:
         """Return the heads of the losses that have their own; a shared one is the class token's."""
@@ -143,6 +152,7 @@ class IbotForPreTraining(MultiCropModel):
         pixel_values: torch.Tensor,
         bool_masked_pos: torch.Tensor,
         local_pixel_values: torch.Tensor | None = None,
+        anchor_features: torch.Tensor | None = None,
         num_masked_patches: int | None = None,
         teacher_temperature: float | None = None,
         return_loss: bool = True,
@@ -153,6 +163,7 @@ class IbotForPreTraining(MultiCropModel):
             pixel_values: (B, T, C, H, W), the global crops, uint8 or standardized.
             bool_masked_pos: (B, T, N), True = masked; the number may differ by crop, and be 0.
             local_pixel_values: (B, L, C, h, w).
+            anchor_features: (R, N, D), of the patches of whole global crops, from the encoder to stay close to.
             num_masked_patches: Number of masked patches in the batch.
             teacher_temperature: By default the final one.
         """
@@ -179,6 +190,8 @@ class IbotForPreTraining(MultiCropModel):
         if config.koleo_loss_weight:
             views = tokens[:, 0].unflatten(0, (-1, num_crops)).unbind(1)  # (B, D) each
             losses["koleo"] = torch.stack([koleo_loss(view) for view in views]).sum()
+        if config.gram_weight and anchor_features is not None:
+            losses["gram"] = gram_loss(_patches(tokens, masks), anchor_features)
         if logits is not None:
             losses["patch"] = patch_loss(logits, targets["patch"], config.student_temperature, masks, masked)
         metrics = {
@@ -237,6 +250,7 @@ class IbotForPreTraining(MultiCropModel):
             "class_token": self.config.class_token_loss_weight,
             "patch": self.config.patch_loss_weight,
             "koleo": self.config.koleo_loss_weight,
+            "gram": self.config.gram_weight,
         }
 
     @property

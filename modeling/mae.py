@@ -6,8 +6,8 @@ Code: facebookresearch/mae at efb2a80; the cross decoder follows its paper only.
 Differs: Tokens stay in the order (visible, masked) through the decoder instead of being unshuffled. Attention does not
 depend on the order, so with each token's own position added the result is the same and the unshuffling is saved.
 Shapes: B images with k masks each (R = B * k; one mask unless said otherwise), C channels, H W pixels, h w patches per
-column and row, N = h * w patches = V visible + M masked, of which Q are predicted (all by default), D encoder width,
-E decoder width, P = p*p*C values of a patch.
+column and row, N = h * w patches = V visible + M masked, of which Q are predicted (all by default), S = 1 + registers
+of the encoder, D encoder width, E decoder width, P = p*p*C values of a patch.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.vit.modeling_vit import ViTLayer, ViTMLP
 
 from .base import InitializesEveryModule, MimConfig, MimOutput, MimPreTrainedModel, Paper
+from .block_by_block import BlockByBlock, fixed_positions
+from .dino_encoders import DINO_ENCODERS, NATIVE_TYPES
 from .patches import (
     init_like_mae,
     normalize_patches,
@@ -31,7 +33,6 @@ from .patches import (
     take_tokens,
     visible_and_predicted_indices,
 )
-from .positions import positions_of_grid
 from .reconstruction import pixel_panel
 
 
@@ -43,6 +44,7 @@ class MaeConfig(MimConfig):
     """
 
     model_type = "mim_mae"
+    encoder_types: ClassVar[tuple[str, ...]] = NATIVE_TYPES
     transformers_model_types: ClassVar[tuple[str, ...]] = ("vit_mae",)
     paper: ClassVar[Paper | None] = Paper(
         "Masked Autoencoders Are Scalable Vision Learners",
@@ -66,7 +68,7 @@ class MaeConfig(MimConfig):
 
     @property
     def resizes_positions(self) -> bool:
-        """Sines and cosines exist for every size."""
+        """Sines and cosines, and rotations, exist for every size; learned positions are resized."""
         return True
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> "MaeConfig":
@@ -84,7 +86,7 @@ class MaeConfig(MimConfig):
         )
 
 
-class MaeEncoder(InitializesEveryModule, ViTModel):
+class MaeEncoder(InitializesEveryModule, BlockByBlock, ViTModel):
     """A ViTModel with the same parameter names, initialized as in MAE, that can encode a part of the patches."""
 
     # Initialization is defined here because transformers never runs a parent's `_init_weights` on a nested model.
@@ -96,45 +98,6 @@ class MaeEncoder(InitializesEveryModule, ViTModel):
             assert isinstance(self.config.patch_size, int)
             grid = patch_grid(self.config.image_size, self.config.patch_size)
             init.copy_(module.position_embeddings, sincos_positions(grid, self.config.hidden_size))
-
-    def encode(
-        self, patches: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int] | None = None
-    ) -> list[torch.Tensor]:
-        """Encode visible patches (R, V, P) with indices (R, V) in a grid of patches, by default the config's.
-
-        Returns the input of the first layer and the output of each, (R, 1+V, D), the class token first; the last one
-        is normalized and the encoder's output.
-        """
-        states = [self.embed(patches, visible, grid)]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return [*states[:-1], self.layernorm(states[-1])]
-
-    def embed(self, patches: torch.Tensor, visible: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        """Return the input of the first layer (R, 1+V, D) for the arguments of `encode`."""
-        projection = self.embeddings.patch_embeddings.projection
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the order inside a patch is `patchify`'s
-        positions = self.positions(grid)
-        x = nn.functional.linear(patches, weight, projection.bias) + positions[visible + 1]  # (R, V, D)
-        cls = (self.embeddings.cls_token + positions[0]).expand(len(x), -1, -1)  # (R, 1, D)
-        return torch.cat([cls.to(x.dtype), x], dim=1)
-
-    def positions(self, grid: tuple[int, int] | None = None) -> torch.Tensor:
-        """Return the fixed positions (1+N, D) of a grid: sines and cosines, or another model's table, resized."""
-        own_grid = patch_grid(self.config.image_size, self.config.patch_size)  # type: ignore[arg-type]
-        return fixed_positions(self, self.embeddings.position_embeddings, own_grid, grid)
-
-
-def fixed_positions(
-    module: nn.Module, table: torch.Tensor, own_grid: tuple[int, int], grid: tuple[int, int] | None
-) -> torch.Tensor:
-    """Return the rows of a module's fixed table (1, 1+N, D) for a grid; tables of other grids are made once."""
-    if grid is None or grid == own_grid:
-        return table[0]
-    tables: dict[Any, torch.Tensor] = module.__dict__.setdefault("_tables", {})
-    if (grid, table.device) not in tables:
-        tables[grid, table.device] = positions_of_grid(table, own_grid, grid)
-    return tables[grid, table.device][0]
 
 
 class CrossLayer(GradientCheckpointingLayer):
@@ -165,19 +128,23 @@ class MaeForPreTraining(MimPreTrainedModel):
     """The asymmetric autoencoder of Sec. 3."""
 
     config: MaeConfig
-    encoder: MaeEncoder
+    encoder: Any
     decoder_positions: torch.Tensor  # (1, 1+N, E), fixed
     needs_equal_num_masked = True  # the encoder sees a rectangular batch of visible patches
     decodes_masked_patches = True
     no_weight_decay = ("decoder_mix",)
-    frozen_parameters = ("encoder.embeddings.position_embeddings",)
+    # The encoder sees no masked patches, and DINOv2's and DINOv3's always have a mask token.
+    frozen_parameters = ("encoder.embeddings.position_embeddings", "encoder.embeddings.mask_token")
     _no_split_modules = ["ViTLayer", "CrossLayer"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: MaeConfig):
         super().__init__(config)
         encoder_config, decoder_config = config.encoder_config, config.decoder_config()
         self.grid = patch_grid(encoder_config.image_size, encoder_config.patch_size)
-        self.encoder = MaeEncoder(encoder_config, add_pooling_layer=False)
+        if (build := DINO_ENCODERS.get(encoder_config.model_type)) is not None:
+            self.encoder = build(encoder_config)
+        else:
+            self.encoder = MaeEncoder(encoder_config, add_pooling_layer=False)
         # Bare blocks do not know which attention the model uses; unset, they fall back to eager.
         decoder_config._attn_implementation = self.encoder.config._attn_implementation
         width, num_layers = encoder_config.hidden_size, decoder_config.num_hidden_layers
@@ -233,7 +200,7 @@ class MaeForPreTraining(MimPreTrainedModel):
         visible, predicted = visible_and_predicted_indices(
             bool_masked_pos, bool_predicted_pos, num_masked_patches, num_predicted_patches
         )  # (R, V), (R, Q)
-        states = self.encoder.encode(self.take_pixels(patches, visible), visible, grid)  # (R, 1+V, D) each
+        states = self.encoder.encode(self.take_pixels(patches, visible), visible, grid)  # (R, S+V, D) each
         if self.config.decoder == "self":
             logits = self.decode(states[-1], visible, predicted, grid)[:, -predicted.shape[1] :]  # (R, Q, P)
         else:
@@ -255,7 +222,10 @@ class MaeForPreTraining(MimPreTrainedModel):
         masked: torch.Tensor,
         grid: tuple[int, int] | None = None,
     ) -> torch.Tensor:
-        """Decode (R, 1+V, D) to predictions (R, V+Q, P), the visible patches first, then the masked ones."""
+        """Decode (R, S+V, D) to predictions (R, V+Q, P), the visible patches first, then the masked ones."""
+        num_patches = visible.shape[1]
+        if latent.shape[1] > 1 + num_patches:  # registers belong to no patch
+            latent = torch.cat([latent[:, :1], latent[:, -num_patches:]], dim=1)
         x = self.decoder_embed(latent)  # (R, 1+V, E)
         x = torch.cat([x, self.mask_token.to(x.dtype).expand(*masked.shape, -1)], dim=1)  # (R, 1+V+Q, E)
         indices = torch.cat([torch.zeros_like(visible[:, :1]), visible + 1, masked + 1], dim=1)  # (R, 1+V+Q)
@@ -268,7 +238,7 @@ class MaeForPreTraining(MimPreTrainedModel):
     def cross_decode(
         self, states: list[torch.Tensor], predicted: torch.Tensor, grid: tuple[int, int] | None = None
     ) -> torch.Tensor:
-        """Predict patches (R, Q, P) from a learned mix of the encoder's layers (R, 1+V, D) for each block."""
+        """Predict patches (R, Q, P) from a learned mix of the encoder's layers (R, S+V, D) for each block."""
         contexts = torch.einsum("kl,lbvd->kbvd", self.decoder_mix.to(states[0].dtype), torch.stack(states))
         x = self.mask_token.to(states[0].dtype) + self.positions(grid)[predicted + 1]  # (R, Q, E)
         for layer, context in zip(self.decoder_layers, contexts, strict=True):

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .base import MimConfig, MimPreTrainedModel, Photometric, View
+from .dino_encoders import NATIVE_TYPES, build_native_encoder
 from .ema import EmaTeacher
-from .encoders import VitEncoder
 from .feature_panel import feature_panel
 from .patches import height_and_width
 from .schedules import Progress, Schedule
@@ -32,7 +32,8 @@ class CropsConfig(MimConfig):
         num_local_crops: L.
         local_image_size: Side of a local crop in pixels; 0 for 3/7 of the image, as 96 of 224.
         min_local_crop_scale, max_local_crop_scale: Share of the image's area in a local crop.
-        drop_path_rate: Drop path of the student's last block, to which it grows from the first one.
+        drop_path_rate: Drop path of the student's last block, to which it grows from the first one; of all blocks in
+            the encoders of DINOv2 and DINOv3.
     """
 
     settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("head",)
@@ -83,6 +84,8 @@ class MultiCropConfig(CropsConfig):
         exported_weights: Which encoder users get, that of the teacher or of the student.
     """
 
+    encoder_types: ClassVar[tuple[str, ...]] = NATIVE_TYPES
+
     teacher_momentum_start: float = 0.0
     max_tensor_norm: float = 3.0
     weight_decay_start: float = 0.04
@@ -91,6 +94,8 @@ class MultiCropConfig(CropsConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if hasattr(self.encoder_config, "drop_path_rate"):
+            self.encoder_config.drop_path_rate = self.drop_path_rate
         if not 0 <= self.teacher_momentum_start <= 1:
             raise ValueError(f"teacher_momentum_start is {self.teacher_momentum_start}, expected 0 to 1")
         if self.exported_weights not in ("teacher", "student"):
@@ -118,9 +123,23 @@ class MultiCropModel(EmaTeacher, MimPreTrainedModel):
         self.no_weight_decay = self.encoder.no_weight_decay
         self.heads, self.teacher_heads = self.build_heads(), self.build_heads()
 
+    def freeze(self) -> None:
+        """Freeze the mask token as well if nothing is masked: encoders of DINOv2 and DINOv3 always have one."""
+        super().freeze()
+        if not self.sees_masked_patches and self.encoder.embeddings.mask_token is not None:
+            self.encoder.embeddings.mask_token.requires_grad_(False)
+
     def build_encoder(self) -> PreTrainedModel:
-        """Return an encoder."""
-        return VitEncoder(self.config.encoder_config, self.config.drop_path_rate, use_mask_token=False)
+        """Return an encoder, with a mask token if there are masks."""
+        config = self.config
+        encoder: PreTrainedModel
+        encoder = build_native_encoder(config.encoder_config, config.drop_path_rate, self.sees_masked_patches)
+        return encoder
+
+    @property
+    def sees_masked_patches(self) -> bool:
+        """Whether masked patches are replaced by a mask token."""
+        return False
 
     def build_heads(self) -> nn.ModuleDict:
         """Return the heads by the name of their loss."""

@@ -13,12 +13,14 @@ from .patches import sincos_positions
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # the comparison waits for the device
 @torch.no_grad()
-def positions_of_grid(table: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
+def positions_of_grid(
+    table: torch.Tensor, old: tuple[int, int], new: tuple[int, int], *, antialias: bool = False
+) -> torch.Tensor:
     """Return a table (1, 1+N, D) for a new grid of patches: sines and cosines computed anew, learned ones resized."""
     dim = table.shape[-1]
     if dim % 4 == 0 and torch.allclose(table, sincos_positions(old, dim).to(table), atol=1e-5):
         return sincos_positions(new, dim).to(table)
-    return resize_positions(table, old, new)
+    return resize_positions(table, old, new, antialias=antialias)
 
 
 def resize_positions(

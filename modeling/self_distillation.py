@@ -2,7 +2,8 @@
 
 Papers: Caron et al. 2021 (DINO), arXiv:2104.14294, Sec. 3.1; Zhou et al. 2021 (iBOT), arXiv:2111.07832, Sec. 3; Oquab
 et al. 2023 (DINOv2), arXiv:2304.07193, Sec. 4; Caron et al. 2020 (SwAV), arXiv:2006.09882, Sec. 3 (Sinkhorn-Knopp);
-Sablayrolles et al. 2018, arXiv:1806.03198 (KoLeo); Wu et al. 2025 (SimDINO), arXiv:2502.10385, Sec. 3 (coding rate).
+Sablayrolles et al. 2018, arXiv:1806.03198 (KoLeo); Wu et al. 2025 (SimDINO), arXiv:2502.10385, Sec. 3 (coding rate);
+Siméoni et al. 2025 (DINOv3), arXiv:2508.10104, Sec. 4 (Gram matrices).
 Code: facebookresearch/dino at 7c446df; bytedance/ibot at da316d8; facebookresearch/dinov2 at e1277af.
 Shapes: B images, S crops that the student sees, T crops that the teacher sees (the first T of the S), R = B * T masks,
 N patches, M masked patches in the batch, D width, E bottleneck, K prototypes.
@@ -202,6 +203,13 @@ def koleo_loss(features: torch.Tensor) -> torch.Tensor:
         nearest = similarity.fill_diagonal_(-1).argmax(dim=1)  # (B,)
     distance = nn.functional.pairwise_distance(features, features[nearest], eps=eps)
     return -(distance + eps).log().mean()
+
+
+def gram_loss(student: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    """Return the mean squared error of the cosine similarities between the patches of each crop, both (R, N, D)."""
+    with full_precision(student.device):
+        ours, theirs = (nn.functional.normalize(patches.float(), dim=-1) for patches in (student, anchor))
+        return nn.functional.mse_loss(ours @ ours.mT, theirs @ theirs.mT)
 
 
 @torch.no_grad()

@@ -70,10 +70,15 @@ _SWIN = {
     "image_size": SIZE,
     "patch_size": PATCH // 2,  # two stages: one prediction fills PATCH x PATCH pixels here too
 }
+_DINOV2 = {**_ENCODER, "model_type": "dinov2", "mlp_ratio": 2}
+_REGISTERS = {**_DINOV2, "model_type": "dinov2_with_registers", "num_register_tokens": 3, "use_swiglu_ffn": True}
+# Scaled in training by default, as other numbers for each micro-batch.
+_DINOV3 = {**_ENCODER, "model_type": "dinov3_vit", "num_register_tokens": 3, "pos_embed_rescale": None}
 # By method, or by "method+variant" where one method has several kinds of encoders.
 TINY_MODELS: dict[str, dict[str, Any]] = {
     "mae": _MAE,
     "mae+cross": {**_MAE, "decoder": "cross", "decoder_num_hidden_layers": 2},
+    "mae+dinov3": {**_MAE, "encoder_config": _DINOV3},
     "simmim": {"encoder_config": _BEIT},
     "simmim+swin": {"encoder_config": _SWIN},
     "simmim+deit": {"encoder_config": {**_ENCODER, "model_type": "deit"}},
@@ -81,6 +86,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "beit": {"encoder_config": _BEIT, "vocab_size": 16},
     "beit2": {"encoder_config": _BEIT, "vocab_size": 16},
     "data2vec": {"encoder_config": {**_BEIT, "attention_probs_dropout_prob": 0.0}},
+    "data2vec+registers": {"encoder_config": _REGISTERS},
     "data2vec2": {
         "encoder_config": _ENCODER,
         "decoder_num_convolutions": 2,
@@ -95,8 +101,10 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
         "distill_visible": True,
     },
     "ibot": {"encoder_config": _ENCODER, **_PROTOTYPES},
+    "ibot+dinov2": {"encoder_config": _DINOV2, **_PROTOTYPES},
     "dino": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "dinov2": {"encoder_config": _ENCODER, **_PROTOTYPES},
+    "dinov2+dinov3": {"encoder_config": _DINOV3, **_PROTOTYPES},
     "simdino": {"encoder_config": _ENCODER, **{k: v for k, v in _PROTOTYPES.items() if k != "num_prototypes"}},
 }
 TINY_MODELS["refine"] = {

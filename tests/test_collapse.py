@@ -61,12 +61,13 @@ class Watched(torch.nn.Module):
         return f"the features are equal (std {std}): change `learning_rate`." if std < 0.1 else None
 
 
-def watched(folder, stds, max_steps=100, warmup_steps=0, stops=True, initial=1.0):
+def watched(folder, stds, max_steps=100, warmup_steps=0, head_steps=0, stops=True, initial=1.0):
     """A callback after evaluations at steps 10, 20, ..., each followed by a checkpoint that rotation may delete."""
     history = [{"step": 0, "eval_feature_std": initial}]
     state = SimpleNamespace(log_history=history, global_step=0, max_steps=max_steps, is_world_process_zero=True)
     args = SimpleNamespace(save_total_limit=1, get_warmup_steps=lambda num_steps: warmup_steps)
-    trainer = SimpleNamespace(model=Watched(), state=state, args=args, output_dir=folder)
+    heads = SimpleNamespace(num_steps=head_steps)
+    trainer = SimpleNamespace(model=Watched(), state=state, args=args, output_dir=folder, head_warmup=heads)
     watch = WatchForCollapse(trainer, stops)
     watch.on_train_begin(args, state, None)
     for number, std in enumerate(stds, start=1):
@@ -105,14 +106,20 @@ def test_collapse__that_passes_lets_old_checkpoints_be_deleted_again(tmp_path):
 
 @pytest.mark.parametrize(
     "how",
-    [{"stops": False}, {"warmup_steps": 30}, {"initial": 0.05}, {"max_steps": 30}],
+    [
+        {"stops": False},
+        {"warmup_steps": 30},
+        {"warmup_steps": 10, "head_steps": 15},
+        {"initial": 0.05},
+        {"max_steps": 30},
+    ],
     ids=lambda how: next(iter(how)),
 )
 def test_collapse__does_not_stop_a_run(how, tmp_path, capsys):
-    """On request, during warm-up, on images that are nearly equal, or at its end."""
+    """On request, during warm-up and that of new heads before, on images that are nearly equal, or at its end."""
     trainer = watched(tmp_path, [0.05, 0.05, 0.05], **how)
     warned = "stops" in how or "max_steps" in how
-    assert capsys.readouterr().err.count("warning: step") == (3 if warned else how.get("warmup_steps", 0) // 30)
+    assert capsys.readouterr().err.count("warning: step") == (3 if warned else int("warmup_steps" in how))
     if warned:
         expected = "the model collapsed: since step 10 the features are equal (std 0.05): change `learning_rate`"
         assert describe_collapse(trainer) == expected

@@ -27,6 +27,8 @@ from transformers import (
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     PreTrainedModel,
     ResNetConfig,
     ResNetModel,
@@ -46,7 +48,7 @@ from hub.init_from import open_starting_model
 from hub.init_weights import read_weights
 from modeling import CONFIGS, MODELS
 from modeling.dvae import DvaeConfig, DvaeModel
-from modeling.patches import sincos_positions
+from modeling.patches import patchify, sincos_positions
 
 PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
 SIZES: dict[str, Any] = {
@@ -86,7 +88,8 @@ def vit_mae(**changes: Any) -> ViTMAEForPreTraining:
 
 
 METHODS = ("mae", "simmim-asymmetric", "simmim", "beit", "data2vec", "data2vec2", "ibot", "dinov2")
-VIT_LIKE = " ".join(METHODS[:-1])
+VIT_LIKE = " ".join(METHODS)
+AS_IT_IS = "mae simmim-asymmetric data2vec ibot dinov2"  # methods that train natively what no ViT can represent
 PROTOTYPES = {"num_prototypes": 24, "head_hidden_size": 16, "head_bottleneck_size": 16}
 BEIT_LIKE = "simmim beit data2vec"
 # Every kind of source with the methods that can go on from it.
@@ -105,12 +108,18 @@ SOURCES: dict[str, tuple[Any, str]] = {
         lambda: BeitModel(BeitConfig(**SIZES, **ABSOLUTE, use_mean_pooling=False)),
         VIT_LIKE,
     ),
-    "DINOv2": (lambda: Dinov2Model(Dinov2Config(**DINO)), f"{VIT_LIKE} dinov2"),
-    "DINOv2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**DINO)), f"{VIT_LIKE} dinov2"),
-    "DINOv2 with SwiGLU": (lambda: Dinov2Model(Dinov2Config(**DINO, use_swiglu_ffn=True)), "dinov2"),
+    "DINOv2": (lambda: Dinov2Model(Dinov2Config(**DINO)), VIT_LIKE),
+    "DINOv2 without mask token": (lambda: Dinov2Model(Dinov2Config(**DINO, use_mask_token=False)), VIT_LIKE),
+    "DINOv2 classifier": (lambda: Dinov2ForImageClassification(Dinov2Config(**DINO)), VIT_LIKE),
+    "DINOv2 with SwiGLU": (lambda: Dinov2Model(Dinov2Config(**DINO, use_swiglu_ffn=True)), AS_IT_IS),
     "DINOv2 with registers": (
         lambda: Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**DINO, num_register_tokens=3)),
-        "dinov2",
+        AS_IT_IS,
+    ),
+    "DINOv3": (lambda: DINOv3ViTModel(DINOv3ViTConfig(**SIZES, num_register_tokens=3)), AS_IT_IS),
+    "DINOv3 with SwiGLU": (
+        lambda: DINOv3ViTModel(DINOv3ViTConfig(**SIZES, use_gated_mlp=True, key_bias=True)),
+        AS_IT_IS,
     ),
     "Data2VecVision": (lambda: Data2VecVisionModel(Data2VecVisionConfig(**SIZES, **SHARED_BIAS)), BEIT_LIKE),
     "Data2VecVision, a table a block": (
@@ -153,7 +162,8 @@ def features_of(model: PreTrainedModel, images: torch.Tensor, **options: Any) ->
             vit = ViTModel(ViTConfig(**SIZES), add_pooling_layer=False)
             vit.load_state_dict(model.vit.state_dict())
             return vit.eval()(images, **options).last_hidden_state
-        base = model.base_model(images, **options).last_hidden_state
+        encoder = model if isinstance(model, DINOv3ViTModel) else model.base_model  # there only its blocks
+        base = encoder(images, **options).last_hidden_state
         return model.layernorm(base) if isinstance(model, BeitForMaskedImageModeling) else base
 
 
@@ -176,6 +186,50 @@ def test_pair__has_the_features_of_the_source(kind, method, tmp_path):
     with torch.no_grad():
         found = head.encoder(pixels()).last_hidden_state
     assert_close(found, features_of(source, pixels()), rtol=1e-5, atol=1e-5)
+
+
+AS_IT_IS_PAIRS = [
+    (kind, method)
+    for kind in ("ViT", "DINOv2", "DINOv2 with SwiGLU", "DINOv2 with registers", "DINOv3")
+    for method in ("mae", "dinov2", "ibot", "data2vec")
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), AS_IT_IS_PAIRS)
+def test_native_encoder__keeps_its_class_and_computes_in_training_what_the_source_computes(kind, method, tmp_path):
+    source = saved(tmp_path / "source", kind)
+    head, notes = continued(tmp_path / "source", method, image_size=24)  # smaller than the source's
+    options = {"interpolate_pos_encoding": True} if kind == "ViT" else {}
+    images, encoder = pixels(24), head.encoder
+    expected = features_of(source, images, **options)
+    with torch.no_grad():
+        if method == "mae":
+            visible = torch.arange(9).flip(0).expand(2, -1)  # all patches, in another order
+            found = encoder.encode(patchify(images, 8).flip(1), visible)[-1]
+            expected = torch.cat([expected[:, :-9], expected[:, -9:].flip(1)], dim=1)
+        else:
+            found = encoder.tokens(images)
+            if method == "data2vec":
+                last = encoder.last_blocks(images, 1)[0]
+                assert_close(encoder.normalize(last), found)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not any("folded" in note for note in notes)
+    head.after_loading_encoder()  # as a run does: the teacher is what is exported
+    export(head, tmp_path / "out", method=method, recipe={})
+    left = AutoModel.from_pretrained(tmp_path / "out").eval()
+    assert type(left) is type(source)
+    assert_close(left(images).last_hidden_state, features_of(source, images, **options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["mae", "dinov2", "ibot", "data2vec"])
+def test_patch_14__is_trained_as_well(method, tmp_path):
+    config = Dinov2Config(**{**DINO, "patch_size": 14, "image_size": 70})
+    torch.manual_seed(0)
+    source = Dinov2Model(config).eval()
+    source.save_pretrained(tmp_path)
+    head, _ = continued(tmp_path, method, image_size=56)  # smaller than the source's
+    with torch.no_grad():
+        assert_close(head.encoder(pixels(56)).last_hidden_state, features_of(source, pixels(56)), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "method"), REFUSED)
@@ -227,6 +281,9 @@ RUNS = {
     "DINOv2": "simmim",
     "Data2VecVision": "simmim",
     "Swin": "simmim",
+    "DINOv2 with SwiGLU": "mae",
+    "DINOv2 with registers": "data2vec",
+    "DINOv3": "dinov2",
 }
 
 

@@ -289,6 +289,8 @@ def test_summarize__compares_with_the_untrained_encoder_before_the_trend():
 def test_summarize__without_the_untrained_encoder_or_its_error_compares_less():
     assert summarize([entry_at(100, 0.8)]).startswith("linear probe 80.0%, kNN 40.0%")
     assert summarize([entry_at(0, 0.8)]).startswith("linear probe 80.0%, kNN 40.0%")
+    kept = summarize([entry_at(0, 0.8), entry_at(100, 0.8)], "the initial weights")
+    assert "kNN 40.0% (the initial weights 40.0%), RankMe" in kept
     old = {"step": 0, LINEAR: 0.5, KNN: 0.4, RANKME: 3.0}  # logged by version 0.1.0
     assert summarize([old, entry_at(100, 0.8)]).startswith("linear probe 80.0% (untrained 50.0%), kNN")
     assert summarize([old | {"step": step} for step in range(4)]).endswith(
@@ -324,6 +326,10 @@ def test_results__are_those_of_the_step_itself_and_not_of_an_older_model():
     (linear, *_) = results_at([entry_at(100, 0.6, 96)], 100, "photos")
     assert (linear["metric"], linear["interval"]) == ("accuracy", pytest.approx([0.502, 0.698]))
     assert results_at(entries, 150, "photos") == []
+    *_, reference = results_at(entries, 100, "photos", "initial weights")[:4]
+    assert (reference["name"], reference["value"]) == ("initial weights: online linear probe, mean of patches", 0.5)
+    assert reference["reference"]
+    assert results_at(entries[1:], 100, "photos", "initial weights") == results_at(entries[1:], 100, "photos")
 
 
 def test_training_curve__has_a_second_panel(tmp_path):

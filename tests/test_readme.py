@@ -13,7 +13,15 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import OLDEST, ROOT, SIZE, tiny_model
 from PIL import Image
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTMAEConfig, ViTMAEModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEModel,
+)
 
 import commands.duration
 from hub.export.native import export
@@ -109,6 +117,8 @@ def workspace(tmp_path_factory) -> Path:
     small |= {"image_size": SIZE, "patch_size": 8}
     ViTForImageClassification(ViTConfig(**small)).save_pretrained(folder / "out-cls")
     ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder / "out-cls")
+    sizes = {**{name: size for name, size in small.items() if name != "intermediate_size"}, "mlp_ratio": 2}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(folder / "facebook" / "dinov2-small")
     mae = ViTMAEModel(ViTMAEConfig(**small))
     mae.embeddings.position_embeddings.data = sincos_positions((4, 4), 32)
     mae.save_pretrained(folder / "facebook" / "vit-mae-base")

@@ -68,8 +68,8 @@ class WatchForCollapse(TrainerCallback):
 def standing_signs(trainer: Any) -> list[tuple[int, str]]:
     """Return steps and sentences of the last evaluations in a row that show a sign of collapse.
 
-    Evaluations during warm-up do not count, and none does if the features of the initial weights have such a sign, as
-    those of nearly equal images have.
+    Evaluations during warm-up, which comes after that of new heads, do not count, and none does if the features of the
+    initial weights have such a sign, as those of nearly equal images have.
     """
     ask = getattr(trainer.model, "collapse_signs", None)
     if ask is None:
@@ -80,7 +80,7 @@ def standing_signs(trainer: Any) -> list[tuple[int, str]]:
         by_step.setdefault(entry["step"], {}).update(metrics)
     if ask(by_step.get(0, {})):
         return []
-    first_step = trainer.args.get_warmup_steps(trainer.state.max_steps)
+    first_step = trainer.head_warmup.num_steps + trainer.args.get_warmup_steps(trainer.state.max_steps)
     signs: list[tuple[int, str]] = []
     for step, metrics in by_step.items():
         if step >= first_step and "loss" in metrics:

@@ -71,7 +71,7 @@ def layer_id(name: str, depths: list[int]) -> int:
 
 
 # Position biases that all blocks share have the full rate in the authors' code.
-_AFTER_THE_BLOCKS = ("layernorm.", "pooler.", "shared_position_bias.", "encoder.relative_position_bias.")
+_AFTER_THE_BLOCKS = ("layernorm.", "norm.", "pooler.", "shared_position_bias.", "encoder.relative_position_bias.")
 
 
 def depths_of(config: PreTrainedConfig) -> list[int]:

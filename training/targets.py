@@ -151,3 +151,17 @@ class TeacherTargets(Targets):
         features = self.model(pixel_values)
         rest[self.output] = features.patches.float()
         return rest if features.class_token is None else rest | {"teacher_class_token": features.class_token.float()}
+
+
+class AnchorTargets(Targets):
+    """A `FrozenTeacher`'s features of whole crops, T of each image: `anchor_features` (B * T, N, D), in float32."""
+
+    output = "anchor_features"
+
+    def __init__(self, encoder: Any) -> None:
+        self.model = encoder
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        crops = batch["pixel_values"].flatten(0, -4)
+        with torch.autocast(crops.device.type, enabled=False):
+            return batch | {self.output: self.model(crops).patches.flatten(2).mT}

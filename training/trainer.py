@@ -28,6 +28,7 @@ from training.checkpoints import last_whole_checkpoint, write_checksums
 from training.devices import peak_flops
 from training.evaluation_guard import EvaluationGuard
 from training.guard import NonFiniteError, NonFiniteGuard
+from training.head_warmup import HeadWarmup
 from training.layer_decay import layer_decay_groups
 from training.meters import Meter, MetricSums
 from training.non_finite import find_non_finite
@@ -55,6 +56,8 @@ class MimTrainer(Trainer):
         targets: Adds targets to a batch on the device (`training.targets`).
         schedules: Numbers that change during training, beside the model's own (`modeling.schedules`).
         layer_decay: Factor between the learning rates of a layer of the encoder and the one above it.
+        num_head_steps: First steps in which the encoder keeps the weights that it was loaded with; the schedule of the
+            learning rate begins after them.
         lr_drop_step: First step with a tenth of the learning rate, which is otherwise constant after warm-up (SimMIM).
         ema_decay: Decay of a moving average of the weights, which is evaluated and saved; 0 for none.
         flops_per_image: FLOPs of a training step per image, for the FLOP/s in the log; 0 if unknown.
@@ -70,6 +73,7 @@ class MimTrainer(Trainer):
         targets: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         schedules: Mapping[str, Schedule] | None = None,
         layer_decay: float = 1.0,
+        num_head_steps: int = 0,
         lr_drop_step: int | None = None,
         ema_decay: float = 0.0,
         flops_per_image: int = 0,
@@ -80,6 +84,7 @@ class MimTrainer(Trainer):
         self.guard = NonFiniteGuard(self.args.device, gradients_may_overflow=self.args.fp16)
         self.targets, self.layer_decay, self.lr_drop_step = targets, layer_decay, lr_drop_step
         self.schedules: dict[str, Schedule] = dict(schedules or {})
+        self.head_warmup = HeadWarmup(self.model, num_head_steps)
         self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
         self.flops_per_image = flops_per_image
         self._forward_arguments = frozenset(inspect.signature(self.model.forward).parameters)
@@ -166,8 +171,11 @@ class MimTrainer(Trainer):
         image_index = self._take_index(inputs)
         inputs = self._with_targets(inputs)
         self._reseed()
+        step = self.state.global_step
+        self.head_warmup.hold(step, can_skip=model is self.model)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.guard.watch_loss(loss, image_index, self.state.global_step)
+        self.head_warmup.drop_gradients(step)
+        self.guard.watch_loss(loss, image_index, step)
         return loss
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -230,13 +238,20 @@ class MimTrainer(Trainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.lr_drop_step is None or self.lr_scheduler is not None:
+        num_head_steps, drop_step = self.head_warmup.num_steps, self.lr_drop_step
+        if self.lr_scheduler is not None or (drop_step is None and not num_head_steps):
             return super().create_scheduler(num_training_steps, optimizer)
-        warmup_steps, drop_step = self.args.get_warmup_steps(num_training_steps), self.lr_drop_step
+        warmup_steps = self.args.get_warmup_steps(num_training_steps)
+        factor: Callable[[int], float]
+        if drop_step is not None:
 
-        def factor(step: int) -> float:
-            return min(1.0, step / max(1, warmup_steps)) * (_DROP_FACTOR if step >= drop_step else 1.0)
-
+            def factor(step: int) -> float:
+                is_low = step + num_head_steps >= drop_step
+                return min(1.0, step / max(1, warmup_steps)) * (_DROP_FACTOR if is_low else 1.0)
+        else:
+            factor = super().create_scheduler(num_training_steps - num_head_steps, optimizer).lr_lambdas[0]
+        if num_head_steps:
+            factor = self.head_warmup.restarted(factor, warmup_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
 

@@ -25,7 +25,7 @@ from modeling.patches import gray_to_rgb, height_and_width
 
 PRETRAINING = "pretraining"
 UNFINISHED_EXPORT = ".export-"  # prefix of a folder in the output folder
-_PATCH_PROJECTION = "patch_embeddings.projection.weight"
+_PATCH_PROJECTION = ("patch_embeddings.projection.weight", "patch_embeddings.weight")  # the second of a DINOv3
 
 
 def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[str, Any]) -> PreTrainedModel:
