@@ -9,9 +9,7 @@ import commands  # noqa: F401  # isort: skip  (before torch: it chooses how thre
 
 import sys
 from dataclasses import replace
-from functools import partial
 
-import torch
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
 
@@ -19,7 +17,7 @@ from commands.arithmetic import Hardware
 from commands.artifacts import FinetuneArtifacts
 from commands.batch_size import TrialStep, with_batch_size
 from commands.finetune_plan import FinetunePlan
-from commands.finetune_settings import FinetuneSettings, chosen_task, load_finetune_settings
+from commands.finetune_settings import chosen_task, load_finetune_settings
 from commands.job import train
 from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import Footprint, measure_footprint
@@ -48,8 +46,8 @@ def main(argv: list[str]) -> None:
     model = task.build_model()
     freeze(model, settings.mode, settings.num_trained_blocks)
 
-    hardware, footprint = find_hardware(state), measure_footprint(model.eval(), black_images(settings, 1))
-    trial = TrialStep(lambda: model, partial(black_images, settings))
+    hardware, footprint = find_hardware(state), measure_footprint(model.eval(), task.black_batch(1))
+    trial = TrialStep(lambda: model, task.black_batch)
     settings, size_notes = with_batch_size(settings, hardware, len(splits.by_name["train"]), footprint, trial)
     task = replace(task, settings=settings)
     plan = plan_run(task, footprint, hardware, [*notes, *size_notes])
@@ -66,10 +64,6 @@ def main(argv: list[str]) -> None:
 
 def encoder_config(name: str) -> PreTrainedConfig:
     return open_config(name, accepts_whole_model=False)
-
-
-def black_images(settings: FinetuneSettings, num_images: int) -> dict[str, torch.Tensor]:
-    return {"pixel_values": torch.zeros(num_images, 3, settings.image_size, settings.image_size)}
 
 
 def plan_run(task: Task, footprint: Footprint, hardware: Hardware, notes: list[str]) -> FinetunePlan:

@@ -29,11 +29,13 @@ from commands.parsing import make_parser
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
 from commands.targets import open_targets
+from commands.texts import TEXT_FOLDER, TextSplits, open_text_splits
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, measure_image_stats
 from data.size_schedule import ScheduledTransform, Transform, as_data_steps
 from data.splits import PretrainingSplits
+from data.text_batches import MixedCollator, MixedDataset, PairDataset, TextDataset, derived_seed
 from evaluation.online import FeatureSpread, OnlineEvaluation, open_feature_spread, open_online_evaluation
 from evaluation.online_history import summarize, summarize_spread
 from evaluation.pictures import panel_drawer, panel_indices
@@ -58,10 +60,10 @@ def main(argv: list[str]) -> None:
     state, _ = join(settings.use_cpu)
     grid = patch_grid(settings.image_size, settings.patch_size)
     targets = open_targets(settings, MODELS[settings.method], grid)
-    splits = open_images(settings, state)
-    config = model_config(settings, splits, targets)
+    splits, texts = open_images(settings, state), open_text_splits(settings, state)
+    config = model_config(settings, splits, targets, texts)
     targets = targets or open_anchor(settings, config)
-    collator = build_collator(settings, config)
+    collator = build_collator(settings, config, texts)
     footprint = model_footprint(settings, config, collator)
     num_images = (len(splits.train), len(splits.validation))
     hardware = find_hardware(state)
@@ -81,6 +83,7 @@ def main(argv: list[str]) -> None:
     lines = [f"note: {note}" for note in weights.notes]
     views = transform_of(settings, config, targets, train=True)
     lines += describe_cache(settings, views)
+    lines += texts.lines if texts is not None else ()
     chosen = settings_for_images(settings, len(splits.train))
     lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
     if blank.compares_images and plan.accumulation > 1:
@@ -102,13 +105,13 @@ def main(argv: list[str]) -> None:
         callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, describe))
     if blank.can_collapse:
         callbacks.append(lambda trainer: WatchForCollapse(trainer, settings.stop_on_collapse))
-    artifacts = Artifacts(settings, splits, argv)
+    artifacts = Artifacts(settings, splits, argv, texts.tokens.tokenizer if texts is not None else None)
     train(
         plan,
         splits.bad,
         WRITTEN_LAST,
         build_trainer=lambda plan, _: build_trainer(
-            settings, plan, config, collator, with_cache(settings, views, splits), targets, weights.state
+            settings, plan, config, collator, with_cache(settings, views, splits), targets, weights.state, texts
         ),
         finish=artifacts.finish,
         shorter=QUICKSTART,
@@ -147,7 +150,10 @@ def open_evaluation(
 
 
 def model_config(
-    settings: PretrainingSettings, splits: PretrainingSplits, targets: Targets | None = None
+    settings: PretrainingSettings,
+    splits: PretrainingSplits,
+    targets: Targets | None = None,
+    texts: TextSplits | None = None,
 ) -> MimConfig:
     """Return the method's config: the encoder's sizes, the method's settings, and how pixels are standardized."""
     derived: dict[str, Any] = dict(targets.config_settings) if targets is not None else {}
@@ -165,6 +171,10 @@ def model_config(
             log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
         derived |= {"image_mean": mean, "image_std": [value or 1.0 for value in std]}
     derived |= settings_for_images(settings, len(splits.train))
+    if texts is not None:
+        derived["text_config"] = texts.tokens.config
+        if texts.pairs is None:
+            derived["num_fusion_layers"] = 0  # nothing would train them
     return CONFIGS[settings.method](
         encoder_config=settings.encoder_settings(), **{**settings.method_settings, **derived}
     )
@@ -182,7 +192,9 @@ def without_weights(config: MimConfig) -> MimPreTrainedModel:
         return AutoModelForPreTraining.from_config(config)
 
 
-def model_footprint(settings: PretrainingSettings, config: MimConfig, collator: MaskingCollator) -> Footprint:
+def model_footprint(
+    settings: PretrainingSettings, config: MimConfig, collator: MaskingCollator | MixedCollator
+) -> Footprint:
     """Return the memory that the model needs; computes nothing."""
     model = without_weights(config).train()
     batch = black_images(settings, config, collator, 1)
@@ -193,7 +205,7 @@ def model_footprint(settings: PretrainingSettings, config: MimConfig, collator: 
 def black_images(
     settings: PretrainingSettings,
     config: MimConfig,
-    collator: MaskingCollator,
+    collator: MaskingCollator | MixedCollator,
     num_images: int,
     targets: Targets | None = None,
 ) -> dict[str, Any]:
@@ -209,7 +221,12 @@ def black_images(
     }
     if targets is not None and targets.view is not None:
         item[targets.view.name] = torch.zeros(settings.num_channels, *targets.view.image_size, dtype=torch.uint8)
-    batch = collator([{**item, "epoch": 0, "step": 0, "image_index": index} for index in range(num_images)])
+    items = [{**item, "epoch": 0, "step": 0, "image_index": index} for index in range(num_images)]
+    if isinstance(collator, MixedCollator):
+        text = {"text": " ".join(["a"] * collator.tokens.max_length), "text_index": 0, "epoch": 0}
+        pair = {"pair": {**items[0], **text}} if getattr(config, "num_fusion_layers", 0) else {}
+        items = [{**each, "text": text, **pair} for each in items]
+    batch = collator(items)
     batch.pop("image_index")
     return batch
 
@@ -217,7 +234,9 @@ def black_images(
 # ---- training ----
 
 
-def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingCollator:
+def build_collator(
+    settings: PretrainingSettings, config: MimConfig, texts: TextSplits | None = None
+) -> MaskingCollator | MixedCollator:
     """Return the collator that draws masks; raises ValueError if they could cover a part of an encoder's token."""
     side = config.prediction_side
     for name in ("prediction_ratio", "num_masks"):
@@ -236,7 +255,7 @@ def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingC
             f"--model {settings.model} makes one token of {side} x {side} pixels, which must be masked as a whole: "
             f"use --mask_strategy random-unit with a --mask_unit of {side} or a multiple"
         )
-    return MaskingCollator(
+    images = MaskingCollator(
         grid=patch_grid(config.encoder_config.image_size, config.encoder_config.patch_size),
         mask_ratio=settings.mask_ratio,
         strategy=settings.mask_strategy,
@@ -251,16 +270,21 @@ def build_collator(settings: PretrainingSettings, config: MimConfig) -> MaskingC
         spreads_ratios=config.spreads_mask_ratios,
         with_noise=config.chooses_masks,
     )
+    if texts is None:
+        return images
+    ratios = (settings.values[name] for name in ("text_mask_ratio", "pair_text_mask_ratio"))
+    return MixedCollator(images, texts.tokens, *ratios)
 
 
 def build_trainer(
     settings: PretrainingSettings,
     plan: PretrainingPlan,
     config: MimConfig,
-    collator: MaskingCollator,
+    collator: MaskingCollator | MixedCollator,
     splits: PretrainingSplits,
     targets: Targets | None,
     weights: Mapping[str, torch.Tensor],
+    texts: TextSplits | None = None,
 ) -> MimTrainer:
     """Create the data sets, the model, the trainer and its callbacks."""
     output_dir = plan.output_dir
@@ -285,6 +309,22 @@ def build_trainer(
             bad_images_file=output_dir / BAD_IMAGES_FILE,
         )
 
+    def mixed(images: ImageDataset, train: bool) -> ImageDataset | MixedDataset:
+        """Return the images with texts and pairs of the same split, if there are any."""
+        part = 0 if train or texts is None or not len(texts.texts[1]) else 1
+        if texts is None:
+            return images
+        pairs, seed = texts.pairs, settings.seed
+        of_texts = TextDataset(texts.texts[part], derived_seed(seed, "texts"), train)
+        if pairs is None:
+            return MixedDataset(images, of_texts, None)
+        part = part if len(pairs[1]) else 0
+        transform = transform_of(settings, config, targets, train=train)
+        of_pairs = PairDataset(dataset(pairs[part].images, transform, train), pairs[part].captions)
+        return MixedDataset(images, of_texts, of_pairs)
+
+    if texts is not None and PartialState().is_main_process:
+        texts.tokens.tokenizer.save_pretrained(output_dir / TEXT_FOLDER)
     samples: Samples = splits.train
     fixed = transform_of(settings, config, targets, train=False)
     train_transform: Transform | ScheduledTransform
@@ -306,8 +346,8 @@ def build_trainer(
     trainer = MimTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset(samples, train_transform, train=True),
-        eval_dataset=validation,
+        train_dataset=mixed(dataset(samples, train_transform, train=True), train=True),
+        eval_dataset=validation and mixed(validation, train=False),
         data_collator=collator,
         targets=targets,
         num_head_steps=plan.num_head_steps,

@@ -37,11 +37,13 @@ class Artifacts:
 
     Args:
         argv: Command line without the name of the command.
+        text_tokenizer: Written beside the text encoder, if there is one.
     """
 
     settings: PretrainingSettings
     splits: PretrainingSplits
     argv: list[str]
+    text_tokenizer: Any = None
 
     def finish(self, trainer: MimTrainer) -> str:
         """Evaluate the weights unless the last evaluation did, and write everything; returns a description."""
@@ -99,7 +101,8 @@ class Artifacts:
             native_root_problem=native_root_problem(model),
         )
         # Last, because it marks a finished run. A config that is uploaded must not contain folders of this computer.
-        export(model, folder, method=settings.method, recipe=shorten_values(settings.as_recipe()))
+        recipe = shorten_values(settings.as_recipe())
+        export(model, folder, method=settings.method, recipe=recipe, text_tokenizer=self.text_tokenizer)
 
 
 @dataclass(frozen=True)

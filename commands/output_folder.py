@@ -29,10 +29,11 @@ FREE_TO_CHANGE = (
 # Settings that must be those of the checkpoint to load it.
 SHAPES = (
     *("model", "init_from", "method", "image_size", "patch_size", "num_channels", "decoder", "vocab_size"),
+    *("text_", "max_text_length", "pair_dataset", "num_fusion_layers", "use_sub_layernorm"),
     *("task", "pooling", "mode", "num_trained_blocks"),  # of a fine-tuning run
 )
 # What runs write, besides the code files of the model, which are named as in `modeling`.
-WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", PANELS, ANCHOR, "runs", ".hub")
+WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "text", PANELS, ANCHOR, "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("trainer_state.json", "codebook.json", "tokens-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),

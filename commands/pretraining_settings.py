@@ -14,6 +14,7 @@ from commands.flags import (
     RISING,
     SIDES,
     CachedImageFlags,
+    Range,
     RunFlags,
     flag,
     method_flags,
@@ -25,7 +26,7 @@ from hub.export.native import PRETRAINING
 from hub.init_from import StartingModel
 
 HOG = "hog"  # in place of a teacher
-
+TRAINED = "trained"  # in place of the name of a tokenizer of texts
 _EPILOG = """\
 small data: a step never takes more images than there are, an epoch has at least one step, warm-up is at most a tenth
 of the run, and a method's own number of epochs is raised until the run has 2,000 steps. The plan, printed before
@@ -112,6 +113,28 @@ class PretrainingDataFlags(CachedImageFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextFlags:
+    title: ClassVar = "texts"
+
+    text_dataset: list[str] | None = flag(
+        None, "for beit3: text files (a text on each line), jsonl, csv, parquet, folders of these, or Hub ids"
+    )
+    pair_dataset: list[str] | None = flag(
+        None,
+        "for beit3: images with texts: folders with captions.jsonl or captions.csv (file_name, text), or tables and "
+        "Hub ids with an image and a text column",
+    )
+    text_tokenizer: str | None = flag(
+        None,
+        f"folder or Hub id of a tokenizer of transformers with a mask token, or '{TRAINED}' to train one on the texts",
+    )
+    text_vocab_size: int = flag(8192, f"most words of a tokenizer that is '{TRAINED}', 256 bytes included", COUNT)
+    max_text_length: int = flag(
+        64, "most tokens of a text; the rest is not seen", Range(lambda x: x >= 3, "3 or more")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MaskFlags:
     title: ClassVar = "masks"
 
@@ -160,7 +183,9 @@ class PretrainingRunFlags(RunFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainingSettings(ModelFlags, PretrainingDataFlags, MaskFlags, PretrainingRunFlags, TrainingSettings):
+class PretrainingSettings(
+    ModelFlags, PretrainingDataFlags, TextFlags, MaskFlags, PretrainingRunFlags, TrainingSettings
+):
     """Settings of a pre-training run.
 
     Args:

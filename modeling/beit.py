@@ -60,10 +60,14 @@ class BeitForPreTraining(MimPreTrainedModel):
 
     def __init__(self, config: BeitMimConfig):
         super().__init__(config)
-        self.encoder = ENCODERS[config.encoder_config.model_type](config.encoder_config)
+        self.encoder = self.build_encoder()
         self.no_weight_decay = self.encoder.no_weight_decay
         self.lm_head = nn.Linear(config.encoder_config.hidden_size, config.vocab_size)
         self.post_init()
+
+    def build_encoder(self) -> Any:
+        """Return an encoder with random weights."""
+        return ENCODERS[self.config.encoder_config.model_type](self.config.encoder_config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

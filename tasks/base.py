@@ -98,6 +98,10 @@ class Task(ABC):
     def check_checkpoint(self, checkpoint: Path) -> None:  # noqa: B027
         """Raise ValueError if the run that wrote this checkpoint cannot be continued: its data had other classes."""
 
+    def black_batch(self, num_images: int) -> dict[str, Any]:
+        """Return a batch of black images, to measure how much memory the model needs."""
+        return {"pixel_values": torch.zeros(num_images, 3, self.settings.image_size, self.settings.image_size)}
+
     @abstractmethod
     def loss(
         self, model: Any, batch: dict[str, Any], counters: tuple[int, ...] | None

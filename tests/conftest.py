@@ -85,6 +85,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "simmim-asymmetric": _MAE,
     "beit": {"encoder_config": _BEIT, "vocab_size": 16},
     "beit2": {"encoder_config": _BEIT, "vocab_size": 16},
+    "beit3": {"encoder_config": _BEIT, "vocab_size": 16},
     "data2vec": {"encoder_config": {**_BEIT, "attention_probs_dropout_prob": 0.0}},
     "data2vec+registers": {"encoder_config": _REGISTERS},
     "data2vec2": {

@@ -27,6 +27,7 @@ from conftest import (
     train_whole_and_resumed,
 )
 from forked import run_forked
+from mixed import NAME as MIXED
 from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModel, Trainer, pipeline
@@ -358,7 +359,7 @@ def test_two_processes__equal_one_with_the_same_global_batch(tmp_path):
     for num_processes, name in ((None, "one"), (2, "two")):
         result = run_forked([script, tmp_path / name], environment, num_processes=num_processes)
         assert result.returncode == 0, result.stderr[-3000:]
-    for variant in VARIANTS:
+    for variant in [*VARIANTS, *([MIXED] if "beit3" in VARIANTS else [])]:
         one, two = (torch.load(tmp_path / name / f"{variant}.pt", weights_only=True) for name in ("one", "two"))
         assert two["world_size"] == 2
         for name, expected in one["weights"].items():

@@ -13,9 +13,12 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import OLDEST, ROOT, SIZE, tiny_model
 from PIL import Image
+from test_texts import CAPTIONS, pair_folder
 from transformers import (
     Dinov2Config,
     Dinov2Model,
+    RobertaPreLayerNormConfig,
+    RobertaPreLayerNormModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -24,6 +27,7 @@ from transformers import (
 )
 
 import commands.duration
+from data.text_tokens import TextTokens, train_text_tokenizer
 from hub.export.native import export
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import sincos_positions
@@ -110,6 +114,14 @@ def workspace(tmp_path_factory) -> Path:
         path.symlink_to(photograph)
     Image.open(PHOTOGRAPHS[0]).save(folder / "photo.jpg")
     export(tiny_model("mae"), folder / "out", method="mae", recipe={})
+    pair_folder(folder / "pairs")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("\n".join(CAPTIONS))
+    tokens = TextTokens(train_text_tokenizer(CAPTIONS, 300), 64)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text_config = RobertaPreLayerNormConfig(max_position_embeddings=65, **tokens.config, **sizes)
+    RobertaPreLayerNormModel(text_config).save_pretrained(folder / "out" / "text")
+    tokens.tokenizer.save_pretrained(folder / "out" / "text")
     sizes = {"hidden_size": 16, "num_groups": 4, "num_blocks_per_group": 1, "decoder_input_size": 16}
     sizes |= {"image_size": 112, "vocab_size": 16}  # 14 x 14 tokens, as many as a ViT-B/16 has patches
     DvaeModel(DvaeConfig(**sizes)).save_pretrained(folder / "tokenizer")

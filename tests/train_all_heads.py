@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from conftest import VARIANTS, tiny_arguments, tiny_collator, tiny_images, tiny_model
+from mixed import NAME, mixed_trainer
 
 from training.trainer import MimTrainer
 
@@ -27,12 +28,20 @@ def main(folder: Path) -> None:
             train_dataset=tiny_images(images_per_step=NUM_IMAGES, variant=variant),
             data_collator=collator,
         )
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        if trainer.is_world_process_zero():
-            state = {"weights": trainer.model.state_dict(), "losses": losses, "world_size": arguments.world_size}
-            torch.save(state, folder / f"{variant}.pt")
-        trainer.accelerator.wait_for_everyone()
+        train(trainer, folder / f"{variant}.pt")
+    if "beit3" in VARIANTS:
+        size = NUM_IMAGES // int(os.environ.get("WORLD_SIZE", "1"))
+        changes = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "per_device_train_batch_size": size}
+        train(mixed_trainer(folder / NAME, images_per_step=NUM_IMAGES, **changes), folder / f"{NAME}.pt")
+
+
+def train(trainer: MimTrainer, file: Path) -> None:
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    if trainer.is_world_process_zero():
+        state = {"weights": trainer.model.state_dict(), "losses": losses, "world_size": trainer.args.world_size}
+        torch.save(state, file)
+    trainer.accelerator.wait_for_everyone()
 
 
 if __name__ == "__main__":

@@ -26,11 +26,13 @@ def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
     Raises:
         ValueError: If the encoder has fewer than `num_trained_blocks` blocks.
     """
+    if mode == "finetune":
+        return
     ids = layer_ids(model)
     num_blocks = max(ids.values()) - 1
     if mode == "partial" and num_trained_blocks > num_blocks:
         raise ValueError(f"num_trained_blocks is {num_trained_blocks}, but this encoder has {num_blocks} blocks")
-    last_frozen = {"finetune": -1, "partial": num_blocks - num_trained_blocks, "linear": num_blocks + 1}[mode]
+    last_frozen = {"partial": num_blocks - num_trained_blocks, "linear": num_blocks + 1}[mode]
     for name, parameter in model.named_parameters():
         is_head = not name.startswith(f"{model.base_model_prefix}.")
         parameter.requires_grad_(is_head or ids[name] > last_frozen)

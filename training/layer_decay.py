@@ -45,9 +45,15 @@ def layer_scales(model: PreTrainedModel, layer_decay: float) -> list[float]:
 def layer_ids(model: PreTrainedModel) -> dict[str, int]:
     """Return each parameter's layer: 0 for embeddings, 1 to N for blocks, N + 1 for all that follows them."""
     encoder: Any = model.base_model
-    depths = depths_of(encoder.config)
-    within = {id(parameter): layer_id(name, depths) for name, parameter in encoder.named_parameters()}
-    return {name: within.get(id(parameter), sum(depths) + 1) for name, parameter in model.named_parameters()}
+    parts = [part for name in ("vision_model", "text_model") if (part := getattr(encoder, name, None)) is not None]
+    encoders = parts or [encoder]  # both of a dual encoder, whose last blocks are equally far from the head
+    last = max(sum(depths_of(each.config)) for each in encoders) + 1
+    within: dict[int, int] = {}
+    for each in encoders:
+        depths = depths_of(each.config)
+        start = last - sum(depths) - 1
+        within |= {id(parameter): start + layer_id(name, depths) for name, parameter in each.named_parameters()}
+    return {name: within.get(id(parameter), last) for name, parameter in model.named_parameters()}
 
 
 def layer_id(name: str, depths: list[int]) -> int:
@@ -71,7 +77,9 @@ def layer_id(name: str, depths: list[int]) -> int:
 
 
 # Position biases that all blocks share have the full rate in the authors' code.
-_AFTER_THE_BLOCKS = ("layernorm.", "norm.", "pooler.", "shared_position_bias.", "encoder.relative_position_bias.")
+_AFTER_THE_BLOCKS = (
+    *("layernorm.", "LayerNorm.", "norm.", "pooler.", "shared_position_bias.", "encoder.relative_position_bias."),
+)
 
 
 def depths_of(config: PreTrainedConfig) -> list[int]:

@@ -90,13 +90,18 @@ class TokenizerTargets(Targets):
         if self.output in batch:
             return batch
         assert self.view is not None
-        pixel_values = batch[self.view.name]
-        rest = {key: value for key, value in batch.items() if key != self.view.name}
+        name = self.view.name  # also with a prefix, of other images in the same batch
+        rest = {key: value for key, value in batch.items() if not key.endswith(name)}
+        prefixes = [key.removesuffix(name) for key in batch if key.endswith(name)]
+        return rest | {f"{prefix}{self.output}": self._tokens(batch[f"{prefix}{name}"]) for prefix in prefixes}
+
+    def _tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.autocast(pixel_values.device.type, enabled=False):  # half precision flips the closest codes
             pixels = pixel_values.float() / 255 if pixel_values.dtype == torch.uint8 else pixel_values
             if isinstance(self.model, FlavaImageCodebook):
                 pixels = (1 - 2 * _DALLE_EPSILON) * pixels + _DALLE_EPSILON
-            return rest | {self.output: self.model.get_codebook_indices(pixels).flatten(1)}
+            tokens: torch.Tensor = self.model.get_codebook_indices(pixels)
+            return tokens.flatten(1)
 
     def decode(self, targets: torch.Tensor) -> torch.Tensor:
         return self.model.decode(targets).float().clamp(0, 1).cpu()

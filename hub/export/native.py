@@ -93,8 +93,17 @@ def native_root_problem(model: MimPreTrainedModel) -> str | None:
     return getattr(model.exported_encoder, "native_root_problem", None)
 
 
-def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, recipe: dict[str, Any]) -> str | None:
+def export(
+    model: MimPreTrainedModel,
+    output_dir: str | Path,
+    *,
+    method: str,
+    recipe: dict[str, Any],
+    text_tokenizer: Any = None,
+) -> str | None:
     """Write both artifacts to `output_dir`, which only changes after the new encoder was opened and compared.
+
+    The companions of the encoder, each in its folder, get the tokenizer of texts.
 
     Returns the `native_root_problem`; if there is one, only `pretraining/` and its code are written.
     """
@@ -104,6 +113,11 @@ def export(model: MimPreTrainedModel, output_dir: str | Path, *, method: str, re
             native = native_encoder(model.exported_encoder, method, recipe)
             native.save_pretrained(scratch)
             write_image_processor(scratch, native.config, *stats)
+            for name, companion in getattr(model, "companions", {}).items():  # further native models, by folder
+                companion.save_pretrained(scratch / name)
+                if text_tokenizer is not None:
+                    text_tokenizer.save_pretrained(scratch / name)
+                shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
         model.save_pretrained(scratch / PRETRAINING)
         write_image_processor(scratch / PRETRAINING, model.config.encoder_config, *stats)
         for code in (scratch / PRETRAINING).glob("*.py"):

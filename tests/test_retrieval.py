@@ -1,0 +1,129 @@
+"""BEiT-3 by the commands, from images, texts and pairs to retrieval; and what retrieval computes."""
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from pretraining_command import pretrain
+from test_run_beit import save_tokenizer
+from test_run_finetune import finetune
+from test_texts import CAPTIONS, pair_folder
+from torch.testing import assert_close
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BeitConfig,
+    BeitModel,
+    BertConfig,
+    BertModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from evaluation.retrieval import retrieval_metrics
+from modeling.multiway import POOLER_SCALE
+from tasks.retrieval import contrastive_loss
+from training.layer_decay import layer_ids
+
+SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Pairs, an image tokenizer, and a BEiT-3 that was trained on them for two steps."""
+    folder = tmp_path_factory.mktemp("beit3")
+    pairs = str(pair_folder(folder / "pairs"))
+    flags = ["--method", "beit3", "--model", "vit-nano", "--tokenizer", save_tokenizer(folder / "tokenizer", 64)]
+    texts = ["--pair_dataset", pairs, "--text_tokenizer", "trained", "--max_text_length", "16"]
+    assert pretrain([*flags, *texts, *SMALL, "--dataset", pairs, "--output_dir", str(folder / "out")]) == 0
+    return folder
+
+
+def test_pretraining__writes_a_vision_and_a_text_encoder_with_its_tokenizer(workspace):
+    out = workspace / "out"
+    vision, text = AutoModel.from_pretrained(out), AutoModel.from_pretrained(out / "text")
+    assert [type(model).__name__ for model in (vision, text)] == ["BeitModel", "RobertaPreLayerNormModel"]
+    batch = AutoTokenizer.from_pretrained(out / "text")(CAPTIONS, padding=True, truncation=True, return_tensors="pt")
+    features = text(batch["input_ids"], batch["attention_mask"])
+    assert_close(features.pooler_output / POOLER_SCALE, features.last_hidden_state[:, 0], atol=1e-5, rtol=0)
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert any("pair_text_accuracy" in entry for entry in history)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--method", "beit3", "--pair_dataset", "PAIRS"], "--text_tokenizer is missing"),
+        (
+            ["--method", "beit3", "--text_tokenizer", "trained"],
+            "--text_tokenizer has no effect without --text_dataset",
+        ),
+        (["--method", "beit", "--pair_dataset", "PAIRS"], "--method beit learns from images only; use beit3"),
+    ],
+)
+def test_pretraining__refuses_texts_that_cannot_be_used(workspace, tmp_path, capsys, flags, message):
+    flags = [str(workspace / "pairs") if flag == "PAIRS" else flag for flag in flags]
+    more = ["--model", "vit-nano", "--tokenizer", str(workspace / "tokenizer"), "--output_dir", str(tmp_path / "out")]
+    assert pretrain([*flags, *more, *SMALL]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_retrieval__opens_as_a_dual_encoder_with_metrics_and_a_figure(workspace, tmp_path):
+    out = tmp_path / "out"
+    flags = [
+        "--task",
+        "retrieval",
+        "--max_text_length",
+        "16",
+        "--projection_size",
+        "32",
+        "--validation_fraction",
+        "0.5",
+    ]
+    finetune(workspace / "out", workspace / "pairs", out, *flags, *SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model, info = AutoModel.from_pretrained(out, output_loading_info=True)
+    assert type(model).__name__ == "VisionTextDualEncoderModel"
+    assert not any(info.values())
+    metrics = {entry["metric"]: entry["value"] for entry in json.loads((out / "metrics.json").read_text())["results"]}
+    assert metrics["text_recall_at_5"] == metrics["image_recall_at_5"] == 1  # of three
+    assert (out / "retrieved.png").stat().st_size > 1000
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    kwargs = {"padding": True, "truncation": True, "return_token_type_ids": False}
+    texts = tokenizer(CAPTIONS, return_tensors="pt", **kwargs)
+    assert model(**texts, pixel_values=torch.zeros(2, 3, 64, 64)).logits_per_image.shape == (2, len(CAPTIONS))
+
+
+def test_metrics__equal_a_search_by_hand():
+    images = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.9, 0.1]])
+    texts = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
+    found = retrieval_metrics(images, texts, np.array([7, 3, 3, 3]))
+    assert found["text_recall_at_1"] == 3 / 4  # the last image is closer to the text of the first
+    assert found["image_recall_at_1"] == 1
+    assert found["text_recall_at_5"] == 1
+
+
+def test_loss__does_not_count_another_pair_of_the_same_text_as_wrong():
+    similarities = torch.tensor([[3.0, 1.0, 9.0], [0.0, 2.0, 0.0], [9.0, 1.0, 3.0]])
+    cross_entropy = torch.nn.functional.cross_entropy
+    without = torch.tensor([[3.0, 1.0], [0.0, 2.0]])
+    expected = [cross_entropy(rows[:1], torch.tensor([0])) for rows in (without, without.T)]
+    loss = contrastive_loss(similarities, torch.tensor([5, 6, 5]))
+    middle = [cross_entropy(rows[1:2], torch.tensor([1])) for rows in (similarities, similarities.T)]
+    assert_close(loss, (sum(2 * each for each in expected) + sum(middle)) / 6)
+
+
+def test_layer_ids__of_a_dual_encoder_count_from_the_head():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = BeitModel(BeitConfig(num_hidden_layers=3, use_mean_pooling=False, **sizes))
+    text = BertModel(BertConfig(num_hidden_layers=2, vocab_size=20, **sizes))
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config)
+    ids = layer_ids(VisionTextDualEncoderModel(config=config, vision_model=vision, text_model=text))
+    assert ids["vision_model.embeddings.cls_token"] == 0
+    assert ids["text_model.embeddings.word_embeddings.weight"] == 1
+    assert ids["vision_model.layers.2.layernorm_before.weight"] == 3
+    assert ids["text_model.encoder.layer.1.output.dense.weight"] == 3
+    assert ids["text_projection.weight"] == ids["logit_scale"] == ids["vision_model.layernorm.weight"] == 4
