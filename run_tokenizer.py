@@ -1,7 +1,7 @@
-"""Train an image tokenizer, the discrete VAE of DALL-E: `accelerate launch run_tokenizer.py --dataset ./photos`.
+"""Train an image tokenizer on unlabeled images: `accelerate launch run_tokenizer.py --dataset ./photos`.
 
 Settings -> images -> plan -> Trainer -> a folder that `AutoModel.from_pretrained` opens with its own code, and that
-`run_pretraining.py --method beit --tokenizer` takes. `--help` lists the flags.
+`run_pretraining.py --tokenizer` takes. `--help` lists the flags, `--method vqkd --help` those of another tokenizer.
 """
 
 import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCardData
-from transformers import TrainingArguments, set_seed
+from transformers import PreTrainedConfig, TrainingArguments, set_seed
 
 from commands.artifacts import copy_panel, draw_curve
 from commands.batch_size import TrialStep, with_batch_size
@@ -27,9 +27,10 @@ from commands.launch import find_hardware, join, run
 from commands.memory import measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, PANELS
 from commands.parsing import make_parser
+from commands.targets import open_tokenizer_targets
 from commands.tokenizer_plan import TokenizerPlan
-from commands.tokenizer_settings import TokenizerSettings, load_tokenizer_settings
-from data.augmentations import CenterCrop, Crop, random_crop, single_view
+from commands.tokenizer_settings import TokenizerSettings, chosen_settings, load_tokenizer_settings
+from data.augmentations import CenterCrop, Crop, CropView, OtherSize, Views, random_crop, single_view
 from data.collators import stack_items
 from data.images import ImageDataset, Samples
 from data.seeds import seeded_generator
@@ -38,10 +39,12 @@ from evaluation.pictures import panel_drawer, panel_indices
 from hub.export.native import replacing
 from hub.markdown import escape
 from hub.redaction import shorten_command
-from modeling.dvae import CodebookUse, DvaeConfig, DvaeModel, map_pixels
+from modeling import TOKENIZERS
+from modeling.dvae import CodebookUse, map_pixels
 from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
 from training.evaluation_guard import describe_non_finite
+from training.targets import Targets
 from training.trainer import MimTrainer
 
 QUICKSTART = "accelerate launch run_tokenizer.py --config recipes/dvae_nano_sample.yaml"
@@ -56,7 +59,7 @@ _CARD = """\
 
 # {title}
 
-An image tokenizer: a discrete VAE as in [DALL-E](https://arxiv.org/abs/2102.12092).
+An image tokenizer: {description}.
 Loading it runs the Python file of this repository; read it first.
 
 ```python
@@ -65,7 +68,7 @@ from transformers import AutoModel
 checkpoint = {name}
 tokenizer = AutoModel.from_pretrained(checkpoint, trust_remote_code=True).eval()
 codes = tokenizer.get_codebook_indices(pixel_values)  # (B, C, H, W) uint8, or floats in [0, 1] -> (B, h, w)
-images = tokenizer.decode(codes)  # in [0, 1]
+images = tokenizer.decode(codes)  # {decodes}
 ```
 
 ```bash
@@ -77,29 +80,39 @@ images = tokenizer.decode(codes)  # in [0, 1]
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
     state, _ = join(settings.use_cpu)
-    config = DvaeConfig(**settings.config_settings())
+    model_class: Any = TOKENIZERS[settings.method]
+    targets = open_tokenizer_targets(settings, model_class)
+    features = {} if targets is None else {"feature_size": targets.config_settings["feature_size"]}
+    config = model_class.config_class(**settings.config_settings(), **features)
     images = open_images(settings, state)
     with torch.device("meta"):
         image = torch.empty(1, config.num_channels, *config.input_size)
-        footprint = measure_footprint(DvaeModel(config).train(), {"pixel_values": image})
+        batch = {"pixel_values": image, "return_loss": targets is None}
+        footprint = measure_footprint(model_class(config).train(), batch)
     height, width = config.input_size
     grid = (height // config.stride, width // config.stride)  # of codes
     num_images = (len(images.train), len(images.validation))
     hardware = find_hardware(state)
+    sizes = {"pixel_values": config.input_size}
+    if targets is not None and targets.view is not None:
+        sizes[targets.view.name] = targets.view.image_size
     trial = TrialStep(
-        partial(DvaeModel, config),
-        lambda size: {"pixel_values": torch.zeros(size, config.num_channels, *config.input_size, dtype=torch.uint8)},
+        partial(model_class, config),
+        lambda number: {
+            name: torch.zeros(number, config.num_channels, *size, dtype=torch.uint8) for name, size in sizes.items()
+        },
+        targets,
     )
     settings, size_notes = with_batch_size(settings, hardware, len(images.train), footprint, trial)
     notes = [*images.summary.notes, *size_notes]
     plan = TokenizerPlan.make(settings, hardware, num_images, footprint, images.describe(), grid, notes)
-    views = single_view(random_crop(settings.image_size, settings.crop_scale), settings.num_channels)
+    views = views_of(settings, random_crop(settings.image_size, settings.crop_scale), targets)
     train(
         plan,
         images.bad,
         _WRITTEN_LAST,
         build_trainer=lambda plan, checkpoint: build_trainer(
-            settings, plan, config, with_cache(settings, views, images), checkpoint
+            settings, plan, model_class, config, with_cache(settings, views, images), targets, checkpoint
         ),
         finish=partial(finish, settings, images, argv),
         shorter=QUICKSTART,
@@ -113,23 +126,32 @@ def main(argv: list[str]) -> None:
 def build_trainer(
     settings: TokenizerSettings,
     plan: TokenizerPlan,
-    config: DvaeConfig,
+    model_class: Any,
+    config: PreTrainedConfig,
     images: PretrainingSplits,
+    targets: Targets | None,
     checkpoint: Path | None,
 ) -> MimTrainer:
     """Create the data sets, the tokenizer, the trainer and its callbacks."""
     output_dir = plan.output_dir
     arguments = TrainingArguments(**plan.training_arguments())
+    if targets is not None:
+        targets = targets.to(arguments.device)
     set_seed(settings.seed)
-    tokenizer = DvaeModel(config)
-    train = image_crops(
-        settings, images.train, random_crop(settings.image_size, settings.crop_scale), plan, train=True
-    )
+    tokenizer = model_class(config)
+    random = views_of(settings, random_crop(settings.image_size, settings.crop_scale), targets)
+    train = image_crops(settings, images.train, random, plan, train=True)
     if checkpoint is None and settings.start_from_images:
-        some = (train[index]["pixel_values"] for index in range(min(NUM_IMAGES, 4 * len(train))))
+        num_images = min(getattr(tokenizer, "num_images_to_start_from", NUM_IMAGES), 4 * len(train))
         generator = seeded_generator(settings.seed, "codebook_start")
-        start_from_images(tokenizer, map_pixels(torch.stack(list(some))), generator)
-    center = CenterCrop(settings.image_size)
+        if hasattr(tokenizer, "start_from_images"):
+            step = max(1, len(train) // num_images)  # neighbors may be alike
+            some = [train[index]["pixel_values"] for index in range(0, step * num_images, step)]
+            tokenizer.to(arguments.device).start_from_images(torch.stack(some), generator)
+        else:
+            some = [train[index]["pixel_values"] for index in range(num_images)]
+            start_from_images(tokenizer, map_pixels(torch.stack(some)), generator)
+    center = views_of(settings, CenterCrop(settings.image_size), targets)
     validation = image_crops(settings, images.validation, center, plan) if len(images.validation) else None
     trainer = MimTrainer(
         model=tokenizer,
@@ -137,6 +159,7 @@ def build_trainer(
         train_dataset=train,
         eval_dataset=validation,
         data_collator=stack_items,
+        targets=targets,
         schedules=plan.schedules,
         ema_decay=settings.ema_decay,
         flops_per_image=plan.footprint.flops_per_image,
@@ -144,18 +167,29 @@ def build_trainer(
     show_progress(trainer, output_dir / BAD_IMAGES_FILE, images.bad, settings.max_bad_fraction)
     shown = image_crops(settings, images.train, center, plan) if validation is None else validation
     batch = stack_items([shown[index] for index in panel_indices(len(shown))])
-    name = f"discrete VAE, {tokenizer.vocab_size:,} codes"
-    show_panels(trainer, output_dir / PANELS, batch, panel_drawer(name, lambda model, batch: model.panel(batch)))
+    name = f"{tokenizer.title}, {tokenizer.vocab_size:,} codes"
+
+    def panel(model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+        views: dict[str, torch.Tensor] = model.panel(batch if targets is None else targets(batch))
+        return views
+
+    show_panels(trainer, output_dir / PANELS, batch, panel_drawer(name, panel))
     return trainer
 
 
+def views_of(settings: TokenizerSettings, crop: Crop, targets: Targets | None) -> Views:
+    """Return the transform to a crop, and to the view of it that a teacher needs."""
+    other_size = None if targets is None or targets.view is None else OtherSize(*targets.view)
+    return Views((CropView(crop, other_size=other_size),), settings.num_channels)
+
+
 def image_crops(
-    settings: TokenizerSettings, images: Samples, crop: Crop, plan: TokenizerPlan, train: bool = False
+    settings: TokenizerSettings, images: Samples, views: Views, plan: TokenizerPlan, train: bool = False
 ) -> ImageDataset:
-    """Return the data set of crops of the images."""
+    """Return the data set of views of the images."""
     return ImageDataset(
         images,
-        single_view(crop, settings.num_channels),
+        views,
         seed=settings.seed,
         train=train,
         images_per_step=plan.images_per_step,
@@ -182,7 +216,8 @@ def finish(settings: TokenizerSettings, images: PretrainingSplits, argv: list[st
             with replacing(output_dir) as scratch:
                 trainer.accelerator.unwrap_model(trainer.model).save_pretrained(scratch)
     trainer.accelerator.wait_for_everyone()
-    return f"image tokenizer; run_pretraining.py --method beit takes it as --tokenizer {output_dir}"
+    method = trainer.model.used_by
+    return f"image tokenizer; run_pretraining.py --method {method} takes it as --tokenizer {output_dir}"
 
 
 @torch.no_grad()
@@ -215,10 +250,16 @@ def codebook_facts(trainer: MimTrainer, settings: TokenizerSettings, images: Pre
 def tokenizer_card(trainer: MimTrainer, settings: TokenizerSettings, facts: dict[str, Any], argv: list[str]) -> str:
     """Return the README.md of the folder: how to use the tokenizer, how it was trained, what was measured."""
     output_dir = trainer.output_dir
-    metadata = ModelCardData(library_name="transformers", license=settings.license, tags=["image-tokenizer", "dvae"])
+    metadata = ModelCardData(
+        library_name="transformers", license=settings.license, tags=["image-tokenizer", settings.method]
+    )
     command = shorten_command(shlex.join(["python", "run_tokenizer.py", *argv]))
     title, name = escape(output_dir.name), json.dumps(output_dir.name, ensure_ascii=False)
-    parts = [_CARD.format(metadata=metadata.to_yaml(), title=title, name=name, command=command)]
+    model: Any = trainer.accelerator.unwrap_model(trainer.model)
+    teacher = getattr(settings, "teacher", None)
+    description = f"{model.description}, with the teacher {escape(teacher)}" if teacher else model.description
+    about = {"description": description, "decodes": model.decodes}
+    parts = [_CARD.format(metadata=metadata.to_yaml(), title=title, name=name, command=command, **about)]
     if facts:
         parts.append(
             f"On validation images ({facts['num_tokens']:,} codes: {facts['num_crops']:,} random crops of "
@@ -228,12 +269,11 @@ def tokenizer_card(trainer: MimTrainer, settings: TokenizerSettings, facts: dict
     if problem := describe_non_finite(trainer.state.log_history):
         parts.append(f"**Warning: {problem}.**\n")
     if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
-        loss = f"{losses[-1]:.4g} nats per pixel channel"
-        parts.append(f"Validation reconstruction loss, from the chosen codes: {loss}.\n")
+        parts.append(model.loss_in_words.format(f"{losses[-1]:.4g}") + "\n")
     if panel := copy_panel(output_dir, output_dir):
         parts.append(f"![Images and their reconstructions]({panel})\n")
     return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], main, partial(make_parser, TokenizerSettings)))
+    sys.exit(run(sys.argv[1:], main, lambda: make_parser(chosen_settings(sys.argv[1:]))))

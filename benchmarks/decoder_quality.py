@@ -23,6 +23,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/decoder_quality"))
     options = parser.parse_args()
     options.output_dir.mkdir(parents=True, exist_ok=True)
-    measured = measured_speeds(options)
+    measured = measured_speeds(options, lambda name: training_step(CANDIDATES[name], options))
     speeds = measured["images_per_second"]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in options.candidates}
     runs = [(name, seed, speeds[name], options) for seed in options.seeds for name in options.candidates]
@@ -102,14 +103,16 @@ def main() -> None:
 # ---- speed ----
 
 
-def measured_speeds(options: argparse.Namespace, num_rounds: int = 7) -> dict[str, Any]:
+def measured_speeds(
+    options: argparse.Namespace, step_of: Callable[[str], Callable[[], None]], num_rounds: int = 7
+) -> dict[str, Any]:
     """Return the hardware and the images/s of each candidate; measured once, as the numbers of steps depend on it."""
     file = options.output_dir / "speeds.json"
     known: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"images_per_second": {}}
     if missing := [name for name in options.candidates if name not in known["images_per_second"]]:
         if known["images_per_second"]:
             raise SystemExit(f"{file} has no speed of {', '.join(missing)}: use another --output_dir")
-        steps = {name: training_step(CANDIDATES[name], options) for name in options.candidates}
+        steps = {name: step_of(name) for name in options.candidates}
         seconds: dict[str, list[float]] = {name: [] for name in steps}
         for round_number in range(num_rounds + 1):
             for name, step in steps.items():
@@ -156,8 +159,7 @@ def training_step(flags: dict[str, Any], options: argparse.Namespace) -> Any:
 
 def score(name: str, seed: int, images_per_second: float, options: argparse.Namespace) -> dict[str, float]:
     """Pre-train, and return the validation accuracies by name."""
-    folder = options.output_dir / name
-    encoder, frozen, tuned = (folder / f"{kind}-{seed}" for kind in ("encoder", "frozen", "finetuned"))
+    encoder = options.output_dir / name / f"encoder-{seed}"
     num_images = options.num_images or options.minutes * 60 * images_per_second
     num_steps = max(20, round(num_images / options.batch_size))
     workers = ["--dataloader_num_workers", str(options.num_workers), "--bf16", "false"]
@@ -172,6 +174,13 @@ def score(name: str, seed: int, images_per_second: float, options: argparse.Name
         "--save_steps", "0.25", "--save_total_limit", "1", "--report_to", "none", "--seed", str(seed), *workers,
         "--output_dir", str(encoder),
     )  # fmt: skip
+    return accuracies(encoder, seed, options)
+
+
+def accuracies(encoder: Path, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """Return the validation accuracies of an encoder by name: frozen, and fine-tuned with labels."""
+    frozen, tuned = (encoder.parent / f"{kind}-{seed}" for kind in ("frozen", "finetuned"))
+    tuning, workers = str(options.data / "tuning"), ["--dataloader_num_workers", str(options.num_workers)]
     run(
         "run_evaluation.py", "--model", str(encoder), "--dataset", tuning, "--probes", "knn", "logistic",
         "--seed", str(seed), "--output_dir", str(frozen),
@@ -179,7 +188,7 @@ def score(name: str, seed: int, images_per_second: float, options: argparse.Name
     run(
         "run_finetune.py", "--config", "finetune_tuxstamps_few", "--model", str(encoder), "--dataset", tuning,
         "--max_steps", str(options.finetune_steps), "--eval_steps", "0.5", "--save_steps", "0.5",
-        "--report_to", "none", "--seed", str(seed), *workers, "--output_dir", str(tuned),
+        "--report_to", "none", "--seed", str(seed), *workers, "--bf16", "false", "--output_dir", str(tuned),
     )  # fmt: skip
     entries = json.loads((frozen / "metrics.json").read_text())["results"]
     found = {entry["name"]: entry["value"] for entry in entries if entry["metric"] == "accuracy"}

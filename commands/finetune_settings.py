@@ -4,18 +4,16 @@ From lowest to highest: defaults, the recipe of the task for the encoder and the
 command line.
 """
 
-import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import yaml
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import HubStrategy
 
 from commands.flags import BELOW_ONE, COUNT, POSITIVE_UP_TO_ONE, SCALE, DataFlags, flag
-from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings, data_name, find_recipe
+from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings, chosen_among, data_name
 from modeling.patches import height_and_width
 
 _TASKS = sorted(file.stem for file in (RECIPES.parent / "tasks").glob("*.py"))
@@ -161,17 +159,5 @@ def load_finetune_settings(
 
 
 def chosen_task(argv: Sequence[str]) -> str:
-    """Return the task that the command line or its recipe names, before the flags of the task are known.
-
-    Mistakes are left to the parser of the command; they lead to the default task here.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--task", "--config"):
-        parser.add_argument(name)
-    try:
-        given, _ = parser.parse_known_args(list(argv))
-        recipe = yaml.safe_load(find_recipe(given.config).read_text(encoding="utf-8")) if given.config else {}
-        name = given.task or recipe.get("task", _DEFAULT_TASK)
-    except (argparse.ArgumentError, SettingsError, yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        return _DEFAULT_TASK
-    return name if name in _TASK_NAMES else _DEFAULT_TASK
+    """Return the task that the command line or its recipe names, before the flags of the task are known."""
+    return chosen_among(argv, "task", _TASK_NAMES, _DEFAULT_TASK)

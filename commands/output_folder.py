@@ -148,11 +148,19 @@ def _delete_old_run(output_dir: Path) -> None:
     """Delete the files of an earlier run, and nothing else."""
     if not (output_dir / SETTINGS_FILE).exists():
         return
-    code = {path.name for path in output_dir.glob("pretraining/*.py")} | {"dvae.py"}
+    code = {path.name for path in output_dir.glob("pretraining/*.py")} | _code_of_tokenizer(output_dir)
     metrics = output_dir / METRICS_FILE
     was_evaluated = metrics.is_file() and '"written_by": "run_evaluation.py"' in metrics.read_text(encoding="utf-8")
     report = _OF_AN_EVALUATION if was_evaluated else ()
     _delete(output_dir, (*WRITTEN_FOLDERS, *WRITTEN_FILES, *code, *report))
+
+
+def _code_of_tokenizer(output_dir: Path) -> set[str]:
+    """Return the names of the files that the tokenizer in a folder needs, which lie beside it."""
+    config = output_dir / "config.json"
+    if not config.is_file() or '"auto_map"' not in config.read_text(encoding="utf-8"):
+        return {"dvae.py"}
+    return {path.name for path in (Path(__file__).parent.parent / "modeling").glob("*.py")}
 
 
 def _delete(output_dir: Path, patterns: Iterable[str]) -> None:

@@ -86,7 +86,7 @@ def make_parser(settings_class: Any, methods: Mapping[str, type] = MappingProxyT
         declared = flags.get(action.dest)
         if declared is not None and declared.metadata["choices"]:
             action.choices = declared.metadata["choices"]
-        if action.dest == "method":
+        if action.dest == "method" and methods:
             action.choices = tuple(methods)
         if action.dest == "debug":  # without a value, it is ours
             action.nargs = "*"

@@ -92,7 +92,9 @@ class PretrainingDataFlags(CachedImageFlags):
     color_jitter: float = flag(
         0.0, "change brightness, contrast and saturation by up to this fraction (default: the recipe's)"
     )
-    tokenizer: str | None = flag(None, "for beit: folder or Hub id of the image tokenizer whose tokens are predicted")
+    tokenizer: str | None = flag(
+        None, "for beit and beit2: folder or Hub id of the image tokenizer whose tokens are predicted"
+    )
     trust_remote_code: bool = flag(False, "run the Python files that --tokenizer brings; read them first")
     teacher: str | None = flag(
         None,
@@ -107,8 +109,8 @@ class PretrainingDataFlags(CachedImageFlags):
     )
     cache_tokens: bool = flag(
         False,
-        "for beit: compute the tokens of every image once, before training. Each image is then its central crop, "
-        "never mirrored: for images that have the right size already",
+        "for beit and beit2: compute the tokens of every image once, before training. Each image is then its central "
+        "crop, never mirrored: for images that have the right size already",
     )
 
 

@@ -4,8 +4,9 @@ From lowest to highest: defaults, the sizes of --model, the recipe of the method
 of --config, the command line.
 """
 
+import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -270,6 +271,24 @@ def find_recipe(name: str) -> Path:
     close = nearest(Path(name).stem, known)
     hint = f"did you mean {close}? " if close else ""
     raise SettingsError(f"there is no recipe {name!r}; {hint}There are: {', '.join(known)}")
+
+
+def chosen_among(argv: Sequence[str], flag: str, choices: Collection[str], default: str) -> str:
+    """Return the choice that the command line or its recipe names by `flag`, before the other flags are known.
+
+    Mistakes are left to the parser of the command; they lead to the default here.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name in (flag, "config"):
+        parser.add_argument(f"--{name}")
+    try:
+        given = vars(parser.parse_known_args(list(argv))[0])
+        file = given["config"]
+        recipe = yaml.safe_load(find_recipe(file).read_text(encoding="utf-8")) if file else {}
+        chosen = given[flag] or recipe.get(flag, default)
+    except (argparse.ArgumentError, SettingsError, yaml.YAMLError, UnicodeDecodeError, AttributeError):
+        return default
+    return chosen if chosen in choices else default
 
 
 def data_name(dataset: Sequence[str]) -> str:

@@ -17,9 +17,9 @@ from modeling.frozen_teacher import FrozenTeacher
 from training.targets import Targets, TeacherTargets, TokenizerTargets
 
 CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --tokenizer one of
-  1. your own, trained on your images:
+  1. your own, trained on your images, for beit2 with --method vqkd --teacher ENCODER:
        python run_tokenizer.py --dataset {dataset} --output_dir tokenizer
-       accelerate launch run_pretraining.py --method beit --tokenizer tokenizer ...
+       accelerate launch run_pretraining.py --method {method} --tokenizer tokenizer ...
   2. the public DALL-E encoder (8,192 tokens of 8 x 8 pixels), from the Hub or a folder:
        --tokenizer facebook/flava-image-codebook
   3. any model with get_codebook_indices(pixel_values) -> (B, h, w) by folder or Hub id
@@ -30,6 +30,10 @@ TEACHERS = """feature needs a teacher, and none is chosen for you. Give --teache
   1. a trained encoder of images by folder or Hub id: a ViT, DINOv2 or DINOv3, CLIP, BEiT, Swin or a convolutional
      network, such as facebook/dinov2-small, or the output folder of a run
   2. hog: histograms of oriented gradients (MaskFeat), which need no model
+"""
+TOKENIZER_TEACHERS = """VQ-KD needs a teacher, whose features its codes must rebuild, and none is chosen for you. Give
+--teacher a trained encoder of images by folder or Hub id, such as openai/clip-vit-base-patch16 (published),
+facebook/dinov2-small, or the output folder of a run
 """
 _DEFAULT_IMAGE_SIZE = 224  # of teachers that name none
 # Flags of each kind of `MimPreTrainedModel.targets`.
@@ -53,12 +57,12 @@ def open_targets(
 def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Targets:
     name = settings.tokenizer
     if not name:
-        raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset)))
+        raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset), method=settings.method))
     tokenizer = open_model(name, "tokenizer", trust_remote_code=settings.trust_remote_code).model
     return TokenizerTargets(tokenizer, grid, f"--tokenizer {name}")
 
 
-def _open_teacher(settings: PretrainingSettings, grid: tuple[int, int]) -> Targets | None:
+def _open_teacher(settings: Any, grid: Any) -> Targets | None:
     """Return the targets of a teacher; None for histograms of gradients, which the model computes itself."""
     name = settings.teacher
     if not name:
@@ -82,6 +86,15 @@ def _open_teacher(settings: PretrainingSettings, grid: tuple[int, int]) -> Targe
     size = size or getattr(model.config, "image_size", _DEFAULT_IMAGE_SIZE)
     teacher = FrozenTeacher(model, **stats, image_size=size, name=f"--teacher {name}")
     return TeacherTargets(teacher, settings.image_size, settings.num_channels)
+
+
+def open_tokenizer_targets(settings: Any, model_class: Any) -> Targets | None:
+    """Return the targets of a tokenizer's training, or None; raises ValueError if their source is missing or unfit."""
+    if getattr(model_class, "targets", None) is None:
+        return None
+    if settings.teacher in (None, HOG):
+        raise ValueError(TOKENIZER_TEACHERS)
+    return _open_teacher(settings, ())
 
 
 _OPENERS: dict[str, Callable[[PretrainingSettings, tuple[int, int]], Targets | None]] = {

@@ -118,7 +118,7 @@ class VqkdConfig(PreTrainedConfig):
         names = ("hidden_size", "num_attention_heads", "intermediate_size", "hidden_act", "layer_norm_eps")
         settings = {**_VIT_DEFAULTS, **{name: getattr(self.encoder_config, name) for name in names}}
         del settings["model_type"]
-        sizes = {"image_size": self.grid, "patch_size": 1, "num_channels": self.code_size}
+        sizes: dict[str, Any] = {"image_size": self.grid, "patch_size": 1, "num_channels": self.code_size}
         return BeitConfig(**settings, **sizes, num_hidden_layers=self.decoder_num_hidden_layers)
 
 
@@ -224,13 +224,18 @@ class VqkdModel(InitializesEveryModule, PreTrainedModel):
             module.init_weights()
 
     def forward(
-        self, pixel_values: torch.Tensor, teacher_features: torch.Tensor | None = None, return_loss: bool = True
+        self,
+        pixel_values: torch.Tensor,
+        teacher_features: torch.Tensor | None = None,
+        teacher_class_token: torch.Tensor | None = None,
+        return_loss: bool = True,
     ) -> VqkdOutput:
         """Rebuild the teacher's features from the codes of images.
 
         Args:
             pixel_values: (B, C, H, W), uint8 or floats in [0, 1].
             teacher_features: (B, F, h', w'), of the same images on the teacher's grid, which is interpolated.
+            teacher_class_token: Of the teacher's features; unused.
 
         Raises:
             ValueError: If `teacher_features` are missing for the loss.

@@ -31,6 +31,7 @@ from data.text_tokens import TextTokens, train_text_tokenizer
 from hub.export.native import export
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.patches import sincos_positions
+from modeling.vqkd import VqkdConfig, VqkdModel
 
 PHOTOGRAPHS = sorted((ROOT / "data" / "samples" / "photographs" / "train").glob("*.jpg"))
 TRAINING = ("run_pretraining.py", "run_tokenizer.py", "run_finetune.py")
@@ -134,6 +135,11 @@ def workspace(tmp_path_factory) -> Path:
     mae = ViTMAEModel(ViTMAEConfig(**small))
     mae.embeddings.position_embeddings.data = sincos_positions((4, 4), 32)
     mae.save_pretrained(folder / "facebook" / "vit-mae-base")
+    del small["intermediate_size"]
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(folder / "facebook" / "dinov2-small")
+    VqkdModel(
+        VqkdConfig(encoder_config={**small, "image_size": 224, "patch_size": 16}, vocab_size=16)
+    ).save_pretrained(folder / "vqkd")
     return folder
 
 

@@ -17,7 +17,7 @@ from modeling import MODELS
 from modeling.mae import MaeConfig
 
 CONFIGS = {method: head.config_class for method, head in MODELS.items()}
-ALL = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("dvae", "finetune")))
+ALL = sorted(path for path in RECIPES.glob("*.yaml") if not path.stem.startswith(("dvae", "vqkd", "finetune")))
 HEADER = ("Paper:", "Run:", "Cost:", "Expected:", "Measured:")
 NUM_IMAGENET_IMAGES = 1_281_167
 

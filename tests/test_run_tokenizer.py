@@ -31,7 +31,7 @@ LAYOUT = {
     *("config.json", "model.safetensors", "dvae.py", "README.md", "settings.yaml", "codebook.json"),
     *("training_curve.png", "reconstructions.png", "trainer_state.json", "panels/step-0000002.png"),
 }
-ALL = sorted(RECIPES.glob("dvae*.yaml"))
+ALL = sorted([*RECIPES.glob("dvae*.yaml"), *RECIPES.glob("vqkd*.yaml")])
 
 
 @pytest.fixture(autouse=True)
