@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, mean_metric
-from .encoders import VitEncoder
+from .dino_encoders import NATIVE_TYPES, build_native_encoder
 from .feature_panel import enlarged, principal_colors
 from .frozen_teacher import match_grid
 from .gradient_histograms import gradient_histograms, histogram_size
@@ -39,7 +39,8 @@ class FeatureConfig(MimConfig):
         feature_loss: What compares predictions with a teacher's features: cosine (1 - cosine similarity) or smooth_l1.
             Histograms of gradients are always compared by their squared error.
         distill_visible: Whether visible patches, and the class token if the teacher has one, are predicted too.
-        drop_path_rate: Drop path of the last block; it rises linearly from 0.
+        drop_path_rate: Drop path of the last block, to which it rises linearly from 0; of all blocks in the encoders
+            of DINOv2 and DINOv3.
         feature_size: Width of the teacher's features; 0 for histograms of gradients.
         teacher_has_class_token: Whether the teacher has a class token.
     """
@@ -52,6 +53,7 @@ class FeatureConfig(MimConfig):
         2022,
         "2211.07636",
     )
+    encoder_types = NATIVE_TYPES
     settings_of_targets = ("feature_size", "teacher_has_class_token")
 
     feature_loss: str = "cosine"
@@ -62,6 +64,8 @@ class FeatureConfig(MimConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if hasattr(self.encoder_config, "drop_path_rate"):
+            self.encoder_config.drop_path_rate = self.drop_path_rate
         if self.feature_loss not in FEATURE_LOSSES:
             raise ValueError(f"feature_loss is {self.feature_loss!r}, expected one of {', '.join(FEATURE_LOSSES)}")
         if not 0 <= self.drop_path_rate < 1:
@@ -79,7 +83,7 @@ class FeatureForPreTraining(MimPreTrainedModel):
     """An encoder of all patches, the masked ones replaced by a mask token, and one linear layer."""
 
     config: FeatureConfig
-    encoder: VitEncoder
+    encoder: Any
     targets = "teacher"
     panel_caption = "Features of patches as colors: input, masked, target, target with masked patches predicted"
     _no_split_modules = ["ViTLayer"]  # noqa: RUF012 - read by transformers as a class attribute
@@ -88,7 +92,7 @@ class FeatureForPreTraining(MimPreTrainedModel):
     def __init__(self, config: FeatureConfig):
         super().__init__(config)
         encoder_config = config.encoder_config
-        self.encoder = VitEncoder(encoder_config, config.drop_path_rate)
+        self.encoder = build_native_encoder(encoder_config, config.drop_path_rate)
         size = config.feature_size or histogram_size(encoder_config.patch_size, encoder_config.num_channels)
         self.head = nn.Linear(encoder_config.hidden_size, size)
         if config.distill_visible and config.teacher_has_class_token:
@@ -132,8 +136,8 @@ class FeatureForPreTraining(MimPreTrainedModel):
         """
         config = self.config
         masked = masked_indices(bool_masked_pos, num_masked_patches)  # (M,)
-        tokens = self.encoder.tokens(self.standardize(pixel_values), bool_masked_pos)  # (B, 1+N, W)
-        patches = tokens[:, 1:].flatten(0, 1)  # (B * N, W)
+        tokens = self.encoder.tokens(self.standardize(pixel_values), bool_masked_pos)  # (B, 1+...+N, W)
+        patches = tokens[:, -bool_masked_pos.shape[1] :].flatten(0, 1)  # (B * N, W)
         if not (config.distill_visible and return_loss):
             logits = self.head(patches[masked])  # (M, D)
             if not return_loss:

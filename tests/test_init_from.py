@@ -191,7 +191,7 @@ def test_pair__has_the_features_of_the_source(kind, method, tmp_path):
 AS_IT_IS_PAIRS = [
     (kind, method)
     for kind in ("ViT", "DINOv2", "DINOv2 with SwiGLU", "DINOv2 with registers", "DINOv3")
-    for method in ("mae", "dinov2", "ibot", "data2vec")
+    for method in ("mae", "dinov2", "ibot", "data2vec", "feature")
 ]
 
 

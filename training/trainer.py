@@ -249,7 +249,8 @@ class MimTrainer(Trainer):
                 is_low = step + num_head_steps >= drop_step
                 return min(1.0, step / max(1, warmup_steps)) * (_DROP_FACTOR if is_low else 1.0)
         else:
-            factor = super().create_scheduler(num_training_steps - num_head_steps, optimizer).lr_lambdas[0]
+            scheduler: Any = super().create_scheduler(num_training_steps - num_head_steps, optimizer)
+            factor = scheduler.lr_lambdas[0]
         if num_head_steps:
             factor = self.head_warmup.restarted(factor, warmup_steps)
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
