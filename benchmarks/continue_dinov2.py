@@ -27,8 +27,9 @@ import torch
 from PIL import Image
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
-from benchmarks.few_label import ROOT, run
+from benchmarks.few_label import run
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
+from benchmarks.resumable import ROOT
 from hub.export.native import write_image_processor
 from modeling import MODELS
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
@@ -150,11 +151,11 @@ def compare_with_onnx(file: Path, source: Path, data: Path) -> dict[str, Any]:
 def continued(arm: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Train one arm for the minutes; return its first features' difference from the source, and kNN over time."""
     out = options.output_dir / f"{arm.replace(' ', '-')}-{options.minutes:g}m"
-    record = out.with_suffix(".steps.json")
+    record = out.parent / f"{out.name}.steps.json"
     flags = [
         *("--init_from", str(source), "--dataset", str(options.data / "photographs"), "--image_size", str(IMAGE_SIZE)),
         *("--per_device_train_batch_size", str(options.batch_size), "--gradient_accumulation_steps", "1"),
-        *("--eval_dataset", str(options.data / "tuning"), "--eval_steps", "0.2", "--save_steps", "0.2"),
+        *("--eval_dataset", str(options.data / "tuning"), "--eval_steps", "0.2", "--save_steps", "0.5"),
     ]
     if not record.is_file():
         trial = ARMS[arm].format(head_epochs=0, source=source).split()
