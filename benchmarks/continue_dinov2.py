@@ -30,6 +30,7 @@ from transformers import AutoModel, Dinov2Config, Dinov2Model
 from benchmarks.few_label import run
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
 from benchmarks.resumable import ROOT
+from evaluation.online_history import OnlineHistory
 from hub.export.native import write_image_processor
 from modeling import MODELS
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
@@ -167,8 +168,8 @@ def continued(arm: str, source: Path, options: argparse.Namespace) -> dict[str, 
     plan = json.loads(record.read_text())
     own = ARMS[arm].format(head_epochs=f"{plan['head_epochs']:.4f}", source=source).split()
     spent = run("run_pretraining.py", *flags, *own, "--output_dir", str(out), "--max_steps", str(plan["num_steps"]))
-    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    online = {entry["step"]: entry["eval_knn_accuracy"] for entry in history if "eval_knn_accuracy" in entry}
+    history = OnlineHistory.of(json.loads((out / "trainer_state.json").read_text())["log_history"])
+    online = dict(zip(*history.series(history.knn), strict=True))
     return {
         "flags": " ".join(own),
         "steps": plan["num_steps"],
