@@ -7,8 +7,10 @@ the flags.
 
 import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
 
+import copy
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 from accelerate import PartialState
 from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedModel, TrainingArguments, set_seed
@@ -16,6 +18,7 @@ from transformers import EarlyStoppingCallback, PreTrainedConfig, PreTrainedMode
 from commands.arithmetic import Hardware
 from commands.artifacts import FinetuneArtifacts
 from commands.batch_size import TrialStep, with_batch_size
+from commands.few_labels import with_rate_for_few_labels, with_rules_for_few_labels
 from commands.finetune_plan import FinetunePlan
 from commands.finetune_settings import chosen_task, load_finetune_settings
 from commands.job import train
@@ -23,12 +26,13 @@ from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE
 from commands.parsing import make_parser
+from commands.time_budget import fit_to_budget
 from hub.image_stats import image_stats
 from hub.open_model import open_config
 from modeling.patches import patch_grid
 from tasks import SETTINGS, TASKS, Task
 from training.callbacks import show_progress
-from training.finetune_trainer import FinetuneTrainer, freeze
+from training.finetune_trainer import EvaluateStart, FinetuneTrainer, freeze
 
 _WRITTEN_LAST = "config.json"
 _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode linear"
@@ -41,6 +45,7 @@ def main(argv: list[str]) -> None:
     # The encoder and the labeled images make the task, which makes the model.
     config, (stats, notes) = encoder_config(settings.model), image_stats(settings.model)
     splits = first_on_main(state, lambda: TASKS[settings.task].open_splits(settings))
+    settings, rules = with_rules_for_few_labels(settings, config, len(splits.by_name["train"]))
     task = TASKS[settings.task](settings, config, stats, splits)
     set_seed(settings.seed)
     model = task.build_model()
@@ -49,16 +54,32 @@ def main(argv: list[str]) -> None:
     hardware, footprint = find_hardware(state), measure_footprint(model.eval(), task.black_batch(1))
     trial = TrialStep(lambda: model, task.black_batch)
     settings, size_notes = with_batch_size(settings, hardware, len(splits.by_name["train"]), footprint, trial)
-    task = replace(task, settings=settings)
-    plan = plan_run(task, footprint, hardware, [*notes, *size_notes])
+    plan = plan_run(replace(task, settings=settings), footprint, hardware, [])
+    settings, rate_notes = with_rate_for_few_labels(settings, config, plan.images_per_step)
+    notes = [*notes, *size_notes, *rules, *rate_notes]
+    fitted = fit_to_budget(
+        settings,
+        lambda settings: plan_run(replace(task, settings=settings), footprint, hardware, notes),
+        lambda plan: build_trainer(replace(task, settings=plan.settings), plan, copy.deepcopy(model)),
+    )
+    task = replace(task, settings=fitted.settings)
+    plan = plan_run(task, footprint, hardware, [*notes, *fitted.notes])
+
+    def build(plan: FinetunePlan, checkpoint: Path | None) -> FinetuneTrainer:
+        has_new_head = task.settings.schedule == "auto" and not (settings.from_scratch or settings.dry_run)
+        if has_new_head and checkpoint is None and (found := task.fit_head(model, state.device)):
+            log(found)
+        return build_trainer(task, plan, model)
+
     train(
         plan,
         splits.bad,
         _WRITTEN_LAST,
-        build_trainer=lambda plan, _: build_trainer(task, plan, model),
+        build_trainer=build,
         finish=FinetuneArtifacts(task, argv, log).finish,
         shorter=_SHORTER,
         check=task.check_checkpoint,
+        callbacks=fitted.callbacks,
     )
 
 
@@ -102,6 +123,8 @@ def build_trainer(task: Task, plan: FinetunePlan, model: PreTrainedModel) -> Fin
         **task.image_stats,
     )
     show_progress(trainer, bad_images, task.splits.bad, settings.max_bad_fraction, task.describe_metrics)
+    if settings.schedule == "auto":
+        trainer.add_callback(EvaluateStart(trainer))
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     return trainer

@@ -7,7 +7,8 @@ Settings -> images -> plan -> Trainer -> two artifacts: the root of the output f
 import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,9 +18,10 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
 
+from commands.advice import advise
 from commands.anchor import keep_anchor, open_anchor
 from commands.artifacts import Artifacts
-from commands.batch_size import TrialStep, with_batch_size
+from commands.batch_size import TrialStep, seconds_per_step, with_batch_size
 from commands.cache import describe_cache, with_cache
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
@@ -28,8 +30,10 @@ from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run
 from commands.parsing import make_parser
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
+from commands.small_data import drop_path_for, keep_schedule, with_batch_rule, with_schedule_rules
 from commands.targets import open_targets
 from commands.texts import TEXT_FOLDER, TextSplits, open_text_splits
+from commands.time_budget import fit_to_budget
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, measure_image_stats
@@ -58,6 +62,10 @@ QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.y
 def main(argv: list[str]) -> None:
     settings = load_pretraining_settings(argv, CONFIGS, starting_point)
     state, _ = join(settings.use_cpu)
+    settings = keep_schedule(settings)
+    if settings.advise:
+        printer(state)(advice_for(settings, state))
+        return
     grid = patch_grid(settings.image_size, settings.patch_size)
     targets = open_targets(settings, MODELS[settings.method], grid)
     splits, texts = open_images(settings, state), open_text_splits(settings, state)
@@ -72,20 +80,49 @@ def main(argv: list[str]) -> None:
         lambda size: black_images(settings, config, collator, size, targets),
         targets,
     )
+    sizes = (hardware, len(splits.train), footprint.flops_per_image)
+    settings, batch_notes = with_batch_rule(settings, *sizes)
     settings, size_notes = with_batch_size(settings, hardware, len(splits.train), footprint, trial)
-    notes = [*splits.summary.notes, *size_notes]
-    plan = PretrainingPlan.make(settings, hardware, num_images, footprint, splits.describe(), grid, notes)
+    notes = [*splits.summary.notes, *batch_notes, *size_notes]
+
+    def make_plan(settings: PretrainingSettings) -> PretrainingPlan:
+        return PretrainingPlan.make(settings, hardware, num_images, footprint, splits.describe(), grid, notes)
+
+    settings, rules = with_schedule_rules(settings, *sizes, make_plan(settings).images_per_step)
+    notes += rules
+
     blank = without_weights(config)
     weights, start = Weights({}, []), settings.start
     if start is not None and not start.sizes_only:
         weights = read_weights(start, blank, settings.repair_positions)
     evaluation = open_evaluation(settings, splits, state)
-    lines = [f"note: {note}" for note in weights.notes]
+    callbacks: list[Callable[[MimTrainer], TrainerCallback]] = []
+    if evaluation is not None:
+        describe: Callable[..., str] = summarize_spread
+        if settings.eval_dataset is not None:
+            describe = partial(summarize, start=None if settings.init_from is None else "the initial weights")
+        callbacks.append(
+            lambda trainer: EvaluateOnline(trainer, int(trainer.args.eval_steps or 1), evaluation, describe)
+        )
+    if blank.can_collapse:
+        callbacks.append(lambda trainer: WatchForCollapse(trainer, settings.stop_on_collapse))
     views = transform_of(settings, config, targets, train=True)
+
+    def build(settings: PretrainingSettings, plan: PretrainingPlan) -> MimTrainer:
+        cached = with_cache(settings, views, splits)
+        return build_trainer(settings, plan, config, collator, cached, targets, weights.state, texts)
+
+    tried = replace(settings, dry_run=True)
+    fitted = fit_to_budget(settings, make_plan, partial(build, tried), callbacks)
+    settings, notes = fitted.settings, [*notes, *fitted.notes]
+    plan = make_plan(settings)
+    lines = [f"note: {note}" for note in weights.notes]
     lines += describe_cache(settings, views)
     lines += texts.lines if texts is not None else ()
     chosen = settings_for_images(settings, len(splits.train))
     lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
+    dropped = drop_path_for(settings, len(splits.train))
+    lines += [f"{name}: {value}, chosen for the number of blocks" for name, value in dropped.items()]
     if blank.compares_images and plan.accumulation > 1:
         lines.append(
             f"note: {settings.method} compares the images of a batch with each other: those of {plan.batch_size} at a "
@@ -95,29 +132,19 @@ def main(argv: list[str]) -> None:
     lines += [f"{name.replace('_', ' ')}: {schedule.describe()}" for name, schedule in schedules.items()]
     if problem := native_root_problem(blank):
         lines.insert(0, f"note: only {PRETRAINING}/ will be written, and no encoder for AutoModel: {problem}")
-    callbacks: list[Callable[[MimTrainer], TrainerCallback]] = []
     if evaluation is not None:
         lines.append(f"online evaluation: {evaluation.describe()}")
-        every = int(plan.training_arguments()["eval_steps"])
-        describe: Callable[..., str] = summarize_spread
-        if settings.eval_dataset is not None:
-            describe = partial(summarize, start=None if settings.init_from is None else "the initial weights")
-        callbacks.append(lambda trainer: EvaluateOnline(trainer, every, evaluation, describe))
-    if blank.can_collapse:
-        callbacks.append(lambda trainer: WatchForCollapse(trainer, settings.stop_on_collapse))
     artifacts = Artifacts(settings, splits, argv, texts.tokens.tokenizer if texts is not None else None)
     train(
         plan,
         splits.bad,
         WRITTEN_LAST,
-        build_trainer=lambda plan, _: build_trainer(
-            settings, plan, config, collator, with_cache(settings, views, splits), targets, weights.state, texts
-        ),
+        build_trainer=lambda plan, _: build(settings, plan),
         finish=artifacts.finish,
         shorter=QUICKSTART,
         lines=lines,
         stage=artifacts.stage,
-        callbacks=callbacks,
+        callbacks=[*fitted.callbacks, *callbacks],
     )
 
 
@@ -126,6 +153,25 @@ def starting_point(chosen: PretrainingSettings) -> StartingModel:
     checkpoint = interrupted_run(chosen)
     name = str(checkpoint or chosen.init_from)
     return open_starting_model(name, chosen.method, sizes_only=checkpoint is not None)
+
+
+def advice_for(settings: PretrainingSettings, state: PartialState) -> str:
+    """Return what is worth running on these images; models are timed on the device."""
+    splits, hardware = open_images(settings, state), find_hardware(state)
+    size = 16 if hardware.is_cpu else 64
+
+    def measure(flags: Sequence[str]) -> float:
+        one = load_pretraining_settings(flags, CONFIGS)
+        config = model_config(one, splits)
+        collator = build_collator(one, config)
+        trial = TrialStep(
+            partial(AutoModelForPreTraining.from_config, config),
+            lambda size: black_images(one, config, collator, size),
+        )
+        return size * hardware.world_size / seconds_per_step(trial, one, hardware, state.device, size)
+
+    side = min(splits.summary.width.median, splits.summary.height.median)
+    return advise(settings, splits.describe(), len(splits.train), side, hardware, measure)
 
 
 # ---- images ----
@@ -170,7 +216,7 @@ def model_config(
             log = printer(PartialState())
             log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
         derived |= {"image_mean": mean, "image_std": [value or 1.0 for value in std]}
-    derived |= settings_for_images(settings, len(splits.train))
+    derived |= settings_for_images(settings, len(splits.train)) | drop_path_for(settings, len(splits.train))
     if texts is not None:
         derived["text_config"] = texts.tokens.config
         if texts.pairs is None:

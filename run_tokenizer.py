@@ -28,6 +28,7 @@ from commands.memory import measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, PANELS
 from commands.parsing import make_parser
 from commands.targets import open_tokenizer_targets
+from commands.time_budget import fit_to_budget
 from commands.tokenizer_plan import TokenizerPlan
 from commands.tokenizer_settings import TokenizerSettings, chosen_settings, load_tokenizer_settings
 from data.augmentations import CenterCrop, Crop, CropView, OtherSize, Views, random_crop, single_view
@@ -105,18 +106,27 @@ def main(argv: list[str]) -> None:
     )
     settings, size_notes = with_batch_size(settings, hardware, len(images.train), footprint, trial)
     notes = [*images.summary.notes, *size_notes]
-    plan = TokenizerPlan.make(settings, hardware, num_images, footprint, images.describe(), grid, notes)
+
+    def make_plan(settings: TokenizerSettings) -> TokenizerPlan:
+        return TokenizerPlan.make(settings, hardware, num_images, footprint, images.describe(), grid, notes)
+
     views = views_of(settings, random_crop(settings.image_size, settings.crop_scale), targets)
+
+    def build(plan: TokenizerPlan, checkpoint: Path | None = None) -> MimTrainer:
+        cached = with_cache(settings, views, images)
+        return build_trainer(settings, plan, model_class, config, cached, targets, checkpoint)
+
+    fitted = fit_to_budget(settings, make_plan, build)
+    settings, notes = fitted.settings, [*notes, *fitted.notes]
     train(
-        plan,
+        make_plan(settings),
         images.bad,
         _WRITTEN_LAST,
-        build_trainer=lambda plan, checkpoint: build_trainer(
-            settings, plan, model_class, config, with_cache(settings, views, images), targets, checkpoint
-        ),
+        build_trainer=build,
         finish=partial(finish, settings, images, argv),
         shorter=QUICKSTART,
         lines=describe_cache(settings, views),
+        callbacks=fitted.callbacks,
     )
 
 

@@ -5,5 +5,8 @@ from data workers and other programs.
 """
 
 import os
+import time
+
+STARTED = time.perf_counter()  # a time budget counts from here
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -8,14 +8,14 @@ with batches of different sizes.
 
 import copy
 import gc
+import math
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import should_reduce_batch_size
@@ -24,9 +24,8 @@ from torch import nn
 from commands.arithmetic import Hardware, precision_of
 from commands.launch import first_on_main
 from commands.memory import Footprint, free_bytes
-from commands.output_folder import SETTINGS_FILE
+from commands.output_folder import settings_of_interrupted_run
 from commands.settings import TrainingSettings
-from training.checkpoints import last_whole_checkpoint
 
 _NAME = "per_device_train_batch_size"
 _USABLE = 0.9  # of the free memory: that of a GPU gets fragmented, and batches differ
@@ -66,7 +65,7 @@ def with_batch_size(
     if settings.per_device_train_batch_size != "auto":
         return settings, []
     state = PartialState()
-    size = first_on_main(state, partial(_size_of_interrupted_run, settings))
+    size = first_on_main(state, partial(settings_of_interrupted_run, settings)).get(_NAME)
     if size is not None:
         return _replaced(settings, size), [f"{size} images per device, as before the interruption"]
     most, reason = _most_images(settings, hardware, num_images)
@@ -113,6 +112,19 @@ def largest_on_device(
         _free_memory()
         if device.type == "cuda":
             torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def seconds_per_step(
+    trial: TrialStep, settings: TrainingSettings, hardware: Hardware, device: torch.device, size: int
+) -> float:
+    """Return the time of a training step on images that are there already; infinity if it does not fit into memory."""
+    steps, best = _Steps(trial, settings, hardware, device), math.inf
+    for _ in range(3):  # the first one also builds and warms everything
+        began = time.perf_counter()
+        if not steps.fits(size):
+            return math.inf
+        best = min(best, time.perf_counter() - began)
+    return best
 
 
 class _Steps:
@@ -175,19 +187,6 @@ def _most_images(settings: TrainingSettings, hardware: Hardware, num_images: int
     if hardware.is_cpu:
         limits[_MOST_ON_CPU] = "larger batches are not faster per image on a CPU"
     return min(limits.items())
-
-
-def _size_of_interrupted_run(settings: TrainingSettings) -> int | None:
-    """Return the number that the run to be continued was started with, if there is one."""
-    if settings.overwrite or settings.resume == "never":
-        return None
-    folder, given = Path(settings.output_dir or settings.default_output_dir()), settings.resume_from_checkpoint
-    if given is not None and given not in ("true", "True"):
-        folder = Path(given).parent
-    if not (folder / SETTINGS_FILE).is_file() or last_whole_checkpoint(folder)[0] is None:
-        return None
-    size: int | None = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8")).get(_NAME)
-    return size
 
 
 def _num_averages(settings: TrainingSettings) -> int:

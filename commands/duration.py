@@ -18,10 +18,16 @@ _LONG_SECONDS = 24 * 3600.0
 
 
 class DurationEstimate(TrainerCallback):
-    """Measure the first steps, report the seconds of a step once, and end the training if only that is wanted."""
+    """Measure the first steps, report the seconds of a step once, and end the training if only that is wanted.
 
-    def __init__(self, report: Callable[[float], None], ends_training: bool = False) -> None:
-        self.report, self.ends_training = report, ends_training
+    Args:
+        least_seconds: At least so long, if there is one process.
+    """
+
+    def __init__(
+        self, report: Callable[[float], None], ends_training: bool = False, least_seconds: float = 0.0
+    ) -> None:
+        self.report, self.ends_training, self.least_seconds = report, ends_training, least_seconds
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ends: list[float] | None = [time.perf_counter()]
@@ -32,8 +38,10 @@ class DurationEstimate(TrainerCallback):
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()  # otherwise the queue would be measured, not the work
         self.ends.append(time.perf_counter())
-        is_slow = args.world_size == 1 and self.ends[-1] - self.ends[0] > _MAX_SECONDS  # processes end together
-        if len(self.ends) <= _NUM_TIMED_STEPS and not is_slow and state.global_step < state.max_steps:
+        seconds = self.ends[-1] - self.ends[0]
+        is_alone = args.world_size == 1  # processes end together
+        goes_on = len(self.ends) <= _NUM_TIMED_STEPS or (is_alone and seconds < self.least_seconds)
+        if goes_on and not (is_alone and seconds > _MAX_SECONDS) and state.global_step < state.max_steps:
             return
         first = 1 if len(self.ends) > 2 else 0  # the first step also builds and warms everything
         seconds_per_step = (self.ends[-1] - self.ends[first]) / (len(self.ends) - 1 - first)
@@ -43,7 +51,7 @@ class DurationEstimate(TrainerCallback):
         control.should_training_stop |= self.ends_training
 
 
-def measure_seconds_per_step(trainer: MimTrainer) -> float:
+def measure_seconds_per_step(trainer: MimTrainer, least_seconds: float = 0.0) -> float:
     """Time a few training steps without logs, evaluation and checkpoints; the trainer is of no use afterwards.
 
     Returns 0 on other processes than the main one.
@@ -52,7 +60,7 @@ def measure_seconds_per_step(trainer: MimTrainer) -> float:
     for callback in list(trainer.callback_handler.callbacks):
         if not isinstance(callback, DefaultFlowCallback | StepHooks | StopOnSignal):
             trainer.remove_callback(callback)
-    trainer.add_callback(DurationEstimate(measured.append, ends_training=True))
+    trainer.add_callback(DurationEstimate(measured.append, True, least_seconds))
     trainer.args.save_strategy, trainer.args.eval_strategy = SaveStrategy.NO, IntervalStrategy.NO
     trainer.train()
     return measured[0] if measured else 0.0

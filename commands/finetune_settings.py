@@ -22,8 +22,8 @@ _DEFAULT_TASK = "classification"
 _RECIPES = "(default: the recipe's)"
 _EPILOG = """\
 Flags of a task: --task NAME --help.
-Small data: a step never takes more images than there are, and a recipe's own number of epochs is raised until the run
-has 1,000 steps. The plan, printed before training, lists each change in a "note:".
+Small data: with --schedule auto, epochs, rates and views follow the number of labels. The plan, printed before
+training, gives the reasons in lines that start with "note:". A step never takes more images than there are.
 
 precedence: defaults < the encoder's recipe < --config < command line. --label-fraction is --label_fraction.
 """
@@ -74,6 +74,11 @@ class FinetuneViewFlags:
 class FinetuneRateFlags:
     title: ClassVar = "optimization"
 
+    schedule: Literal["auto", "published"] = flag(
+        "auto",
+        "auto: below 100,000 labels, rates, epochs and views follow rules for few labels (docs/small-data.md), unless "
+        "given, and the head starts as a logistic regression on frozen features; published: always the recipe's",
+    )
     layer_decay: float = flag(
         1.0,
         f"the learning rate of each layer is this fraction of that of the layer above; 1: the same for all {_RECIPES}",
@@ -90,6 +95,8 @@ class FinetuneRateFlags:
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags, FinetuneRateFlags, TrainingSettings):
     """Base class of the settings of a fine-tuning task."""
+
+    has_rules_for_few_labels: ClassVar = False  # True: --schedule auto means those of commands/few_labels.py
 
     output_dir: str | None = flag(help="where all files go (default: outputs/<model>-<mode>-<data>)")
     per_device_train_batch_size: int | Literal["auto"] = flag(

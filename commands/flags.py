@@ -82,6 +82,11 @@ class RunFlags:
         "(default: the recipe's)",
         NOT_NEGATIVE,
     )
+    time_budget: str | None = flag(
+        None,
+        "how long the run may take in all, such as 45s, 30m or 2h, instead of a number of epochs or steps; the speed "
+        "is measured, and the schedule ends with the time",
+    )
     license: str | None = flag(
         None, "license of the weights for the model card: one of the Hub's identifiers, such as apache-2.0"
     )
@@ -156,7 +161,7 @@ class TrainingFlags:
     )
     per_device_train_batch_size: int | Literal["auto"] = flag(
         help="images per device and forward pass, or auto for the largest number that fits into its memory "
-        "(default: 64 on a GPU, 8 on a CPU)",
+        "(default: 64 on a GPU; on a CPU 8, or what --schedule auto chooses)",
         within=COUNT,
         words=("auto",),
     )
@@ -224,6 +229,7 @@ SUCCESSORS = {
     "batch_size": "--per_device_train_batch_size",
     "accum_iter": "--gradient_accumulation_steps",
     "epochs": "--num_train_epochs",
+    **dict.fromkeys(("max_time", "time_limit", "budget"), "--time_budget"),
     "lr": "--learning_rate, or --base_learning_rate for 256 images",
     "blr": "--base_learning_rate",
     "input_size": "--image_size",

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -119,6 +120,19 @@ def interrupted_run(chosen: PretrainingSettings) -> Path | None:
     if (saved.get("init_from"), saved.get("method")) != (chosen.init_from, chosen.method):
         return None
     return last_whole_checkpoint(output_dir)[0]
+
+
+def settings_of_interrupted_run(settings: TrainingSettings) -> dict[str, Any]:
+    """Return what the run to be continued was started with, as a recipe; empty if there is none."""
+    if settings.overwrite or settings.resume == "never":
+        return {}
+    folder, given = Path(settings.output_dir or settings.default_output_dir()), settings.resume_from_checkpoint
+    if given is not None and given not in ("true", "True"):
+        folder = Path(given).parent
+    if not (folder / SETTINGS_FILE).is_file() or last_whole_checkpoint(folder)[0] is None:
+        return {}
+    saved: dict[str, Any] = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    return saved
 
 
 def _as_yaml(settings: TrainingSettings) -> str:

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 from commands import arithmetic
 from commands.arithmetic import REFERENCE_BATCH, Hardware
 from commands.memory import Footprint
-from commands.settings import TrainingSettings
+from commands.settings import Origin, TrainingSettings
 
 _MIN_INTERVAL = 20  # steps between evaluations and between checkpoints, unless the user gives an interval
 
@@ -209,7 +209,8 @@ class Plan:
 
     def learning_rate_in_words(self) -> str:
         if self.settings.counts("learning_rate"):
-            return f"{_scientific(self.learning_rate)}, as given"
+            by_rule = self.settings.origins["learning_rate"] == Origin.RULE
+            return f"{_scientific(self.learning_rate)}, {'by the rules for few images' if by_rule else 'as given'}"
         base = _scientific(self.learning_rate * REFERENCE_BATCH / self.images_per_step)
         return f"{base} x {self.images_per_step:,} / {REFERENCE_BATCH} = {_scientific(self.learning_rate)}"
 

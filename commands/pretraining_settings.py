@@ -28,9 +28,9 @@ from hub.init_from import StartingModel
 HOG = "hog"  # in place of a teacher
 TRAINED = "trained"  # in place of the name of a tokenizer of texts
 _EPILOG = """\
-small data: a step never takes more images than there are, an epoch has at least one step, warm-up is at most a tenth
-of the run, and a method's own number of epochs is raised until the run has 2,000 steps. The plan, printed before
-training, lists each change in a "note:"; settings that you give are changed only where they are impossible.
+small data: --schedule auto chooses batch, learning rate, warm-up and length by the number of images and the size of
+the model, and the plan, printed before training, gives the reasons in lines that start with "note:". Settings that you
+give are changed only where they are impossible: a step never takes more images than there are.
 
 precedence: defaults < recipes/<method>.yaml < --config < command line. --mask-ratio is --mask_ratio.
 """
@@ -168,6 +168,16 @@ class PretrainingRunFlags(RunFlags):
         "from this epoch on a tenth of the learning rate; with --lr_scheduler_type constant_with_warmup",
         POSITIVE,
     )
+    advise: bool = flag(
+        False,
+        "look at the images and the hardware, print the two or three commands that are worth running, and stop",
+    )
+    schedule: Literal["auto", "published"] = flag(
+        "auto",
+        "auto: below 100,000 images, or a batch below an eighth of the published one, learning rate, warm-up, length, "
+        "batch (on a CPU) and drop path follow rules for few images (docs/small-data.md), unless given; published: "
+        "always those of the recipe",
+    )
     layer_decay: float = flag(
         1.0,
         "the learning rate of each layer of the encoder is this fraction of that of the layer above; for --init_from",
@@ -212,6 +222,11 @@ class PretrainingSettings(
         if self.is_users("mask_unit") and self.mask_strategy != "random-unit":
             raise SettingsError(
                 f"--mask_unit has no effect with --mask_strategy {self.mask_strategy}: use random-unit, or omit it"
+            )
+        if self.image_size_schedule and self.seconds is not None:
+            raise SettingsError(
+                "--time_budget needs steps that take the same time: leave out --image_size_schedule, or give "
+                "--max_steps instead"
             )
         if self.image_size_schedule:
             self._check_schedule(self.image_size_schedule)

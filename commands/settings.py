@@ -7,11 +7,11 @@ of --config, the command line.
 import argparse
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum, IntEnum
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, ClassVar, Generic, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Generic, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
@@ -37,7 +37,7 @@ RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 _NOT_IN_A_RECIPE = frozenset(
     {
         *("config", "resume", "overwrite", "dry_run", "debug", "hub_token", "output_dir", "resume_from_checkpoint"),
-        "trust_remote_code",
+        *("trust_remote_code", "advise", "time_budget"),  # max_steps is what the time is enough for
     }
 )
 # Two ways to give the same thing; the first one counts if both come from the same place.
@@ -60,6 +60,8 @@ class Origin(IntEnum):
     SOURCE = 3
     CONFIG = 4
     COMMAND_LINE = 5
+    RULE = 6  # by the number of images
+    MEASURED = 7
 
 
 # A label for messages and values by flag name.
@@ -142,6 +144,7 @@ class TrainingSettings(DataFlags, RunFlags, TrainingFlags, Settings):
             raise SettingsError(f"--hub_strategy {self.hub_strategy.value}: only the finished run is uploaded")
         if self.hub_always_push:
             raise SettingsError("--hub_always_push: leave it out; every save is uploaded unless a newer one exists")
+        _ = self.seconds  # checked
         flags = [name for name in self.values if name.startswith("hub_") and name != "hub_token"]
         given = [name for name in flags if self.is_users(name)]
         if given and not self.push_to_hub:
@@ -152,6 +155,22 @@ class TrainingSettings(DataFlags, RunFlags, TrainingFlags, Settings):
         raise NotImplementedError
 
     @property
+    def seconds(self) -> float | None:
+        """How long the run may take; None if --time_budget is not given, or further from the command line than its
+        alternatives."""
+        if self.time_budget is None:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", self.time_budget.strip())
+        if not found or not float(found[1]):
+            raise SettingsError(f"--time_budget is {self.time_budget}, expected a time such as 45s, 30m or 2h")
+        lengths = [name for name in ("max_steps", "num_train_epochs") if self.is_users(name)]
+        for name in lengths:
+            if self.origins[name] == self.origins["time_budget"]:
+                raise SettingsError(f"--time_budget and --{name} both set the length of the run; give one")
+        is_overruled = any(Origin.RULE > self.origins[n] > self.origins["time_budget"] for n in lengths)
+        return None if is_overruled else float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+    @property
     def shows_tracebacks(self) -> bool:
         return self.origins["debug"] > Origin.DEFAULT
 
@@ -159,6 +178,14 @@ class TrainingSettings(DataFlags, RunFlags, TrainingFlags, Settings):
         """Whether this way was given nearer to the command line than its alternative, such as base_learning_rate."""
         is_off = name == "max_steps" and self.max_steps < 0
         return self.is_given(name) and not is_off and self.origins[name] >= self.origins[_ALTERNATIVES[name]]
+
+    def derived(self, origin: Origin, label: str, **values: Any) -> Self:
+        """Return the settings with other values; `label` says where they come from."""
+        origins = {**self.origins, **dict.fromkeys(values, origin)}
+        labels = {**self.labels, origin: label}
+        typed = self.typed({**self.values, **values})
+        changed = {name: typed[name] for name in values}
+        return replace(self, values={**self.values, **values}, origins=origins, labels=labels, **changed)
 
     def training_arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of TrainingArguments that differ from the defaults of transformers."""

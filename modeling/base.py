@@ -117,6 +117,9 @@ class MimConfig(PreTrainedConfig):
     settings_of_targets: ClassVar[tuple[str, ...]] = ()
     settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("decoder",)
     paper: ClassVar[Paper | None] = None
+    # Images per step, and width of the encoder, for which the learning rate of the recipe was published.
+    published_batch: ClassVar[int] = 2048
+    published_width: ClassVar[int] = 768
     # Share of the masks that mask anything, and whether the ratios of a batch are spread evenly over their range.
     mask_probability: ClassVar[float] = 1.0
     spreads_mask_ratios: ClassVar[bool] = False

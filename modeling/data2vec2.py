@@ -13,7 +13,7 @@ patch, D width, E channels of the decoder.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -49,6 +49,8 @@ class Data2Vec2Config(FeatureTargetConfig):
         2022,
         "2212.07525",
     )
+
+    published_batch: ClassVar[int] = 256
 
     decoder_channels: int = 0
     decoder_num_convolutions: int = 6

@@ -37,6 +37,7 @@ class Dinov2Config(IbotConfig):
     }
     encoder_types = ("dinov2_with_registers", "dinov2", "dinov3_vit", "vit")
     max_prototypes: ClassVar[int] = 131_072
+    published_width: ClassVar[int] = 1024
     spreads_mask_ratios: ClassVar[bool] = True
 
     shares_heads: bool = False

@@ -72,6 +72,7 @@ class IbotConfig(MultiCropConfig):
         "2111.07832",
     )
     max_prototypes: ClassVar[int] = 8192
+    published_width: ClassVar[int] = 384
 
     num_prototypes: int = 0
     shares_heads: bool = True

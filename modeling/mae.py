@@ -46,6 +46,7 @@ class MaeConfig(MimConfig):
     model_type = "mim_mae"
     encoder_types: ClassVar[tuple[str, ...]] = NATIVE_TYPES
     transformers_model_types: ClassVar[tuple[str, ...]] = ("vit_mae",)
+    published_batch: ClassVar[int] = 4096
     paper: ClassVar[Paper | None] = Paper(
         "Masked Autoencoders Are Scalable Vision Learners",
         "Kaiming He and Xinlei Chen and Saining Xie and Yanghao Li and Piotr Doll{\\'a}r and Ross Girshick",

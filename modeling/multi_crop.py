@@ -36,6 +36,7 @@ class CropsConfig(MimConfig):
             the encoders of DINOv2 and DINOv3.
     """
 
+    published_batch: ClassVar[int] = 1024
     settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("head",)
 
     head_hidden_size: int = 2048

@@ -15,7 +15,7 @@ class Schedule:
     num_steps: int = 0
     shape: Literal["cosine", "linear"] = "cosine"
 
-    def at(self, step: int) -> float:
+    def at(self, step: float) -> float:
         """Return the value at an optimizer step, counted from 0."""
         if step >= self.num_steps:
             return self.end

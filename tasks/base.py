@@ -95,6 +95,10 @@ class Task(ABC):
     def build_model(self) -> PreTrainedModel:
         """Return the model to train: its `base_model` is the encoder, and everything else is the head."""
 
+    def fit_head(self, model: PreTrainedModel, device: torch.device) -> str | None:
+        """Fit the new head on frozen features of the training images; returns a sentence, or None if it did not."""
+        return None
+
     def check_checkpoint(self, checkpoint: Path) -> None:  # noqa: B027
         """Raise ValueError if the run that wrote this checkpoint cannot be continued: its data had other classes."""
 

@@ -26,24 +26,27 @@ from commands.output_folder import CONFUSION_FILE, SUBSET_FILE
 from commands.settings import Origin, SettingsError
 from data.augmentations import single_view
 from data.classification import CROP_SHARE, EvalView, eval_view, train_view
+from data.images import ImageDataset
 from data.labeled import write_subset
 from data.randaugment import RandAugment
 from data.size_schedule import Transform
 from data.splits import LabeledSplits, open_labeled_splits
 from evaluation.confusion import draw_confusion_matrix
+from evaluation.linear_probe import fit_logistic
 from evaluation.metrics import classification_metrics, classification_results, confusion_matrix
 from hub.export.native import export_native
 from hub.model_card import TaskCard
 from modeling import CONFIGS, MimConfig
 from modeling.base import FinetuneRecipe
 from modeling.image_classification import POOLINGS, add_batch_norm, build_classifier, check_family, native_classifier
-from modeling.patches import patch_grid
+from modeling.patches import patch_grid, standardize
 from training.mixing import Mixing
 
 from .base import Task
 
 _METRICS = ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "calibration_error", "loss")
 _TOP = 5
+_MOST_PROBED, _PROBE_BATCH = 5000, 64  # images whose features the head is fitted to at the start
 _UNWRITTEN_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out of config.json
 _RECIPES = "(default: the recipe's)"
 _USAGE = """\
@@ -113,6 +116,8 @@ class ClassificationFlags:
 @dataclass(frozen=True, kw_only=True)
 class ClassificationSettings(FinetuneSettings, ClassificationFlags):
     """Settings of a fine-tuning for classification."""
+
+    has_rules_for_few_labels: ClassVar = True
 
     dataset: list[str] = flag(
         [],
@@ -230,6 +235,28 @@ class ClassificationTask(Task):
         if settings.mode == "linear":
             add_batch_norm(classifier)
         return classifier
+
+    @torch.no_grad()
+    def fit_head(self, model: Any, device: torch.device) -> str | None:
+        train, samples = self.transform(train=False), self.splits.by_name["train"]
+        images = ImageDataset(samples, train, seed=self.settings.seed)
+        chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:_MOST_PROBED]
+        read: list[Tensor] = []
+        hook = model.classifier.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0].float().cpu()))
+        stats, labels = torch.tensor(list(self.image_stats.values()), device=device), []
+        model.eval().to(device)
+        for indices in np.array_split(chosen, -(-len(chosen) // _PROBE_BATCH)):
+            batch = self.collate(images.__getitems__(indices.tolist()))
+            labels.append(batch["labels"])
+            model(pixel_values=standardize(batch["pixel_values"].to(device), *stats))
+        hook.remove()
+        num_classes = len(self.class_names)
+        probe = fit_logistic(torch.cat(read), torch.cat(labels), num_classes, self.settings.seed)
+        weight = probe.scale[:, None] * probe.weight  # (D, K)
+        model.classifier.weight.copy_(weight.T)
+        model.classifier.bias.copy_(probe.bias - probe.mean @ weight)
+        found = "" if probe.validation_accuracy is None else f", accuracy {probe.validation_accuracy:.1%} in folds"
+        return f"the head starts as a logistic regression on frozen features of {len(chosen):,} images{found}"
 
     def check_checkpoint(self, checkpoint: Path) -> None:
         saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))

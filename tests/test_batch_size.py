@@ -51,7 +51,8 @@ def test_largest__is_a_power_of_two_the_middle_above_it_or_the_most(fitting, mos
 
 
 def test_gpu__tries_growing_steps_and_the_plan_has_the_number_and_its_learning_rate(sizes, capsys):
-    assert run([*PRETRAINING, *AUTO, "--dry_run"], run_pretraining.main, None) == 0
+    published = ["--schedule", "published"]
+    assert run([*PRETRAINING, *AUTO, *published, "--dry_run"], run_pretraining.main, None) == 0
     plan = capsys.readouterr().out
     assert sizes == [1, 2, 4, 8, 16, 12]
     assert "8 x 1 process x 1 accumulation = 8" in plan

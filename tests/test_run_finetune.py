@@ -30,6 +30,7 @@ from tasks import SETTINGS
 PHOTOGRAPHS = sorted((BUNDLED["sample"] / "train").glob("*.jpg"))
 NAMES = ("small", "wide", "tall")
 SHORT = ["--use_cpu", "--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--report_to", "none"]
+SHORT += ["--schedule", "published"]
 build_parser = partial(make_parser, SETTINGS["classification"])
 
 
@@ -240,6 +241,23 @@ def test_early_stopping__ends_after_evaluations_without_a_better_one(encoders, l
     (out / "config.json").unlink()  # as if killed while the result was written
     finetune(encoders["mae"], labeled, out, *argv)
     assert len(logged(out, "eval_loss")) == 3
+    assert (out / "model.safetensors").read_bytes() == weights
+
+
+def test_start__is_the_best_if_training_makes_the_model_worse_and_a_killed_run_knows_it(encoders, labeled, tmp_path):
+    argv = ("--schedule", "auto", "--learning_rate", "0.3", "--metric_for_best_model", "loss")
+    argv += ("--max_steps", "4", "--eval_steps", "2", "--save_steps", "2")
+    out = finetune(encoders["mae"], labeled, tmp_path / "out", *argv)
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).name == "checkpoint-0"
+    losses = logged(out, "eval_loss")
+    assert len(losses) == 3
+    assert state["best_metric"] == losses[0] < min(losses[1:])
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "config.json").unlink()  # as if killed while the result was written
+    shutil.rmtree(out / "checkpoint-4")
+    finetune(encoders["mae"], labeled, out, *argv)
+    assert logged(out, "eval_loss") == losses
     assert (out / "model.safetensors").read_bytes() == weights
 
 

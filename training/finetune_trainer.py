@@ -3,13 +3,14 @@
 Shapes: C channels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 from modeling.patches import standardize
 from training.layer_decay import depths_of, layer_id, layer_ids
@@ -42,6 +43,22 @@ def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
         # Dropping the path of a frozen block would only add noise to the input of the blocks that train.
         if hasattr(module, "drop_prob") and layer_id(f"{name}.", depths) <= last_frozen:
             module.drop_prob = 0.0
+
+
+class EvaluateStart(TrainerCallback):
+    """Evaluate before the first step, so that a model that gets worse ends with the weights that it started with."""
+
+    def __init__(self, trainer: "FinetuneTrainer") -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step or not args.load_best_model_at_end:
+            return
+        name = args.metric_for_best_model.removeprefix("eval_")
+        metric = self.trainer.evaluate()[f"eval_{name}"]
+        if math.isfinite(metric):
+            state.best_metric, state.best_global_step = metric, 0
+            state.best_model_checkpoint = str(self.trainer.output_dir / "checkpoint-0")
 
 
 class FinetuneTrainer(MimTrainer):

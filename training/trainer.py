@@ -7,6 +7,7 @@ Shapes: B images of a micro-batch.
 import inspect
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,6 +34,7 @@ from training.layer_decay import layer_decay_groups
 from training.meters import Meter, MetricSums
 from training.non_finite import find_non_finite
 from training.stopping import StopOnSignal, init_worker
+from training.time_budget import Pace, TimeBudget
 from training.weight_average import WeightAverage
 
 _DROP_FACTOR = 0.1
@@ -85,6 +87,7 @@ class MimTrainer(Trainer):
         self.targets, self.layer_decay, self.lr_drop_step = targets, layer_decay, lr_drop_step
         self.schedules: dict[str, Schedule] = dict(schedules or {})
         self.head_warmup = HeadWarmup(self.model, num_head_steps)
+        self.pace = Pace()  # a `TimeBudget` changes it
         self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
         self.flops_per_image = flops_per_image
         self._forward_arguments = frozenset(inspect.signature(self.model.forward).parameters)
@@ -154,6 +157,11 @@ class MimTrainer(Trainer):
         count = getattr(self.model, "loss_counts", None)
         return count(batch) if count else {}
 
+    def set_initial_training_values(self, *args: Any, **kwargs: Any) -> Any:
+        num_epochs, *values = super().set_initial_training_values(*args, **kwargs)
+        may_grow = any(isinstance(callback, TimeBudget) for callback in self.callback_handler.callbacks)
+        return (sys.maxsize if may_grow else num_epochs), *values
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if not self.control.should_training_stop:  # resumed after its end, `Trainer` would take one more step
             super()._run_epoch(*args, **kwargs)
@@ -163,18 +171,20 @@ class MimTrainer(Trainer):
     @property
     def progress(self) -> Progress:
         """The state of the training, with the values of the schedules."""
-        step = self.state.global_step
-        values = {name: schedule.at(step) for name, schedule in self.schedules.items()}
-        return Progress(step, self.state.max_steps, self.steps_per_epoch, values)
+        position = self.pace.at(self.state.global_step)
+        values = {name: schedule.at(position) for name, schedule in self.schedules.items()}
+        num_steps = self.args.max_steps if self.args.max_steps > 0 else self.state.max_steps
+        return Progress(int(position), num_steps, self.steps_per_epoch, values)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         image_index = self._take_index(inputs)
         inputs = self._with_targets(inputs)
         self._reseed()
         step = self.state.global_step
-        self.head_warmup.hold(step, can_skip=model is self.model)
+        position = int(self.pace.at(step))
+        self.head_warmup.hold(position, can_skip=model is self.model)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.head_warmup.drop_gradients(step)
+        self.head_warmup.drop_gradients(position)
         self.guard.watch_loss(loss, image_index, step)
         return loss
 
@@ -361,7 +371,8 @@ class MimTrainer(Trainer):
             logs["training_seconds"] = round(time.perf_counter() - self.began, 1)
             logs.update(self._summarize(training=True))
             last_step = max(self.state.global_step - 1, 0)
-            logs.update({name: schedule.at(last_step) for name, schedule in self.schedules.items()})
+            position = self.pace.at(last_step)
+            logs.update({name: schedule.at(position) for name, schedule in self.schedules.items()})
         elif "eval_loss" in logs:
             logs.update({f"eval_{name}": value for name, value in self._summarize(training=False).items()})
         super().log(logs, *args, **kwargs)

@@ -1,0 +1,200 @@
+"""Rules for few images and few labels: figures worked out by hand, and that what is given or published stays."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from pretraining_command import pretrain
+from transformers import ViTConfig
+
+import run_finetune
+from commands.advice import advise
+from commands.arithmetic import Hardware
+from commands.few_labels import with_rate_for_few_labels, with_rules_for_few_labels
+from commands.finetune_settings import load_finetune_settings
+from commands.memory import Footprint
+from commands.pretraining_plan import PretrainingPlan
+from commands.pretraining_settings import load_pretraining_settings
+from commands.small_data import drop_path_for, with_batch_rule, with_schedule_rules
+from evaluation.linear_probe import fit_logistic
+from modeling import CONFIGS
+from modeling.image_classification import random_encoder
+from tasks import SETTINGS
+
+LAPTOP, GPU = Hardware("cpu", num_cpus=2), Hardware("cuda", num_cpus=16, has_bf16=True)
+NANO, BASE = 4 * 10**8, 56 * 10**9  # FLOP per image
+
+
+def plan(*argv: str, images: int = 2624, hardware: Hardware = LAPTOP, flops: int = NANO) -> PretrainingPlan:
+    settings = load_pretraining_settings(argv, CONFIGS)
+    settings, notes = with_batch_rule(settings, hardware, images, flops)
+
+    def make() -> PretrainingPlan:
+        footprint = Footprint(10**6, 10**6, 1, flops)
+        return PretrainingPlan.make(settings, hardware, (images, 50), footprint, "photos", settings.grid, notes)
+
+    settings, rules = with_schedule_rules(settings, hardware, images, flops, make().images_per_step)
+    notes += rules
+    return make()
+
+
+def test_pretraining__of_small_data_on_a_laptop():
+    few = plan("--model", "vit-nano")
+    assert (few.batch_size, few.steps_per_epoch) == (64, 41)
+    # 2.4e-3 for 4,096 images and a width of 768: x sqrt(64 / 4096) x 768 / 192
+    assert few.learning_rate == pytest.approx(2.4e-3 / 8 * 4)
+    assert few.num_epochs == pytest.approx(4e14 / NANO / 64 / 41, abs=1)
+    assert few.warmup_steps / few.num_steps == pytest.approx(0.05, abs=0.001)
+    shown = few.describe()
+    assert "note: learning rate 0.0012: 0.0024 for 4,096 images x the square root" in shown
+    assert "note: 64 images per device: larger batches are not faster" in shown
+    assert "382 epochs instead of 800: an hour or two on a CPU" in shown
+
+
+def test_pretraining__of_two_hundred_images_keeps_steps_in_an_epoch_and_in_the_run():
+    few = plan("--model", "vit-nano", images=218)
+    assert (few.batch_size, few.steps_per_epoch, few.num_epochs) == (27, 8, 800)
+    assert plan("--model", "vit-nano", images=20).num_steps >= 2000
+
+
+def test_pretraining__large_models_have_small_batches_on_a_cpu():
+    assert plan("--model", "vit-base", flops=BASE).batch_size == 8
+    assert plan("--model", "vit-base", flops=BASE).num_steps >= 2000
+    assert plan("--model", "vit-base", flops=BASE, hardware=GPU).batch_size == 64
+
+
+def test_pretraining__what_is_given_stays(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("base_learning_rate: 1.0e-3\nwarmup_steps: 7\n")
+    few = plan(
+        "--model", "vit-nano", "--config", str(recipe), "--max_steps", "90", "--per_device_train_batch_size", "4"
+    )
+    assert (few.batch_size, few.num_steps, few.warmup_steps) == (4, 90, 7)
+    assert few.learning_rate == pytest.approx(1e-3 * 4 / 256)
+
+
+@pytest.mark.parametrize("schedule", [["--schedule", "published"], []])
+def test_pretraining__published_numbers_stay_for_published_sizes_and_on_request(schedule):
+    images, argv = (2624, ["--per_device_train_batch_size", "64"]) if schedule else (1_281_167, [])
+    argv += schedule or ["--per_device_train_batch_size", "512"]
+    many = plan("--model", "vit-base", *argv, images=images, hardware=GPU, flops=BASE)
+    assert many.learning_rate == pytest.approx(1.5e-4 * many.batch_size / 256)
+    assert (many.num_epochs, many.notes) == (800, ())
+
+
+def test_drop_path__is_smaller_for_fewer_blocks_and_only_where_the_method_has_one():
+    def load(*argv: str) -> Any:
+        return load_pretraining_settings(argv, CONFIGS)
+
+    assert drop_path_for(load("--method", "dino", "--model", "vit-nano"), 100) == {"drop_path_rate": 0.033}
+    assert drop_path_for(load("--method", "dino", "--model", "vit-small"), 100) == {}
+    assert drop_path_for(load("--method", "mae", "--model", "vit-nano"), 100) == {}
+    assert drop_path_for(load("--method", "dino", "--model", "vit-nano"), 200_000) == {}
+    assert drop_path_for(load("--method", "dino", "--model", "vit-nano", "--drop_path_rate", "0.2"), 100) == {}
+
+
+# ---- few labels ----
+
+
+def finetuning(num_labels: int, *argv: str, image_size: int = 96) -> tuple[Any, list[str]]:
+    config = SimpleNamespace(
+        mim_method="mae", model_type="vit", hidden_size=192, num_hidden_layers=4, image_size=image_size
+    )
+    argv = ("--model", "out", "--dataset", "labeled", *argv)
+    settings = load_finetune_settings(argv, SETTINGS, lambda name: config)  # type: ignore[arg-type,return-value]
+    settings, notes = with_rules_for_few_labels(settings, config, num_labels)
+    settings, rate_notes = with_rate_for_few_labels(settings, config, 64)
+    return settings, notes + rate_notes
+
+
+def test_finetuning__with_few_labels_has_weak_views_and_a_rate_by_the_square_root():
+    few, notes = finetuning(200)
+    assert few.learning_rate == pytest.approx(2e-3)  # 2e-3 for 1,024 images and a width of 768: / 4 x 4
+    assert (few.num_train_epochs, few.warmup_steps) == (100, 0.1)
+    assert (few.mixup, few.cutmix, few.erasing, few.rand_augment, few.crop_scale) == (0, 0, 0, 5, (0.4, 1.0))
+    assert (few.drop_path, few.layer_decay) == (0.033, 0.75)
+    assert any("learning rate 0.002: 0.002 for 1,024 images" in note for note in notes)
+    assert finetuning(200, image_size=28)[0].rand_augment == 0
+
+
+def test_finetuning__epochs_fall_slowly_with_the_labels_and_strong_views_come_back():
+    assert finetuning(100)[0].num_train_epochs == 200
+    many, _ = finetuning(20_000)
+    assert many.num_train_epochs == 26  # 100 / 100^0.3
+    assert (many.mixup, many.rand_augment) == (0.8, 9)
+
+
+def test_finetuning__what_is_given_or_published_stays():
+    given, _ = finetuning(200, "--mixup", "0.3", "--learning_rate", "1e-5", "--num_train_epochs", "3")
+    assert (given.mixup, given.learning_rate, given.num_train_epochs) == (0.3, 1e-5, 3)
+    for published, notes in (finetuning(200_000), finetuning(200, "--schedule", "published")):
+        assert (published.schedule, published.mixup, published.rand_augment, notes) == ("published", 0.8, 9, [])
+        assert not published.counts("learning_rate")
+
+
+# ---- advice ----
+
+
+def advice(images: int, seconds_per_image: float, hardware: Hardware = LAPTOP, side: int = 300) -> str:
+    settings = load_pretraining_settings(["--dataset", "my photos", "--advise"], CONFIGS)
+    widths = {"vit-base": 1.0, "vit-small": 0.3, "vit-tiny": 0.1, "vit-nano": 0.02}
+    return advise(settings, "folder", images, side, hardware, lambda flags: 1 / (seconds_per_image * widths[flags[1]]))
+
+
+def test_advice__for_few_images_starts_with_a_frozen_encoder_then_continues_one():
+    lines = advice(300, 1.0).splitlines()
+    commands = [line[3:] for line in lines if line[:2] in ("1.", "2.", "3.")]
+    assert commands[0].startswith("python run_evaluation.py --model facebook/dinov2-small")
+    assert "--init_from facebook/dinov2-small --method dinov2 --image_size 98" in commands[1]
+    assert "--model vit-nano --image_size 64 --dataset 'my photos' --time_budget 30m" in commands[2]
+
+
+def test_advice__for_many_images_and_a_fast_device_is_a_large_encoder_of_ones_own():
+    text = advice(500_000, 1 / 3000, GPU)
+    assert "1. python run_pretraining.py --method mae --model vit-base --dataset 'my photos' --time_budget 2h" in text
+
+
+def test_advice__small_images_have_a_small_encoder():
+    assert "--model vit-nano --image_size 32 --patch_size 4" in advice(60_000, 1e-3, side=28)
+
+
+def test_advise__prints_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("run_pretraining.seconds_per_step", lambda *args: 0.5)
+    assert pretrain(["--advise", "--use_cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "Worth running, in this order:" in printed
+    assert not list(tmp_path.iterdir())
+
+
+# ---- the head ----
+
+
+def test_head__starts_as_the_logistic_regression_on_the_features_that_it_reads(tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    random_encoder(ViTConfig(**sizes, image_size=28, patch_size=7)).save_pretrained(tmp_path / "encoder")
+    fitted: list[Any] = []
+    models: list[Any] = []
+
+    def fit(features: torch.Tensor, labels: torch.Tensor, *args: Any) -> Any:
+        fitted.extend((features, labels, fit_logistic(features, labels, *args)))
+        return fitted[-1]
+
+    def train(plan: Any, *args: Any, build_trainer: Any, **kwargs: Any) -> None:
+        build_trainer(plan, None)
+
+    monkeypatch.setattr("tasks.classification.fit_logistic", fit)
+    monkeypatch.setattr(run_finetune, "train", train)
+    monkeypatch.setattr(run_finetune, "build_trainer", lambda task, plan, model: models.append(model))
+    argv = ["--model", str(tmp_path / "encoder"), "--dataset", "sample-fashion", "--labels_per_class", "10"]
+    run_finetune.main([*argv, "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    features, labels, probe = fitted
+    assert features.shape == (100, 32)
+    torch.testing.assert_close(models[0].classifier(features), probe(features), rtol=1e-3, atol=1e-3)
+    assert (probe(features).argmax(1) == labels).float().mean() > 0.5
+    assert "the head starts as a logistic regression on frozen features of 100 images" in capsys.readouterr().out
+    run_finetune.main([*argv, "--use_cpu", "--output_dir", str(tmp_path / "out"), "--from_scratch"])
+    assert len(fitted) == 3
+    assert models[1].classifier.weight.abs().max() < 1e-3
