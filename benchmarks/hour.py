@@ -47,8 +47,7 @@ from benchmarks.image_sets import ImageSet
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
 from benchmarks.resumable import ROOT, Outcome
 
-_MEASURED_STEPS, _LOGGED_STEPS, _WARM_UP = 60, 5, 2  # of ours, per line of the log, lines that do not count
-_MEASURED_STEPS_OF_RIVALS = 12  # whose batches are larger; each is a line
+_MEASURED_STEPS, _WARM_UP = 14, 2  # each is a line of the log; the first ones do not count
 SETS = ("tuxstamps", "fashion-mnist")
 _NON_FINITE, _COLLAPSED = 3, 5  # exit codes; the same command would end so again
 
@@ -159,12 +158,11 @@ class Bench:
         found: dict[str, list[Any]] = {row: [] for row in trials}
 
         def one(row: str, number: int) -> Any:
-            is_rival = row in RIVALS
-            steps = _MEASURED_STEPS_OF_RIVALS if is_rival else _MEASURED_STEPS
-            extra = ("--logging_steps", str(_LOGGED_STEPS), "--eval_strategy", "no", "--save_strategy", "no")
+            steps = [_MEASURED_STEPS] * len(TRAINED[row])
+            extra = ("--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no")
             out = folder / f"{row}-{len(speeds)}-{number}"
             try:
-                self.train(row, images, [steps] * len(TRAINED[row]), 0, out, *extra)
+                self.train(row, images, steps, 0, out, *extra)
             except CommandError as failure:
                 return str(failure)
             last = len(TRAINED[row]) - 1

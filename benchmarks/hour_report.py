@@ -15,7 +15,8 @@ Scores = Mapping[str, Mapping[str, Any]]  # of a row, by seed
 
 def markdown(report: Mapping[str, Any], order: Mapping[str, Sequence[str]]) -> str:
     settings = report["settings"]
-    threads = f"{number} threads" if (number := settings["num_threads"]) else "all cores"
+    number = settings["num_threads"]
+    threads = f"{number} thread{'s' if number > 1 else ''}" if number else "all cores"
     lines = [
         f"# {settings['minutes']:g} minutes of training with {settings['model']}",
         "",
