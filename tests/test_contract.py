@@ -135,6 +135,8 @@ def test_uint8__equals_the_standardized_floats(variant):
 
 
 def test_images__may_be_rectangular_and_of_any_channel_count(variant):
+    if OLDEST and "dinov3" in variant:
+        pytest.skip("5.17 has DINOv3 for square images only")
     settings = TINY_MODELS[variant] | {"image_mean": [0.5], "image_std": [0.25]}
     settings["encoder_config"] = settings["encoder_config"] | {"image_size": (32, 48), "num_channels": 1}
     head = model_class(variant)(model_class(variant).config_class(**settings))
