@@ -235,7 +235,7 @@ def measured_steps(options: argparse.Namespace, step: str, script: str, flags: l
 
     def measure() -> int:
         output = run(script, *flags, "--max_steps", "100000", "--output_dir", "unused", "--dry_run", quiet=True)
-        seconds = re.search(r"([\d.]+) s(?:econds)? per step", output)
+        seconds = re.search(r"\((\S+) s per step\)", output)
         if seconds is None:
             raise SystemExit(f"{script} --dry_run named no seconds per step:\n{output[-2000:]}")
         return max(20, round(60 * options.minutes * _SHARES[step] / float(seconds[1])))

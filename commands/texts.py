@@ -43,14 +43,18 @@ def open_text_splits(settings: PretrainingSettings, state: PartialState) -> Text
     Raises:
         ValueError: If a dataset or the tokenizer cannot be used, or the method takes no texts.
     """
+    of_pairs = ("num_fusion_layers", "pair_text_mask_ratio")
+    given = [name for name in (*flags_of(TextFlags), "text_mask_ratio", *of_pairs) if name in settings.values]
+    given = [name for name in given if settings.is_users(name)]
     if settings.text_dataset is None and settings.pair_dataset is None:
-        if given := next((name for name in flags_of(TextFlags) if settings.is_users(name)), None):
-            raise ValueError(f"--{given} has no effect without --text_dataset or --pair_dataset")
+        if given:
+            raise ValueError(f"--{given[0]} has no effect without --text_dataset or --pair_dataset")
         return None
+    if settings.pair_dataset is None and (useless := [name for name in given if name in of_pairs]):
+        raise ValueError(f"--{useless[0]} has no effect without --pair_dataset")
     if not CONFIGS[settings.method].takes_texts:
         able = ", ".join(name for name, config in CONFIGS.items() if config.takes_texts)
-        given = "pair_dataset" if settings.text_dataset is None else "text_dataset"
-        raise ValueError(f"--{given}: --method {settings.method} learns from images only; use {able}")
+        raise ValueError(f"--{given[0]}: --method {settings.method} learns from images only; use {able}")
     if settings.text_tokenizer is None:
         raise ValueError(
             "--text_tokenizer is missing, and none is chosen for you: give the folder or Hub id of a tokenizer of "

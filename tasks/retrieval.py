@@ -309,11 +309,13 @@ class RetrievalTask(Task):
         order = np.argsort(-(texts[shown] @ images.T), axis=1, kind="stable")[:, :_NUM_SHOWN]
         names = self.splits.measured[1].texts  # type: ignore[union-attr]
         rows = "  ".join(f"{row + 1}: {names[labels[index]][:60]}" for row, index in enumerate(shown))
-        views = {
-            f"image {rank + 1}": torch.stack([dataset[int(index)]["pixel_values"] for index in order[:, rank]]) / 255
-            for rank in range(order.shape[1])
-        }
-        labeled_grid(views, f"{title}, the images closest to each text  ·  {rows}").save(folder / FIGURE_FILE)
+        columns = zip(order.T, (labels[order] == labels[shown][:, None]).T, strict=True)
+        views = {}
+        for rank, column in enumerate(columns, start=1):
+            cells = [(dataset[int(index)]["pixel_values"] / 255, right) for index, right in zip(*column, strict=True)]
+            views[f"image {rank}"] = torch.stack([_framed(*cell) for cell in cells])
+        footer = f"{title}, the images closest to each text, framed if they have it  ·  {rows}"
+        labeled_grid(views, footer).save(folder / FIGURE_FILE)
         return FIGURE_FILE
 
     # ---- export ----
@@ -358,6 +360,13 @@ def contrastive_loss(similarities: Tensor, labels: Tensor) -> Tensor:
 def _embeddings(predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     images, texts = np.split(predictions, 2, axis=1)
     return images, texts
+
+
+def _framed(image: Tensor, is_right: bool) -> Tensor:
+    """Return the image (C, H, W) in [0, 1] with a green frame if it is right."""
+    frame = torch.full(image.shape[1:], bool(is_right))
+    frame[3:-3, 3:-3] = False
+    return torch.where(frame, image.new_tensor([0.0, 0.62, 0.45])[:, None, None], image)
 
 
 def _with_drop_path(encoder: Any, rate: float) -> Any:

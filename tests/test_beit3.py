@@ -2,7 +2,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import PATCH, SIZE, TINY_MODELS, tiny_batch, train_whole_and_resumed
+import yaml
+from conftest import PATCH, ROOT, SIZE, TINY_MODELS, tiny_batch, train_whole_and_resumed
 from mixed import mixed_trainer
 from torch.testing import assert_close
 from transformers import AutoModel, BeitModel, RobertaPreLayerNormModel
@@ -181,6 +182,18 @@ def test_config__refuses_what_cannot_be_exported_or_trained(settings, message):
     sizes = {"encoder_config": {**TINY_MODELS["beit3"]["encoder_config"], **settings.pop("encoder_config", {})}}
     with pytest.raises(ValueError, match=message):
         Beit3Config(**{"text_config": _TEXT, "num_fusion_layers": 1} | settings | sizes)
+
+
+def test_recipe__has_the_published_constants():
+    recipe = yaml.safe_load((ROOT / "recipes" / "beit3.yaml").read_text(encoding="utf-8"))
+    assert (recipe["mask_strategy"], recipe["mask_ratio"]) == ("block", 0.4)
+    assert (recipe["text_mask_ratio"], recipe["pair_text_mask_ratio"]) == (0.15, 0.5)
+    assert (recipe["adam_beta1"], recipe["adam_beta2"], recipe["adam_epsilon"]) == (0.9, 0.98, 1e-6)
+    assert recipe["weight_decay"] == 0.05
+    assert recipe["base_learning_rate"] * 2048 / 256 == pytest.approx(1e-3)
+    encoder = Beit3Config().encoder_config
+    assert (encoder.drop_path_rate, encoder.layer_norm_eps, encoder.layer_scale_init_value) == (0.1, 1e-5, 0)
+    assert Beit3Config().num_fusion_layers == 3
 
 
 def test_rectangular__images_only_leave_as_pretraining_because_the_native_class_needs_squares():

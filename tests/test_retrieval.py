@@ -60,6 +60,10 @@ def test_pretraining__writes_a_vision_and_a_text_encoder_with_its_tokenizer(work
             ["--method", "beit3", "--text_tokenizer", "trained"],
             "--text_tokenizer has no effect without --text_dataset",
         ),
+        (
+            ["--method", "beit3", "--text_dataset", "PAIRS", "--num_fusion_layers", "1"],
+            "--num_fusion_layers has no effect without --pair_dataset",
+        ),
         (["--method", "beit", "--pair_dataset", "PAIRS"], "--method beit learns from images only; use beit3"),
     ],
 )

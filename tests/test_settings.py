@@ -227,7 +227,7 @@ def test_debug__bare_shows_tracebacks_and_keeps_the_options_of_transformers():
         (["--model", "resnet"], "one of vit-nano, vit-tiny, vit-small, vit-base, vit-large, vit-huge"),
         (
             ["--method", "moe"],
-            "--method: got 'moe', expected one of beit, beit2, data2vec, data2vec2, dino, dinov2, feature, ibot, mae",
+            "--method: got 'moe', expected one of beit, beit2, beit3, data2vec, data2vec2, dino, dinov2, feature",
         ),
         (["--mask_strategy", "stripes"], "expected one of random, random-unit, block"),
         (["--lr_scheduler_type", "cosin"], "did you mean cosine?"),

@@ -78,6 +78,9 @@ def test_targets__are_those_of_the_frozen_tokenizer_in_float32_with_dalles_pixel
     assert torch.equal(batch["labels"], tokenizer.get_codebook_indices(0.8 * views.float() / 255 + 0.1).flatten(1))
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
     assert targets({"labels": 1}) == {"labels": 1}  # from a cache
+    others = targets({"labels": 1, "pair_tokenizer_pixel_values": views})
+    assert others.keys() == {"labels", "pair_labels"}
+    assert torch.equal(others["pair_labels"], batch["labels"])
 
 
 def test_view__is_the_tokenizers_own_size_and_must_give_a_token_per_patch(dalle):

@@ -87,13 +87,14 @@ class TokenizerTargets(Targets):
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        if self.output in batch:
-            return batch
         assert self.view is not None
         name = self.view.name  # also with a prefix, of other images in the same batch
-        rest = {key: value for key, value in batch.items() if not key.endswith(name)}
         prefixes = [key.removesuffix(name) for key in batch if key.endswith(name)]
-        return rest | {f"{prefix}{self.output}": self._tokens(batch[f"{prefix}{name}"]) for prefix in prefixes}
+        missing = [prefix for prefix in prefixes if f"{prefix}{self.output}" not in batch]
+        if not missing:
+            return batch
+        rest = {key: value for key, value in batch.items() if not key.endswith(name)}
+        return rest | {f"{prefix}{self.output}": self._tokens(batch[f"{prefix}{name}"]) for prefix in missing}
 
     def _tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.autocast(pixel_values.device.type, enabled=False):  # half precision flips the closest codes
