@@ -19,7 +19,7 @@ from commands.flags import (
     flag,
 )
 from commands.presets import ENCODER_SIZES
-from commands.settings import RECIPES, CommandLine, Origin, TrainingSettings, chosen_among, data_name
+from commands.settings import RECIPES, CommandLine, Layer, Origin, TrainingSettings, chosen_among, data_name
 from modeling.schedules import Schedule, constant
 
 _SIZE_HELP = "one side, or height and width, in pixels (default: the model's)"
@@ -238,8 +238,8 @@ def load_tokenizer_settings(argv: Sequence[str]) -> TokenizerSettings:
     command_line = CommandLine(chosen_settings(argv), argv)
     chosen = command_line.chosen
     sizes = chosen.sizes[chosen.model]
-    size = {name: sizes[name] for name in ("image_size", "patch_size") if name in sizes}
-    lower = {
+    size: dict[str, Any] = {name: sizes[name] for name in ("image_size", "patch_size") if name in sizes}
+    lower: dict[Origin, Layer] = {
         Origin.PRESET: (f"size of {chosen.model}", size),
         Origin.METHOD: command_line.read_recipe(RECIPES / f"{chosen.method}.yaml"),
     }
