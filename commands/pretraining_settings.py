@@ -104,7 +104,7 @@ class PretrainingDataFlags(CachedImageFlags):
     teacher_image_size: tuple[int, int] | None = flag(
         None,
         "one side, or height and width, of the images that the teacher sees; smaller ones cost less (default: the "
-        "teacher's own)",
+        "teacher's own; for a convolutional network at most twice --image_size)",
         SIDES,
     )
     cache_tokens: bool = flag(

@@ -14,6 +14,7 @@ from hub.open_model import open_config, open_model
 from modeling import MimPreTrainedModel
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 from modeling.frozen_teacher import FrozenTeacher
+from modeling.patches import height_and_width
 from training.targets import Targets, TeacherTargets, TokenizerTargets
 
 CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --tokenizer one of
@@ -36,6 +37,7 @@ TOKENIZER_TEACHERS = """VQ-KD needs a teacher, whose features its codes must reb
 facebook/dinov2-small, or the output folder of a run
 """
 _DEFAULT_IMAGE_SIZE = 224  # of teachers that name none
+_LARGEST_STRIDE = 32  # of convolutional networks: pixels for each feature of the last map
 # Flags of each kind of `MimPreTrainedModel.targets`.
 _FLAGS = {
     "tokenizer": ("tokenizer", "trust_remote_code", "cache_tokens"),
@@ -71,6 +73,7 @@ def _open_teacher(settings: Any, grid: Any) -> Targets | None:
         if settings.teacher_image_size:
             raise ValueError(f"--teacher_image_size has no effect with --teacher {HOG}; leave it out")
         return None
+    log = printer(PartialState())
     config = open_config(name, "teacher")
     if (vision := getattr(config, "vision_config", None)) is not None:  # of images and texts, such as CLIP
         model = open_model(name, "teacher", model_class=AutoModel, config=vision).model
@@ -79,12 +82,18 @@ def _open_teacher(settings: Any, grid: Any) -> Targets | None:
     stats = processor_stats(name, getattr(model.config, "num_channels", 3))
     if not stats:
         stats = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
-        printer(PartialState())(
-            f"note: --teacher {name} has no preprocessor_config.json with mean and std: ImageNet's are used"
-        )
-    size: Any = settings.teacher_image_size or processor_image_size(name)
-    size = size or getattr(model.config, "image_size", _DEFAULT_IMAGE_SIZE)
+        log(f"note: --teacher {name} has no preprocessor_config.json with mean and std: ImageNet's are used")
+    own_size: Any = processor_image_size(name) or getattr(model.config, "image_size", _DEFAULT_IMAGE_SIZE)
+    size = settings.teacher_image_size or height_and_width(own_size)
     teacher = FrozenTeacher(model, **stats, image_size=size, name=f"--teacher {name}")
+    if teacher.is_convolutional and settings.teacher_image_size is None:
+        # Larger copies of small images cost time only: the features of EfficientNet-Lite0 for images of 64 pixels are
+        # worse at 64, and equally good at 96, 128, 160 and 224 (5 nearest neighbors 32, 48, 45, 47 and 48 %, +- 3).
+        smaller = [-(-2 * side // _LARGEST_STRIDE) * _LARGEST_STRIDE for side in settings.image_size]
+        size = (min(size[0], smaller[0]), min(size[1], smaller[1]))
+        teacher = FrozenTeacher(model, **stats, image_size=size, name=f"--teacher {name}")
+    (height, width), (rows, columns) = teacher.image_size, teacher.grid
+    log(f"teacher: {rows} x {columns} features of {teacher.feature_size:,} numbers for {height} x {width} pixels")
     return TeacherTargets(teacher, settings.image_size, settings.num_channels)
 
 

@@ -46,6 +46,7 @@ class FrozenTeacher(nn.Module):
         grid: h and w.
         feature_size: D.
         has_class_token: Whether `TeacherFeatures.class_token` exists.
+        is_convolutional: Whether the model returns a map, as convolutional networks do, which take images of any size.
 
     Raises:
         ValueError: If the model does not read images, or not those of this size, or its output has no grid.
@@ -74,6 +75,7 @@ class FrozenTeacher(nn.Module):
                 f"{name} has image_mean {self.image_mean} and image_std {self.image_std}, expected one value for each "
                 f"of its {self.num_channels} channels"
             )
+        self.is_convolutional = False
         features = self._try()
         self.grid = (features.patches.shape[2], features.patches.shape[3])
         self.feature_size, self.has_class_token = features.patches.shape[1], features.class_token is not None
@@ -121,6 +123,7 @@ class FrozenTeacher(nn.Module):
         if hidden is None or hidden.ndim not in (3, 4):
             raise ValueError("it returns no last_hidden_state of tokens (B, T, D) or of a map (B, D, h, w)")
         if hidden.ndim == 4:
+            self.is_convolutional = True
             width = getattr(getattr(self.model, "timm_model", None), "num_features", hidden.shape[1])
             return TeacherFeatures(hidden.permute(0, 3, 1, 2) if hidden.shape[1] != width else hidden, None)
         layout = token_layout(hidden.shape[1], self.image_size, getattr(self.config, "patch_size", 1))

@@ -161,7 +161,7 @@ def teachers(tmp_path_factory):
     CLIPModel(CLIPConfig(text_config=text, vision_config=clip, projection_dim=8)).save_pretrained(folder / "clip")
     ViTModel(ViTConfig(**clip, num_channels=1)).save_pretrained(folder / "gray")
     ConvNextModel(ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2)).save_pretrained(folder / "cnn")
-    size = {"height": 48, "width": 48}
+    size = {"height": 96, "width": 96}
     for name, channels in (("clip", 3), ("gray", 1), ("cnn", 3)):
         stats = {"image_mean": [0.5] * channels, "image_std": [0.5] * channels}
         ViTImageProcessorPil(size=size if name == "cnn" else {"height": 32, "width": 32}, **stats).save_pretrained(
@@ -211,3 +211,14 @@ def test_refusals__say_what_to_do(teachers, tmp_path, capsys):
 def test_registration__names_the_method():
     assert MODELS["feature"] is FeatureForPreTraining
     assert CONFIGS["feature"] is FeatureConfig
+
+
+def test_teacher__that_is_convolutional_sees_at_most_twice_the_encoders_size(teachers, tmp_path, capsys):
+    def plan(*flags: str) -> str:
+        assert pretrain([*SMALL, "--dry_run", "--output_dir", str(tmp_path / "out"), *flags]) == 0
+        return "".join(capsys.readouterr())
+
+    assert "teacher: 8 x 8 features of 16 numbers for 64 x 64 pixels" in plan("--teacher", str(teachers / "cnn"))
+    larger = plan("--teacher", str(teachers / "cnn"), "--teacher_image_size", "96")
+    assert "teacher: 12 x 12 features of 16 numbers for 96 x 96 pixels" in larger
+    assert "teacher: 4 x 4 features of 16 numbers for 32 x 32 pixels" in plan("--teacher", str(teachers / "clip"))
