@@ -32,14 +32,14 @@ from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
 from commands.small_data import drop_path_for, keep_schedule, with_batch_rule, with_schedule_rules
 from commands.targets import open_targets
-from commands.texts import TEXT_FOLDER, TextSplits, open_text_splits
+from commands.texts import TextSplits, open_text_splits
 from commands.time_budget import fit_to_budget
 from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
 from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, measure_image_stats
 from data.size_schedule import ScheduledTransform, Transform, as_data_steps
 from data.splits import PretrainingSplits
-from data.text_batches import MixedCollator, MixedDataset, PairDataset, TextDataset, derived_seed
+from data.text_batches import MixedCollator, MixedDataset
 from evaluation.online import FeatureSpread, OnlineEvaluation, open_feature_spread, open_online_evaluation
 from evaluation.online_history import summarize, summarize_spread
 from evaluation.pictures import panel_drawer, panel_indices
@@ -269,9 +269,7 @@ def black_images(
         item[targets.view.name] = torch.zeros(settings.num_channels, *targets.view.image_size, dtype=torch.uint8)
     items = [{**item, "epoch": 0, "step": 0, "image_index": index} for index in range(num_images)]
     if isinstance(collator, MixedCollator):
-        text = {"text": " ".join(["a"] * collator.tokens.max_length), "text_index": 0, "epoch": 0}
-        pair = {"pair": {**items[0], **text}} if getattr(config, "num_fusion_layers", 0) else {}
-        items = [{**each, "text": text, **pair} for each in items]
+        items = collator.with_longest_texts(items, has_pairs=getattr(config, "num_fusion_layers", 0) > 0)
     batch = collator(items)
     batch.pop("image_index")
     return batch
@@ -357,20 +355,13 @@ def build_trainer(
 
     def mixed(images: ImageDataset, train: bool) -> ImageDataset | MixedDataset:
         """Return the images with texts and pairs of the same split, if there are any."""
-        part = 0 if train or texts is None or not len(texts.texts[1]) else 1
         if texts is None:
             return images
-        pairs, seed = texts.pairs, settings.seed
-        of_texts = TextDataset(texts.texts[part], derived_seed(seed, "texts"), train)
-        if pairs is None:
-            return MixedDataset(images, of_texts, None)
-        part = part if len(pairs[1]) else 0
         transform = transform_of(settings, config, targets, train=train)
-        of_pairs = PairDataset(dataset(pairs[part].images, transform, train), pairs[part].captions)
-        return MixedDataset(images, of_texts, of_pairs)
+        return texts.mixed_with(images, lambda samples: dataset(samples, transform, train), settings.seed, train)
 
     if texts is not None and PartialState().is_main_process:
-        texts.tokens.tokenizer.save_pretrained(output_dir / TEXT_FOLDER)
+        texts.save_tokenizer(output_dir)
     samples: Samples = splits.train
     fixed = transform_of(settings, config, targets, train=False)
     train_transform: Transform | ScheduledTransform

@@ -14,19 +14,18 @@ from commands.flags import (
     RISING,
     SIDES,
     CachedImageFlags,
-    Range,
     RunFlags,
     flag,
     method_flags,
 )
 from commands.presets import ENCODER_SIZES, METHOD_SIZES
 from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, data_name, label_of
+from commands.text_flags import TextFlags
 from data.masks import MASK_STRATEGIES
 from hub.export.native import PRETRAINING
 from hub.init_from import StartingModel
 
 HOG = "hog"  # in place of a teacher
-TRAINED = "trained"  # in place of the name of a tokenizer of texts
 _EPILOG = """\
 small data: --schedule auto chooses batch, learning rate, warm-up and length by the number of images and the size of
 the model, and the plan, printed before training, gives the reasons in lines that start with "note:". Settings that you
@@ -111,28 +110,6 @@ class PretrainingDataFlags(CachedImageFlags):
         False,
         "for beit and beit2: compute the tokens of every image once, before training. Each image is then its central "
         "crop, never mirrored: for images that have the right size already",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextFlags:
-    title: ClassVar = "texts"
-
-    text_dataset: list[str] | None = flag(
-        None, "for beit3: text files (a text on each line), jsonl, csv, parquet, folders of these, or Hub ids"
-    )
-    pair_dataset: list[str] | None = flag(
-        None,
-        "for beit3: images with texts: folders with captions.jsonl or captions.csv (file_name, text), or tables and "
-        "Hub ids with an image and a text column",
-    )
-    text_tokenizer: str | None = flag(
-        None,
-        f"folder or Hub id of a tokenizer of transformers with a mask token, or '{TRAINED}' to train one on the texts",
-    )
-    text_vocab_size: int = flag(8192, f"most words of a tokenizer that is '{TRAINED}', 256 bytes included", COUNT)
-    max_text_length: int = flag(
-        64, "most tokens of a text; the rest is not seen", Range(lambda x: x >= 3, "3 or more")
     )
 
 

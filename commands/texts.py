@@ -1,7 +1,9 @@
 """Open the texts and pairs of a pre-training run, and the tokenizer that turns them into words."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
@@ -10,10 +12,11 @@ from transformers import AutoTokenizer
 from commands.flags import flags_of
 from commands.launch import first_on_main
 from commands.output_folder import interrupted_run
-from commands.pretraining_settings import TRAINED, PretrainingSettings, TextFlags
+from commands.pretraining_settings import PretrainingSettings
+from commands.text_flags import TRAINED, TextFlags
 from data.bad_images import BadImages
-from data.images import split_validation
-from data.text_batches import derived_seed
+from data.images import ImageDataset, Samples, split_validation
+from data.text_batches import MixedDataset, PairDataset, TextDataset, derived_seed
 from data.text_tokens import TextTokens, train_text_tokenizer
 from data.texts import Pairs, Texts, open_pairs, open_texts, too_long
 from modeling import CONFIGS
@@ -35,6 +38,25 @@ class TextSplits:
     pairs: tuple[Pairs, Pairs] | None
     bad: BadImages
     lines: tuple[str, ...]
+
+    def mixed_with(
+        self, images: ImageDataset, of_images: Callable[[Samples], ImageDataset], seed: int, train: bool
+    ) -> MixedDataset:
+        """Return the images with texts and pairs of the same split, or of the training split if that is empty.
+
+        Args:
+            of_images: Makes the data set of the images of pairs.
+        """
+        part = int(not train and len(self.texts[1]) > 0)
+        texts = TextDataset(self.texts[part], derived_seed(seed, "texts"), train)
+        if self.pairs is None:
+            return MixedDataset(images, texts, None)
+        pairs = self.pairs[int(not train and len(self.pairs[1]) > 0)]
+        return MixedDataset(images, texts, PairDataset(of_images(pairs.images), pairs.captions))
+
+    def save_tokenizer(self, output_dir: Path) -> None:
+        """Write the tokenizer, which a continued run opens."""
+        self.tokens.tokenizer.save_pretrained(output_dir / TEXT_FOLDER)
 
 
 def open_text_splits(settings: PretrainingSettings, state: PartialState) -> TextSplits | None:

@@ -115,6 +115,12 @@ class MixedCollator:
             batch |= {f"{PAIR}{key}": value for key, value in found.items()}
         return batch
 
+    def with_longest_texts(self, items: Sequence[Mapping[str, Any]], has_pairs: bool) -> list[dict[str, Any]]:
+        """Add the longest text to items of images, and pairs of both, to measure what a batch can need."""
+        text = {"text": " ".join(["a"] * self.tokens.max_length), "text_index": 0, "epoch": 0}
+        pair = {"pair": {**items[0], **text}} if has_pairs else {}
+        return [{**item, "text": text, **pair} for item in items]
+
     def masked_words(self, items: Sequence[Mapping[str, Any]], purpose: str, ratio: float) -> dict[str, Any]:
         """Return a batch of texts in which a share of the words is replaced by the mask token."""
         texts = [torch.tensor(self.tokens(item["text"])) for item in items]
