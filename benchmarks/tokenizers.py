@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.decoder_quality import SEEDS, accuracies, hardware, measured_speeds
+from benchmarks.equal_time import SEEDS, accuracies, hardware, measured_speeds
 from benchmarks.few_label import ROOT, run
 from commands.presets import ENCODER_SIZES
 from commands.targets import open_tokenizer_targets
