@@ -289,6 +289,8 @@ def build_collator(
                 f"--{name} {settings.values[name]}: the encoder of {settings.method} sees masked patches; possible "
                 f"with {', '.join(name for name, model in MODELS.items() if model.decodes_masked_patches)}"
             )
+    if settings.num_masks > 1 and config.views[0].num_crops:
+        raise ValueError(f"--num_masks {settings.num_masks}: {settings.method} has a mask for each of its crops")
     if settings.image_size_schedule and not config.resizes_positions:
         raise ValueError(
             f"--image_size_schedule: {settings.method} with {settings.model} has positions, windows or targets of one "

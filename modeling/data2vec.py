@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Data2VecVisionConfig, PreTrainedConfig
 from transformers import initialization as init
 
+from .adaptive_masks import AttentionMasksConfig, attended_masks
 from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper
 from .collapse import row_moments, std_between_rows
 from .dino_encoders import NATIVE_TYPES, build_native_encoder
@@ -86,7 +87,7 @@ class FeatureTargetConfig(MimConfig):
 
 
 @strict
-class Data2VecConfig(FeatureTargetConfig):
+class Data2VecConfig(FeatureTargetConfig, AttentionMasksConfig):
     """Configuration of a data2vec.
 
     Args:
@@ -217,6 +218,7 @@ class Data2VecForPreTraining(FeatureTargetModel):
         bool_masked_pos: torch.Tensor,
         num_masked_patches: int | None = None,
         return_loss: bool = True,
+        mask_noise: torch.Tensor | None = None,
     ) -> MimOutput:
         """Predict the teacher's representations of the masked patches.
 
@@ -224,36 +226,46 @@ class Data2VecForPreTraining(FeatureTargetModel):
             pixel_values: (B, C, H, W), uint8 or standardized.
             bool_masked_pos: (B, N), True = masked; the number may differ by image.
             num_masked_patches: Number of masked patches in the batch.
+            mask_noise: (B, U), see `adaptive_masks.py`.
 
         Raises:
             ValueError: If nothing is masked.
         """
         pixels = self.standardize(pixel_values)
+        seen, bool_masked_pos = attended_masks(
+            self, lambda: self.teacher_blocks(pixels), pixels, bool_masked_pos, mask_noise
+        )
         masked = masked_indices(bool_masked_pos, num_masked_patches)  # (M,)
         num_patches = bool_masked_pos.shape[1]
         features = self.encoder.tokens(pixels, bool_masked_pos)
         logits = self.lm_head(_patches(features, num_patches)[masked])  # (M, D)
         if not return_loss:
             return MimOutput(logits=logits)
-        targets = self.teacher_targets(pixels, masked)
+        targets = self.teacher_targets(pixels, masked, *(() if seen is None else (seen,)))
         loss = nn.functional.smooth_l1_loss(logits.float(), targets, beta=self.config.smooth_l1_beta)
         metrics = {"target": row_moments(targets), "prediction": row_moments(logits)}
         return MimOutput(loss=loss, logits=logits, metrics=metrics)
 
+    def teacher_blocks(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Return what the teacher's last blocks make of whole images, (B, 1+N, D) each, before its final norm."""
+        blocks: list[torch.Tensor] = self.teacher.last_blocks(pixels.float(), self.config.num_target_layers)
+        return blocks
+
     @torch.no_grad()
-    def teacher_targets(self, pixels: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
+    def teacher_targets(self, pixels: torch.Tensor, masked: torch.Tensor, seen: Any = None) -> torch.Tensor:
         """Return the mean of the normalized outputs of the teacher's last blocks, before its final norm (Sec. 3.3).
 
         Args:
             pixels: (B, C, H, W), standardized; the teacher sees all of them.
             masked: (M,), indices of the masked patches.
+            seen: The outputs of `teacher_blocks`, if they are known.
 
         Returns:
             (M, D), float32.
         """
         rows, columns = patch_grid(tuple(pixels.shape[-2:]), self.config.encoder_config.patch_size)
         with full_precision(pixels.device):
-            blocks = self.teacher.last_blocks(pixels.float(), self.config.num_target_layers)
+            blocks = self.teacher_blocks(pixels) if seen is None else seen
             targets = torch.stack([_normalize(_patches(block, rows * columns)[masked]) for block in blocks]).mean(0)
             return _normalize(targets) if self.config.post_target_layer_norm else targets
 

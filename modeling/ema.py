@@ -39,6 +39,11 @@ def momentum_schedule(momentum: float, start: float, ramp_steps: int, num_steps:
     return Schedule(start, momentum, ramp_steps or num_steps, "linear" if ramp_steps else "cosine")
 
 
+def rising_momentum(start: float, num_steps: int) -> Schedule:
+    """Return a momentum that rises from `start` to 1; 0 for an average over 2% of the steps, at least 0.9."""
+    return Schedule(start or min(0.996, 1 - 1 / max(10.0, 0.02 * num_steps)), 1.0, num_steps)
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Return a block without autocast, if the device has autocast at all (the meta device does not)."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

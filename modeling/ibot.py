@@ -19,6 +19,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
+from .adaptive_masks import AttentionMasksConfig, attended_masks
 from .base import MimOutput, Paper, View
 from .collapse import distribution_sums, marginal_entropy, mean_entropy
 from .ema import full_precision
@@ -40,7 +41,7 @@ _COLLAPSED_GAP = 0.02  # between both entropies, as shares of ln K
 
 
 @strict
-class IbotConfig(MultiCropConfig):
+class IbotConfig(MultiCropConfig, AttentionMasksConfig):
     """Configuration of iBOT, with the settings of `MultiCropConfig`.
 
     Args:
@@ -99,6 +100,8 @@ class IbotConfig(MultiCropConfig):
             raise ValueError(
                 f"mask_probability is 0, but patch_loss_weight {self.patch_loss_weight}: the patch loss needs masks"
             )
+        if self.attention_masks and not self.patch_loss_weight:
+            raise ValueError("attention_masks is True, but patch_loss_weight is 0: nothing is masked")
         for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected above 0")
@@ -156,6 +159,7 @@ class IbotForPreTraining(MultiCropModel):
         anchor_features: torch.Tensor | None = None,
         num_masked_patches: int | None = None,
         teacher_temperature: float | None = None,
+        mask_noise: torch.Tensor | None = None,
         return_loss: bool = True,
     ) -> MimOutput:
         """Compare what student and teacher see in crops.
@@ -167,10 +171,12 @@ class IbotForPreTraining(MultiCropModel):
             anchor_features: (R, N, D), of the patches of whole global crops, from the encoder to stay close to.
             num_masked_patches: Number of masked patches in the batch.
             teacher_temperature: By default the final one.
+            mask_noise: (B, T, U), see `adaptive_masks.py`.
         """
         config, num_crops = self.config, pixel_values.shape[1]
         crops = self.standardize(pixel_values).flatten(0, 1)  # (R, C, H, W)
         masks = bool_masked_pos.flatten(0, 1)  # (R, N)
+        seen, masks = attended_masks(self, lambda: self.teacher.tokens(crops.float()), crops, masks, mask_noise)
         masked = _indices(masks, num_masked_patches)  # (M,)
 
         tokens = self.encoder.tokens(crops, masks if config.patch_loss_weight else None)
@@ -180,7 +186,7 @@ class IbotForPreTraining(MultiCropModel):
         if not return_loss:
             return MimOutput(logits=logits)
         temperature = teacher_temperature or config.teacher_temperature
-        targets = self.teacher_targets(crops, masks, masked, temperature)
+        targets = self.teacher_targets(crops, masks, masked, temperature, seen)
 
         losses = {}
         if config.class_token_loss_weight:
@@ -208,15 +214,16 @@ class IbotForPreTraining(MultiCropModel):
 
     @torch.no_grad()
     def teacher_targets(
-        self, crops: torch.Tensor, masks: torch.Tensor, masked: torch.Tensor, temperature: float
+        self, crops: torch.Tensor, masks: torch.Tensor, masked: torch.Tensor, temperature: float, seen: Any = None
     ) -> dict[str, torch.Tensor]:
         """Return the teacher's distributions over prototypes for class tokens (R, K) and masked patches (M, K).
 
-        The teacher sees crops (R, C, H, W) whole; the centers take in all its class tokens and all its patches.
+        The teacher sees crops (R, C, H, W) whole, unless it has `seen` them, (R, 1+...+N, D); the centers take in all
+        its class tokens and all its patches.
         """
         targets = {}
         with full_precision(crops.device):
-            tokens = self.teacher.tokens(crops.float())
+            tokens = self.teacher.tokens(crops.float()) if seen is None else seen
             if self.config.class_token_loss_weight:
                 similarities = self.teacher_heads["class_token"](tokens[:, 0])
                 targets["class_token"] = self.assign("class_token", similarities, temperature)

@@ -21,7 +21,8 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.vit.modeling_vit import ViTLayer, ViTMLP
 
-from .base import InitializesEveryModule, MimConfig, MimOutput, MimPreTrainedModel, Paper
+from .adaptive_masks import HardPatchesConfig, HidesHardPatches
+from .base import InitializesEveryModule, MimOutput, MimPreTrainedModel, Paper
 from .block_by_block import BlockByBlock, fixed_positions
 from .dino_encoders import DINO_ENCODERS, NATIVE_TYPES
 from .patches import (
@@ -37,7 +38,7 @@ from .reconstruction import pixel_panel
 
 
 @strict
-class MaeConfig(MimConfig):
+class MaeConfig(HardPatchesConfig):
     """Configuration of an MAE around a plain ViT; `norm_pix_loss` predicts pixels normalized per patch (Table 1d).
 
     `decoder` is "self" (MAE: all tokens attend to all) or "cross" (CrossMAE: masked patches attend to the encoder's).
@@ -125,7 +126,7 @@ class CrossLayer(GradientCheckpointingLayer):
         return updated
 
 
-class MaeForPreTraining(MimPreTrainedModel):
+class MaeForPreTraining(HidesHardPatches, MimPreTrainedModel):
     """The asymmetric autoencoder of Sec. 3."""
 
     config: MaeConfig
@@ -135,17 +136,18 @@ class MaeForPreTraining(MimPreTrainedModel):
     decodes_masked_patches = True
     no_weight_decay = ("decoder_mix",)
     # The encoder sees no masked patches, and DINOv2's and DINOv3's always have a mask token.
-    frozen_parameters = ("encoder.embeddings.position_embeddings", "encoder.embeddings.mask_token")
+    frozen_parameters: ClassVar[tuple[str, ...]] = (
+        "encoder.embeddings.position_embeddings",
+        "encoder.embeddings.mask_token",
+        "loss_map.average",
+    )
     _no_split_modules = ["ViTLayer", "CrossLayer"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: MaeConfig):
         super().__init__(config)
         encoder_config, decoder_config = config.encoder_config, config.decoder_config()
         self.grid = patch_grid(encoder_config.image_size, encoder_config.patch_size)
-        if (build := DINO_ENCODERS.get(encoder_config.model_type)) is not None:
-            self.encoder = build(encoder_config)
-        else:
-            self.encoder = MaeEncoder(encoder_config, add_pooling_layer=False)
+        self.encoder = self.build_encoder()
         # Bare blocks do not know which attention the model uses; unset, they fall back to eager.
         decoder_config._attn_implementation = self.encoder.config._attn_implementation
         width, num_layers = encoder_config.hidden_size, decoder_config.num_hidden_layers
@@ -164,11 +166,20 @@ class MaeForPreTraining(MimPreTrainedModel):
         self.decoder_pred = nn.Linear(
             decoder_config.hidden_size, encoder_config.patch_size**2 * encoder_config.num_channels
         )
+        self.loss_map = self.build_loss_map()
         self.post_init()
+
+    def build_encoder(self) -> Any:
+        """Return an encoder, initialized as in MAE if it is a plain ViT."""
+        encoder_config = self.config.encoder_config
+        if (build := DINO_ENCODERS.get(encoder_config.model_type)) is not None:
+            return build(encoder_config)
+        return MaeEncoder(encoder_config, add_pooling_layer=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         init_like_mae(module)
+        self.init_loss_map(module)
         if module is self:
             init.normal_(self.mask_token, std=0.02)
             init.copy_(self.decoder_positions, sincos_positions(self.grid, self.config.decoder_hidden_size))
@@ -185,6 +196,8 @@ class MaeForPreTraining(MimPreTrainedModel):
         return_loss: bool = True,
         bool_predicted_pos: torch.Tensor | None = None,
         num_predicted_patches: int | None = None,
+        mask_noise: torch.Tensor | None = None,
+        hard_share: float | None = None,
     ) -> MimOutput:
         """Predict the masked patches.
 
@@ -194,7 +207,9 @@ class MaeForPreTraining(MimPreTrainedModel):
             num_masked_patches: Number of masked patches in the batch.
             bool_predicted_pos: Those masked patches that are predicted, equally many in every mask; all if None.
             num_predicted_patches: Number of predicted patches in the batch.
+            mask_noise, hard_share: See `adaptive_masks.py`.
         """
+        bool_masked_pos = self.move_masks(pixel_values, bool_masked_pos, mask_noise, hard_share, bool_predicted_pos)
         patch_size = self.config.encoder_config.patch_size
         grid = patch_grid(tuple(pixel_values.shape[-2:]), patch_size)
         patches = patchify(pixel_values, patch_size)  # (B, N, P), not yet float32: most are needed only once
@@ -202,12 +217,12 @@ class MaeForPreTraining(MimPreTrainedModel):
             bool_masked_pos, bool_predicted_pos, num_masked_patches, num_predicted_patches
         )  # (R, V), (R, Q)
         states = self.encoder.encode(self.take_pixels(patches, visible), visible, grid)  # (R, S+V, D) each
-        if self.config.decoder == "self":
-            logits = self.decode(states[-1], visible, predicted, grid)[:, -predicted.shape[1] :]  # (R, Q, P)
-        else:
-            logits = self.cross_decode(states, predicted, grid)  # (R, Q, P)
-        loss = self.pixel_loss(logits, self.take_pixels(patches, predicted)) if return_loss else None
-        return MimOutput(loss=loss, logits=logits)
+        logits = self.predict(states, visible, predicted, grid)  # (R, Q, P)
+        if not return_loss:
+            return MimOutput(logits=logits)
+        targets = self.take_pixels(patches, predicted)
+        loss, metrics = self.learn_losses(self.pixel_loss(logits, targets), pixel_values, logits, targets, predicted)
+        return MimOutput(loss=loss, logits=logits, metrics=metrics)
 
     def take_pixels(self, patches: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Return the standardized patches (R, K, P) at indices (R, K) of patches (B, N, P)."""
@@ -215,6 +230,14 @@ class MaeForPreTraining(MimPreTrainedModel):
         num_channels = self.config.encoder_config.num_channels
         images = taken.unflatten(-1, (-1, 1, num_channels)).movedim(-1, -3)  # (R, K, C, p*p, 1)
         return self.standardize(images).movedim(-3, -1).flatten(-3)
+
+    def predict(
+        self, states: list[torch.Tensor], visible: torch.Tensor, predicted: torch.Tensor, grid: tuple[int, int]
+    ) -> torch.Tensor:
+        """Decode the encoder's states to predictions (R, Q, P) for the predicted patches."""
+        if self.config.decoder == "self":
+            return self.decode(states[-1], visible, predicted, grid)[:, -predicted.shape[1] :]
+        return self.cross_decode(states, predicted, grid)
 
     def decode(
         self,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .base import MimConfig, MimPreTrainedModel, Photometric, View
 from .dino_encoders import NATIVE_TYPES, build_native_encoder
-from .ema import EmaTeacher
+from .ema import EmaTeacher, rising_momentum
 from .feature_panel import feature_panel
 from .patches import height_and_width
 from .schedules import Progress, Schedule
@@ -174,9 +174,8 @@ class MultiCropModel(EmaTeacher, MimPreTrainedModel):
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
         """Return the teacher's momentum and the weight decay."""
         config = self.config
-        momentum = config.teacher_momentum_start or min(0.996, 1 - 1 / max(10.0, 0.02 * num_steps))
         return {
-            "teacher_momentum": Schedule(momentum, 1.0, num_steps),
+            "teacher_momentum": rising_momentum(config.teacher_momentum_start, num_steps),
             "weight_decay": Schedule(config.weight_decay_start, config.weight_decay_end, num_steps),
         }
 

@@ -3,9 +3,10 @@
 Papers: Alkin et al. 2024, "MIM-Refiner: A Contrastive Learning Boost from Intermediate Pre-Trained Representations",
 arXiv:2402.10093, Sec. 4; Dwibedi et al. 2021 (NNCLR), arXiv:2104.14548, Sec. 3.
 Code: ml-jku/MIM-Refiner at cc57423.
-Differs: The heads have 20 candidates for a neighbor from the start, there one until the encoder trains too; one
-schedule of the learning rate spans both stages. Heads have no weight decay, there 1e-5, and the projector's last norm
-no weights. The size of the queue, and with it the number of candidates, follows the number of images unless given.
+The encoder waits until the heads are trained by `head_warmup_epochs` of the training.
+Differs: The heads have 20 candidates for a neighbor from the start, there one until the encoder trains too. Heads have
+no weight decay, there 1e-5, and the projector's last norm no weights. The size of the queue, and with it the number of
+candidates, follows the number of images unless given.
 Shapes: B images with T = 2 global and L local crops each, S = T + L, A images of all processes, C channels, H W and
 h w pixels, D width, E features of a head, Q of them in the queue.
 """

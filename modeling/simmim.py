@@ -17,7 +17,8 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, SwinConfig
 
-from .base import FinetuneRecipe, MimConfig, MimOutput, MimPreTrainedModel, Paper
+from .adaptive_masks import HardPatchesConfig, HidesHardPatches
+from .base import FinetuneRecipe, MimOutput, MimPreTrainedModel, Paper
 from .encoders import BEIT_DEFAULTS, SWIN_DEFAULTS, BeitEncoder, DeitEncoder, SwinEncoder, init_like_pytorch
 from .patches import masked_indices, normalize_patches, patch_grid, patchify
 from .reconstruction import pixel_panel
@@ -31,7 +32,7 @@ PIXEL_LOSSES = {
 
 
 @strict
-class SimMimConfig(MimConfig):
+class SimMimConfig(HardPatchesConfig):
     """Configuration of a SimMIM around a BEiT (a ViT with LayerScale and one relative position table), Swin or DeiT.
 
     `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels normalized within each unit.
@@ -74,11 +75,12 @@ class SimMimConfig(MimConfig):
         return FinetuneRecipe("finetune_simmim_vit-base", float("inf"))
 
 
-class SimMimForPreTraining(MimPreTrainedModel):
+class SimMimForPreTraining(HidesHardPatches, MimPreTrainedModel):
     """An encoder and a one-layer prediction head (Sec. 3.3)."""
 
     config: SimMimConfig
     encoder: BeitEncoder | DeitEncoder | SwinEncoder
+    frozen_parameters = ("loss_map.average",)
     _supports_flash_attn = False  # BEiT and Swin add a bias to the scores
     _no_split_modules = ["BeitLayer", "DeiTLayer", "SwinStage"]  # noqa: RUF012 - read by transformers as a class attribute
 
@@ -88,10 +90,12 @@ class SimMimForPreTraining(MimPreTrainedModel):
         num_pixels = config.prediction_side**2 * config.encoder_config.num_channels
         self.decoder = nn.Linear(config.encoder_config.hidden_size, num_pixels)
         self.no_weight_decay = self.encoder.no_weight_decay
+        self.loss_map = self.build_loss_map()
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        self.init_loss_map(module)
         if module is self.decoder:
             init_like_pytorch(module)
 
@@ -101,6 +105,8 @@ class SimMimForPreTraining(MimPreTrainedModel):
         bool_masked_pos: torch.Tensor,
         num_masked_patches: int | None = None,
         return_loss: bool = True,
+        mask_noise: torch.Tensor | None = None,
+        hard_share: float | None = None,
     ) -> MimOutput:
         """Predict the masked units.
 
@@ -108,11 +114,13 @@ class SimMimForPreTraining(MimPreTrainedModel):
             pixel_values: (B, C, H, W), uint8 or standardized.
             bool_masked_pos: (B, N), True = masked; the number may differ by image.
             num_masked_patches: Number of masked patches in the batch.
+            mask_noise, hard_share: See `adaptive_masks.py`.
 
         Raises:
             ValueError: If nothing is masked, or a unit is masked in part (see `coarsen_mask`).
         """
         pixels = self.standardize(pixel_values)
+        bool_masked_pos = self.move_masks(pixels, bool_masked_pos, mask_noise, hard_share)
         units = self.masked_units(bool_masked_pos)  # (B, L)
         patches_per_unit = bool_masked_pos.shape[1] // units.shape[1]
         masked = masked_indices(units, num_masked_patches and num_masked_patches // patches_per_unit)  # (M,)
@@ -122,7 +130,10 @@ class SimMimForPreTraining(MimPreTrainedModel):
         if not return_loss:
             return MimOutput(logits=logits)
         targets = patchify(pixels, self.config.prediction_side).flatten(0, 1)[masked]  # (M, P)
-        return MimOutput(loss=self.pixel_loss(logits, targets), logits=logits)
+        loss, metrics = self.learn_losses(
+            self.pixel_loss(logits, targets), pixels, logits, targets, masked, num_masks=len(units)
+        )
+        return MimOutput(loss=loss, logits=logits, metrics=metrics)
 
     def pixel_loss(self, logits: torch.Tensor, units: torch.Tensor) -> torch.Tensor:
         """Return the error summed over masked units (M, P), per masked pixel and channel, in float32 (Sec. 3.4)."""

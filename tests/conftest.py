@@ -79,7 +79,9 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "mae": _MAE,
     "mae+cross": {**_MAE, "decoder": "cross", "decoder_num_hidden_layers": 2},
     "mae+dinov3": {**_MAE, "encoder_config": _DINOV3},
+    "mae+hard": {**_MAE, "hard_patch_share": 0.5},
     "simmim": {"encoder_config": _BEIT},
+    "simmim+hard": {"encoder_config": _BEIT, "hard_patch_share": 0.5},
     "simmim+swin": {"encoder_config": _SWIN},
     "simmim+deit": {"encoder_config": {**_ENCODER, "model_type": "deit"}},
     "simmim-asymmetric": _MAE,
@@ -88,6 +90,11 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     "beit3": {"encoder_config": _BEIT, "vocab_size": 16},
     "data2vec": {"encoder_config": {**_BEIT, "attention_probs_dropout_prob": 0.0}},
     "data2vec+registers": {"encoder_config": _REGISTERS},
+    "data2vec+attention": {
+        "encoder_config": {**_BEIT, "attention_probs_dropout_prob": 0.0},
+        "attention_masks": True,
+        "attention_hint_share": 0.25,
+    },
     "data2vec2": {
         "encoder_config": _ENCODER,
         "decoder_num_convolutions": 2,
@@ -103,11 +110,13 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     },
     "ibot": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "ibot+dinov2": {"encoder_config": _DINOV2, **_PROTOTYPES},
+    "ibot+attention": {"encoder_config": _ENCODER, **_PROTOTYPES, "attention_masks": True},
     "dino": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "dinov2": {"encoder_config": _ENCODER, **_PROTOTYPES},
     "dinov2+dinov3": {"encoder_config": _DINOV3, **_PROTOTYPES},
     "simdino": {"encoder_config": _ENCODER, **{k: v for k, v in _PROTOTYPES.items() if k != "num_prototypes"}},
 }
+TINY_MODELS["hybrid"] = {**_MAE, "head_hidden_size": 32, "head_bottleneck_size": 16}
 TINY_MODELS["refine"] = {
     "encoder_config": _ENCODER,
     **{k: v for k, v in _PROTOTYPES.items() if k != "num_prototypes"},

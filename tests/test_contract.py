@@ -150,6 +150,8 @@ def test_images__may_be_rectangular_and_of_any_channel_count(variant):
     batch |= {"bool_masked_pos": mask, "num_masked_patches": int(mask.sum())}
     if "labels" in batch:
         batch["labels"] = torch.ones(mask.shape, dtype=torch.int64)
+    if "mask_noise" in batch:
+        batch["mask_noise"] = torch.rand(mask.shape)
     assert torch.isfinite(head(**batch).loss)
 
 
