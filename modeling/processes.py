@@ -61,12 +61,13 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or num_processes == 1:
             normalized: torch.Tensor = super().forward(rows)
             return normalized
-        count, values = len(rows) * num_processes, rows.float()
+        # In double precision, as on one CPU: the mean of similar rows is much larger than their differences.
+        count, values = len(rows) * num_processes, rows.double()
         mean = _SumOverProcesses.apply(values.sum(0)) / count  # (D,)
         variance = _SumOverProcesses.apply((values - mean).square().sum(0)) / count
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        normalized = (values - mean) * (variance + self.eps).rsqrt()
+            self.running_mean.lerp_(mean.float(), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).float(), self.momentum)
+        normalized = ((values - mean) * (variance + self.eps).rsqrt()).float()
         return normalized if self.weight is None else normalized * self.weight + self.bias

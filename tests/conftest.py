@@ -122,6 +122,7 @@ TINY_MODELS["refine"] = {
     **{k: v for k, v in _PROTOTYPES.items() if k != "num_prototypes"},
     "queue_size": 64,
     "num_candidates": 1,  # otherwise each process would draw others
+    "temperature": 5.0,  # batch statistics of similar class tokens magnify rounding, and 0.2 would do so again
 }
 # The methods of tests/toys, in a tree where they were added.
 _TOYS = {"hog": _MAE, "two-crops": {"encoder_config": _BEIT, "num_outputs": 16}}
