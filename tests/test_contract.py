@@ -367,5 +367,7 @@ def test_two_processes__equal_one_with_the_same_global_batch(tmp_path):
         one, two = (torch.load(tmp_path / name / f"{variant}.pt", weights_only=True) for name in ("one", "two"))
         assert two["world_size"] == 2
         for name, expected in one["weights"].items():
-            assert_close(two["weights"][name], expected, rtol=1e-4, atol=1e-6)
+            # A queue holds features, of length 1, in which batch statistics magnify the last digit of weights.
+            atol = 1e-4 if name.endswith("queue.features") else 1e-6
+            assert_close(two["weights"][name], expected, rtol=1e-4, atol=atol)
         assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
