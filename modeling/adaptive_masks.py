@@ -181,7 +181,7 @@ class HardPatchesConfig(MimConfig):
 
     Args:
         hard_patch_share: Share of the masked patches, at the end of the training, that are those of the largest
-            predicted loss (HPM: 0.5); it rises from 0. No gain measured yet.
+            predicted loss (HPM: 0.5); it rises from 0; no gain measured yet.
     """
 
     hard_patch_share: float = 0.0
