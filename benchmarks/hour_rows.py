@@ -42,6 +42,9 @@ OURS: dict[str, tuple[Stage, ...]] = {
     "dinov2": method("dinov2"),
     "feature": method("feature", "--teacher", "{reference}"),
     "feature-hog": method("feature", "--teacher", "hog"),
+    "hybrid": method("hybrid"),
+    "mae-hard-patches": method("mae", "--hard_patch_share", "0.5"),
+    "ibot-attention": method("ibot", "--attention_masks", "true"),
     "refine": (
         Stage(("--method", "mae"), share=2 / 3),
         Stage(("--method", "refine", "--init_from", "{previous}"), share=1 / 3),
