@@ -38,6 +38,11 @@ class PretrainingPlan(Plan):
             notes.append(
                 f"the learning rate never drops: --lr_drop_epoch {settings.lr_drop_epoch:g} is after the last step"
             )
+        if settings.start is None and CONFIGS[settings.method].needs_trained_encoder:
+            notes.append(
+                f"--method {settings.method} is meant for a trained encoder, and this one has random weights: "
+                "give --init_from, such as the output folder of a run with --method mae"
+            )
         num_head_steps = round(settings.head_warmup_epochs * steps_per_epoch) if settings.start is not None else 0
         if not settings.is_users("head_warmup_epochs"):
             num_head_steps = min(num_head_steps, num_steps // 2)

@@ -125,6 +125,7 @@ class MimConfig(PreTrainedConfig):
     spreads_mask_ratios: ClassVar[bool] = False
     chooses_masks: ClassVar[bool] = False  # whether the model moves masks in training, by "mask_noise" of the collator
     takes_texts: ClassVar[bool] = False  # whether it has the settings of modeling/beit3.py for batches of texts
+    needs_trained_encoder: ClassVar[bool] = False  # whether there is little sense in random initial weights
 
     encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN

@@ -50,6 +50,7 @@ class RefineConfig(CropsConfig):
         "2402.10093",
     )
     mask_probability: ClassVar[float] = 0.0
+    needs_trained_encoder: ClassVar[bool] = True
     settings_fixed_by_weights: ClassVar[tuple[str, ...]] = ("head_hidden", "head_bottleneck", "num_refined", "queue")
 
     num_refined_blocks: int = 0

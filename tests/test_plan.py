@@ -152,6 +152,11 @@ def test_lr_drop__is_the_first_step_of_its_epoch_and_said_if_it_never_comes():
     assert any("the learning rate never drops" in note for note in plan(*constant, "--lr_drop_epoch", "10").notes)
 
 
+def test_refinement__of_random_weights_is_noted():
+    assert any("give --init_from" in note for note in plan("--method", "refine").notes)
+    assert not any("--init_from" in note for note in plan("--method", "dino").notes)
+
+
 def test_warmup__on_the_command_line_is_kept_as_far_as_there_are_steps():
     assert plan("--max_steps", "1000", "--warmup_epochs", "4").warmup_steps == 500
     assert plan("--max_steps", "100", "--warmup_epochs", "4").warmup_steps == 100
