@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .ema import full_precision
+
 NUM_ORIENTATIONS = 9
 _CELL_SIDE = 8
 
@@ -40,7 +42,8 @@ def gradient_histograms(images: Tensor, patch_size: int) -> Tensor:
     padded = F.pad(images.float(), (1, 1, 1, 1), mode="reflect").flatten(0, 1)[:, None]  # (B*C, 1, H+2, W+2)
     steps = torch.arange(-1.0, 2.0, device=images.device)
     sobel = torch.outer(2 - steps.abs(), -steps)  # 1 2 1 down and 1 0 -1 across, without a copy to the device
-    horizontal, vertical = F.conv2d(padded, torch.stack([sobel, sobel.T])[:, None]).unbind(1)  # (B*C, H, W)
+    with full_precision(images.device):  # half precision turns gradients into other bins, or overflows
+        horizontal, vertical = F.conv2d(padded, torch.stack([sobel, sobel.T])[:, None]).unbind(1)  # (B*C, H, W)
     phase = torch.atan2(horizontal, vertical) / math.pi * NUM_ORIENTATIONS  # opposite directions are one orientation
     bins = phase.floor().long() % NUM_ORIENTATIONS
     magnitude = (horizontal.square() + vertical.square()).sqrt() * _window(2 * side, height, width, images.device)

@@ -70,6 +70,14 @@ def test_histograms__equal_a_plain_reference(patch, cell):
     assert_close(gradient_histograms(images * 3.0, patch), found, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_histograms__are_the_same_under_autocast(precision):
+    images = torch.randint(256, (2, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.autocast("cpu", precision):
+        found = gradient_histograms(images, 16)
+    assert torch.equal(found, gradient_histograms(images, 16))
+
+
 def test_histograms__of_a_published_patch_are_108_numbers_and_point_along_the_edge():
     assert histogram_size(16, 3) == 108
     steep = torch.zeros(1, 1, 16, 16, dtype=torch.uint8)
