@@ -11,7 +11,8 @@ RECALLS = (1, 5, 10)
 def retrieval_metrics(images: np.ndarray, texts: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Return recalls at 1, 5 and 10: of the text of each image among the different texts, and the other way around.
 
-    A text finds an image if the image has this text, of which there may be several.
+    A text finds an image if the image has this text, of which there may be several. What is equally near, or not a
+    number, counts as nearer than what is searched for, so that equal embeddings find nothing.
 
     Args:
         images, texts: (N, E), embeddings of length 1.
@@ -19,10 +20,10 @@ def retrieval_metrics(images: np.ndarray, texts: np.ndarray, labels: np.ndarray)
     """
     numbers, first, own = np.unique(labels, return_index=True, return_inverse=True)
     similarities = images @ texts[first].T  # (N, T)
-    of_own = similarities[np.arange(len(labels)), own]
-    text_ranks = (similarities > of_own[:, None]).sum(axis=1)  # (N,)
+    of_own, is_other = similarities[np.arange(len(labels)), own], own[:, None] != np.arange(len(numbers))
+    text_ranks = (is_other & ~(similarities < of_own[:, None])).sum(axis=1)  # (N,)
     best = np.array([similarities[own == number, number].max() for number in range(len(numbers))])
-    image_ranks = (similarities > best).sum(axis=0)  # (T,)
+    image_ranks = (is_other & ~(similarities < best)).sum(axis=0)  # (T,)
     found = {
         f"{kind}_recall_at_{k}": float((ranks < k).mean())
         for kind, ranks in (("text", text_ranks), ("image", image_ranks))

@@ -1,6 +1,7 @@
 """BEiT-3 by the commands, from images, texts and pairs to retrieval; and what retrieval computes."""
 
 import json
+import math
 import warnings
 
 import numpy as np
@@ -108,6 +109,14 @@ def test_metrics__equal_a_search_by_hand():
     assert found["text_recall_at_1"] == 3 / 4  # the last image is closer to the text of the first
     assert found["image_recall_at_1"] == 1
     assert found["text_recall_at_5"] == 1
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_metrics__of_equal_embeddings_are_those_of_a_search_that_finds_nothing(value):
+    same = np.full((20, 4), value)
+    assert set(retrieval_metrics(same, same, np.arange(20)).values()) == {0.0}
+    apart = np.eye(3)[[0, 0, 1]]  # two equal images with the same text do not compete
+    assert set(retrieval_metrics(apart, apart, np.array([0, 0, 1])).values()) == {1.0}
 
 
 def test_loss__does_not_count_another_pair_of_the_same_text_as_wrong():
