@@ -145,6 +145,19 @@ def test_export__both_paths_open_quietly_and_give_the_same_features(tmp_path):
     assert torch.equal(again(**batch).loss, model(**batch).loss)
 
 
+def test_export__that_fails_leaves_the_texts_tokenizer_in_its_place(tmp_path, monkeypatch):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "tokenizer.json").touch()  # that of the run, which continues with it
+
+    def fail(*args):
+        raise RuntimeError("the exported model differs")
+
+    monkeypatch.setattr("hub.export.native._verify", fail)
+    with pytest.raises(RuntimeError, match="differs"):
+        export(multiway_model(), tmp_path, method="beit3", recipe={})
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["text", "tokenizer.json"]
+
+
 def test_sub_layernorm__trains_and_leaves_to_pretraining_only(tmp_path):
     model, batch = multiway_model(use_sub_layernorm=True), tiny_batch("beit3") | words() | pairs()
     assert {n for n, p in model.named_parameters() if p.requires_grad} == gradients(model, batch)

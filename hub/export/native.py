@@ -117,14 +117,14 @@ def export(
                 companion.save_pretrained(scratch / name)
                 if text_tokenizer is not None:
                     text_tokenizer.save_pretrained(scratch / name)
-                shutil.rmtree(Path(output_dir) / name, ignore_errors=True)
         model.save_pretrained(scratch / PRETRAINING)
         write_image_processor(scratch / PRETRAINING, model.config.encoder_config, *stats)
         for code in (scratch / PRETRAINING).glob("*.py"):
             shutil.copy(code, scratch)
         if problem is None:
             _verify(scratch, model.exported_encoder)
-        shutil.rmtree(Path(output_dir) / PRETRAINING, ignore_errors=True)
+        for folder in (path for path in scratch.iterdir() if path.is_dir()):
+            shutil.rmtree(Path(output_dir) / folder.name, ignore_errors=True)
     return problem
 
 
