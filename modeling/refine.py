@@ -238,7 +238,9 @@ class RefineForPreTraining(MimPreTrainedModel):
             projections, predictions = head(torch.cat(tokens, dim=1))  # (B, S, E)
             keys = projections[:, :num_crops].detach()  # (B, T, E)
             with full_precision(keys.device):
-                neighbors = head.queue.nearest(keys, image_index, self.config.num_candidates)
+                # The queue has training images only: the numbers of others are not theirs.
+                known = image_index if self.training else None
+                neighbors = head.queue.nearest(keys, known, self.config.num_candidates)
                 losses.append(neighbor_loss(keys, neighbors, predictions, self.config.temperature))
                 similarities.append((keys * neighbors).sum(dim=-1).mean())
             if self.training:
@@ -248,12 +250,8 @@ class RefineForPreTraining(MimPreTrainedModel):
 
     def class_tokens(self, view: torch.Tensor) -> list[torch.Tensor]:
         """Return the class tokens (B, crops, D) that the last blocks make of crops (B, crops, C, H, W)."""
-        tokens = self.encoder.embeddings(self.standardize(view).flatten(0, 1), interpolate_pos_encoding=True)
-        outputs = []
-        for layer in self.encoder.layers:
-            tokens = layer(tokens)
-            outputs.append(tokens)
-        outputs = [*outputs[-self.config.num_refined_blocks : -1], self.encoder.layernorm(outputs[-1])]
+        outputs = self.encoder.last_blocks(self.standardize(view).flatten(0, 1), self.config.num_refined_blocks)
+        outputs = [*outputs[:-1], self.encoder.normalize(outputs[-1])]
         return [tokens[:, 0].unflatten(0, view.shape[:2]) for tokens in outputs]
 
     def loss_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:

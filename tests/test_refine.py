@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY_MODELS, tiny_arguments, tiny_collator, tiny_images, tiny_model
+from conftest import TINY_MODELS, tiny_arguments, tiny_batch, tiny_collator, tiny_images, tiny_model
 from torch.nn.functional import cross_entropy, normalize
 from torch.testing import assert_close
 
@@ -53,6 +53,17 @@ def test_queue__draws_among_candidates_in_training_only():
     nearest = queue.eval().nearest(keys, None, 5)
     assert torch.equal(nearest, queue.nearest(keys, None, 1))
     assert not torch.equal(nearest, queue.train().nearest(keys, None, 5))
+
+
+@torch.no_grad()
+def test_evaluation__numbers_of_its_images_exclude_no_training_image():
+    model, batch = tiny_model("refine"), tiny_batch("refine")
+    numbers = torch.arange(8)
+    model.train()(**batch, image_index=numbers)
+    for head in model.heads:
+        head.queue.update()
+    alone = model.eval()(**batch).loss
+    assert torch.equal(model(**batch, image_index=numbers).loss, alone)
 
 
 def test_queues__get_the_numbers_of_images_from_the_trainer(tmp_path):
