@@ -79,19 +79,30 @@ def test_run__as_fast_as_planned_keeps_its_steps(monkeypatch):
     assert trainer.rates == [1 - step / 1000 for step in range(1000)]
 
 
-def test_resumed_run__has_the_time_that_is_left_and_the_pace(monkeypatch):
-    _, trainer = simulate(monkeypatch, lambda step: 1.5)
+@pytest.mark.parametrize("seconds", [1.5, 0.1])  # fewer steps than planned, and more
+def test_resumed_run__has_the_time_that_is_left_and_the_pace(monkeypatch, seconds):
+    _, trainer = simulate(monkeypatch, lambda step: seconds)
     saved = json.loads(json.dumps(trainer.state.log_history))
     resumed = SimpleNamespace(pace=Pace())
     last = saved[-1]["step"]
     state = SimpleNamespace(max_steps=1000, global_step=last, log_history=saved, eval_steps=100, save_steps=100)
-    control = SimpleNamespace(should_training_stop=True)
+    control = SimpleNamespace(should_training_stop=last >= 1000)  # as the trainer, which knows the plan only
     callback = TimeBudget(resumed, 600.0, 0.0, Speed(9.0, 9.0, 9.0))
     callback.on_train_begin(SimpleNamespace(eval_strategy="no", save_strategy="steps"), state, control)
     assert (resumed.pace, state.max_steps) == (trainer.pace, trainer.state.max_steps)
     assert callback.used() > saved[-1]["time_budget"]["used"] + 1
-    assert callback.speed.step == pytest.approx(1.5)
+    assert callback.speed.step == pytest.approx(seconds)
     assert not control.should_training_stop
+
+
+def test_resumed_run__that_was_stopped_early_does_not_train_on(monkeypatch):
+    _, trainer = simulate(monkeypatch, lambda step: 0.5)
+    saved = trainer.state.log_history[:3]
+    state = SimpleNamespace(max_steps=1000, global_step=300, log_history=saved, eval_steps=100, save_steps=100)
+    control = SimpleNamespace(should_training_stop=True)
+    callback = TimeBudget(SimpleNamespace(pace=Pace()), 600.0, 0.0, Speed(9.0, 9.0, 9.0))
+    callback.on_train_begin(SimpleNamespace(eval_strategy="no", save_strategy="steps"), state, control)
+    assert control.should_training_stop
 
 
 def test_pace__spreads_the_rest_of_the_plan():

@@ -87,7 +87,9 @@ class TimeBudget(TrainerCallback):
                 scale = self.num_planned / entry["planned"]
                 pace = Pace(pace.step, pace.position * scale, pace.rate * scale)
             self._set_pace(state, pace)
-            control.should_training_stop = state.global_step >= state.max_steps
+            # Before the end of the plan, only early stopping has ended the run.
+            was_stopped_early = control.should_training_stop and state.global_step < self.num_planned
+            control.should_training_stop = was_stopped_early or state.global_step >= state.max_steps
         # Learning rates follow the position in the plan, as the trainer's own schedules do.
         if hasattr(lr_scheduler, "lr_lambdas"):
             lr_scheduler.lr_lambdas = [self._at_pace(factor) for factor in lr_scheduler.lr_lambdas]
