@@ -103,8 +103,8 @@ class AttentionMasksConfig(MimConfig):
     Args:
         attention_masks: Mask the patches to which the teacher's class token attends most (AttMask); no gain measured
             yet.
-        attention_hint_share: Share of the most attended patches from which hints are drawn that stay visible, one for
-            so many masked patches; 0 for none.
+        attention_hint_share: Hints for each masked patch, which stay visible, and the share of all patches, the most
+            attended ones, among which they are drawn; 0 for none.
     """
 
     attention_masks: bool = False

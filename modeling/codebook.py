@@ -8,14 +8,13 @@ processes start from one k-means; the authors' start from one each.
 Shapes: n features, K codes, E width, R codes that may restart in a step.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
 from .ema import full_precision
+from .processes import gathered, over_processes
 
 # A code is dead if it occurs less than this share as often as the average one. At most so many restart in a step.
 _DEAD_SHARE, _MAX_RESTARTS = 0.01, 32
@@ -81,14 +80,13 @@ class EmaCodebook(nn.Module):
         """Move the codes towards the mean of their features in all processes; unused ones stay."""
         if self._sums is None:
             return
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(self._sums)
-        sums, counts = self._sums[:, :-1], self._sums[:, -1]
+        total = over_processes(self._sums, "sum")
+        sums, counts = total[:, :-1], total[:, -1]
         means = torch.where(counts[:, None] > 0, F.normalize(sums, dim=-1), self.codes)  # a mean of the same direction
         self.codes.copy_(F.normalize(self.codes.lerp(means, 1 - self.decay), dim=-1))
         self.counts.lerp_(counts, 1 - self.decay)
         if self._farthest is not None:
-            self._restart(_farthest(*_of_all_processes(self._farthest)))
+            self._restart(_farthest(gathered(self._farthest)))
         self._sums = self._farthest = None
 
     def _restart(self, farthest: Tensor) -> None:
@@ -139,11 +137,3 @@ def _farthest(*candidates: Tensor | None) -> Tensor:
     """Return the rows (R, E+1) with the largest last number of all candidates, the same however these are split."""
     rows = torch.cat([part for part in candidates if part is not None])
     return rows[rows[:, -1].argsort(descending=True, stable=True)[:_MAX_RESTARTS]]
-
-
-def _of_all_processes(rows: Tensor) -> list[Tensor]:
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [rows]
-    gathered: list[Any] = [torch.empty_like(rows) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(gathered, rows)
-    return gathered

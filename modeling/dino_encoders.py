@@ -111,7 +111,7 @@ class Dinov3Encoder(InitializesEveryModule, BlockByBlock, DINOv3ViTModel):
         return {"position_embeddings": rotations}
 
 
-# Model types that the self-distillation methods, data2vec and MAE train as they are.
+# Model types that most methods train as they are.
 NATIVE_TYPES = ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit")
 DINO_ENCODERS: dict[str, Any] = {
     "dinov2": Dinov2Encoder,

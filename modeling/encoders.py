@@ -132,6 +132,10 @@ class AnySizeEmbeddings(ResizedPositions, ViTEmbeddings):
     """ViTEmbeddings for crops of any size."""
 
 
+class AnyShapeEmbeddings(ResizedPositions, BeitEmbeddings):
+    """BeitEmbeddings with absolute positions for rectangular images."""
+
+
 class VitEncoder(InitializesEveryModule, BlockByBlock, ViTModel):
     """A ViTModel with drop path that takes crops of any size, initialized as in DINO and iBOT."""
 

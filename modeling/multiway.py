@@ -17,17 +17,13 @@ import torch
 from torch import nn
 from transformers import BeitConfig, RobertaPreLayerNormConfig, RobertaPreLayerNormModel
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.beit.modeling_beit import BeitEmbeddings, BeitLayer, BeitMLP
+from transformers.models.beit.modeling_beit import BeitLayer, BeitMLP
 
-from .encoders import BeitEncoder, ResizedPositions, trunc_normal_at_one_std_
+from .encoders import AnyShapeEmbeddings, BeitEncoder, trunc_normal_at_one_std_
 
 # The native pooler of a text is tanh(dense(class token)). So close to 0, tanh is the identity in float32.
 POOLER_SCALE = 1e-4
 _EXPERTS = "experts."
-
-
-class AnyShapeEmbeddings(ResizedPositions, BeitEmbeddings):
-    """BeitEmbeddings with absolute positions for rectangular images."""
 
 
 class TextEmbeddings(nn.Module):

@@ -163,7 +163,7 @@ def agreement_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor
 def coding_rate(features: torch.Tensor, eps: float) -> torch.Tensor:
     """Return the mean coding rate of the views (B, T, E) of images: large if those of different images are far apart.
 
-    It is log det(I + E / (B eps) Z Z^T) for the features Z of a view, times the authors' (E + B) / (E B).
+    It is half of log det(I + E / (B eps) Z Z^T) for the features Z of a view, times the authors' (E + B) / (E B).
     """
     num_images, _, width = features.shape
     views = features.float().transpose(0, 1)  # (T, B, E)

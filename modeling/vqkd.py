@@ -27,7 +27,7 @@ from .base import InitializesEveryModule, mean_metric, summarize_means
 from .codebook import EmaCodebook
 from .dvae import CodebookUse
 from .ema import full_precision
-from .encoders import ResizedPositions, init_like_pytorch, shrink_factor
+from .encoders import AnyShapeEmbeddings, init_like_pytorch, shrink_factor
 from .feature_panel import COMPONENTS, enlarged, principal_colors
 from .frozen_teacher import match_grid
 from .patches import height_and_width, patch_grid
@@ -143,16 +143,12 @@ class VqkdOutput(ModelOutput):
     metrics: dict[str, torch.Tensor] | None = None
 
 
-class VqkdEmbeddings(ResizedPositions, BeitEmbeddings):
-    """BeitEmbeddings for rectangular images."""
-
-
 class VqkdVit(InitializesEveryModule, BeitModel):
     """A BeitModel with absolute positions and the authors' initialization, as encoder and as decoder."""
 
     def __init__(self, config: BeitConfig):
         super().__init__(config, add_pooling_layer=False)
-        self.embeddings = VqkdEmbeddings(config)
+        self.embeddings = AnyShapeEmbeddings(config)
         self.post_init()
 
     @torch.no_grad()
