@@ -17,6 +17,7 @@ from hub.encoder_states import State, as_host, has_final_norm, native_state
 from hub.init_from import StartingModel, grid_of
 from hub.open_model import NO_POSITIONS, open_model
 from modeling import MODELS, MimPreTrainedModel
+from modeling.encoders import ResizedPositions
 from modeling.patches import sincos_positions
 from modeling.positions import resize_positions, resize_relative_bias
 
@@ -38,7 +39,8 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
     """
     config = head.config.encoder_config
     grid = grid_of(config)
-    if getattr(config, "use_absolute_position_embeddings", False) and grid[0] != grid[1]:
+    needs_squares = not isinstance(getattr(head.encoder, "embeddings", None), ResizedPositions)
+    if getattr(config, "use_absolute_position_embeddings", False) and grid[0] != grid[1] and needs_squares:
         raise ValueError(
             f"`method` {start.method} holds the absolute positions of {start.name} in a BeitModel, which reads "
             f"square images only; got {grid[0]} x {grid[1]} patches: give `image_size` one number"

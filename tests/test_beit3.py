@@ -9,6 +9,8 @@ from torch.testing import assert_close
 from transformers import AutoModel, BeitModel, RobertaPreLayerNormModel
 
 from hub.export.native import export
+from hub.init_from import open_starting_model
+from hub.init_weights import read_weights
 from modeling.beit import BeitForPreTraining, BeitMimConfig
 from modeling.beit3 import IGNORED, Beit3Config, Beit3ForPreTraining
 from modeling.multiway import POOLER_SCALE
@@ -213,3 +215,12 @@ def test_rectangular__images_only_leave_as_pretraining_because_the_native_class_
     sizes = {**TINY_MODELS["beit3"]["encoder_config"], "image_size": (SIZE, SIZE + PATCH)}
     model = multiway_model(encoder_config=sizes)
     assert "square images" in model.encoder.native_root_problem
+
+
+def test_rectangular__continues_from_its_own_weights(tmp_path):
+    sizes = {**TINY_MODELS["beit3"]["encoder_config"], "image_size": (SIZE, SIZE + PATCH)}
+    model = multiway_model(encoder_config=sizes)
+    export(model, tmp_path, method="beit3", recipe={})
+    read = read_weights(open_starting_model(str(tmp_path), "beit3"), model).state
+    assert read.keys() == model.state_dict().keys()
+    assert all(torch.equal(read[name], value) for name, value in model.state_dict().items())
