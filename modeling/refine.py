@@ -6,7 +6,8 @@ Code: ml-jku/MIM-Refiner at cc57423.
 The encoder waits until the heads are trained by `head_warmup_epochs` of the training.
 Differs: The heads have 20 candidates for a neighbor from the start, there one until the encoder trains too. Heads have
 no weight decay, there 1e-5, and the projector's last norm no weights. The size of the queue, and with it the number of
-candidates, follows the number of images unless given.
+candidates, follows the number of images unless given. The loss is the mean over heads, there their sum. In its terms
+for local crops the authors' code takes the first L of all crops, the key's own among them; here the local ones.
 Shapes: B images with T = 2 global and L local crops each, S = T + L, A images of all processes, C channels, H W and
 h w pixels, D width, E features of a head, Q of them in the queue.
 """

@@ -15,7 +15,7 @@ def unit(*shape, seed=0):
 
 
 def test_loss__is_that_of_the_authors_loops():
-    """nnclr_loss.py of ml-jku/MIM-Refiner: negatives are not replaced by neighbors."""
+    """nnclr_loss.py of ml-jku/MIM-Refiner, but for the index of local crops: neighbors do not replace negatives."""
     keys, neighbors, predictions = unit(3, 2, 4), unit(3, 2, 4, seed=1), unit(3, 5, 4, seed=2)
     terms = []
     for key in range(2):
