@@ -18,7 +18,7 @@ from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForPreTraining, TrainerCallback, TrainingArguments, set_seed
 
-from commands.advice import advise
+from commands.advice import advise, check_advisable
 from commands.anchor import keep_anchor, open_anchor
 from commands.artifacts import Artifacts
 from commands.batch_size import TrialStep, seconds_per_step, with_batch_size
@@ -62,10 +62,11 @@ QUICKSTART = "accelerate launch run_pretraining.py --config recipes/quickstart.y
 def main(argv: list[str]) -> None:
     settings = load_pretraining_settings(argv, CONFIGS, starting_point)
     state, _ = join(settings.use_cpu)
-    settings = keep_schedule(settings)
     if settings.advise:
+        check_advisable(settings)
         printer(state)(advice_for(settings, state))
         return
+    settings = keep_schedule(settings)
     grid = patch_grid(settings.image_size, settings.patch_size)
     targets = open_targets(settings, MODELS[settings.method], grid)
     splits, texts = open_images(settings, state), open_text_splits(settings, state)
@@ -122,7 +123,11 @@ def main(argv: list[str]) -> None:
     chosen = settings_for_images(settings, len(splits.train))
     lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
     dropped = drop_path_for(settings, len(splits.train))
-    lines += [f"{name}: {value}, chosen for the number of blocks" for name, value in dropped.items()]
+    lines += [
+        f"{name}: {value}, chosen for the number of blocks"
+        for name, value in dropped.items()
+        if value != settings.method_settings[name]
+    ]
     if blank.compares_images and plan.accumulation > 1:
         lines.append(
             f"note: {settings.method} compares the images of a batch with each other: those of {plan.batch_size} at a "
@@ -161,7 +166,7 @@ def advice_for(settings: PretrainingSettings, state: PartialState) -> str:
     size = 16 if hardware.is_cpu else 64
 
     def measure(flags: Sequence[str]) -> float:
-        one = load_pretraining_settings(flags, CONFIGS)
+        one = load_pretraining_settings([*flags, "--num_channels", str(settings.num_channels)], CONFIGS)
         config = model_config(one, splits)
         collator = build_collator(one, config)
         trial = TrialStep(

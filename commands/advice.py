@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from commands.arithmetic import Hardware
 from commands.pretraining_settings import PretrainingSettings
+from commands.settings import SettingsError
 from training.callbacks import duration
 
+# Settings that the commands repeat, and all that are not ignored.
+_REPEATED = ("dataset", "num_channels", "use_cpu", "time_budget")
+_USED = (*_REPEATED, "advise", "max_bad_fraction", "check_images", "validation_fraction", "debug")
 _FEW, _MANY = 20_000, 100_000
 _DEFAULT_BUDGET = {True: "30m", False: "2h"}  # on a CPU, on a GPU
 _SHARE_OF_TRAINING = 0.85  # of the time
@@ -22,6 +26,16 @@ _CANDIDATES: tuple[tuple[tuple[str, ...], int], ...] = (
     (("--model", "vit-nano", "--image_size", "32", "--patch_size", "4"), 0),
 )
 _FIRST_ON_CPU = 2  # one step of the others takes long there
+
+
+def check_advisable(settings: PretrainingSettings) -> None:
+    """Raise SettingsError if a setting is given that the advice would ignore."""
+    ignored = [name for name in settings.values if settings.is_users(name) and name not in _USED]
+    if ignored:
+        raise SettingsError(
+            f"--{ignored[0]} has no effect with --advise, which chooses method, model and length; leave it out. "
+            f"It takes {', '.join(f'--{name}' for name in _REPEATED)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -64,11 +78,13 @@ def advise(
     seconds = settings.seconds or (1800.0 if hardware.is_cpu else 7200.0)
     best = choose_encoder(num_images, side, seconds, not hardware.is_cpu, measure)
     num_seen = best.images_per_second * _SHARE_OF_TRAINING * seconds
-    common = ["--dataset", *settings.dataset, "--time_budget", budget, "--output_dir"]
+    common = ["--dataset", *settings.dataset, *(["--use_cpu"] if settings.use_cpu else []), "--time_budget", budget]
+    common.append("--output_dir")
+    channels = [] if settings.num_channels == 3 else ["--num_channels", str(settings.num_channels)]
     python = ["python"] if hardware.world_size == 1 else ["accelerate", "launch"]
     pretrained = "facebook/dinov2-small"
     smaller = ["--image_size", "98"] if hardware.is_cpu else []
-    scratch = [*python, "run_pretraining.py", "--method", "mae", *best.flags, *common, "out"]
+    scratch = [*python, "run_pretraining.py", "--method", "mae", *best.flags, *channels, *common, "out"]
     evaluate = ["python", "run_evaluation.py", "--model", pretrained, "--dataset", "./labeled"]
     go_on = [*python, "run_pretraining.py", "--init_from", pretrained, "--method", "dinov2", *smaller]
     go_on += [*common, "out-continued"]

@@ -35,7 +35,13 @@ def with_rules_for_few_labels(settings: S, encoder_config: Any, num_labels: int)
     is_older = bool(saved) and "schedule" not in saved
     has_rules = settings.has_rules_for_few_labels and settings.mode != "linear" and num_labels < FEW_LABELS
     if settings.schedule != "auto" or not has_rules or is_older:
-        return settings.derived(Origin.RULE, _LABEL, schedule="published"), []
+        notes = []
+        if settings.schedule == "auto" and settings.is_users("schedule"):
+            why = f"its rules are for fewer than {FEW_LABELS:,} labels of a classification, and not for --mode linear"
+            if is_older:
+                why = "the run was started without its rules"
+            notes.append(f"--schedule auto has no effect: {why}")
+        return settings.derived(Origin.RULE, _LABEL, schedule="published"), notes
     notes = [f"--schedule auto: rules for few labels ({num_labels:,}; docs/small-data.md)"]
     values: dict[str, Any] = {}
 
@@ -53,7 +59,10 @@ def with_rules_for_few_labels(settings: S, encoder_config: Any, num_labels: int)
         published = settings.num_train_epochs
         epochs = published * (_REFERENCE_LABELS / num_labels) ** (_EXPONENT if num_labels > _REFERENCE_LABELS else 1)
         values["num_train_epochs"] = math.ceil(epochs)
-        notes.append(f"{math.ceil(epochs)} epochs: {published:g}, as published, for 200 labels, fewer for more")
+        notes.append(
+            f"{math.ceil(epochs)} epochs: {published:g}, as published, for {_REFERENCE_LABELS} labels; fewer for more "
+            "labels, and as many images for fewer labels"
+        )
     if not any(map(settings.is_users, ("warmup_steps", "warmup_epochs"))):
         choose("a tenth of the run", warmup_steps=_WARMUP)
     num_blocks = getattr(encoder_config, "num_hidden_layers", _PUBLISHED_BLOCKS)
@@ -69,7 +78,8 @@ def with_rules_for_few_labels(settings: S, encoder_config: Any, num_labels: int)
         low, high = settings.crop_scale
         choose(f"less is cut off below {VERY_FEW_LABELS:,} labels", crop_scale=[max(low, 0.4), high])
         strength = 0.0 if settings.image_size < _SMALL_IMAGE else 5.0
-        choose(f"weaker views below {VERY_FEW_LABELS:,} labels, none for small images", rand_augment=strength)
+        weak = f"weaker views below {VERY_FEW_LABELS:,} labels"
+        choose(weak if strength else f"off for images below {_SMALL_IMAGE} pixels", rand_augment=strength)
     return settings.derived(Origin.RULE, _LABEL, **values), notes
 
 
@@ -82,6 +92,6 @@ def with_rate_for_few_labels(settings: S, encoder_config: Any, images_per_step: 
     width = getattr(encoder_config, "hidden_size", _PUBLISHED_WIDTH)
     factor = min(_MOST_WIDTH_FACTOR, max(1.0, _PUBLISHED_WIDTH / width))
     rate = float(f"{peak * math.sqrt(images_per_step / _PUBLISHED_BATCH) * factor:.3g}")
-    reason = f"{peak:g} for {_PUBLISHED_BATCH:,} images x the square root of the share of the batch"
+    reason = f"{peak:g} x the square root of {images_per_step:,} / {_PUBLISHED_BATCH:,} images per step"
     width_reason = f" x {factor:g} for an encoder of width {width}" if factor > 1 else ""
     return settings.derived(Origin.RULE, _LABEL, learning_rate=rate), [f"learning rate {rate}: {reason}{width_reason}"]

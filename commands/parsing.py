@@ -149,7 +149,10 @@ def _method_group(methods: Mapping[str, type]) -> type:
             defaults.setdefault(name, {})[method] = default
     flags = []
     for name, per_method in defaults.items():
-        text = "of " + ", ".join(f"{method} (default: {_shown(default)})" for method, default in per_method.items())
+        methods_of: dict[str, list[str]] = {}  # by default
+        for method, default in per_method.items():
+            methods_of.setdefault(_shown(default), []).append(method)
+        text = "of " + "; ".join(f"{', '.join(those)} (default: {shown})" for shown, those in methods_of.items())
         for sentence, saying in descriptions.get(name, {}).items():
             whose = "" if len(descriptions[name]) == 1 else f"; {', '.join(saying)}"
             text += f"{whose}: {sentence[0].lower()}{sentence[1:]}".replace("%", "%%")

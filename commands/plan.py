@@ -209,8 +209,8 @@ class Plan:
 
     def learning_rate_in_words(self) -> str:
         if self.settings.counts("learning_rate"):
-            by_rule = self.settings.origins["learning_rate"] == Origin.RULE
-            return f"{_scientific(self.learning_rate)}, {'by the rules for few images' if by_rule else 'as given'}"
+            is_by_rule = self.settings.origins["learning_rate"] == Origin.RULE
+            return f"{_scientific(self.learning_rate)}, {'by --schedule auto' if is_by_rule else 'as given'}"
         base = _scientific(self.learning_rate * REFERENCE_BATCH / self.images_per_step)
         return f"{base} x {self.images_per_step:,} / {REFERENCE_BATCH} = {_scientific(self.learning_rate)}"
 

@@ -24,8 +24,15 @@ from commands.text_flags import TextFlags
 from data.masks import MASK_STRATEGIES
 from hub.export.native import PRETRAINING
 from hub.init_from import StartingModel
+from modeling import MODELS
 
 HOG = "hog"  # in place of a teacher
+
+
+def _methods_with(targets: str) -> str:
+    return ", ".join(name for name, model in MODELS.items() if model.targets == targets)
+
+
 _EPILOG = """\
 small data: --schedule auto chooses batch, learning rate, warm-up and length by the number of images and the size of
 the model, and the plan, printed before training, gives the reasons in lines that start with "note:". Settings that you
@@ -92,13 +99,14 @@ class PretrainingDataFlags(CachedImageFlags):
         0.0, "change brightness, contrast and saturation by up to this fraction (default: the recipe's)"
     )
     tokenizer: str | None = flag(
-        None, "for beit and beit2: folder or Hub id of the image tokenizer whose tokens are predicted"
+        None,
+        f"for {_methods_with('tokenizer')}: folder or Hub id of the image tokenizer whose tokens are predicted",
     )
     trust_remote_code: bool = flag(False, "run the Python files that --tokenizer brings; read them first")
     teacher: str | None = flag(
         None,
-        f"for feature: folder or Hub id of the frozen encoder whose features are predicted, or '{HOG}' for histograms "
-        "of oriented gradients (MaskFeat)",
+        f"for {_methods_with('teacher')}: folder or Hub id of the frozen encoder whose features are predicted, or "
+        f"'{HOG}' for histograms of oriented gradients (MaskFeat)",
     )
     teacher_image_size: tuple[int, int] | None = flag(
         None,
@@ -108,7 +116,7 @@ class PretrainingDataFlags(CachedImageFlags):
     )
     cache_tokens: bool = flag(
         False,
-        "for beit and beit2: compute the tokens of every image once, before training. Each image is then its central "
+        "with --tokenizer: compute the tokens of every image once, before training. Each image is then its central "
         "crop, never mirrored: for images that have the right size already",
     )
 
@@ -147,7 +155,8 @@ class PretrainingRunFlags(RunFlags):
     )
     advise: bool = flag(
         False,
-        "look at the images and the hardware, print the two or three commands that are worth running, and stop",
+        "look at the images and the hardware, print the two or three commands that are worth running, and stop; with "
+        "--dataset, --time_budget, --num_channels and --use_cpu",
     )
     schedule: Literal["auto", "published"] = flag(
         "auto",
@@ -244,7 +253,8 @@ class PretrainingSettings(
         if start is None:
             if self.method_settings.get("gram_weight"):
                 raise SettingsError(
-                    "--gram_weight needs --init_from, the encoder whose similarities between patches are kept"
+                    "--gram_weight needs --init_from, the encoder whose similarities between patches are kept; give "
+                    "it, or leave out --gram_weight"
                 )
             if self.is_users("head_warmup_epochs") and self.head_warmup_epochs:
                 raise SettingsError(

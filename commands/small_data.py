@@ -113,7 +113,7 @@ def _learning_rate(settings: PretrainingSettings, images_per_step: int) -> tuple
     published = CONFIGS[settings.method]
     peak = settings.base_learning_rate * published.published_batch / REFERENCE_BATCH
     rate = peak * math.sqrt(images_per_step / published.published_batch)
-    reason = f"{peak:.3g} for {published.published_batch:,} images x the square root of the share of the batch"
+    reason = f"{peak:.3g} x the square root of {images_per_step:,} / {published.published_batch:,} images per step"
     width = settings.encoder_settings().get("hidden_size", published.published_width)
     if settings.start is None and width < published.published_width:
         factor = min(_MOST_WIDTH_FACTOR, published.published_width / width)

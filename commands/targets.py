@@ -11,15 +11,15 @@ from commands.launch import printer
 from commands.pretraining_settings import HOG, PretrainingSettings
 from hub.image_stats import processor_image_size, processor_stats
 from hub.open_model import open_config, open_model
-from modeling import MimPreTrainedModel
+from modeling import TOKENIZERS, MimPreTrainedModel
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 from modeling.frozen_teacher import FrozenTeacher
 from modeling.patches import height_and_width
 from training.targets import Targets, TeacherTargets, TokenizerTargets
 
-CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --tokenizer one of
-  1. your own, trained on your images, for beit2 with --method vqkd --teacher ENCODER:
-       python run_tokenizer.py --dataset {dataset} --output_dir tokenizer
+CHOICES = """{method} needs an image tokenizer, and none is chosen for you. Give --tokenizer one of
+  1. your own, trained on your images:
+       python run_tokenizer.py {flags}--dataset {dataset} --output_dir tokenizer
        accelerate launch run_pretraining.py --method {method} --tokenizer tokenizer ...
   2. the public DALL-E encoder (8,192 tokens of 8 x 8 pixels), from the Hub or a folder:
        --tokenizer facebook/flava-image-codebook
@@ -27,7 +27,7 @@ CHOICES = """BEiT needs an image tokenizer, and none is chosen for you. Give --t
 """
 
 
-TEACHERS = """feature needs a teacher, and none is chosen for you. Give --teacher one of
+TEACHERS = """{method} needs a teacher, and none is chosen for you. Give --teacher one of
   1. a trained encoder of images by folder or Hub id: a ViT, DINOv2 or DINOv3, CLIP, BEiT, Swin or a convolutional
      network, such as facebook/dinov2-small, or the output folder of a run
   2. hog: histograms of oriented gradients (MaskFeat), which need no model
@@ -59,7 +59,12 @@ def open_targets(
 def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Targets:
     name = settings.tokenizer
     if not name:
-        raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset), method=settings.method))
+        flags = "".join(
+            f"--method {kind} {'--teacher ENCODER ' if getattr(model, 'targets', None) else ''}"
+            for kind, model in TOKENIZERS.items()
+            if getattr(model, "used_by", None) == settings.method
+        )
+        raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset), method=settings.method, flags=flags))
     tokenizer = open_model(name, "tokenizer", trust_remote_code=settings.trust_remote_code).model
     return TokenizerTargets(tokenizer, grid, f"--tokenizer {name}")
 
@@ -68,7 +73,7 @@ def _open_teacher(settings: Any, grid: Any) -> Targets | None:
     """Return the targets of a teacher; None for histograms of gradients, which the model computes itself."""
     name = settings.teacher
     if not name:
-        raise ValueError(TEACHERS)
+        raise ValueError(TEACHERS.format(method=settings.method))
     if name == HOG:
         if settings.teacher_image_size:
             raise ValueError(f"--teacher_image_size has no effect with --teacher {HOG}; leave it out")
@@ -101,8 +106,10 @@ def open_tokenizer_targets(settings: Any, model_class: Any) -> Targets | None:
     """Return the targets of a tokenizer's training, or None; raises ValueError if their source is missing or unfit."""
     if getattr(model_class, "targets", None) is None:
         return None
-    if settings.teacher in (None, HOG):
+    if settings.teacher is None:
         raise ValueError(TOKENIZER_TEACHERS)
+    if settings.teacher == HOG:
+        raise ValueError(f"--teacher is {HOG}, expected an encoder of images. {TOKENIZER_TEACHERS}")
     return _open_teacher(settings, ())
 
 

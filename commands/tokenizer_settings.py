@@ -17,6 +17,7 @@ from commands.flags import (
     CachedImageFlags,
     Range,
     flag,
+    flags_of,
 )
 from commands.presets import ENCODER_SIZES
 from commands.settings import RECIPES, CommandLine, Layer, Origin, TrainingSettings, chosen_among, data_name
@@ -226,6 +227,13 @@ class VqkdSettings(VqkdModelFlags, VqkdObjectiveFlags, TokenizerSettings):
 
 
 SETTINGS: dict[str, type[TokenizerSettings]] = {"dvae": DvaeSettings, "vqkd": VqkdSettings}
+for _settings_class in SETTINGS.values():  # messages about flags of another --method name it
+    _others = {name: f"--method {other}, which has it" for other, each in SETTINGS.items() for name in flags_of(each)}
+    _own = flags_of(_settings_class)
+    _settings_class.successors = {
+        **_settings_class.successors,
+        **{name: text for name, text in _others.items() if name not in _own},
+    }
 
 
 def chosen_settings(argv: Sequence[str]) -> type[TokenizerSettings]:

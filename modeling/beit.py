@@ -26,7 +26,11 @@ ENCODERS = {"beit": BeitEncoder, "deit": DeitEncoder}
 
 @strict
 class BeitMimConfig(MimConfig):
-    """Configuration of a BEiT; `vocab_size` is the number of codes of the tokenizer (published: 8192)."""
+    """Configuration of a BEiT.
+
+    Args:
+        vocab_size: Number of codes of the tokenizer, which sets it (published: 8192).
+    """
 
     model_type = "mim_beit"
     transformers_model_types: ClassVar[tuple[str, ...]] = ("beit",)  # as BeitForMaskedImageModeling

@@ -82,8 +82,8 @@ class Beit3Config(BeitMimConfig):
         super().__post_init__(**kwargs)
         if encoder.layer_scale_init_value or not encoder.use_absolute_position_embeddings:
             raise ValueError(
-                "encoder_config has layer_scale_init_value or no use_absolute_position_embeddings, but the native "
-                "class of the text path has absolute positions and no LayerScale"
+                "the encoder has LayerScale or relative positions, which the native class of the text path has not: "
+                "expected absolute positions and no LayerScale, as of a ViT"
             )
         for name in ("text_mask_ratio", "pair_text_mask_ratio"):
             if not 0 < getattr(self, name) < 1:

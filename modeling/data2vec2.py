@@ -36,6 +36,9 @@ class Data2Vec2Config(FeatureTargetConfig):
 
     Args:
         decoder_channels: Channels of the decoder's convolutions; 0 for the encoder's width.
+        decoder_num_convolutions: Convolutions of the decoder.
+        decoder_kernel_size: Side of their kernels in patches.
+        decoder_num_groups: Groups of channels of their kernels.
         class_loss_weight: Weight of the loss of the class token, whose target is the mean over the image. The authors'
             0.01 is for a sum over the 16 * 16 masks of a GPU, which is 2.56 for their mean.
         mask_noise_std: Standard deviation of the noise that the decoder gets for masked patches in training.

@@ -19,8 +19,10 @@ from .ibot import IbotConfig, IbotForPreTraining
 class Dinov2Config(IbotConfig):
     """Configuration of DINOv2, with the settings of `IbotConfig`.
 
-    `num_register_tokens` tokens, which belong to no patch, are added to those of the encoder; 0 for the paper's model.
     `drop_path_rate` is that of all blocks. From scratch, the encoder is a Dinov2WithRegistersModel.
+
+    Args:
+        num_register_tokens: Tokens of the encoder that belong to no patch; 0 for the paper's model.
     """
 
     model_type = "mim_dinov2"

@@ -45,8 +45,8 @@ class IbotConfig(MultiCropConfig, AttentionMasksConfig):
     """Configuration of iBOT, with the settings of `MultiCropConfig`.
 
     Args:
-        num_prototypes: K; 0 for the method's largest number, in a run for a power of two near a tenth of the number of
-            images, if that is less.
+        num_prototypes: Learned vectors that features are compared with, K; 0 for the method's largest number, in a run
+            for a power of two near a tenth of the number of images, if that is less.
         shares_heads: Whether class tokens and patches have one head.
         trains_prototype_scale: Whether a prototype's length is trained (the authors' norm_last_layer False).
         class_token_loss_weight, patch_loss_weight: 0 leaves a loss out; without the patch loss it is DINO.
@@ -57,7 +57,7 @@ class IbotConfig(MultiCropConfig, AttentionMasksConfig):
             of which a short training makes a part.
         centering: "mean" subtracts a running mean from the teacher's similarities, "sinkhorn" gives all prototypes the
             same share of each batch.
-        center_momentum: Of the running mean.
+        center_momentum: Momentum of the running mean that `centering` mean subtracts.
         koleo_loss_weight: Of a loss that spreads the class tokens of a batch; 0 leaves it out.
         gram_weight: Of a loss that keeps the similarities between the patches of an image as they are in the encoder
             that the training starts from (DINOv3, Sec. 4, has up to 2); 0 leaves it out.

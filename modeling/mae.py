@@ -39,9 +39,15 @@ from .reconstruction import pixel_panel
 
 @strict
 class MaeConfig(HardPatchesConfig):
-    """Configuration of an MAE around a plain ViT; `norm_pix_loss` predicts pixels normalized per patch (Table 1d).
+    """Configuration of an MAE around a plain ViT.
 
-    `decoder` is "self" (MAE: all tokens attend to all) or "cross" (CrossMAE: masked patches attend to the encoder's).
+    Args:
+        decoder: "self" (MAE: all tokens attend to all) or "cross" (CrossMAE: masked patches attend to the encoder's).
+        decoder_hidden_size: Width of the decoder.
+        decoder_num_hidden_layers: Blocks of the decoder.
+        decoder_num_attention_heads: Attention heads of the decoder's blocks.
+        decoder_intermediate_size: Width of the decoder's feed-forward networks.
+        norm_pix_loss: Whether the targets are pixels standardized per patch (Table 1d).
     """
 
     model_type = "mim_mae"

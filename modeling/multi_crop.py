@@ -29,7 +29,7 @@ class CropsConfig(MimConfig):
 
     Args:
         head_hidden_size, head_bottleneck_size: Sizes of the projection head.
-        num_local_crops: L.
+        num_local_crops: Local crops of an image, L.
         local_image_size: Side of a local crop in pixels; 0 for 3/7 of the image, as 96 of 224.
         min_local_crop_scale, max_local_crop_scale: Share of the image's area in a local crop.
         drop_path_rate: Drop path of the student's last block, to which it grows from the first one; of all blocks in

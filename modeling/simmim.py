@@ -35,7 +35,9 @@ PIXEL_LOSSES = {
 class SimMimConfig(HardPatchesConfig):
     """Configuration of a SimMIM around a BEiT (a ViT with LayerScale and one relative position table), Swin or DeiT.
 
-    `pixel_loss` is l1, l2 or smooth_l1 (Sec. 4.1); `norm_pix_loss` predicts pixels normalized within each unit.
+    Args:
+        pixel_loss: Distance of pixels: l1, l2 or smooth_l1 (Sec. 4.1).
+        norm_pix_loss: Whether the targets are pixels standardized within each unit.
     """
 
     model_type = "mim_simmim"

@@ -15,7 +15,7 @@ from commands.arithmetic import Hardware
 from commands.launch import run
 from commands.memory import Footprint
 from commands.parsing import make_parser
-from commands.settings import RECIPES
+from commands.settings import RECIPES, SettingsError
 from commands.tokenizer_plan import TokenizerPlan
 from commands.tokenizer_settings import VqkdSettings, load_tokenizer_settings
 from modeling.vqkd import VqkdConfig
@@ -119,7 +119,9 @@ def test_refusals__say_what_to_do(teacher, tmp_path, capsys):
     message = refusal(capsys, *out)
     assert "VQ-KD needs a teacher" in message
     assert "openai/clip-vit-base-patch16" in message
-    assert "VQ-KD needs a teacher" in refusal(capsys, *out, "--teacher", "hog")
+    with pytest.raises(SettingsError, match="--teacher; use --method vqkd, which has it"):
+        load_tokenizer_settings(["--teacher", "x"])
+    assert "--teacher is hog, expected an encoder of images" in refusal(capsys, *out, "--teacher", "hog")
     assert "is neither a folder nor a Hub id" in refusal(capsys, *out, "--teacher", str(tmp_path / "missing"))
     BertModel(BertConfig(**_TINY, vocab_size=8)).save_pretrained(tmp_path / "bert")
     message = refusal(capsys, *out, "--teacher", str(tmp_path / "bert"))
@@ -127,7 +129,7 @@ def test_refusals__say_what_to_do(teacher, tmp_path, capsys):
     message = refusal(capsys, *out, "--teacher", teacher, "--teacher_image_size", "8")
     assert "has a grid of 1 x 1 for images of 8 x 8 pixels" in message
     assert "choose a larger" in message
-    assert "unknown flag --kl_weight" in refusal(capsys, *out, "--teacher", teacher, "--kl_weight", "1")
+    assert "no flag --kl_weight; use --method dvae" in refusal(capsys, *out, "--teacher", teacher, "--kl_weight", "1")
     assert "--codebook_decay is 1.0" in refusal(capsys, *out, "--teacher", teacher, "--codebook_decay", "1")
     few = ["--vocab_size", "100000", "--dataset", str(ROOT / "data/samples/photographs/held_out")]
     assert "to start 100,000 codes from: give more" in refusal(capsys, *out, "--teacher", teacher, *few)

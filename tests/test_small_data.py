@@ -9,13 +9,14 @@ from pretraining_command import pretrain
 from transformers import ViTConfig
 
 import run_finetune
-from commands.advice import advise
+from commands.advice import advise, check_advisable
 from commands.arithmetic import Hardware
 from commands.few_labels import with_rate_for_few_labels, with_rules_for_few_labels
 from commands.finetune_settings import load_finetune_settings
 from commands.memory import Footprint
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
+from commands.settings import SettingsError
 from commands.small_data import drop_path_for, with_batch_rule, with_schedule_rules
 from evaluation.linear_probe import fit_logistic
 from modeling import CONFIGS
@@ -47,7 +48,7 @@ def test_pretraining__of_small_data_on_a_laptop():
     assert few.num_epochs == pytest.approx(4e14 / NANO / 64 / 41, abs=1)
     assert few.warmup_steps / few.num_steps == pytest.approx(0.05, abs=0.001)
     shown = few.describe()
-    assert "note: learning rate 0.0012: 0.0024 for 4,096 images x the square root" in shown
+    assert "note: learning rate 0.0012: 0.0024 x the square root of 64 / 4,096 images" in shown
     assert "note: 64 images per device: larger batches are not faster" in shown
     assert "382 epochs instead of 800: an hour or two on a CPU" in shown
 
@@ -114,7 +115,7 @@ def test_finetuning__with_few_labels_has_weak_views_and_a_rate_by_the_square_roo
     assert (few.num_train_epochs, few.warmup_steps) == (100, 0.1)
     assert (few.mixup, few.cutmix, few.erasing, few.rand_augment, few.crop_scale) == (0, 0, 0, 5, (0.4, 1.0))
     assert (few.drop_path, few.layer_decay) == (0.033, 0.75)
-    assert any("learning rate 0.002: 0.002 for 1,024 images" in note for note in notes)
+    assert any("learning rate 0.002: 0.002 x the square root of 64 / 1,024 images" in note for note in notes)
     assert finetuning(200, image_size=28)[0].rand_augment == 0
 
 
@@ -128,6 +129,7 @@ def test_finetuning__epochs_fall_slowly_with_the_labels_and_strong_views_come_ba
 def test_finetuning__what_is_given_or_published_stays():
     given, _ = finetuning(200, "--mixup", "0.3", "--learning_rate", "1e-5", "--num_train_epochs", "3")
     assert (given.mixup, given.learning_rate, given.num_train_epochs) == (0.3, 1e-5, 3)
+    assert "has no effect" in finetuning(200_000, "--schedule", "auto")[1][0]
     for published, notes in (finetuning(200_000), finetuning(200, "--schedule", "published")):
         assert (published.schedule, published.mixup, published.rand_augment, notes) == ("published", 0.8, 9, [])
         assert not published.counts("learning_rate")
@@ -166,6 +168,25 @@ def test_advise__prints_and_writes_nothing(tmp_path, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "Worth running, in this order:" in printed
     assert not list(tmp_path.iterdir())
+
+
+def test_advise__measures_and_repeats_the_number_of_channels(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measured: list[int] = []
+    monkeypatch.setattr(
+        "run_pretraining.seconds_per_step", lambda trial, one, *args: measured.append(one.num_channels) or 1
+    )
+    assert pretrain(["--advise", "--use_cpu", "--num_channels", "1"]) == 0
+    assert set(measured) == {1}
+    printed = capsys.readouterr().out
+    assert "--num_channels 1" in printed
+    assert printed.count("--use_cpu") == 2  # of both commands that pre-train
+
+
+@pytest.mark.parametrize("flags", [("--model", "vit-large"), ("--method", "dino"), ("--dry_run",)])
+def test_advise__refuses_settings_that_it_ignores(flags):
+    with pytest.raises(SettingsError, match=f"{flags[0]} has no effect with --advise"):
+        check_advisable(load_pretraining_settings(["--advise", *flags], CONFIGS))
 
 
 # ---- the head ----
