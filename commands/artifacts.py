@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from transformers import Trainer
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from commands.launch import launcher, software_and_hardware
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, METRICS_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
@@ -97,6 +98,7 @@ class Artifacts:
             num_extra_tokens=num_extra_tokens(encoder),
             pools_mean=getattr(encoder.config, "use_mean_pooling", False),
             has_pooler=getattr(encoder, "native_has_pooler", True),
+            has_classifier=encoder.config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
             exported=model.exported,
             native_root_problem=native_root_problem(model),
         )

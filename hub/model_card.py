@@ -55,6 +55,7 @@ def write_model_card(
     num_extra_tokens: int = 1,
     pools_mean: bool = False,
     has_pooler: bool = True,
+    has_classifier: bool = True,
     exported: str = "encoder",
     panel_caption: str = "Predictions of the model",
     native_root_problem: str | None = None,
@@ -79,6 +80,7 @@ def write_model_card(
         num_extra_tokens: Number of tokens before the patches: 1 for a class token, else 0.
         pools_mean: Whether the encoder's pooler normalizes the mean of the patches rather than the class token.
         has_pooler: Whether the encoder has a `pooler_output` at all.
+        has_classifier: Whether transformers has an image classifier with this encoder.
         exported: Name of the encoder in the pre-training model, such as "teacher".
         native_root_problem: Why there is no native encoder in the folder, if so (`hub.export`).
         task: The task of a fine-tuned model; None for an encoder.
@@ -126,6 +128,7 @@ def write_model_card(
         patches=f"[:, {num_extra_tokens}:]" if num_extra_tokens else "",
         pools_mean=pools_mean,
         has_pooler=has_pooler,
+        has_classifier=has_classifier,
         exported=exported,
         command=shorten_command(command),
         metrics=_rows({_METRIC_NAMES.get(name, name): value for name, value in metrics.items()}),

@@ -313,6 +313,9 @@ def test_card__tells_how_to_use_an_encoder_without_a_class_token_or_without_a_na
     assert "there is no `pooler_output`" in teacher
     assert "has no classifier. It is the teacher: a moving average of the encoder that was trained.\n" in teacher
     assert "It is the encoder" not in swin
+    assert "no image classifier with this encoder" not in swin
+    assert "no image classifier with this encoder" in card_text(tmp_path, has_classifier=False)
+    assert "AutoModelForImageClassification" not in card_text(tmp_path, has_classifier=False)
     alone = card_text(tmp_path, native_root_problem="a window of 12 is too large")
     assert "a window of 12 is too large" in alone
     assert "AutoModel.from_pretrained" not in alone
