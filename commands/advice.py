@@ -87,6 +87,7 @@ def advise(
     scratch = [*python, "run_pretraining.py", "--method", "mae", *best.flags, *channels, *common, "out"]
     evaluate = ["python", "run_evaluation.py", "--model", pretrained, "--dataset", "./labeled"]
     go_on = [*python, "run_pretraining.py", "--init_from", pretrained, "--method", "dinov2", *smaller]
+    go_on += ["--head_warmup_epochs", "1", "--layer_decay", "0.75", "--gram_weight", "2"]
     go_on += [*common, "out-continued"]
     tune = [*python, "run_finetune.py", "--model", "out", "--dataset", "./labeled", "--output_dir", "out-cls"]
     with_pretrained = [
