@@ -134,7 +134,7 @@ def test_resume__counts_the_training_time_before_it(tmp_path):
     state_file.write_text(json.dumps(state))
     resumed = make_trainer(tmp_path, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert resumed.state.log_history[-2]["training_seconds"] > 5000
+    assert resumed.state.log_history[-2]["training_seconds"] >= 5000
     assert software_and_hardware(resumed)["training time"].startswith("1 h 23 min")
 
 

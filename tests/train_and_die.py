@@ -77,8 +77,8 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
-    if options.nohup:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Whatever the program has set that runs the tests.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if options.nohup else signal.SIG_DFL)
     where, number = options.die_at.split()
     trainer = DiesWhileSaving(
         model=tiny_model(options.variant, hidden_dropout_prob=0.1),
