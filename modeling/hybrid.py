@@ -16,9 +16,10 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .adaptive_masks import HidesHardPatches
-from .base import MimOutput, View, summarize_means
-from .collapse import row_moments, std_between_rows
-from .ema import EmaTeacher, full_precision, rising_momentum
+from .base import MimOutput, View
+from .class_token_agreement import ClassTokenAgreement
+from .collapse import row_moments
+from .ema import full_precision, rising_momentum
 from .mae import MaeConfig, MaeForPreTraining
 from .patches import patch_grid, patchify, visible_and_predicted_indices
 from .reconstruction import pixel_panel
@@ -64,7 +65,7 @@ class HybridConfig(MaeConfig):
         return (View(num_crops=2),)
 
 
-class HybridForPreTraining(EmaTeacher, MaeForPreTraining):
+class HybridForPreTraining(ClassTokenAgreement, MaeForPreTraining):
     """A student that sees the visible patches of crops and decodes the others; a teacher that sees whole crops."""
 
     config: HybridConfig
@@ -80,12 +81,6 @@ class HybridForPreTraining(EmaTeacher, MaeForPreTraining):
         self.heads, self.teacher_heads = self.build_heads(), self.build_heads()
         self.post_init()
         self.after_loading_encoder()
-
-    def build_heads(self) -> nn.ModuleDict:
-        """Return the head of the class token."""
-        config = self.config
-        sizes = (config.encoder_config.hidden_size, config.head_hidden_size, config.head_bottleneck_size)
-        return nn.ModuleDict({"class_token": ProjectionHead(*sizes)})
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -158,10 +153,6 @@ class HybridForPreTraining(EmaTeacher, MaeForPreTraining):
     def loss_weights(self) -> Mapping[str, float]:
         return {"pixels": 1.0, "class_token": self.config.distill_weight}
 
-    @property
-    def compares_images(self) -> bool:
-        return self.config.coding_rate_weight > 0
-
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
         """Return the teacher's momentum, and MAE's schedules."""
         momentum = rising_momentum(self.config.teacher_momentum_start, num_steps)
@@ -171,17 +162,6 @@ class HybridForPreTraining(EmaTeacher, MaeForPreTraining):
         """Let teacher and loss map follow."""
         super().after_step(progress)
         HidesHardPatches.after_step(self, progress)
-
-    def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return the std of the teacher's features between crops; 1 if they are spread evenly over the sphere."""
-        means = summarize_means({name: total for name, total in sums.items() if name != "target"})
-        std = std_between_rows(sums["target"]).item() * self.config.head_bottleneck_size**0.5
-        return {**means, "target_std": std}
-
-    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
-        """Return the std of the targets."""
-        std = logs.get("target_std", logs.get("eval_target_std"))
-        return [] if std is None else [f"target std {std:.3f}"]
 
     def panel(self, batch: Mapping[str, Any], targets: Any = None) -> dict[str, torch.Tensor]:
         """Return the first crop, its masked version and the predicted pixels."""

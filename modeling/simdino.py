@@ -13,15 +13,13 @@ from typing import ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
-from torch import nn
 
 from .base import MimOutput, Paper
-from .collapse import row_moments, std_between_rows
+from .class_token_agreement import ClassTokenAgreement
+from .collapse import row_moments
 from .ema import full_precision
 from .multi_crop import MultiCropConfig, MultiCropModel
-from .self_distillation import ProjectionHead, agreement_loss, coding_rate
-
-_COLLAPSED_STD = 0.1  # as a share of that of features that are spread evenly over the sphere
+from .self_distillation import agreement_loss, coding_rate
 
 
 @strict
@@ -52,7 +50,7 @@ class SimdinoConfig(MultiCropConfig):
             raise ValueError(f"coding_rate_eps is {self.coding_rate_eps}, expected above 0")
 
 
-class SimdinoForPreTraining(MultiCropModel):
+class SimdinoForPreTraining(ClassTokenAgreement, MultiCropModel):
     """A student that sees global and local crops, and a teacher that sees the global ones."""
 
     config: SimdinoConfig
@@ -62,12 +60,6 @@ class SimdinoForPreTraining(MultiCropModel):
         super().__init__(config)
         self.post_init()
         self.after_loading_encoder()
-
-    def build_heads(self) -> nn.ModuleDict:
-        """Return the head of the class token."""
-        config = self.config
-        sizes = (config.encoder_config.hidden_size, config.head_hidden_size, config.head_bottleneck_size)
-        return nn.ModuleDict({"class_token": ProjectionHead(*sizes)})
 
     def forward(
         self,
@@ -102,26 +94,3 @@ class SimdinoForPreTraining(MultiCropModel):
     @property
     def loss_weights(self) -> Mapping[str, float]:
         return {"agreement": 1.0, "coding_rate": self.config.coding_rate_weight}
-
-    @property
-    def compares_images(self) -> bool:
-        return self.config.coding_rate_weight > 0
-
-    def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Return the std of the teacher's features between crops; 1 if they are spread evenly over the sphere."""
-        scale = self.config.head_bottleneck_size**0.5
-        return {f"{name}_std": std_between_rows(moments).item() * scale for name, moments in sums.items()}
-
-    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
-        """Return the std of the targets."""
-        std = logs.get("target_std", logs.get("eval_target_std"))
-        return [] if std is None else [f"target std {std:.3f}"]
-
-    def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
-        """Look at the teacher's features."""
-        if (std := logs.get("target_std", 1.0)) >= _COLLAPSED_STD:
-            return super().collapse_signs(logs)
-        return (
-            f"the teacher's features of all images are nearly equal (std {std:.3f}, below {_COLLAPSED_STD}): raise "
-            "coding_rate_weight or the batch size, or lower the learning rate."
-        )
