@@ -10,8 +10,9 @@ from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from training.callbacks import duration
+from training.step_hooks import StepHooks
 from training.stopping import StopOnSignal
-from training.trainer import MimTrainer, StepHooks
+from training.trainer import MimTrainer
 
 _NUM_TIMED_STEPS, _MAX_SECONDS = 4, 30.0  # of an estimate
 _LONG_SECONDS = 24 * 3600.0

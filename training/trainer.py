@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import has_length
 
 from data.image_checks import num_cores
@@ -25,7 +25,7 @@ from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
-from training.checkpoints import last_whole_checkpoint, write_checksums
+from training.checkpoints import write_checksums
 from training.devices import peak_flops
 from training.evaluation_guard import EvaluationGuard
 from training.guard import NonFiniteError, NonFiniteGuard
@@ -33,6 +33,7 @@ from training.head_warmup import HeadWarmup
 from training.layer_decay import layer_decay_groups
 from training.meters import Meter, MetricSums
 from training.non_finite import find_non_finite
+from training.step_hooks import StepHooks
 from training.stopping import StopOnSignal, init_worker
 from training.time_budget import Pace, TimeBudget
 from training.weight_average import WeightAverage
@@ -410,63 +411,3 @@ class MimTrainer(Trainer):
         hook = getattr(self.model, name, None)
         if hook is not None:
             hook(self.progress)
-
-
-class StepHooks(TrainerCallback):
-    """The parts of the trainer that `Trainer` only calls as callbacks, between steps."""
-
-    def __init__(self, trainer: MimTrainer) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        own = getattr(trainer.model, "schedules", None)
-        if own is not None:
-            trainer.schedules = {**own(state.max_steps, trainer.steps_per_epoch), **trainer.schedules}
-        trainer._meter.start(state.global_step)
-        before = [entry["training_seconds"] for entry in state.log_history if "training_seconds" in entry]
-        trainer.began = time.perf_counter() - max(before, default=0.0)
-        if args.save_strategy != "no" and last_whole_checkpoint(trainer.output_dir)[0] is None:
-            trainer._save_checkpoint(trainer.model, trial=None)
-        was_stopped_early = any(
-            isinstance(callback, EarlyStoppingCallback)
-            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
-            for callback in trainer.callback_handler.callbacks
-        )
-        control.should_training_stop = was_stopped_early or state.global_step >= state.max_steps
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # Not left to accelerate: it does not reach the sampler of a resumed, sharded loader.
-        if hasattr(self.trainer, "_epoch_sampler"):
-            self.trainer._epoch_sampler.set_epoch(int(state.epoch or 0))
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        trainer = self.trainer
-        trainer._micro_step = 0
-        weight_decay = trainer.progress.values.get("weight_decay")
-        if weight_decay is not None:
-            for group in trainer.optimizer.param_groups:
-                if group.setdefault("is_decayed", group["weight_decay"] > 0):
-                    group["weight_decay"] = weight_decay
-        trainer.call_hook("before_step")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # `Trainer` evaluates and saves at the end, but logs only at its interval
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        optimizer = self.trainer.optimizer
-        if not self.trainer.guard.skip_update_if_raised(getattr(optimizer, "optimizer", optimizer)):
-            self.trainer.stop_if_not_finite()  # only fused optimizers can skip on the device
-        self.trainer.call_hook("before_update")
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.call_hook("after_step")
-        if self.trainer.average:
-            self.trainer.average.update(state.global_step)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._meter.start(state.global_step)
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer._meter.start(state.global_step)
