@@ -66,8 +66,8 @@ def main(argv: list[str]) -> None:
     plan = plan_run(task, footprint, hardware, [*notes, *fitted.notes])
 
     def build(plan: FinetunePlan, checkpoint: Path | None) -> FinetuneTrainer:
-        has_new_head = task.settings.schedule == "auto" and not (settings.from_scratch or settings.dry_run)
-        if has_new_head and checkpoint is None and (found := task.fit_head(model, state.device)):
+        is_new = checkpoint is None and not settings.dry_run
+        if is_new and (found := task.fit_head(model, state.device)):
             log(found)
         return build_trainer(task, plan, model)
 

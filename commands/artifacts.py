@@ -146,7 +146,8 @@ class FinetuneArtifacts:
                     }
                     text = json.dumps(content, indent=2) + "\n"
                     (output_dir / METRICS_FILE).write_text(text, encoding="utf-8")
-                    figure = task.draw(predictions, labels, dataset, output_dir, title)
+                    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+                    figure = task.draw(predictions, labels, dataset, output_dir, title, model)
             if trainer.is_world_process_zero():
                 self._write_card(trainer, figure)
                 task.export(trainer.accelerator.unwrap_model(trainer.model), output_dir)

@@ -6,6 +6,8 @@ figure and export, and knows no task by name.
 Shapes: N images of a split.
 """
 
+import itertools
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ _IN_WORDS = {
     "linear": "linear classifier on frozen features",
     "partial": "last blocks tuned",
 }
+_UNWRITTEN_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out of config.json
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Task(ABC):
 
     settings_class: ClassVar[type[FinetuneSettings]]  # its fields are the flags of the command
     label_names: ClassVar[tuple[str, ...]] = ("labels",)  # of a batch, gathered in evaluation for `compute_metrics`
+    has_views_of_one_size: ClassVar = True  # False: images differ in size or in the number of their labels
 
     settings: Any
     encoder_config: PreTrainedConfig
@@ -71,7 +75,7 @@ class Task(ABC):
         if split not in self.splits.by_name:
             return None
         images = self._dataset(split, bad_images_file)
-        if len(images) * 3 * self.settings.image_size**2 > _MAX_KEPT_BYTES:
+        if not self.has_views_of_one_size or len(images) * 3 * self.settings.image_size**2 > _MAX_KEPT_BYTES:
             return images
         return StackedImages(images, num_threads=min(8, os.cpu_count() or 1))
 
@@ -96,7 +100,10 @@ class Task(ABC):
         """Return the model to train: its `base_model` is the encoder, and everything else is the head."""
 
     def fit_head(self, model: PreTrainedModel, device: torch.device) -> str | None:
-        """Fit the new head on frozen features of the training images; returns a sentence, or None if it did not."""
+        """Prepare the new head by training images, before the first step of a run.
+
+        Returns a sentence about what was done, or None if nothing was.
+        """
         return None
 
     def check_checkpoint(self, checkpoint: Path) -> None:  # noqa: B027
@@ -155,8 +162,13 @@ class Task(ABC):
         return _IN_WORDS[self.settings.mode] + (", from random weights" if self.settings.from_scratch else "")
 
     @abstractmethod
-    def draw(self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str) -> str:
-        """Write a figure of the results on a data set to `folder`, and return the name of its file."""
+    def draw(
+        self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
+    ) -> str:
+        """Write a figure of the results on a data set to `folder`, and return the name of its file.
+
+        Called on the main process only, with the model for predictions that were too large to gather.
+        """
 
     # ---- export ----
 
@@ -182,3 +194,17 @@ class Task(ABC):
     @abstractmethod
     def how_to_open(self, folder: Path) -> str:
         """Return a sentence about how to use the exported model."""
+
+
+def check_same_classes(checkpoint: Path, class_names: Sequence[str]) -> None:
+    """Raise ValueError if the run that wrote this checkpoint had other classes."""
+    saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    names = saved.get("id2label", _UNWRITTEN_LABELS)
+    before = tuple(names[str(number)] for number in range(len(names)))
+    if before != tuple(class_names):
+        pairs = itertools.zip_longest(before, class_names, fillvalue="none")
+        number, (old, new) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise ValueError(
+            f"{checkpoint.parent} holds an unfinished run with other classes (number {number} was {old!r} and is "
+            f"now {new!r}): give it its own data again, add --overwrite, or give another --output_dir"
+        )

@@ -5,8 +5,6 @@ Papers: He et al. 2021 (MAE), arXiv:2111.06377, App. A.1; Bao et al. 2021 (BEiT)
 Shapes: B images of a micro-batch, C channels, H W pixels, N images of a split, K classes.
 """
 
-import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -42,12 +40,11 @@ from modeling.image_classification import POOLINGS, add_batch_norm, build_classi
 from modeling.patches import patch_grid, standardize
 from training.mixing import Mixing
 
-from .base import Task
+from .base import Task, check_same_classes
 
 _METRICS = ("accuracy", "top5_accuracy", "balanced_accuracy", "macro_f1", "calibration_error", "loss")
 _TOP = 5
 _MOST_PROBED, _PROBE_BATCH = 5000, 64  # images whose features the head is fitted to at the start
-_UNWRITTEN_LABELS = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers leaves its default out of config.json
 _RECIPES = "(default: the recipe's)"
 _USAGE = """\
 This is a standard transformers model and needs no other code:
@@ -238,6 +235,8 @@ class ClassificationTask(Task):
 
     @torch.no_grad()
     def fit_head(self, model: Any, device: torch.device) -> str | None:
+        if self.settings.schedule != "auto" or self.settings.from_scratch:
+            return None
         train, samples = self.transform(train=False), self.splits.by_name["train"]
         images = ImageDataset(samples, train, seed=self.settings.seed)
         chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:_MOST_PROBED]
@@ -259,16 +258,7 @@ class ClassificationTask(Task):
         return f"the head starts as a logistic regression on frozen features of {len(chosen):,} images{found}"
 
     def check_checkpoint(self, checkpoint: Path) -> None:
-        saved = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        names = saved.get("id2label", _UNWRITTEN_LABELS)
-        before = tuple(names[str(number)] for number in range(len(names)))
-        if before != self.class_names:
-            pairs = itertools.zip_longest(before, self.class_names, fillvalue="none")
-            number, (old, new) = next((n, pair) for n, pair in enumerate(pairs) if pair[0] != pair[1])
-            raise ValueError(
-                f"{checkpoint.parent} holds an unfinished run with other classes (number {number} was {old!r} and is "
-                f"now {new!r}): give it its own data again, add --overwrite, or give another --output_dir"
-            )
+        check_same_classes(checkpoint, self.class_names)
 
     def loss(
         self, model: Any, batch: dict[str, Any], counters: tuple[int, ...] | None
@@ -327,7 +317,9 @@ class ClassificationTask(Task):
     def results(self, predictions: np.ndarray, labels: np.ndarray) -> list[dict[str, Any]]:
         return classification_results(predictions, labels, self.result_name, self.settings.seed)
 
-    def draw(self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str) -> str:
+    def draw(
+        self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
+    ) -> str:
         matrix = confusion_matrix(labels, predictions.argmax(axis=1), len(self.class_names))
         draw_confusion_matrix(matrix, self.class_names, folder / CONFUSION_FILE, title)
         return CONFUSION_FILE

@@ -302,7 +302,9 @@ class RetrievalTask(Task):
     def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return retrieval_metrics(*_embeddings(predictions), labels)
 
-    def draw(self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str) -> str:
+    def draw(
+        self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
+    ) -> str:
         images, texts = _embeddings(predictions)
         _, first = np.unique(labels, return_index=True)
         shown = first[panel_indices(len(first))]

@@ -229,7 +229,9 @@ class PatchClasses(Task):
             "pixel_accuracy": float(correct.sum() / matrix.sum()),
         }
 
-    def draw(self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str) -> str:
+    def draw(
+        self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
+    ) -> str:
         shown, last = panel_indices(len(labels)), max(len(self.splits.class_names) - 1, 1)
         masks = {"mask": labels, "predicted": self._pixels(predictions)}
         views = {name: torch.from_numpy(values[shown] / last)[:, None].float() for name, values in masks.items()}
