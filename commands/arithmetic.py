@@ -38,7 +38,7 @@ def batch_size_and_accumulation(
             f"{hardware.world_size} processes cannot share {num_images} training image(s): "
             f"start at most {num_images}, or give more images"
         )
-    wanted = batch_on_cpu if hardware.is_cpu else _BATCH_ON_GPU
+    wanted = settings.default_batch_size or (batch_on_cpu if hardware.is_cpu else _BATCH_ON_GPU)
     if settings.is_given("per_device_train_batch_size"):
         assert settings.per_device_train_batch_size != "auto", "commands.batch_size has replaced it"
         wanted = settings.per_device_train_batch_size

@@ -130,6 +130,7 @@ class TrainingSettings(DataFlags, RunFlags, TrainingFlags, Settings):
 
     uploads_at_saves: ClassVar = False  # False: --hub_strategy can only be end
     crops_per_image: ClassVar = 1  # in an epoch
+    default_batch_size: ClassVar[int | None] = None  # None: by the hardware
 
     def __post_init__(self) -> None:
         if self.license and (problem := license_problem(self.license)):

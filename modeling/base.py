@@ -166,6 +166,17 @@ class MimConfig(PreTrainedConfig):
             return FinetuneRecipe(f"finetune_beit_vit-{size}", 383)
         return FinetuneRecipe(f"finetune_mae_vit-{'huge' if width >= 1280 else size}", 224)
 
+    @classmethod
+    def segmentation_recipe(cls, encoder_config: Any) -> str:
+        """Return the file in `recipes/` with the published UPerNet settings that fit an encoder best."""
+        size = "large" if getattr(encoder_config, "hidden_size", 0) >= 1024 else "base"
+        if encoder_config.model_type == "swin":
+            return "finetune_upernet_swin-base"
+        family = encoder_config.model_type if cls is MimConfig else cls.encoder_types[0]
+        if family == "beit":
+            return f"finetune_upernet_beit_vit-{size}"
+        return "finetune_upernet_mae_vit-base"
+
     def __post_init__(self, **kwargs: Any) -> None:
         known = {field.name for field in fields(self)}
         for name in kwargs:

@@ -72,6 +72,11 @@ class Beit2Config(BeitMimConfig):
         size = "large" if getattr(encoder_config, "hidden_size", 0) >= 1024 else "base"
         return FinetuneRecipe(f"finetune_beit2_vit-{size}", 383)
 
+    @classmethod
+    def segmentation_recipe(cls, encoder_config: Any) -> str:
+        """Return the authors' settings for ADE20K."""
+        return f"finetune_upernet_beit2_vit-{'large' if getattr(encoder_config, 'hidden_size', 0) >= 1024 else 'base'}"
+
 
 class Beit2ForPreTraining(BeitForPreTraining):
     """A BEiT with blocks that predict the masked patches a second time, from early patches and the class token.

@@ -116,6 +116,11 @@ class IbotConfig(MultiCropConfig, AttentionMasksConfig):
         """Return the number of prototypes; one for each image would only tell single images apart."""
         return {"num_prototypes": min(cls.max_prototypes, max(64, 2 ** (num_images // 10).bit_length() // 2))}
 
+    @classmethod
+    def segmentation_recipe(cls, encoder_config: Any) -> str:
+        """Return the authors' settings for ADE20K."""
+        return f"finetune_upernet_ibot_vit-{'base' if getattr(encoder_config, 'hidden_size', 0) > 384 else 'small'}"
+
     @property
     def views(self) -> tuple[View, ...]:
         """Without the local crops if there is no loss of the class token, which alone compares them."""

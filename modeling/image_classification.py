@@ -103,7 +103,7 @@ def build_classifier(
     Raises:
         ValueError: If this type of classifier does not support the pooling, the image size or drop path.
     """
-    config = _classifier_config(encoder.config, image_size, pooling)
+    config = encoder_config_for(encoder.config, image_size, pooling)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     config.problem_type = "single_label_classification"
@@ -114,7 +114,7 @@ def build_classifier(
     classes: dict[str, Any] = {"beit": BeitClassifier, "swin": SwinClassifier}
     build = classes.get(config.model_type, AutoModelForImageClassification.from_config)
     classifier: PreTrainedModel = build(config)
-    _copy_weights(classifier, encoder)
+    copy_encoder(classifier.base_model, encoder)
     head: Any = classifier.classifier
     # 2e-5 is MAE's, and 0.02 times BEiT's factor of 0.001.
     nn.init.trunc_normal_(head.weight, std=0.02 if config.model_type == "swin" else 2e-5)
@@ -179,7 +179,8 @@ def _shared(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _SHARED_BY_VIT_AND_BEIT}
 
 
-def _classifier_config(encoder_config: PreTrainedConfig, image_size: int, pooling: str) -> PreTrainedConfig:
+def encoder_config_for(encoder_config: PreTrainedConfig, image_size: int, pooling: str) -> PreTrainedConfig:
+    """Return the config of the class that the encoder becomes for fine-tuning, for square color images."""
     possible = POOLINGS[encoder_config.model_type]
     if pooling not in possible:
         expected = " or ".join(map(repr, possible))
@@ -211,31 +212,29 @@ def _window_size(config: PreTrainedConfig, image_size: int) -> int:
     return int(config.window_size if rest else window)
 
 
-def _copy_weights(classifier: PreTrainedModel, encoder: PreTrainedModel) -> None:
+def copy_encoder(model: Any, encoder: PreTrainedModel) -> None:
     """Copy the encoder's weights: resize position tables, copy a shared table to every block, and extend the patch
     projection of a grayscale encoder to RGB so that it sees the grayscale version of an image.
     """
-    target = classifier.base_model.state_dict()
+    target = model.state_dict()
     state = dict(encoder.state_dict())
     shared = state.pop("shared_position_bias.relative_position_bias_table", None)
     for name, wanted in target.items():
         if name.endswith("relative_position_bias_table"):
             table = state.get(name, shared)
             assert table is not None, name
-            state[name] = _resized_bias(table, wanted, num_extra=0 if classifier.config.model_type == "swin" else 3)
+            state[name] = _resized_bias(table, wanted, num_extra=0 if model.config.model_type == "swin" else 3)
         elif name.endswith("position_embeddings"):
-            grids = [
-                patch_grid(config.image_size, config.patch_size) for config in (encoder.config, classifier.config)
-            ]
+            grids = [patch_grid(config.image_size, config.patch_size) for config in (encoder.config, model.config)]
             state[name] = resize_positions(state[name], *grids)
         elif name.endswith("patch_embeddings.projection.weight") and state[name].shape[1] == 1:
             state[name] = gray_to_rgb(state[name])
-    missing, unexpected = classifier.base_model.load_state_dict(state, strict=False)
-    dropped = ("embeddings.mask_token", "pooler.", "layernorm.")  # unused by some classifiers
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    dropped = ("embeddings.mask_token", "pooler.", "layernorm.")  # unused by some models
     added = ("pooler.layernorm.", "layernorm.")  # the norm before the head is new if the encoder ends without one
     left = [name for name in unexpected if not name.startswith(dropped) and not name.endswith(".k_proj.bias")]
     new = [name for name in missing if not name.startswith(added) and "position_index" not in name]
-    assert not left, f"the classifier has no parameters for these weights: {left}"
+    assert not left, f"the model has no parameters for these weights: {left}"
     assert not new, f"the encoder lacks these weights: {new}"
 
 

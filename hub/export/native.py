@@ -35,7 +35,7 @@ def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[st
     """
     as_native = getattr(encoder, "as_native", None)  # of an encoder that leaves as another class
     config, weights = as_native() if as_native else (copy.deepcopy(encoder.config), encoder.state_dict())
-    _record_origin(config, method, recipe)
+    record_origin(config, method, recipe)
     if config.model_type in ("vit", "deit"):
         # AutoModel always builds a pooler. With an identity nothing is random: pooler_output is the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
@@ -146,7 +146,7 @@ def export_native(
     classifies, config = hasattr(model, "classifier"), model.config
     with replacing(Path(output_dir)) as scratch:
         if classifies:
-            _record_origin(model.config, method, recipe)
+            record_origin(model.config, method, recipe)
             model.save_pretrained(scratch)
             size = model.config.image_size
             if not resize_to and isinstance(size, int) and size < 384:
@@ -178,7 +178,8 @@ def replacing(output_dir: Path) -> Iterator[Path]:
             path.replace(output_dir / path.name)
 
 
-def _record_origin(config: Any, method: str | None, recipe: dict[str, Any]) -> None:
+def record_origin(config: Any, method: str | None, recipe: dict[str, Any]) -> None:
+    """Write to a config which method trained the encoder, and with which settings."""
     if method is not None:
         config.mim_method = method
     config.mim_recipe = recipe

@@ -1,0 +1,352 @@
+"""Semantic segmentation: a class for every pixel, by a UPerNet or by a linear layer on frozen patch features.
+
+Papers: Bao et al. 2021 (BEiT), arXiv:2106.08254, App. H, for UPerNet; Oquab et al. 2023 (DINOv2), arXiv:2304.07193,
+Sec. 7.4, for the linear layer.
+Shapes: B images of a micro-batch, C channels, H W pixels of a mask, S side of a crop, N images of a split, K classes.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from commands.dense_settings import DenseSettings
+from commands.flags import Range, flag
+from commands.launch import set_by
+from data.dense_views import RandomPlacement
+from data.images import ImageDataset
+from data.mask_codes import IGNORED
+from data.masked_images import MaskedSplits, open_masked_splits
+from data.segmentation import EvalViews, TrainViews, collate_padded, window_boxes
+from data.size_schedule import Transform
+from evaluation.iou import class_ious, mean_iou, pixel_confusion
+from evaluation.segmentation_pictures import Segmentation, draw_segmentations, ranked
+from hub.export.segmentation import export_segmenter
+from hub.model_card import TaskCard
+from modeling import CONFIGS, MimConfig
+from modeling.linear_segmentation import FAMILIES as LINEAR_FAMILIES
+from modeling.linear_segmentation import build_linear_segmenter, native_linear_segmenter
+from modeling.patches import patch_grid, standardize
+from modeling.segmentation import FAMILIES, build_segmenter, check_family, native_segmenter
+
+from .base import Task, check_same_classes
+
+FIGURE_FILE, CLASSES_FILE = "segmentations.png", "class_iou.json"
+_NUM_CALIBRATED, _CALIBRATION_BATCH = 32, 16  # images whose statistics the head has
+_MOST_WEIGHT = 10.0  # of a rare class, relative to an average pixel
+_USAGE = """\
+This is a standard transformers model and needs no other code. It resizes an image to the size that it was trained at:
+
+```python
+from transformers import pipeline
+
+checkpoint = ""
+segment = pipeline("image-segmentation", model=checkpoint)
+for part in segment("photo.jpg"):
+    print(part["label"], part["mask"])
+```
+
+Without the pipeline:
+
+```python
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+checkpoint = ""
+processor = AutoImageProcessor.from_pretrained(checkpoint)
+model = AutoModelForSemanticSegmentation.from_pretrained(checkpoint).eval()
+
+image = Image.open("photo.jpg").convert("RGB")
+inputs = processor(image, return_tensors="pt")
+with torch.no_grad():
+    outputs = model(**inputs)
+(classes,) = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])
+```
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationFlags:
+    title: ClassVar = "segmentation"
+
+    class_file: str | None = flag(
+        None,
+        "a text file with the name of a class on each line, and its color if masks have colors, as `road #804080` or "
+        "`road 128 64 128` (default: classes.txt beside the images; without one, the values in the masks)",
+    )
+    ignore_index: int = flag(
+        255,
+        "value in masks of pixels that do not count; with 0, the classes of a file are numbered from 1",
+        Range(lambda x: 0 <= x <= 65535, "0 to 65535"),
+    )
+    mask_column: str | None = flag(None, "column with the masks, if the data is a table (default: found by name)")
+    class_weights: Literal["none", "balanced"] = flag(
+        "none", "none, or balanced: a pixel of a rare class has a larger weight, by the root of its class's share"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationSettings(DenseSettings, SegmentationFlags):
+    """Settings of the task."""
+
+    dataset: list[str] = flag(
+        [],
+        "a folder of images/ and masks/ with the same file names (with train/ and val/ above or below them, or "
+        "without), or a table or Hub id with a column of images and one of masks",
+    )
+    metric_for_best_model: str = flag("mean_iou", "mean_iou, pixel_accuracy, mean_accuracy or loss")
+
+    @classmethod
+    def recipe_for(cls, encoder_config: PreTrainedConfig, mode: str) -> str:
+        check_family(encoder_config, LINEAR_FAMILIES if mode == "linear" else FAMILIES)
+        if mode == "linear":
+            return "finetune_segmentation_linear"
+        method = CONFIGS.get(getattr(encoder_config, "mim_method", ""), MimConfig)
+        return method.segmentation_recipe(encoder_config)
+
+
+@dataclass(frozen=True)
+class SegmentationTask(Task):
+    """Semantic segmentation with the UPerNet of transformers."""
+
+    settings_class = SegmentationSettings
+    label_names = ("num_counted_pixels",)
+    has_views_of_one_size = False
+
+    settings: SegmentationSettings
+    splits: MaskedSplits
+
+    # ---- data ----
+
+    @classmethod
+    def open_splits(cls, settings: SegmentationSettings) -> MaskedSplits:
+        return open_masked_splits(
+            settings.dataset,
+            class_file=settings.class_file,
+            ignore_index=settings.ignore_index,
+            mask_column=settings.mask_column,
+            validation_fraction=settings.validation_fraction,
+            max_bad_fraction=settings.max_bad_fraction,
+            seed=settings.seed,
+            checks=settings.check_images,
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.splits.class_names
+
+    def transform(self, train: bool) -> Transform:
+        settings, side = self.settings, self.settings.image_size
+        interpolation = Image.Resampling[settings.interpolation.upper()]
+        if not train:
+            return EvalViews(side, self.splits.codes, interpolation=interpolation)
+        fill = tuple(round(255 * value) for value in self._rgb_mean)
+        placement = RandomPlacement((side, side), settings.resize_scale)
+        return TrainViews(placement, self.splits.codes, fill, interpolation)
+
+    @property
+    def _rgb_mean(self) -> list[float]:
+        mean = list(self.image_stats["image_mean"])
+        return mean * 3 if len(mean) == 1 else mean
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return super().collate(items) if "num_counted_pixels" not in items[0] else collate_padded(items)
+
+    # ---- model ----
+
+    def build_model(self) -> PreTrainedModel:
+        settings, side = self.settings, self.settings.image_size
+        if settings.mode == "linear":
+            return build_linear_segmenter(self.open_encoder(), self.class_names, image_size=side)
+        with set_by(drop_path_rate="drop_path"):
+            return build_segmenter(
+                self.open_encoder(), self.class_names, image_size=side, drop_path_rate=settings.drop_path
+            )
+
+    def fit_head(self, model: Any, device: torch.device) -> str | None:
+        images = ImageDataset(self.splits.by_name["train"], self.transform(train=True), seed=self.settings.seed)
+        order = np.random.default_rng(self.settings.seed).permutation(len(images))
+        chosen = np.resize(order, max(2, min(len(order), _NUM_CALIBRATED)))
+        stats = torch.tensor(list(self.image_stats.values()), device=device)
+
+        def batches() -> Iterator[Tensor]:
+            for indices in np.array_split(chosen, -(-len(chosen) // _CALIBRATION_BATCH)):
+                batch = self.collate(images.__getitems__(indices.tolist()))
+                yield standardize(batch["pixel_values"].to(device), *stats)
+
+        model.to(device).calibrate(batches())
+        return f"the head's features are standardized by {len(set(chosen.tolist()))} training images"
+
+    def check_checkpoint(self, checkpoint: Path) -> None:
+        check_same_classes(checkpoint, self.class_names)
+
+    def loss(
+        self, model: Any, batch: dict[str, Any], counters: tuple[int, ...] | None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        if counters is None:
+            return self._evaluate(model, batch)
+        outputs, labels = model(batch["pixel_values"]), batch["labels"].long()  # (B, S, S)
+        weights = self._weights.to(labels.device) if self._weights is not None else None
+        own = getattr(model, "module", model)  # of DDP
+        total = torch.zeros((), device=labels.device)
+        for share, logits in own.losses(outputs):
+            total = total + share * nn.functional.cross_entropy(
+                logits.float(), labels, weight=weights, ignore_index=IGNORED, reduction="sum"
+            )
+        # By all pixels, also those that do not count: a step then does not depend on how images are spread over it.
+        return total / labels.numel(), {}
+
+    @cached_property
+    def _weights(self) -> Tensor | None:
+        return class_weights(self.splits.pixels) if self.settings.class_weights == "balanced" else None
+
+    def _evaluate(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the mean over the images of their loss per pixel, and their confusion matrices int32 (B, K, K)."""
+        losses, matrices = [], []
+        for index, image in enumerate(batch["pixel_values"]):
+            height, width = batch["sizes"][index].tolist()
+            rows, columns = batch["mask_sizes"][index].tolist()
+            labels = batch["labels"][index, :rows, :columns]  # (H, W)
+            logits = self.scores(model, image[:, :height, :width], (rows, columns), len(batch["pixel_values"]))
+            losses.append(nn.functional.cross_entropy(logits[None], labels[None].long(), ignore_index=IGNORED))
+            found = logits.argmax(0).cpu().numpy()
+            matrices.append(pixel_confusion(labels.cpu().numpy(), found, len(self.class_names)))
+        confusion = torch.from_numpy(np.stack(matrices).astype(np.int32)).to(batch["pixel_values"].device)
+        return torch.stack(losses).mean(), {"confusion": confusion}
+
+    def scores(self, model: Any, image: Tensor, size: tuple[int, int], batch_size: int) -> Tensor:
+        """Return the scores (K, H, W) of a standardized image (C, h, w), means over the windows that cover it."""
+        side = self.settings.image_size
+        corners = window_boxes(*image.shape[-2:], side)
+        windows = torch.stack([image[:, top : top + side, left : left + side] for top, left in corners])
+        scores = torch.cat([model(part)["logits"].float() for part in windows.split(batch_size)])
+        if len(corners) > 1:
+            total = scores.new_zeros(scores.shape[1], *image.shape[-2:])
+            count = scores.new_zeros(image.shape[-2:])
+            for (top, left), each in zip(corners, scores, strict=True):
+                total[:, top : top + side, left : left + side] += each
+                count[top : top + side, left : left + side] += 1
+            scores = (total / count)[None]
+        return nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)[0]
+
+    # ---- description ----
+
+    def notes(self) -> list[str]:
+        config, side = self.encoder_config, self.settings.image_size
+        if config.model_type != "swin":
+            return []
+        last = side // config.patch_size // 2 ** (len(config.depths) - 1)
+        if last > config.window_size:
+            return []
+        return [
+            f"the last stage of the Swin has {last} x {last} patches, not more than its window of {config.window_size}"
+            ": in a backbone, transformers shifts windows there too, unlike in pre-training; use a larger --image_size"
+        ]
+
+    def plan_rows(self) -> dict[str, str]:
+        settings, size = self.settings, self.settings.image_size
+        rows, columns = patch_grid(size, self.encoder_config.patch_size)
+        low, high = settings.resize_scale
+        head = "a linear layer on frozen patches" if settings.mode == "linear" else "UPerNet"
+        views = [f"resized by {low:g} to {high:g}", "cropped", "flipped half the time", "colors changed"]
+        weighted = ", weighted by rarity" if settings.class_weights == "balanced" else ""
+        return {
+            "input": f"{size} x {size} pixels, {rows} x {columns} patches; {head}",
+            "classes": f"{len(self.class_names):,}{weighted}",
+            "views": ", ".join(views) + (f", drop path {settings.drop_path:g}" if settings.drop_path else ""),
+        }
+
+    def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
+        return [f"validation mean IoU {logs['eval_mean_iou']:.1%}"] if "eval_mean_iou" in logs else []
+
+    # ---- results ----
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("mean_iou", "pixel_accuracy", "mean_accuracy", "loss")
+
+    def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        return segmentation_metrics(predictions.astype(np.int64).sum(0))
+
+    def draw(
+        self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
+    ) -> str:
+        self._write_class_ious(predictions.astype(np.int64).sum(0), folder)
+        scores = mean_iou(predictions)
+        rows = [
+            self._segmentation(dataset, position, model, f"{name}: mean IoU {scores[position]:.2f}")
+            for name, position in ranked(scores)
+        ]
+        draw_segmentations(rows, self.class_names, folder / FIGURE_FILE, title)
+        return FIGURE_FILE
+
+    def _write_class_ious(self, confusion: np.ndarray, folder: Path) -> None:
+        ious, pixels = class_ious(confusion), confusion.sum(1)
+        rows = [
+            {"class": name, "iou": None if np.isnan(iou) else round(float(iou), 5), "pixels": int(number)}
+            for name, iou, number in zip(self.class_names, ious, pixels, strict=True)
+        ]
+        (folder / CLASSES_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+    @torch.no_grad()
+    def _segmentation(self, dataset: Any, position: int, model: Any, title: str) -> Segmentation:
+        item = dataset[position]
+        device = next(model.parameters()).device
+        stats = torch.tensor(list(self.image_stats.values()), device=device)
+        image, mask = item["pixel_values"], item["labels"].numpy()
+        found = self.scores(model, standardize(image.to(device), *stats), mask.shape, 1).argmax(0)
+        pixels = nn.functional.interpolate(image[None].float(), mask.shape, mode="bilinear")[0]
+        shown = pixels.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()
+        return Segmentation(shown, mask, found.cpu().numpy().astype(np.uint8), title)
+
+    # ---- export ----
+
+    def export(self, model: Any, folder: Path) -> None:
+        method, recipe = self.pretraining
+        native = native_linear_segmenter(model.cpu()) if self.settings.mode == "linear" else native_segmenter(model)
+        resample = int(Image.Resampling[self.settings.interpolation.upper()])
+        export_segmenter(native, folder, method=method, recipe=recipe, resample=resample, **self.image_stats)
+
+    def card(self) -> TaskCard:
+        return TaskCard(
+            pipeline_tag="image-segmentation",
+            kind=f"A semantic segmentation into {len(self.class_names)} classes",
+            usage=_USAGE,
+            limitations="Intended for images like those it was fine-tuned on; it assigns one of the classes above to "
+            "every pixel. The results are of images with their proportions kept, in windows that overlap.",
+            caption="Best, median and worst images",
+            classes=self.class_names,
+        )
+
+    def how_to_open(self, folder: Path) -> str:
+        return f'pipeline("image-segmentation", model="{folder}") opens it'
+
+
+def class_weights(pixels: np.ndarray) -> Tensor:
+    """Return weights (K,) by the inverse square root of the number of pixels (K,), with a mean of 1 over the pixels.
+
+    A class that does not occur has the weight 0, and none has more than ten times the mean.
+    """
+    weights = np.where(pixels > 0, np.maximum(pixels, 1) ** -0.5, 0.0)
+    weights /= (weights * pixels).sum() / pixels.sum()
+    return torch.tensor(weights.clip(max=_MOST_WEIGHT), dtype=torch.float32)
+
+
+def segmentation_metrics(confusion: np.ndarray) -> dict[str, float]:
+    """Return the metrics of a confusion matrix (K, K) with true classes as rows."""
+    correct, true = confusion.diagonal(), confusion.sum(1)
+    occurs = true > 0
+    return {
+        "mean_iou": float(mean_iou(confusion)),
+        "pixel_accuracy": float(correct.sum() / max(confusion.sum(), 1)),
+        "mean_accuracy": float((correct[occurs] / true[occurs]).mean()) if occurs.any() else 0.0,
+    }

@@ -1,0 +1,126 @@
+"""Native models for segmentation compute the features of the encoders, and the exported ones the same scores."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import BeitConfig, SwinConfig, ViTConfig
+
+from modeling.encoders import BeitEncoder, SwinEncoder
+from modeling.linear_segmentation import build_linear_segmenter, native_linear_segmenter
+from modeling.mae import MaeEncoder
+from modeling.segmentation import build_segmenter, native_segmenter, taps
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+CLASSES = ("sky", "sea", "sand")
+
+
+def encoder_of(kind: str):
+    torch.manual_seed(0)
+    if kind == "vit":
+        encoder = MaeEncoder(ViTConfig(**SIZES), add_pooling_layer=False)
+        for layer in encoder.layers:
+            torch.nn.init.normal_(layer.attention.k_proj.bias)  # which a BEiT does not have
+    elif kind == "beit":
+        encoder = BeitEncoder(BeitConfig(**SIZES, use_mask_token=True, use_shared_relative_position_bias=True))
+        torch.nn.init.normal_(encoder.shared_position_bias.relative_position_bias_table)
+    else:
+        stages = {"embed_dim": 16, "depths": [2, 2, 2], "num_heads": [2, 4, 4], "window_size": 2}
+        encoder = SwinEncoder(SwinConfig(**stages, image_size=32, patch_size=2))  # 4 x 4 patches in the last stage
+    return encoder.eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit"])
+def test_carrier__of_upernet_computes_the_features_of_all_blocks(kind, images):
+    encoder = encoder_of(kind)
+    segmenter = build_segmenter(encoder, CLASSES, image_size=32, drop_path_rate=0.1).eval()
+    states = encoder(images, output_hidden_states=True).hidden_states
+    backbone = segmenter.backbone
+    found = backbone.beit(images, output_hidden_states=True).hidden_states
+    assert backbone.config.out_indices == [1, 2, 3, 4]
+    for expected, state in zip(states, found, strict=True):
+        assert_close(state, expected, atol=1e-5, rtol=1e-5)
+    patches = states[3][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    assert_close(backbone(images).feature_maps[2], patches, atol=1e-5, rtol=1e-5)  # the level without resampling
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit", "swin"])
+def test_linear_carrier__computes_the_last_features(kind, images):
+    encoder = encoder_of(kind)
+    segmenter = build_linear_segmenter(encoder, CLASSES, image_size=32).eval()
+    (features,) = segmenter.backbone(images).feature_maps
+    if kind == "vit":
+        expected = encoder(images).last_hidden_state[:, 1:]
+    elif kind == "beit":  # before its last norm
+        expected = encoder(images, output_hidden_states=True).hidden_states[-1][:, 1:]
+    else:
+        expected = encoder(images).last_hidden_state
+    assert_close(features.flatten(2).transpose(1, 2), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit", "swin"])
+def test_native__linear_model_is_a_upernet_with_the_same_scores(kind, images):
+    segmenter = build_linear_segmenter(encoder_of(kind), CLASSES, image_size=32)
+    segmenter.calibrate([images])
+    (features,) = segmenter.backbone(images).feature_maps
+    standardized = (features - segmenter.mean) * segmenter.scale
+    assert_close(standardized.mean((0, 2, 3)), torch.zeros(features.shape[1]), atol=1e-4, rtol=0)
+    assert_close(standardized.var((0, 2, 3), correction=0), torch.ones(features.shape[1]), atol=1e-2, rtol=0)
+    expected = segmenter(images)["logits"]
+    assert expected.abs().max() > 1e-3
+    assert_close(native_linear_segmenter(segmenter)(images).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_native__upernet_has_the_same_scores(kind, images):
+    segmenter = build_segmenter(encoder_of(kind), CLASSES, image_size=32, drop_path_rate=0.1)
+    segmenter.calibrate([images])
+    outputs = segmenter.train()(images)
+    assert len(list(segmenter.losses(outputs))) == 2
+    segmenter.eval()
+    assert_close(native_segmenter(segmenter)(images).logits, segmenter(images)["logits"], atol=1e-5, rtol=1e-5)
+
+
+def test_calibration__standardizes_every_layer_and_stays_fixed(images):
+    segmenter = build_segmenter(encoder_of("vit"), CLASSES, image_size=32, drop_path_rate=0.0)
+    segmenter.calibrate([images])
+    norm = segmenter.decode_head.fpn_bottleneck.batch_norm
+    outputs = []
+    norm.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    mean = norm.running_mean.clone()
+    segmenter.train()(images)
+    assert outputs[0].mean().abs() < 0.05
+    assert 0.5 < outputs[0].std() < 1.5
+    assert torch.equal(norm.running_mean, mean)
+    # A step does not depend on how its images are spread over micro-batches.
+    parts = torch.cat([segmenter(image[None])["logits"] for image in images])
+    assert_close(parts, segmenter(images)["logits"], atol=1e-4, rtol=1e-4)
+
+
+def test_training__reaches_every_parameter(images):
+    for kind in ("vit", "beit", "swin"):
+        segmenter = build_segmenter(encoder_of(kind), CLASSES, image_size=32, drop_path_rate=0.0)
+        segmenter.calibrate([images])
+        outputs = segmenter.train()(images)
+        sum(logits.square().sum() for _, logits in segmenter.losses(outputs)).backward()
+        without = [name for name, p in segmenter.named_parameters() if p.requires_grad and p.grad is None]
+        assert not without
+
+
+def test_taps__are_those_of_the_papers():
+    assert taps(12) == [4, 6, 8, 12]
+    assert taps(24) == [8, 12, 16, 24]
+    assert taps(5) == [1, 2, 4, 5]
+    with pytest.raises(ValueError, match="has 3 blocks"):
+        taps(3)
