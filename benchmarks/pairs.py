@@ -34,7 +34,7 @@ from transformers import AutoModelForPreTraining, AutoTokenizer
 
 import modeling  # noqa: F401  # registers the methods
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
-from benchmarks.tuxstamps import Stamp, _number, draw, find_stamps
+from benchmarks.tuxstamps import Stamp, draw, find_stamps, number_of
 from data.collators import MaskingCollator
 from data.text_batches import MixedCollator
 from data.text_tokens import TextTokens
@@ -136,7 +136,7 @@ def scenes(stamps: list[Stamp], backgrounds: list[Image.Image], split: str) -> I
 
 
 def drawings(root: Path, split: str) -> Iterator[Pair]:
-    files = sorted((root / _CLIPART).rglob("*.png"), key=lambda file: _number(file.stem))
+    files = sorted((root / _CLIPART).rglob("*.png"), key=lambda file: number_of(file.stem))
     num_found = 0
     for file in files:
         text = " ".join(re.findall(r"[a-z]+", file.stem.lower()))
@@ -166,7 +166,7 @@ def emoji(root: Path, split: str) -> Iterator[Pair]:
 
 
 def is_test(name: str) -> bool:
-    return _number(name) % 1000 < 1000 * _TEST_SHARE
+    return number_of(name) % 1000 < 1000 * _TEST_SHARE
 
 
 def on_white(image: Image.Image) -> Image.Image:

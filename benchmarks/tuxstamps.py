@@ -110,7 +110,7 @@ def main() -> None:
             "--help, or give the folder with the unpacked packages as --root"
         )
     crops = {name: list(tiles(file)) for name, file in files.items()}
-    validation = {name for name in crops if _number(_place(name)) % 6 == 0}
+    validation = {name for name in crops if number_of(place_of(name)) % 6 == 0}
     splits = {
         "train": interleave({name: crops[name] for name in crops if name not in validation}, _NUM_CROPS),
         "test": interleave({name: crops[name] for name in validation}, _NUM_CROPS // 4),
@@ -185,14 +185,17 @@ def tiles(file: Path) -> Iterator[Crop]:
 def interleave(crops: Mapping[str, Sequence[Crop]], num_crops: int) -> list[Crop]:
     """Take one crop of each photograph in turn, so that large photographs do not dominate."""
     queues = [
-        [Crop(f"{name}_{crop.name}", crop.image) for crop in sorted(crops[name], key=lambda each: _number(each.name))]
+        [
+            Crop(f"{name}_{crop.name}", crop.image)
+            for crop in sorted(crops[name], key=lambda each: number_of(each.name))
+        ]
         for name in sorted(crops)
     ]
     rounds = itertools.zip_longest(*queues)
     return list(itertools.islice((crop for each in rounds for crop in each if crop is not None), num_crops))
 
 
-def _place(photograph: str) -> str:
+def place_of(photograph: str) -> str:
     """Return the same name for all photographs of a place, which must be in the same split."""
     package, name = photograph.split("_", 1)
     series = re.match(r"[A-Za-z]+", name) if package == "mvtbdata" else None
@@ -233,7 +236,7 @@ def hold_out(stamps: Sequence[Stamp], share: float, salt: str) -> set[Stamp]:
     for name in _CLASSES:
         of_class = [stamp for stamp in stamps if stamp.class_name == name]
         room = round(share * len(of_class))
-        for series in sorted({stamp.series for stamp in of_class}, key=lambda each: _number(f"{salt}{name}/{each}")):
+        for series in sorted({stamp.series for stamp in of_class}, key=lambda each: number_of(f"{salt}{name}/{each}")):
             members = {stamp for stamp in of_class if stamp.series == series}
             if len(members) <= room:
                 room -= len(members)
@@ -243,20 +246,25 @@ def hold_out(stamps: Sequence[Stamp], share: float, salt: str) -> set[Stamp]:
 
 def draw(stamp: Stamp, view: int, backgrounds: Sequence[Image.Image], size: int = SIZE) -> Image.Image:
     """Paste a stamp at a random position on a random background; drawn at twice the size, then reduced to it."""
-    rng = np.random.RandomState(_number(f"{stamp.key}|{view}") % 2**32)
+    rng = np.random.RandomState(number_of(f"{stamp.key}|{view}") % 2**32)
     side = 2 * size
     background = backgrounds[rng.randint(len(backgrounds))]
     crop = rng.uniform(0.5, 1) * min(background.size)
     x, y = rng.uniform(0, background.width - crop), rng.uniform(0, background.height - crop)
     image = background.resize((side, side), Image.Resampling.BILINEAR, box=(x, y, x + crop, y + crop))
     image = _flip_randomly(image, rng)
-    cut_out = Image.open(stamp.file).convert("RGBA")
-    cut_out = cut_out.crop(cut_out.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())
+    cut_out = cut(stamp)
     scale = rng.uniform(0.6, 0.98) * side / max(cut_out.size)
     sides = max(2, round(cut_out.width * scale)), max(2, round(cut_out.height * scale))
     cut_out = _flip_randomly(cut_out.resize(sides, Image.Resampling.LANCZOS), rng)
     image.paste(cut_out, (rng.randint(side - sides[0] + 1), rng.randint(side - sides[1] + 1)), cut_out)
     return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def cut(stamp: Stamp) -> Image.Image:
+    """Return the smallest part of a stamp that holds all of it, in mode RGBA."""
+    cut_out = Image.open(stamp.file).convert("RGBA")
+    return cut_out.crop(cut_out.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox())
 
 
 def write_tuning(folder: Path, stamps: Sequence[Stamp]) -> None:
@@ -281,7 +289,7 @@ def _by_class(stamps: Sequence[Stamp] | set[Stamp]) -> str:
     return ", ".join(f"{number} {name}" for name, number in counts)
 
 
-def _number(text: str) -> int:
+def number_of(text: str) -> int:
     """Hash a text to a number, the same on every platform."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big")
 

@@ -34,7 +34,9 @@ class DenseSettings(FinetuneSettings, DenseFlags):
         within=COUNT,
         words=("auto",),
     )
-    crop_scale: tuple[float, float] | None = flag(None, "no effect with masks or boxes; see --resize_scale")
+    crop_scale: tuple[float, float] | None = flag(  # type: ignore[assignment]
+        None, "no effect with masks or boxes; see --resize_scale"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

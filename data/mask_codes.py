@@ -145,9 +145,9 @@ def codes_from_masks(masks: Iterable[bytes | Path], ignore_index: int, title: st
     if not is_color and found == {0, 255}:
         codes = MaskCodes(("background", "foreground"), (0, 255), False, ())
         return codes, f"classes: 0 is background and 255 is foreground, as all masks in {title} have these values only"
-    values = sorted(found - ({ignore_index} if not is_color else set()))
-    names = [f"#{value:06x}" if is_color else str(value) for value in values]
-    codes = _checked(names, values, is_color, [] if is_color else [ignore_index], title)
+    kept = sorted(found if is_color else found - {ignore_index})
+    names = [f"#{value:06x}" if is_color else str(value) for value in kept]
+    codes = _checked(names, kept, is_color, [] if is_color else [ignore_index], title)
     shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
     what = "colors" if is_color else "numbers"
     return codes, f"classes: the {len(names)} {what} in the masks ({shown}); {CLASS_FILE} can name them"

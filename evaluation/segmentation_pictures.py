@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from evaluation.iou import IGNORED
+from data.mask_codes import IGNORED
 
 _CELL, _GAP, _MARGIN, _LINE, _FONT_SIZE, _SWATCH = 224, 8, 16, 18, 14, 12  # pixels
 _INK = "#1a1a1a"

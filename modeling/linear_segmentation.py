@@ -23,6 +23,7 @@ from transformers import (
     UperNetConfig,
     UperNetForSemanticSegmentation,
 )
+from transformers import initialization as init
 from transformers.models.upernet.modeling_upernet import UperNetPreTrainedModel
 from transformers.utils import ModelOutput
 
@@ -56,14 +57,15 @@ class LinearSegmenter(UperNetPreTrainedModel):
         (width,) = self.backbone.channels
         self.register_buffer("mean", torch.zeros(1, width, 1, 1))
         self.register_buffer("scale", torch.ones(1, width, 1, 1))
-        self.classifier = nn.Conv2d(width, config.num_labels, 1)
+        num_classes: Any = config.num_labels
+        self.classifier = nn.Conv2d(width, num_classes, 1)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self.classifier:
-            nn.init.normal_(self.classifier.weight, std=_INIT_STD)
-            nn.init.zeros_(self.classifier.bias)
+            init.normal_(self.classifier.weight, std=_INIT_STD)
+            init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
 
     @property
     def base_model(self) -> nn.Module:
@@ -113,8 +115,8 @@ def build_linear_segmenter(encoder: PreTrainedModel, labels: Sequence[str], *, i
     else:
         copy_encoder(segmenter.base_model, encoder)
     if config.model_type == "swin":
-        last: Any = segmenter.backbone.hidden_states_norms[config.stage_names[-1]]
-        last.load_state_dict(encoder.layernorm.state_dict())
+        own, its = segmenter.get_submodule(f"backbone.hidden_states_norms.{config.stage_names[-1]}"), encoder.layernorm
+        own.load_state_dict(its.state_dict())  # type: ignore[union-attr]
     return segmenter
 
 
@@ -162,7 +164,8 @@ def native_linear_segmenter(segmenter: LinearSegmenter) -> UperNetForSemanticSeg
     native.backbone.load_state_dict(segmenter.backbone.state_dict(), strict=True)
     head: Any = native.decode_head
     weight = segmenter.classifier.weight[:, :, 0, 0] * segmenter.scale[0, :, 0, 0]  # (K, D)
-    bias = segmenter.classifier.bias - weight @ segmenter.mean[0, :, 0, 0]
+    old_bias: Any = segmenter.classifier.bias
+    bias = old_bias - weight @ segmenter.mean[0, :, 0, 0]
     num_classes, width = weight.shape
     for module in head.modules():
         if isinstance(module, nn.Conv2d):

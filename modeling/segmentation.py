@@ -33,15 +33,15 @@ class Segmenter(UperNetForSemanticSegmentation):
     """An UperNetForSemanticSegmentation with the same parameter names, for training."""
 
     base_model_prefix = "backbone"
-    input_modalities = ("image",)
 
     def __init__(self, config: UperNetConfig):
         super().__init__(config)
         backbone: Any = self.backbone
-        if config.backbone_config.model_type == "beit":
+        encoder_config: Any = config.backbone_config
+        if encoder_config.model_type == "beit":
             for layer in backbone.beit.layers:
                 if layer.relative_position_bias is not None:
-                    layer.relative_position_bias = PositionBias(config.backbone_config)
+                    layer.relative_position_bias = PositionBias(encoder_config)
         else:
             backbone.swin.layernorm.requires_grad_(False)  # unused: every stage has a norm of its own
         self.post_init()  # type: ignore[no-untyped-call]
@@ -131,8 +131,8 @@ def build_segmenter(
     segmenter = Segmenter(upernet)
     copy_encoder(segmenter.base_model, encoder)
     if is_swin:
-        last: Any = segmenter.backbone.hidden_states_norms[config.stage_names[-1]]
-        last.load_state_dict(encoder.layernorm.state_dict())
+        own, its = segmenter.get_submodule(f"backbone.hidden_states_norms.{config.stage_names[-1]}"), encoder.layernorm
+        own.load_state_dict(its.state_dict())  # type: ignore[union-attr]
     return segmenter
 
 

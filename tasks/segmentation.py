@@ -226,7 +226,7 @@ class SegmentationTask(Task):
     def scores(self, model: Any, image: Tensor, size: tuple[int, int], batch_size: int) -> Tensor:
         """Return the scores (K, H, W) of a standardized image (C, h, w), means over the windows that cover it."""
         side = self.settings.image_size
-        corners = window_boxes(*image.shape[-2:], side)
+        corners = window_boxes(image.shape[1], image.shape[2], side)
         windows = torch.stack([image[:, top : top + side, left : left + side] for top, left in corners])
         scores = torch.cat([model(part)["logits"].float() for part in windows.split(batch_size)])
         if len(corners) > 1:

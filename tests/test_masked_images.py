@@ -29,7 +29,7 @@ open_splits = partial(
 
 @pytest.fixture
 def folder(tmp_path):
-    return masked_folder(tmp_path / "labelled")
+    return masked_folder(tmp_path / "labeled")
 
 
 def test_folders__are_opened_with_their_splits_classes_and_numbers_of_pixels(folder):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from conftest import OLDEST, ROOT, SIZE, tiny_model
+from masked import masked_folder
 from PIL import Image
 from test_texts import CAPTIONS, pair_folder
 from transformers import (
@@ -114,7 +115,8 @@ def workspace(tmp_path_factory) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.symlink_to(photograph)
     Image.open(PHOTOGRAPHS[0]).save(folder / "photo.jpg")
-    export(tiny_model("mae"), folder / "out", method="mae", recipe={})
+    export(tiny_model("mae", num_hidden_layers=4), folder / "out", method="mae", recipe={})
+    masked_folder(folder / "masked")
     pair_folder(folder / "pairs")
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("\n".join(CAPTIONS))

@@ -43,9 +43,9 @@ def workspace(tmp_path_factory):
     torch.manual_seed(0)
     encoder = MaeEncoder(ViTConfig(**SIZES, image_size=32, patch_size=8), add_pooling_layer=False)
     export_native(encoder, folder / "encoder", method="mae", recipe={}, **STATS)
-    masked_folder(folder / "labelled")
+    masked_folder(folder / "labeled")
     for mode in ("finetune", "linear"):
-        finetune(folder / "encoder", folder / "labelled", folder / mode, *FLAGS, "--mode", mode)
+        finetune(folder / "encoder", folder / "labeled", folder / mode, *FLAGS, "--mode", mode)
     return folder
 
 
@@ -111,7 +111,7 @@ def interrupted(finished: Path, out: Path) -> Path:
 
 def test_resume__gives_the_same_weights(workspace, tmp_path, capsys):
     out = interrupted(workspace / "finetune", tmp_path / "resumed")
-    finetune(workspace / "encoder", workspace / "labelled", out, *FLAGS)
+    finetune(workspace / "encoder", workspace / "labeled", out, *FLAGS)
     assert f"continuing from {out / 'checkpoint-2'}" in capsys.readouterr().out
     weights, resumed = (load_file(folder / "model.safetensors") for folder in (workspace / "finetune", out))
     for name, expected in weights.items():
@@ -122,7 +122,7 @@ def test_step__does_not_depend_on_how_its_images_are_spread(workspace, tmp_path)
     """Over micro-batches or processes; the head's BatchNorms have fixed statistics."""
     flags = [*FLAGS, "--optim", "sgd", "--lr_scheduler_type", "constant", "--class_weights", "balanced"]
     flags += ["--load_best_model_at_end", "false"]
-    encoder, dataset = workspace / "encoder", workspace / "labelled"
+    encoder, dataset = workspace / "encoder", workspace / "labeled"
     one = finetune(encoder, dataset, tmp_path / "one", *flags, "--per_device_train_batch_size", "8")
     accumulated = ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]
     finetune(encoder, dataset, tmp_path / "accumulated", *flags, *accumulated)
@@ -157,7 +157,7 @@ def test_classes__of_an_unfinished_run_must_be_the_same(workspace, tmp_path, cap
     out = interrupted(workspace / "finetune", tmp_path / "out")
     (tmp_path / "names.txt").write_text("rest\nred\ngreen\n")
     flags = [*FLAGS, "--class_file", str(tmp_path / "names.txt")]
-    finetune(workspace / "encoder", workspace / "labelled", out, *flags, code=2)
+    finetune(workspace / "encoder", workspace / "labeled", out, *flags, code=2)
     assert "other classes (number 2 was 'blue' and is now 'green')" in capsys.readouterr().err
 
 

@@ -1,0 +1,147 @@
+"""Segmentation and detection of scenes: after pre-training, from random weights, and frozen features beside them.
+
+    python -m benchmarks.scenes && python -m benchmarks.efficientnet_lite0 outputs/efficientnet-lite0
+    python -m benchmarks.dense --reference outputs/efficientnet-lite0
+    python -m benchmarks.dense --encoders mae=FOLDER dino=FOLDER      # trained elsewhere, for images of --image_size
+
+Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels, then for each
+of three seeds: a UPerNet on every encoder and on random weights of the first one, and a linear layer on the frozen
+patches; for the first seed a detector. All runs of a kind have the same time (--minutes) and settings. Frozen patches
+of every encoder, of an EfficientNet-Lite0 if it is given as --reference, and raw pixels are measured by the same
+linear probe (`run_evaluation.py --dense`). Test scenes have other stamps and photographs. Writes
+benchmarks/<name>_<hardware>_<date>.md and .json. An interrupted benchmark continues.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
+from benchmarks.resumable import ROOT, Outcome, run
+
+RANDOM = "random weights"
+PROBED = "frozen linear probe"
+_KINDS = {  # name: flags, and the metrics that are reported
+    "UPerNet": (("--task", "segmentation"), ("mean_iou", "pixel_accuracy")),
+    "linear": (("--task", "segmentation", "--mode", "linear"), ("mean_iou", "pixel_accuracy")),
+    "detection": (("--task", "detection"), ("ap", "ap50")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/scenes"), help="what benchmarks.scenes wrote")
+    parser.add_argument("--methods", nargs="+", default=["mae", "dino"], help="of pre-training")
+    parser.add_argument("--encoders", nargs="*", default=[], metavar="NAME=FOLDER", help="instead of --methods")
+    parser.add_argument("--reference", type=Path, help="an encoder whose frozen patches are probed as well")
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=list(_KINDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--model", default="vit-nano")
+    parser.add_argument("--image_size", type=int, default=64)
+    parser.add_argument("--patch_size", type=int, default=8)
+    parser.add_argument("--pretraining_minutes", type=float, default=20.0)
+    parser.add_argument("--minutes", type=float, default=4.0, help="of each fine-tuning")
+    parser.add_argument("--steps", type=int, help="of every training instead of the times, for a trial")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the head; encoders have a part of it")
+    parser.add_argument("--layer_decay", type=float, default=0.75)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/dense"))
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks", help="where the report goes")
+    parser.add_argument("--name", default="dense", help="of the report")
+    options = parser.parse_args()
+    encoders = dict(each.split("=", 1) for each in options.encoders)
+    encoders = encoders or {method: str(pretrain(method, options)) for method in options.methods}
+    results: dict[str, dict[str, list[dict[str, float]]]] = {}
+    for kind in options.kinds:
+        seeds = options.seeds if kind != "detection" else options.seeds[:1]
+        rows = {**encoders, RANDOM: next(iter(encoders.values()))}
+        results[kind] = {row: [tune(kind, row, rows[row], seed, options) for seed in seeds] for row in rows}
+        write(options, results)
+    probed = encoders | ({"EfficientNet-Lite0": str(options.reference)} if options.reference else {})
+    results[PROBED] = {row: [probe(row, folder, options)] for row, folder in probed.items()}
+    write(options, results)
+
+
+def pretrain(method: str, options: argparse.Namespace) -> Path:
+    folder: Path = options.output_dir / f"encoder-{method}"
+    images = [str(options.data / "photographs"), str(options.data / "train" / "images")]
+    sizes = ["--image_size", str(options.image_size), "--patch_size", str(options.patch_size)]
+    flags = ["--method", method, "--model", options.model, *sizes, "--dataset", *images]
+    flags += ["--validation_fraction", "0.02"]
+    _checked(run("run_pretraining.py", *flags, *_length(options.pretraining_minutes, options), *_common(folder)))
+    return folder
+
+
+def tune(kind: str, row: str, encoder: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+    """Return the metrics of a fine-tuned model on the test scenes."""
+    flags, wanted = _KINDS[kind]
+    folder: Path = options.output_dir / f"{kind}-{row.replace(' ', '-')}-{seed}"
+    scratch = ["--from_scratch"] if row == RANDOM else []
+    rates = ["--learning_rate", str(options.learning_rate), "--layer_decay", str(options.layer_decay)]
+    flags = (*flags, "--model", encoder, "--dataset", str(options.data), *scratch, *rates, "--seed", str(seed))
+    size = ("--image_size", str(options.image_size), "--per_device_train_batch_size", str(options.batch_size))
+    length = _length(options.minutes, options)
+    _checked(run("run_finetune.py", *flags, *size, *length, "--eval_steps", "0.25", *_common(folder)))
+    return {name: value for name, value in _metrics(folder).items() if name in wanted}
+
+
+def probe(row: str, encoder: str, options: argparse.Namespace) -> dict[str, float]:
+    """Return the mean IoU of a linear probe of frozen patches."""
+    folder: Path = options.output_dir / f"probe-{row.replace(' ', '-')}"
+    flags = ["--dense", "--model", encoder, "--dataset", str(options.data), "--output_dir", str(folder)]
+    _checked(run("run_evaluation.py", *flags))
+    entries = json.loads((folder / "metrics.json").read_text())["results"]
+    return {entry["name"]: entry["value"] for entry in entries if entry["metric"] == "mean_iou"}
+
+
+def write(options: argparse.Namespace, results: dict[str, dict[str, list[dict[str, float]]]]) -> None:
+    """Write the report, of what is finished so far."""
+    lines = [
+        f"# Segmentation and detection of scenes, {TODAY}\n",
+        f"{hardware()}; {versions('torch', 'transformers')}. `{command('dense')}`\n",
+        f"{options.minutes:g} minutes for each fine-tuning, {options.pretraining_minutes:g} for a pre-training. Mean "
+        f"± standard deviation over seeds, on {options.data.name}'s test split, in percent.\n",
+    ]
+    for kind, rows in results.items():
+        names = list(dict.fromkeys(name for found in rows.values() for each in found for name in each))
+        lines += [f"\n## {kind}\n", f"| weights | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for row, found in rows.items():
+            cells = [_spread([each[name] for each in found if name in each]) for name in names]
+            lines.append(f"| {row} | {' | '.join(cells)} |")
+    stem = options.results / f"{options.name}_{hardware_slug()}_{TODAY}"
+    report = {"options": {name: str(value) for name, value in vars(options).items()}, "results": results}
+    write_report(stem, report, "\n".join(lines))
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    mean = 100 * statistics.mean(values)
+    return f"{mean:.1f} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def _length(minutes: float, options: argparse.Namespace) -> list[str]:
+    if options.steps:
+        return ["--max_steps", str(options.steps)]
+    return ["--time_budget", f"{round(60 * minutes)}s"]
+
+
+def _common(folder: Path) -> list[str]:
+    return ["--report_to", "none", "--save_total_limit", "1", "--output_dir", str(folder)]
+
+
+def _metrics(folder: Path) -> dict[str, Any]:
+    entries = json.loads((folder / "metrics.json").read_text())["results"]
+    return {entry["metric"]: entry["value"] for entry in entries}
+
+
+def _checked(outcome: Outcome) -> None:
+    if outcome.exit_code:
+        raise SystemExit(f"{' '.join(outcome.command)} ended with {outcome.exit_code}:\n{outcome.output}")
+
+
+if __name__ == "__main__":
+    main()
