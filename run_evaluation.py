@@ -6,26 +6,18 @@ and report.html. `--embed FILE.parquet` exports the features of unlabeled images
 
 import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
 
-import json
-import platform
-import shlex
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from commands.dense_evaluation import evaluate_dense
+from commands.evaluation_output import MAPS_FILE, METRICS_FILE, REPORT_FILE, EvaluationOutput, with_progress
 from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
 from commands.launch import has_accelerator, run
-from commands.output_folder import check_output_dir
 from commands.parsing import make_parser
 from data.bad_images import BadImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
@@ -34,16 +26,13 @@ from evaluation.embedding import write_embeddings
 from evaluation.features import FrozenEncoder, collect, untrained
 from evaluation.frozen import LOGISTIC_UP_TO, TRAINED, UNTRAINED, LabeledFeatures, evaluate_probes, measure_quality
 from evaluation.maps import feature_maps
-from evaluation.preprocessing import Batch, Preprocessor, batches, open_preprocessor
+from evaluation.preprocessing import Preprocessor, batches, open_preprocessor
 from evaluation.report import write_report
 from hub.open_model import open_model
-from hub.redaction import shorten_command, shorten_paths
-from training.callbacks import duration
+from hub.redaction import shorten_paths
 
-METRICS_FILE, REPORT_FILE, MAPS_FILE, LABELS_FILE = "metrics.json", "report.html", "feature_maps.png", "labels.txt"
-_WRITTEN_BY = "run_evaluation.py"
+LABELS_FILE = "labels.txt"
 _TEST_FRACTION = 0.2  # of a dataset without a test or validation split
-_MAX_BAD_FRACTION = 0.05
 _MAX_PATCH_BYTES = 2 * 1024**3  # of all images' patches in half precision, for the attentive probe
 _NUM_MAPS = 6
 
@@ -55,6 +44,11 @@ def main(argv: list[str]) -> None:
     encoder, preprocessor = open_encoder(settings.model, device or "cpu", settings.trust_remote_code)
     if settings.embed:
         embed(settings.embed, settings, encoder, preprocessor)
+    elif settings.dense:
+        other = settings.compare_with and open_encoder(
+            settings.compare_with, device or "cpu", settings.trust_remote_code
+        )
+        evaluate_dense(settings, (encoder, preprocessor), other or None, argv)
     else:
         evaluate(settings, encoder, preprocessor, argv)
 
@@ -83,20 +77,14 @@ def evaluate(
     settings: EvaluationSettings, encoder: FrozenEncoder, preprocessor: Preprocessor, argv: list[str]
 ) -> None:
     """Evaluate the encoder on labeled images, and write metrics and a report."""
-    started, bad = time.perf_counter(), BadImages()
     task = find_task(settings)
-    model, dataset = short_name(settings.model), "-".join(map(short_name, settings.dataset))
-    output_dir = Path(settings.output_dir or f"outputs/evaluation-{model}-{dataset}")
-    check_output_dir(output_dir)
-    file = output_dir / METRICS_FILE
-    if file.exists() and json.loads(file.read_text(encoding="utf-8")).get("written_by") != _WRITTEN_BY:
-        raise ValueError(f"{file} was not written by {_WRITTEN_BY} and is not overwritten: use another --output_dir")
+    output = EvaluationOutput(settings, argv)
     probes = select_probes(settings, task, encoder, preprocessor)
     encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, settings.seed)}
 
     patches_of = TRAINED if "attentive" in probes else None
     batch_size = settings.per_device_eval_batch_size
-    prepare = partial(batches, preprocess=preprocessor, on_bad=bad.__setitem__, batch_size=batch_size)
+    prepare = partial(batches, preprocess=preprocessor, on_bad=output.bad.__setitem__, batch_size=batch_size)
 
     def extract(split: LabeledSplit, name: str) -> LabeledFeatures:
         images = with_progress(prepare(split.source, split.indices), len(split), name)
@@ -104,49 +92,32 @@ def evaluate(
         return LabeledFeatures(features, thumbnails, torch.from_numpy(split.labels[positions]))
 
     train, test = extract(task.train, "training images"), extract(task.test, "test images")
-    num_images, skipped = len(task.train) + len(task.test), shorten_paths(bad.describe())
-    if len(bad) > _MAX_BAD_FRACTION * num_images:
-        raise ValueError(f"{len(bad)} of {num_images} images cannot be read: {skipped}")
+    output.check_bad(len(task.train) + len(task.test))
     rows, headline = evaluate_probes(train, test, len(task.class_names), probes, settings.seed, encoder.device)
     quality = measure_quality(test, settings.seed)
     examples = prepare(task.test.source, example_indices(task.test))
     pixel_values = torch.cat([batch.pixel_values for batch in examples])
     maps, maps_text = feature_maps(encoder, preprocessor, pixel_values)
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    maps.save(output_dir / MAPS_FILE, optimize=True)
+    facts, dataset = output.facts(encoder, preprocessor, pixel_values.shape[2:], task.tested_on), output.dataset
     if settings.labels_per_class:
         dataset += f", {settings.labels_per_class} labels per class"
-        write_subset(output_dir / LABELS_FILE, task.train, task.class_names)
-    command = shorten_command(shlex.join(["python", _WRITTEN_BY, *argv]))
-    facts = {
-        **describe_setup(encoder, preprocessor, pixel_values),
-        "tested on": task.tested_on,
-        "left out": f"{len(bad)} images that cannot be read: {skipped}" if bad else "no image",
-        "seed": settings.seed,
-        "time": duration(time.perf_counter() - started),
-    }
     content = {
         "results": [entry for row in rows for entry in row.as_results()] + quality,
         "headline": headline.name,
-        "model": model,
         "dataset": dataset,
         "num_train": len(train.labels),
         "num_test": len(test.labels),
         "labels_per_class": settings.labels_per_class,
         "class_names": list(task.class_names),
         "facts": facts,
-        "command": command,
-        "written_by": _WRITTEN_BY,
     }
-    scratch = output_dir / f"{METRICS_FILE}.part"
-    scratch.write_text(
-        json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace"
-    )
-    scratch.replace(file)
+    output.write(content, {MAPS_FILE: maps})
+    if settings.labels_per_class:
+        write_subset(output.folder / LABELS_FILE, task.train, task.class_names)
     write_report(
-        output_dir / REPORT_FILE,
-        model=model,
+        output.folder / REPORT_FILE,
+        model=output.model,
         data=f"{dataset}: {len(train.labels):,} training images, {len(test.labels):,} test images, "
         f"{len(task.class_names)} classes",
         rows=rows,
@@ -157,9 +128,9 @@ def evaluate(
         figure=maps,
         figure_text=maps_text,
         facts=facts,
-        command=command,
+        command=output.command,
     )
-    print(f"{output_dir}: {headline.name} {headline.score_text}; {METRICS_FILE}, {REPORT_FILE}, {MAPS_FILE}")
+    print(f"{output.folder}: {headline.name} {headline.score_text}; {METRICS_FILE}, {REPORT_FILE}, {MAPS_FILE}")
 
 
 # ---- images ----
@@ -201,18 +172,7 @@ def example_indices(split: LabeledSplit) -> list[int]:
     return split.indices[first[np.arange(num_examples) * len(first) // num_examples]].tolist()
 
 
-def with_progress(images: Iterator[Batch], num_images: int, name: str) -> Iterator[Batch]:
-    """Yield the images with a progress bar in a terminal, and print the speed at the end."""
-    started = time.perf_counter()
-    with tqdm(total=num_images, desc=name, unit="image", disable=not sys.stderr.isatty()) as bar:
-        for batch in images:
-            yield batch
-            bar.update(len(batch.positions))
-    seconds = time.perf_counter() - started
-    print(f"{num_images:,} {name} in {duration(seconds)}, {num_images / seconds:,.0f} images/s", file=sys.stderr)
-
-
-# ---- probes and report ----
+# ---- probes ----
 
 
 def select_probes(
@@ -237,25 +197,6 @@ def select_probes(
     if not probes:
         raise ValueError(f"none of --probes {' '.join(settings.probes)} is feasible; see the notes above")
     return probes
-
-
-def describe_setup(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """Return facts about encoder, images and software for the report."""
-    num_parameters = sum(parameter.numel() for parameter in encoder.model.parameters())
-    processor = type(preprocessor.processor).__name__.removesuffix("Pil")
-    size = " x ".join(map(str, pixel_values.shape[2:]))
-    software = [f"{name} {version(name)}" for name in ("transformers", "torch")]
-    return {
-        "encoder": f"{encoder.config.model_type}, {num_parameters / 1e6:,.1f} million parameters",
-        "images": f"prepared by the encoder's {processor}, {size} pixels, no augmentation",
-        "software": ", ".join([*software, f"Python {platform.python_version()}"]),
-        "date": date.today().isoformat(),
-    }
-
-
-def short_name(name: str) -> str:
-    """Return the last folder of a path; Hub ids and names of bundled datasets are kept."""
-    return Path(name).resolve().name if Path(name).exists() else shorten_paths(name).replace("/", "-")
 
 
 if __name__ == "__main__":

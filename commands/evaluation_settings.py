@@ -18,12 +18,19 @@ class EvaluationDataFlags:
     model: str = flag(None, "folder or Hub id of the encoder")
     trust_remote_code: bool = flag(False, "run the Python files that --model brings; read them first")
     dataset: list[str] = flag(
-        [], "folder of class folders, Hub id, idx files or 'sample-fashion'; with --embed any images"
+        [],
+        "folder of class folders, Hub id, idx files or 'sample-fashion'; with --dense images/ and masks/ in a folder "
+        "or a Hub id with masks; with --embed any images",
     )
     label_column: str | None = flag(
         None, "column with the classes, if the data is a table (default: found by type and name)"
     )
     labels_per_class: int | None = flag(None, "train on this number of labels of each class (default: all)", COUNT)
+    class_file: str | None = flag(
+        None, "with --dense: file with a class on each line (default: classes.txt of the data, or read from the masks)"
+    )
+    ignore_index: int = flag(255, "with --dense: value of the pixels of masks that do not count")
+    mask_column: str | None = flag(None, "with --dense: column with the masks of a table (default: found by its name)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,8 @@ class MeasurementFlags:
     probes: list[str] = flag(
         list(PROBES), "classifiers to train on the frozen features (default: all)", choices=PROBES
     )
+    dense: bool = flag(False, "segment images with masks by classifiers of each patch, instead of classifying images")
+    compare_with: str | None = flag(None, "with --dense: folder or Hub id of a second encoder")
     embed: Path | None = flag(None, "write the features of all images to this .parquet file instead")
     embed_patches: bool = flag(False, "with --embed: write the features of every patch too")
 
@@ -70,6 +79,13 @@ class EvaluationSettings(EvaluationDataFlags, MeasurementFlags, EvaluationRunFla
                 raise SettingsError(f"--{name} has no effect with --embed, which only writes features")
         if self.embed_patches and not self.embed:
             raise SettingsError("--embed_patches has no effect without --embed")
+        if self.embed and self.dense:
+            raise SettingsError("--dense has no effect with --embed, which only writes features")
+        for name in ("compare_with", "class_file", "mask_column"):
+            if self.values[name] and not self.dense:
+                raise SettingsError(f"--{name} has no effect without --dense")
+        if self.dense and self.labels_per_class:
+            raise SettingsError("--labels_per_class has no effect with --dense: images have masks instead of a class")
 
 
 def load_evaluation_settings(argv: Sequence[str]) -> EvaluationSettings:

@@ -1,6 +1,6 @@
-"""Intersection over union of labeled pixels, from the counts of a confusion matrix.
+"""Intersection over union of labeled pixels.
 
-Shapes: K classes; `...` any number of dimensions of pixels, or of confusion matrices.
+Shapes: K classes; `...` any number of dimensions of pixels, of confusion matrices or of areas.
 """
 
 import numpy as np
@@ -15,14 +15,29 @@ def pixel_confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: in
     return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
+def class_areas(confusion: np.ndarray) -> np.ndarray:
+    """Return the pixels (..., 3, K) of each class that are both, labeled and predicted, of confusions (..., K, K)."""
+    return np.stack([confusion.diagonal(axis1=-2, axis2=-1), confusion.sum(-1), confusion.sum(-2)], -2)
+
+
+def ious_of_areas(areas: np.ndarray) -> np.ndarray:
+    """Return the IoU (..., K) of areas (..., 3, K): NaN if a class neither occurs nor is predicted."""
+    intersection, labeled, predicted = np.moveaxis(areas, -2, 0)
+    union = labeled + predicted - intersection
+    return np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
+
+
+def mean_of_areas(areas: np.ndarray) -> np.ndarray:
+    """Return the mean IoU (...) over the classes of areas (..., 3, K) that occur or are predicted; 0 without any."""
+    ious = ious_of_areas(areas)
+    return np.nansum(ious, -1) / np.maximum((~np.isnan(ious)).sum(-1), 1)
+
+
 def class_ious(confusion: np.ndarray) -> np.ndarray:
     """Return the IoU (..., K) of confusion matrices (..., K, K): NaN if a class neither occurs nor is predicted."""
-    intersection = confusion.diagonal(axis1=-2, axis2=-1)
-    union = confusion.sum(-1) + confusion.sum(-2) - intersection
-    return np.divide(intersection, union, out=np.full(union.shape, np.nan), where=union > 0)
+    return ious_of_areas(class_areas(confusion))
 
 
 def mean_iou(confusion: np.ndarray) -> np.ndarray:
     """Return the mean IoU (...) over the classes of confusion matrices (..., K, K) that occur or are predicted."""
-    ious = class_ious(confusion)
-    return np.nansum(ious, -1) / np.maximum((~np.isnan(ious)).sum(-1), 1)
+    return mean_of_areas(class_areas(confusion))

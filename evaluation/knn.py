@@ -36,7 +36,7 @@ class Knn:
     def __call__(self, queries: Tensor) -> Tensor:
         """Return the votes (Q, K) for queries (Q, D)."""
         similarity, index = neighbors(self.bank, queries, self.k)
-        return _votes(similarity, self.labels[index], self.num_classes, self.temperature)
+        return weighted_votes(similarity, self.labels[index], self.num_classes, self.temperature)
 
 
 def fit_knn(features: Tensor, labels: Tensor, num_classes: int, seed: int) -> Knn:
@@ -61,7 +61,7 @@ def neighbors(bank: Tensor, queries: Tensor, k: int, own: Tensor | None = None) 
     return torch.cat(similarities), torch.cat(indices)
 
 
-def _votes(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+def weighted_votes(similarity: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
     """Return the sum of exp(similarity / temperature) per class (Q, K), given similarities and labels (Q, k)."""
     weights = ((similarity - similarity[:, :1]) / temperature).exp()  # relative to the best, to avoid overflow
     return weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels, weights)
@@ -75,7 +75,7 @@ def _select(bank: Tensor, labels: Tensor, num_classes: int, seed: int) -> tuple[
     accuracies = {}
     for k in possible:
         for temperature in TEMPERATURES:
-            votes = _votes(similarity[:, :k], labels[index[:, :k]], num_classes, temperature)
+            votes = weighted_votes(similarity[:, :k], labels[index[:, :k]], num_classes, temperature)
             accuracies[k, temperature] = (votes.argmax(1) == labels[own]).float().mean().item()
     best = max(accuracies.values())
     if best == 0:  # one image per class: no image has a neighbor of its own class

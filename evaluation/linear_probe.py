@@ -69,13 +69,18 @@ def fit_logistic(features: Tensor, labels: Tensor, num_classes: int, seed: int) 
 
 def fit_logistic_at(features: Tensor, labels: Tensor, num_classes: int, setting: float) -> LinearClassifier:
     """Fit a logistic regression on standardized features (N, D) with C = `setting`."""
-    mean, scale = _statistics(features)
+    mean, scale = statistics(features)
     weight, bias = solve_logistic((features - mean) * scale, labels, num_classes, setting)
     return LinearClassifier(mean, scale, weight, bias, setting, None)
 
 
 def train_by_sgd(
-    x: Tensor, labels: Tensor, num_classes: int, learning_rates: Sequence[float], seed: int
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    learning_rates: Sequence[float],
+    seed: int,
+    num_epochs: int = _NUM_EPOCHS,
 ) -> list[tuple[Tensor, Tensor]]:
     """Return a weight (D, K) and bias (K,) per learning rate, trained in parallel on the same batches."""
     num_rates = len(learning_rates)
@@ -84,7 +89,7 @@ def train_by_sgd(
     weight = x.new_zeros(x.shape[1], num_rates * num_classes)  # (D + 1, R*K)
     velocity, targets = torch.zeros_like(weight), F.one_hot(labels, num_classes).to(x.dtype)[:, None]  # (N, 1, K)
     generator = seeded_generator(seed, "linear probe")
-    for batch, factor in shuffled_batches(x, _BATCH_SIZE, _NUM_EPOCHS, _MIN_STEPS, generator):
+    for batch, factor in shuffled_batches(x, _BATCH_SIZE, num_epochs, _MIN_STEPS, generator):
         probabilities = (x[batch] @ weight).view(len(batch), num_rates, num_classes).softmax(-1)  # (B, R, K)
         probabilities.masked_fill_(probabilities < _MIN_PROBABILITY, 0)
         error = (probabilities - targets[batch]).view(len(batch), -1)  # (B, R*K)
@@ -133,11 +138,11 @@ def _select_and_fit(
     default: float,
     fit: Callable[[Tensor, Tensor, Sequence[float]], list[tuple[Tensor, Tensor]]],
 ) -> LinearClassifier:
-    mean, scale = _statistics(features)
+    mean, scale = statistics(features)
     correct, num_predictions = torch.zeros(len(candidates)), 0
     folds = validation_folds(labels, seed)
     for train, validation in folds:
-        fold_mean, fold_scale = _statistics(features[train])
+        fold_mean, fold_scale = statistics(features[train])
         num_predictions += len(validation)
         x, held_out = ((features[indices] - fold_mean) * fold_scale for indices in (train, validation))
         for number, (weight, bias) in enumerate(fit(x, labels[train], candidates)):
@@ -149,7 +154,7 @@ def _select_and_fit(
     return LinearClassifier(mean, scale, weight, bias, setting, validation_accuracy)
 
 
-def _statistics(features: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return the mean and 1 / std of each channel (D,)."""
     variance, mean = torch.var_mean(features, dim=0, correction=0)
     return mean, (variance + _EPS).rsqrt()

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from evaluation.class_balance import BALANCED
 from evaluation.frozen import PIXELS, TRAINED, UNTRAINED, Row, difference
 from evaluation.metrics import confusion_matrix
 
-_TEMPLATE = Path(__file__).parent / "report_template.html"
 _MAX_CLASSES = 20
 _GROUPS = {TRAINED: "This encoder", UNTRAINED: "Same architecture, untrained", PIXELS: "Raw pixels, no encoder"}
 
@@ -45,10 +44,9 @@ def write_report(
         figure_text: Description of `figure`, whose text is too small on a phone.
     """
     classes, num_omitted = accuracy_by_class(headline, labels, class_names)
-    png = BytesIO()
-    figure.save(png, "PNG", optimize=True)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
-    page = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    render(
+        path,
+        "report_template.html",
         model=model,
         data=data,
         headline=headline,
@@ -60,12 +58,25 @@ def write_report(
         quality=quality,
         classes=classes,
         num_omitted_classes=num_omitted,
-        figure=base64.b64encode(png.getvalue()).decode(),
+        figure=in_page(figure),
         figure_text=figure_text,
         facts=facts,
         command=command,
     )
-    path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def render(path: Path, template: str, **values: Any) -> None:
+    """Write a page from a template of this folder."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True)
+    path.write_text(environment.get_template(template).render(**values), encoding="utf-8", errors="backslashreplace")
+
+
+def in_page(figure: Image.Image) -> str:
+    """Return a figure as base64 of a PNG file, for a page without other files."""
+    png = BytesIO()
+    figure.save(png, "PNG", optimize=True)
+    return base64.b64encode(png.getvalue()).decode()
 
 
 def comparisons(rows: Sequence[Row], headline: Row) -> list[str]:
@@ -76,16 +87,18 @@ def comparisons(rows: Sequence[Row], headline: Row) -> list[str]:
         if not of_source:
             continue
         best = max(of_source, key=lambda row: row.score)
-        gain, (low, high) = difference(headline, best)
-        verdict = f"{abs(100 * gain):.1f} points {'better' if gain > 0 else 'worse'} than"
-        if low <= 0 <= high:
-            verdict = "Not significantly different from"
-        bounds = f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "\N{MINUS SIGN}")
-        sentences.append(
-            f"{verdict} {name} ({best.name}, {best.score_text}); "
-            f"95\N{NO-BREAK SPACE}% confidence interval of the paired difference: {bounds}."
-        )
+        sentences.append(verdict(*difference(headline, best), f"{name} ({best.name}, {best.score_text})"))
     return sentences
+
+
+def verdict(gain: float, interval: tuple[float, float], other: str) -> str:
+    """Say whether a paired difference of scores to `other` is significant."""
+    low, high = interval
+    found = f"{abs(100 * gain):.1f} points {'better' if gain > 0 else 'worse'} than"
+    if low <= 0 <= high:
+        found = "Not significantly different from"
+    bounds = f"{100 * low:+.1f} to {100 * high:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return f"{found} {other}; 95\N{NO-BREAK SPACE}% confidence interval of the paired difference: {bounds}."
 
 
 def accuracy_by_class(row: Row, labels: np.ndarray, class_names: Sequence[str]) -> tuple[list[dict[str, Any]], int]:

@@ -5,7 +5,6 @@ Shapes: H W pixels, K classes.
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -45,8 +44,8 @@ def ranked(scores: np.ndarray) -> list[tuple[str, int]]:
     return [(name, position) for position, name in found.items()]
 
 
-def draw_segmentations(rows: Sequence[Segmentation], class_names: Sequence[str], path: Path, footer: str) -> None:
-    """Write a PNG with a row for each image."""
+def draw_segmentations(rows: Sequence[Segmentation], class_names: Sequence[str], footer: str) -> Image.Image:
+    """Draw a row for each image."""
     colors = palette(len(class_names))
     found = np.unique(np.concatenate([np.unique(part) for row in rows for part in (row.mask, row.prediction)]))
     shown = [k for k in found.tolist() if k < len(class_names)][:_MAX_LEGEND]
@@ -75,7 +74,7 @@ def draw_segmentations(rows: Sequence[Segmentation], class_names: Sequence[str],
         draw.text((x + _SWATCH + 4, y), class_names[k][:18], fill=_INK, font=font)
     note = f"{footer}  ·  errors: orange is wrong, gray does not count"
     draw.text((_MARGIN, top + legend_height + _GAP), note, fill=_INK, font=font)
-    figure.save(path)
+    return figure
 
 
 def palette(num_classes: int) -> np.ndarray:

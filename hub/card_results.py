@@ -70,12 +70,14 @@ def results_section(results: Sequence[Result]) -> str:
 
 
 def eval_results(results: Sequence[Result], pipeline_tag: str | None = None) -> list[EvalResult]:
-    """Return the entries of `model-index`, without the references; an encoder is evaluated by classification."""
+    """Return the entries of `model-index`, without the references; an encoder is evaluated by classification or
+    segmentation.
+    """
     if pipeline_tag in (None, "image-feature-extraction"):
         pipeline_tag = "image-classification"
     return [
         EvalResult(
-            task_type=str(pipeline_tag),
+            task_type="image-segmentation" if "iou" in result.metric.lower() else str(pipeline_tag),
             dataset_type=_identifier(result.dataset or "unnamed"),
             dataset_name=result.dataset or "unnamed",
             metric_type=_identifier(result.metric),

@@ -286,7 +286,7 @@ class SegmentationTask(Task):
             self._segmentation(dataset, position, model, f"{name}: mean IoU {scores[position]:.2f}")
             for name, position in ranked(scores)
         ]
-        draw_segmentations(rows, self.class_names, folder / FIGURE_FILE, title)
+        draw_segmentations(rows, self.class_names, title).save(folder / FIGURE_FILE)
         return FIGURE_FILE
 
     def _write_class_ious(self, confusion: np.ndarray, folder: Path) -> None:

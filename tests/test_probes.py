@@ -10,11 +10,11 @@ from sklearn.preprocessing import StandardScaler
 from evaluation.attentive_probe import fit_attentive
 from evaluation.folds import validation_folds
 from evaluation.linear_probe import (
-    _statistics,
     fit_linear,
     fit_logistic,
     fit_logistic_at,
     solve_logistic,
+    statistics,
     train_by_sgd,
 )
 from evaluation.quality import feature_std, rankme
@@ -28,7 +28,7 @@ def accuracy(model, features: torch.Tensor, labels: torch.Tensor) -> float:
 def test_logistic__agrees_with_scikit_learn_to_five_digits(c):
     features, labels = fashion_pixels("train", 1000)
     features = features.double()
-    mean, scale = _statistics(features)
+    mean, scale = statistics(features)
     weight, bias = solve_logistic((features - mean) * scale, labels, 10, c, tolerance=1e-11)
     standardized = StandardScaler().fit_transform(features)
     theirs = LogisticRegression(C=c, solver="newton-cg", tol=1e-12, max_iter=5000).fit(
@@ -44,7 +44,7 @@ def test_logistic__agrees_with_scikit_learn_to_five_digits(c):
 def test_logistic__in_single_precision_has_the_predictions_of_scikit_learn():
     (train, labels), (test, truth) = fashion_pixels("train", 2000), fashion_pixels("test", 1000)
     ours = fit_logistic_at(train, labels, 10, 1e-2)
-    mean, scale = _statistics(train)
+    mean, scale = statistics(train)
     theirs = LogisticRegression(C=1e-2, max_iter=5000).fit((train - mean) * scale, labels)
     expected = theirs.predict((test - mean) * scale)
     assert (ours(test).argmax(1).numpy() == expected).mean() >= 0.997
@@ -54,7 +54,7 @@ def test_logistic__in_single_precision_has_the_predictions_of_scikit_learn():
 def test_linear__reaches_the_accuracy_of_the_unregularized_optimum():
     (train, labels), (test, truth) = fashion_pixels("train", 2500), fashion_pixels("test", 1000)
     features, queries = train[:, ::7], test[:, ::7]  # 28 channels: not separable, so there is an optimum
-    mean, scale = _statistics(features)
+    mean, scale = statistics(features)
     theirs = LogisticRegression(C=1e6, max_iter=5000).fit((features - mean) * scale, labels)
     expected = theirs.score((queries - mean) * scale, truth)
     assert accuracy(fit_linear(features, labels, 10, seed=0), queries, truth) == pytest.approx(expected, abs=0.015)
