@@ -108,7 +108,8 @@ def draw_scene(
     classes = sorted({stamp.class_name for stamp in stamps})
     objects: list[tuple[Stamp, np.ndarray]] = []
     for _ in range(rng.randint(1, _MOST_STAMPS + 1)):
-        of_class = [stamp for stamp in stamps if stamp.class_name == classes[rng.randint(len(classes))]]
+        chosen = classes[rng.randint(len(classes))]
+        of_class = [stamp for stamp in stamps if stamp.class_name == chosen]
         stamp = of_class[rng.randint(len(of_class))]
         cut_out = tuxstamps.cut(stamp)
         scale = rng.uniform(*_SCALE) * size / max(cut_out.size)

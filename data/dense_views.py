@@ -101,17 +101,20 @@ class RandomPlacement:
         size: Height and width of the view.
         scale: Smallest and largest scale. At 1, the side of the image that `fits` names is as long as the view's.
         fits: "short" shows a crop at scale 1 (segmentation), "long" the whole image (detection).
+        tile: Pixels of an image that are as long as a side of the view at scale 1, where the image has more.
     """
 
     size: tuple[int, int]
     scale: tuple[float, float] = (0.5, 2.0)
     fits: Literal["short", "long"] = "short"
+    tile: int | None = None
 
     def draw(self, width: int, height: int, generator: torch.Generator) -> Iterator[Placement]:
         """Yield `NUM_TRIES` placements that differ in the position of the crop; the first one is as good as any."""
         # One call for all numbers: how many are drawn does not depend on the size of the image.
         scale, flip, *positions = torch.rand(2 + 2 * NUM_TRIES, generator=generator).tolist()
         factor = self.scale[0] + (self.scale[1] - self.scale[0]) * scale
+        factor *= tile_factor(width, height, self.tile)
         rows, columns = scaled_size(width, height, self.size, self.fits, factor)
         shown = min(rows, self.size[0]), min(columns, self.size[1])
         for for_top, for_left in zip(positions[::2], positions[1::2], strict=True):
@@ -130,17 +133,29 @@ def scaled_size(
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def whole(width: int, height: int, size: tuple[int, int], fits: Literal["short", "long", "stretch"]) -> Placement:
+def tile_factor(width: int, height: int, tile: int | None) -> float:
+    """Return how much larger an image is shown for a tile of it to be as large as the view; at least 1."""
+    return 1.0 if tile is None else max(1.0, min(width, height) / tile)
+
+
+def whole(
+    width: int,
+    height: int,
+    size: tuple[int, int],
+    fits: Literal["short", "long", "stretch"],
+    tile: int | None = None,
+) -> Placement:
     """Return the placement of the whole image for evaluation.
 
     Args:
         fits: "short": at least as large as `size`, which the view then is too; "long": fits into `size` and is padded;
             "stretch": both sides are resized, as image processors do.
+        tile: For "short", as in `RandomPlacement`.
     """
     box = (0.0, 0.0, float(width), float(height))
     if fits == "stretch":
         return Placement(box, size, size)
-    shown = scaled_size(width, height, size, fits)
+    shown = scaled_size(width, height, size, fits, tile_factor(width, height, tile))
     return Placement(box, shown, shown if fits == "short" else size)
 
 

@@ -49,18 +49,22 @@ class TrainViews:
 
 @dataclass(frozen=True)
 class EvalViews:
-    """The transform to an image whose short side is resized to `side`, beside its mask in full size."""
+    """The transform to an image whose short side is resized to `side`, beside its mask in full size.
+
+    Args:
+        tile: Pixels of an image that are resized to `side` instead, where its short side has more.
+    """
 
     side: int
     codes: MaskCodes
     num_channels: int = 3
+    tile: int | None = None
     interpolation: Image.Resampling = Image.Resampling.BICUBIC
 
     def __call__(self, sample: Mapping[str, Any], generator: torch.Generator | None = None) -> dict[str, Tensor]:
         image, mask = decode_pair(sample, self.codes, self.num_channels)
-        view = whole(*image.size, (self.side, self.side), "short").image(
-            image, (0,) * self.num_channels, self.interpolation
-        )
+        placement = whole(*image.size, (self.side, self.side), "short", self.tile)
+        view = placement.image(image, (0,) * self.num_channels, self.interpolation)
         counted = torch.tensor(int((mask != IGNORED).sum()))
         return {"pixel_values": view, "labels": torch.from_numpy(mask), "num_counted_pixels": counted}
 

@@ -15,6 +15,7 @@ from data.mask_codes import IGNORED
 _CELL, _GAP, _MARGIN, _LINE, _FONT_SIZE, _SWATCH = 224, 8, 16, 18, 14, 12  # pixels
 _INK = "#1a1a1a"
 _WRONG, _RIGHT, _UNCOUNTED = (213, 94, 0), (225, 235, 245), (120, 120, 120)
+_BACKGROUND, _DARK = "background", (40, 40, 40)
 _COLUMNS = ("image", "mask", "prediction", "errors")
 _MAX_LEGEND = 40
 
@@ -46,7 +47,7 @@ def ranked(scores: np.ndarray) -> list[tuple[str, int]]:
 
 def draw_segmentations(rows: Sequence[Segmentation], class_names: Sequence[str], footer: str) -> Image.Image:
     """Draw a row for each image."""
-    colors = palette(len(class_names))
+    colors = palette(class_names)
     found = np.unique(np.concatenate([np.unique(part) for row in rows for part in (row.mask, row.prediction)]))
     shown = [k for k in found.tolist() if k < len(class_names)][:_MAX_LEGEND]
     font = ImageFont.load_default(size=_FONT_SIZE)
@@ -77,10 +78,13 @@ def draw_segmentations(rows: Sequence[Segmentation], class_names: Sequence[str],
     return figure
 
 
-def palette(num_classes: int) -> np.ndarray:
-    """Return colors uint8 (256, 3) that differ for neighboring class numbers; `IGNORED` is gray."""
+def palette(class_names: Sequence[str]) -> np.ndarray:
+    """Return colors uint8 (256, 3) that differ for neighboring class numbers; a background is nearly black."""
     colors = np.zeros((256, 3), np.uint8)
-    for k in range(num_classes):
+    for k, name in enumerate(class_names):
+        if name == _BACKGROUND:
+            colors[k] = _DARK
+            continue
         hue, dark = (k * 0.618034) % 1, 1 - 0.35 * (k // 8 % 3)
         sixth = 6 * hue
         wheel = [abs(sixth - 3) - 1, 2 - abs(sixth - 2), 2 - abs(sixth - 4)]

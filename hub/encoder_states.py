@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import torch
-from transformers import BeitForMaskedImageModeling, PreTrainedConfig
+from transformers import BeitConfig, BeitForMaskedImageModeling, BeitModel, PreTrainedConfig, PreTrainedModel
 
 State = dict[str, torch.Tensor]
 
@@ -162,6 +162,27 @@ def as_host(state: State, host: str, qkv_bias: bool) -> tuple[State, list[str]]:
     if host == "beit":
         return _as_beit(state)
     return state, []
+
+
+def as_beit_model(encoder: PreTrainedModel) -> BeitModel:
+    """Return an encoder as a BeitModel that computes the same.
+
+    Raises:
+        ValueError: If no BEiT does.
+    """
+    config: Any = encoder.config
+    if (problem := obstacle(config, "beit")) is not None:
+        raise ValueError(f"`model` {config.name_or_path} cannot become a BEiT: {problem}")
+    settings = encoder_settings(config, "beit", is_own=False)
+    settings |= {name: getattr(config, name) for name in ("image_size", "patch_size", "num_channels")}
+    del settings["model_type"]
+    model = BeitModel(BeitConfig(**settings), add_pooling_layer=False)
+    state, _ = native_state(encoder.state_dict(), config.model_type, has_final_norm(config), "beit")
+    missing, unexpected = model.load_state_dict(as_host(state, "beit", qkv_bias=True)[0], strict=False)
+    left = [name for name in unexpected if not name.startswith(("embeddings.mask_token", "pooler."))]
+    assert not missing, f"a BEiT has weights that the encoder lacks: {missing}"
+    assert all("position_index" in name for name in left), f"a BEiT has no weights of these names: {left}"
+    return model
 
 
 def _as_vit(state: State, qkv_bias: bool) -> tuple[State, list[str]]:

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.models.upernet.modeling_upernet import UperNetPreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .image_classification import copy_encoder, encoder_config_for, is_plain_vit
 from .segmentation import check_family, enlarged, label_names
@@ -59,10 +59,10 @@ class LinearSegmenter(UperNetPreTrainedModel):
         self.register_buffer("scale", torch.ones(1, width, 1, 1))
         num_classes: Any = config.num_labels
         self.classifier = nn.Conv2d(width, num_classes, 1)
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if module is self.classifier:
             init.normal_(self.classifier.weight, std=_INIT_STD)
             init.zeros_(self.classifier.bias)  # type: ignore[arg-type]
@@ -178,4 +178,5 @@ def native_linear_segmenter(segmenter: LinearSegmenter) -> UperNetForSemanticSeg
     identity = torch.eye(num_classes)
     head.classifier.weight[:, :, 0, 0] = torch.cat([identity, -identity], 1)
     head.classifier.bias.copy_(bias)
-    return native.eval()
+    native.eval()
+    return native

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .encoders import PositionBias
 from .image_classification import copy_encoder, encoder_config_for
@@ -44,7 +44,7 @@ class Segmenter(UperNetForSemanticSegmentation):
                     layer.relative_position_bias = PositionBias(encoder_config)
         else:
             backbone.swin.layernorm.requires_grad_(False)  # unused: every stage has a norm of its own
-        self.post_init()  # type: ignore[no-untyped-call]
+        self.post_init()
 
     @property
     def base_model(self) -> nn.Module:
@@ -167,7 +167,8 @@ def native_segmenter(segmenter: Segmenter) -> UperNetForSemanticSegmentation:
     """Return the same function as a class of transformers, without the auxiliary head."""
     config = copy.deepcopy(segmenter.config)
     config.use_auxiliary_head = False
-    native = UperNetForSemanticSegmentation(config)
+    native: UperNetForSemanticSegmentation = UperNetForSemanticSegmentation(config)
     state = {name: tensor for name, tensor in segmenter.state_dict().items() if not name.startswith("auxiliary_head.")}
     native.load_state_dict(state, strict=True)
-    return native.eval()
+    native.eval()
+    return native

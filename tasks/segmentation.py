@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from commands.dense_settings import DenseSettings
-from commands.flags import Range, flag
+from commands.flags import COUNT, Range, flag
 from commands.launch import set_by
 from data.dense_views import RandomPlacement
 from data.images import ImageDataset
@@ -29,6 +29,7 @@ from data.segmentation import EvalViews, TrainViews, collate_padded, window_boxe
 from data.size_schedule import Transform
 from evaluation.iou import class_ious, mean_iou, pixel_confusion
 from evaluation.segmentation_pictures import Segmentation, draw_segmentations, ranked
+from hub.encoder_states import as_beit_model
 from hub.export.segmentation import export_segmenter
 from hub.model_card import TaskCard
 from modeling import CONFIGS, MimConfig
@@ -40,6 +41,7 @@ from modeling.segmentation import FAMILIES, build_segmenter, check_family, nativ
 from .base import Task, check_same_classes
 
 FIGURE_FILE, CLASSES_FILE = "segmentations.png", "class_iou.json"
+_OTHER_FAMILIES = ("data2vec-vision", "dinov2")  # that a BEiT can hold
 _NUM_CALIBRATED, _CALIBRATION_BATCH = 32, 16  # images whose statistics the head has
 _MOST_WEIGHT = 10.0  # of a rare class, relative to an average pixel
 _USAGE = """\
@@ -89,6 +91,12 @@ class SegmentationFlags:
         Range(lambda x: 0 <= x <= 65535, "0 to 65535"),
     )
     mask_column: str | None = flag(None, "column with the masks, if the data is a table (default: found by name)")
+    tile: int | None = flag(
+        None,
+        "for large images: crops in training, and windows in evaluation, show this number of pixels of the image on "
+        "each side, at scale 1 (default: the short side of the image)",
+        COUNT,
+    )
     class_weights: Literal["none", "balanced"] = flag(
         "none", "none, or balanced: a pixel of a rare class has a larger weight, by the root of its class's share"
     )
@@ -107,7 +115,7 @@ class SegmentationSettings(DenseSettings, SegmentationFlags):
 
     @classmethod
     def recipe_for(cls, encoder_config: PreTrainedConfig, mode: str) -> str:
-        check_family(encoder_config, LINEAR_FAMILIES if mode == "linear" else FAMILIES)
+        check_family(encoder_config, LINEAR_FAMILIES if mode == "linear" else (*FAMILIES, *_OTHER_FAMILIES))
         if mode == "linear":
             return "finetune_segmentation_linear"
         method = CONFIGS.get(getattr(encoder_config, "mim_method", ""), MimConfig)
@@ -148,9 +156,9 @@ class SegmentationTask(Task):
         settings, side = self.settings, self.settings.image_size
         interpolation = Image.Resampling[settings.interpolation.upper()]
         if not train:
-            return EvalViews(side, self.splits.codes, interpolation=interpolation)
+            return EvalViews(side, self.splits.codes, interpolation=interpolation, tile=settings.tile)
         fill = tuple(round(255 * value) for value in self._rgb_mean)
-        placement = RandomPlacement((side, side), settings.resize_scale)
+        placement = RandomPlacement((side, side), settings.resize_scale, tile=settings.tile)
         return TrainViews(placement, self.splits.codes, fill, interpolation)
 
     @property
@@ -167,10 +175,11 @@ class SegmentationTask(Task):
         settings, side = self.settings, self.settings.image_size
         if settings.mode == "linear":
             return build_linear_segmenter(self.open_encoder(), self.class_names, image_size=side)
+        encoder = self.open_encoder()
+        if encoder.config.model_type in _OTHER_FAMILIES:
+            encoder = as_beit_model(encoder)
         with set_by(drop_path_rate="drop_path"):
-            return build_segmenter(
-                self.open_encoder(), self.class_names, image_size=side, drop_path_rate=settings.drop_path
-            )
+            return build_segmenter(encoder, self.class_names, image_size=side, drop_path_rate=settings.drop_path)
 
     def fit_head(self, model: Any, device: torch.device) -> str | None:
         images = ImageDataset(self.splits.by_name["train"], self.transform(train=True), seed=self.settings.seed)
@@ -257,7 +266,8 @@ class SegmentationTask(Task):
         rows, columns = patch_grid(size, self.encoder_config.patch_size)
         low, high = settings.resize_scale
         head = "a linear layer on frozen patches" if settings.mode == "linear" else "UPerNet"
-        views = [f"resized by {low:g} to {high:g}", "cropped", "flipped half the time", "colors changed"]
+        tiles = f"tiles of {settings.tile:,} pixels, " if settings.tile else ""
+        views = [f"{tiles}resized by {low:g} to {high:g}", "cropped", "flipped half the time", "colors changed"]
         weighted = ", weighted by rarity" if settings.class_weights == "balanced" else ""
         return {
             "input": f"{size} x {size} pixels, {rows} x {columns} patches; {head}",
@@ -317,12 +327,14 @@ class SegmentationTask(Task):
         export_segmenter(native, folder, method=method, recipe=recipe, resample=resample, **self.image_stats)
 
     def card(self) -> TaskCard:
+        tile = self.settings.tile
+        parts = f" It was trained on parts of {tile} x {tile} pixels: cut larger images into such." if tile else ""
         return TaskCard(
             pipeline_tag="image-segmentation",
             kind=f"A semantic segmentation into {len(self.class_names)} classes",
             usage=_USAGE,
             limitations="Intended for images like those it was fine-tuned on; it assigns one of the classes above to "
-            "every pixel. The results are of images with their proportions kept, in windows that overlap.",
+            f"every pixel.{parts} The results are of images with their proportions kept, in windows that overlap.",
             caption="Best, median and worst images",
             classes=self.class_names,
         )

@@ -28,8 +28,8 @@ def load(*argv: str, config=encoder()):  # noqa: B008
     return load_finetune_settings(argv, SETTINGS, lambda name: config)
 
 
-def load_named(*argv: str):
-    return load(*NAMED, *argv)
+def load_named(*argv: str, **kwargs):
+    return load(*NAMED, *argv, **kwargs)
 
 
 def plan_of(settings, hardware=Hardware("cpu", 2), num_images=(200, 0), trained=10):  # noqa: B008
@@ -315,3 +315,58 @@ def test_help__names_every_flag_with_its_default(capsys):
 def test_schedule__another_one_leaves_the_recipes_own_options_behind():
     argv = ["--model", "x", "--dataset", "y", "--lr_scheduler_type", "cosine"]
     assert not load(*argv).values["lr_scheduler_kwargs"]
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "width", "recipe", "published"),
+    [
+        ("mae", "vit", 768, "mae_vit-base", (1e-4, 0.65, 0.1, 0.05)),
+        ("mae", "vit", 1024, "mae_vit-base", (1e-4, 0.65, 0.1, 0.05)),
+        (None, "vit", 192, "mae_vit-base", (1e-4, 0.65, 0.1, 0.05)),
+        ("beit", "beit", 768, "beit_vit-base", (7e-4, 0.65, 0.1, 0.05)),
+        ("beit", "beit", 1024, "beit_vit-large", (2e-5, 0.95, 0.2, 0.05)),
+        ("beit2", "beit", 768, "beit2_vit-base", (5e-5, 0.75, 0.15, 0.05)),
+        ("beit2", "beit", 1024, "beit2_vit-large", (4e-5, 0.9, 0.2, 0.05)),
+        ("ibot", "vit", 384, "ibot_vit-small", (3e-5, 0.65, 0.1, 0.05)),
+        ("ibot", "vit", 768, "ibot_vit-base", (8e-5, 0.65, 0.1, 0.05)),
+        ("simmim", "swin", 1024, "swin-base", (6e-5, 1.0, 0.3, 0.01)),
+    ],
+)
+def test_segmentation__settings_are_those_published_for_the_method(method, family, width, recipe, published):
+    """UPerNet on ADE20K: 160,000 steps of 16 images, 1,500 of them warm-up."""
+    settings = load_named("--task", "segmentation", config=encoder(method, family, width))
+    assert f"recipes/finetune_upernet_{recipe}.yaml" in settings.describe()
+    rate = settings.base_learning_rate * 16 / 256
+    found = (rate, settings.layer_decay, settings.drop_path, settings.weight_decay)
+    assert found == pytest.approx(published)
+    assert settings.num_train_epochs * 20_210 / 16 == pytest.approx(160_000, rel=1e-3)
+    assert settings.warmup_epochs * 20_210 / 16 == pytest.approx(1500, rel=0.01)
+    assert (settings.resize_scale, settings.lr_scheduler_type) == ((0.5, 2.0), "linear")
+
+
+def test_segmentation__linear_settings_are_those_of_dinov2():
+    settings = load_named("--task", "segmentation", "--mode", "linear")
+    assert settings.base_learning_rate * 16 / 256 == pytest.approx(1e-3)
+    assert settings.num_train_epochs * 20_210 / 16 == pytest.approx(40_000, rel=1e-2)
+    assert (settings.weight_decay, settings.drop_path) == (1e-4, 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--crop_scale", "0.5", "1"], "--crop_scale has no effect with masks or boxes; --resize_scale"),
+        (["--resize_scale", "2", "1"], "--resize_scale"),
+        (["--ignore_index", "-1"], "--ignore_index"),
+    ],
+)
+def test_segmentation__refuses_settings_without_effect_or_sense(flags, message):
+    with pytest.raises(SettingsError, match=message):
+        load_named("--task", "segmentation", *flags)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "linear"])
+def test_segmentation__names_the_encoders_that_it_takes(mode):
+    with pytest.raises(ValueError, match="is a deit, expected one of beit, "):
+        load_named(
+            "--task", "segmentation", "--mode", mode, config=SimpleNamespace(model_type="deit", name_or_path="x")
+        )

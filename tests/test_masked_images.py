@@ -188,6 +188,16 @@ def test_views__of_evaluation_keep_proportions_and_are_padded_to_batches(folder)
     assert batch["num_counted_pixels"].tolist() == [63 * 96, 63 * 64]
 
 
+def test_views__of_tiles_keep_the_resolution_of_large_images(folder):
+    split = open_splits([str(folder)]).by_name["train"]
+    sample = split.sample(0)  # 96 x 64
+    assert EvalViews(32, split.codes, tile=16)(sample)["pixel_values"].shape == (3, 128, 192)
+    assert EvalViews(32, split.codes, tile=200)(sample)["pixel_values"].shape == (3, 32, 48)  # it has no more
+    drawn = RandomPlacement((32, 32), (1.0, 1.0), tile=16).draw(96, 64, seeded_generator(0))
+    for left, top, right, bottom in (placement.box for placement in drawn):
+        assert (right - left, bottom - top) == (16, 16)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (32, 33), (50, 100), (64, 32)])
 def test_windows__cover_the_image_and_overlap(size):
     covered = np.zeros(size, int)

@@ -3,8 +3,17 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BeitConfig, SwinConfig, ViTConfig
+from transformers import (
+    BeitConfig,
+    Data2VecVisionConfig,
+    Data2VecVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+    SwinConfig,
+    ViTConfig,
+)
 
+from hub.encoder_states import as_beit_model
 from modeling.encoders import BeitEncoder, SwinEncoder
 from modeling.linear_segmentation import build_linear_segmenter, native_linear_segmenter
 from modeling.mae import MaeEncoder
@@ -53,6 +62,23 @@ def test_carrier__of_upernet_computes_the_features_of_all_blocks(kind, images):
         assert_close(state, expected, atol=1e-5, rtol=1e-5)
     patches = states[3][:, 1:].transpose(1, 2).unflatten(2, (4, 4))
     assert_close(backbone(images).feature_maps[2], patches, atol=1e-5, rtol=1e-5)  # the level without resampling
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "data2vec"])
+def test_carrier__of_other_encoders_is_a_beit_with_the_same_features(kind, images):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "mlp_ratio": 2} if kind == "dinov2" else {**SIZES, "use_relative_position_bias": True}
+    encoder = (
+        Dinov2Model(Dinov2Config(**sizes))
+        if kind == "dinov2"
+        else Data2VecVisionModel(Data2VecVisionConfig(**sizes, use_mean_pooling=False))
+    )
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    segmenter = build_segmenter(as_beit_model(encoder.eval()), CLASSES, image_size=32, drop_path_rate=0.1).eval()
+    states = encoder(images, output_hidden_states=True).hidden_states
+    found = segmenter.backbone.beit(images, output_hidden_states=True).hidden_states
+    assert_close(found[-1], states[-1], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vit", "beit", "swin"])
