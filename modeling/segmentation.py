@@ -33,6 +33,7 @@ class Segmenter(UperNetForSemanticSegmentation):
     """An UperNetForSemanticSegmentation with the same parameter names, for training."""
 
     base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: UperNetConfig):
         super().__init__(config)

@@ -220,12 +220,17 @@ class SegmentationTask(Task):
 
     def _evaluate(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """Return the mean over the images of their loss per pixel, and their confusion matrices int32 (B, K, K)."""
-        losses, matrices = [], []
-        for index, image in enumerate(batch["pixel_values"]):
-            height, width = batch["sizes"][index].tolist()
-            rows, columns = batch["mask_sizes"][index].tolist()
+        losses, matrices, images = [], [], batch["pixel_values"]
+        has_one_window = bool((batch["sizes"] == self.settings.image_size).all())
+        together = model(images)["logits"].float() if has_one_window else None  # (B, K, S, S)
+        for index, ((height, width), (rows, columns)) in enumerate(
+            zip(batch["sizes"].tolist(), batch["mask_sizes"].tolist(), strict=True)
+        ):
             labels = batch["labels"][index, :rows, :columns]  # (H, W)
-            logits = self.scores(model, image[:, :height, :width], (rows, columns), len(batch["pixel_values"]))
+            if together is None:
+                logits = self.scores(model, images[index, :, :height, :width], (rows, columns), len(images))
+            else:
+                logits = resized(together[index], (rows, columns))
             losses.append(nn.functional.cross_entropy(logits[None], labels[None].long(), ignore_index=IGNORED))
             found = logits.argmax(0).cpu().numpy()
             matrices.append(pixel_confusion(labels.cpu().numpy(), found, len(self.class_names)))
@@ -244,8 +249,8 @@ class SegmentationTask(Task):
             for (top, left), each in zip(corners, scores, strict=True):
                 total[:, top : top + side, left : left + side] += each
                 count[top : top + side, left : left + side] += 1
-            scores = (total / count)[None]
-        return nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)[0]
+            return resized(total / count, size)
+        return resized(scores[0], size)
 
     # ---- description ----
 
@@ -341,6 +346,11 @@ class SegmentationTask(Task):
 
     def how_to_open(self, folder: Path) -> str:
         return f'pipeline("image-segmentation", model="{folder}") opens it'
+
+
+def resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize scores (K, h, w) to (K, H, W)."""
+    return nn.functional.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
 
 
 def class_weights(pixels: np.ndarray) -> Tensor:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from evaluation.segmentation_pictures import ranked
 from hub.export.native import export_native
 from modeling.mae import MaeEncoder
 from modeling.patches import standardize
-from tasks.segmentation import class_weights, segmentation_metrics
+from tasks.segmentation import SegmentationTask, class_weights, segmentation_metrics
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 STATS = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
@@ -176,6 +177,31 @@ def test_metrics__equal_a_case_by_hand_and_scikit_learn():
     np.testing.assert_array_equal(confusion, confusion_matrix(labels.ravel(), found.ravel()))
     expected = jaccard_score(labels.ravel(), found.ravel(), average="macro")
     assert segmentation_metrics(confusion)["mean_iou"] == pytest.approx(expected)
+
+
+def test_windows__are_stitched_and_images_of_one_window_are_evaluated_together():
+    """A model whose scores depend on a pixel only: stitched windows are the scores of the whole image."""
+    settings = SimpleNamespace(image_size=16)
+    splits = SimpleNamespace(class_names=("a", "b", "c"))
+    task = SegmentationTask(settings, SimpleNamespace(), {}, splits)
+
+    def model(pixels):
+        assert pixels.shape[-2:] == (16, 16)
+        return {"logits": pixels}
+
+    images = torch.randn(2, 3, 16, 40, generator=torch.Generator().manual_seed(0))
+    assert_close(task.scores(model, images[0], (16, 40), 2), images[0])
+    for width in (40, 16):
+        sizes = torch.tensor([[16, width]] * 2)
+        labels = torch.randint(0, 3, (2, 16, width), dtype=torch.uint8)
+        batch = {"pixel_values": images[..., :width], "labels": labels, "sizes": sizes, "mask_sizes": sizes}
+        loss, outputs = task.loss(model, batch, None)
+        assert_close(loss, torch.nn.functional.cross_entropy(images[..., :width], labels.long()))
+        expected = [
+            pixel_confusion(one.numpy(), image.argmax(0).numpy(), 3)
+            for one, image in zip(labels, images[..., :width], strict=True)
+        ]
+        np.testing.assert_array_equal(outputs["confusion"].numpy(), expected)
 
 
 def test_class_weights__have_a_mean_of_1_over_the_pixels():

@@ -144,6 +144,20 @@ def test_training__reaches_every_parameter(images):
         assert not without
 
 
+def test_gradient_checkpointing__gives_the_same_gradients(images):
+    segmenter = build_segmenter(encoder_of("vit"), CLASSES, image_size=32, drop_path_rate=0.0)
+    segmenter.calibrate([images])
+    gradients = []
+    for is_on in (False, True):
+        if is_on:
+            segmenter.gradient_checkpointing_enable()
+        segmenter.zero_grad()
+        segmenter.train()(images)["logits"].square().mean().backward()
+        gradients.append(segmenter.base_model.layers[0].mlp.fc1.weight.grad.clone())
+    assert segmenter.base_model.layers[0].gradient_checkpointing
+    assert_close(gradients[1], gradients[0])
+
+
 def test_taps__are_those_of_the_papers():
     assert taps(12) == [4, 6, 8, 12]
     assert taps(24) == [8, 12, 16, 24]
