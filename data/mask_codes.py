@@ -7,6 +7,7 @@ Shapes: H W pixels, K classes.
 
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data.decoding import BadImage, opened, pillow_errors_as_bad_image
+from data.image_checks import num_cores
 
 IGNORED = 255  # the label of pixels that do not count
 MAX_CLASSES = 255
@@ -128,15 +130,10 @@ def codes_from_masks(masks: Iterable[bytes | Path], ignore_index: int, title: st
     """
     found: set[int] = set()
     kinds: set[bool] = set()
-    for mask in masks:
-        try:
-            values, is_color = raw_mask(mask)
-        except BadImage:
-            continue
-        found |= set(np.unique(values).tolist())
-        kinds.add(is_color)
-        if len(kinds) == 1 and len(found) > 4 * MAX_CLASSES:
-            break
+    with ThreadPoolExecutor(min(16, num_cores())) as pool:
+        for values, is_color in filter(None, pool.map(_values, masks)):
+            found |= values
+            kinds.add(is_color)
     if not found:
         raise ValueError(f"no mask in {title} can be read")
     if len(kinds) > 1:
@@ -151,6 +148,14 @@ def codes_from_masks(masks: Iterable[bytes | Path], ignore_index: int, title: st
     shown = ", ".join(names[:_MAX_NAMED]) + (", ..." if len(names) > _MAX_NAMED else "")
     what = "colors" if is_color else "numbers"
     return codes, f"classes: the {len(names)} {what} in the masks ({shown}); {CLASS_FILE} can name them"
+
+
+def _values(mask: bytes | Path) -> tuple[set[int], bool] | None:
+    try:
+        values, is_color = raw_mask(mask)
+    except BadImage:
+        return None
+    return set(np.unique(values).tolist()), is_color
 
 
 def _checked(

@@ -1,5 +1,7 @@
 """Native models for segmentation compute the features of the encoders, and the exported ones the same scores."""
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -14,10 +16,12 @@ from transformers import (
 )
 
 from hub.encoder_states import as_beit_model
+from hub.export.segmentation import export_segmenter
 from modeling.encoders import BeitEncoder, SwinEncoder
 from modeling.linear_segmentation import build_linear_segmenter, native_linear_segmenter
 from modeling.mae import MaeEncoder
 from modeling.segmentation import build_segmenter, native_segmenter, taps
+from training.finetune_trainer import freeze
 
 SIZES = {
     "hidden_size": 32,
@@ -118,6 +122,17 @@ def test_native__upernet_has_the_same_scores(kind, images):
     assert_close(native_segmenter(segmenter)(images).logits, segmenter(images)["logits"], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["beit", "swin"])
+def test_export__opens_with_the_same_scores(kind, tmp_path):
+    for number, build in enumerate((build_segmenter, build_linear_segmenter)):
+        options = {} if number else {"drop_path_rate": 0.1}
+        segmenter = build(encoder_of(kind), CLASSES, image_size=32, **options)
+        native = native_linear_segmenter(segmenter) if number else native_segmenter(segmenter)
+        stats = {"image_mean": [0.5], "image_std": [0.25]}  # of a grayscale encoder
+        export_segmenter(native, tmp_path, method=None, recipe={}, resample=2, **stats)  # which compares them
+        assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"] == [0.5] * 3
+
+
 def test_calibration__standardizes_every_layer_and_stays_fixed(images):
     segmenter = build_segmenter(encoder_of("vit"), CLASSES, image_size=32, drop_path_rate=0.0)
     segmenter.calibrate([images])
@@ -142,6 +157,19 @@ def test_training__reaches_every_parameter(images):
         sum(logits.square().sum() for _, logits in segmenter.losses(outputs)).backward()
         without = [name for name, p in segmenter.named_parameters() if p.requires_grad and p.grad is None]
         assert not without
+
+
+def test_freeze__keeps_the_encoder_or_its_first_blocks():
+    segmenter = build_segmenter(encoder_of("vit"), CLASSES, image_size=32, drop_path_rate=0.5)
+    freeze(segmenter, "partial", 1)
+    trained = {name for name, parameter in segmenter.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[3] for name in trained if name.startswith("backbone.beit.layers.")} == {"3"}
+    assert {name.split(".")[1] for name in trained if name.startswith("backbone.")} == {"beit", "fpn"}
+    assert [layer.drop_path.drop_prob for layer in segmenter.base_model.layers[1:]] == [0, 0, 0.5]
+    linear = build_linear_segmenter(encoder_of("swin"), CLASSES, image_size=32)
+    freeze(linear, "linear", 1)
+    trained = {name for name, parameter in linear.named_parameters() if parameter.requires_grad}
+    assert trained == {"classifier.weight", "classifier.bias"}
 
 
 def test_gradient_checkpointing__gives_the_same_gradients(images):
