@@ -24,9 +24,11 @@ from benchmarks.resumable import ROOT, Outcome, run
 
 RANDOM = "random weights"
 PROBED = "frozen linear probe"
+# Most pixels are background.
+_SEGMENTATION = ("--task", "segmentation", "--class_weights", "balanced", "--resize_scale", "0.75", "1.5")
 _KINDS = {  # name: flags, and the metrics that are reported
-    "UPerNet": (("--task", "segmentation"), ("mean_iou", "pixel_accuracy")),
-    "linear": (("--task", "segmentation", "--mode", "linear"), ("mean_iou", "pixel_accuracy")),
+    "UPerNet": (_SEGMENTATION, ("mean_iou", "pixel_accuracy")),
+    "linear": ((*_SEGMENTATION, "--mode", "linear"), ("mean_iou", "pixel_accuracy")),
     "detection": (("--task", "detection"), ("ap", "ap50")),
 }
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every training instead of the times, for a trial")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the head; encoders have a part of it")
+    parser.add_argument("--linear_learning_rate", type=float, default=1e-2)
     parser.add_argument("--layer_decay", type=float, default=0.75)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/dense"))
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks", help="where the report goes")
@@ -80,7 +83,8 @@ def tune(kind: str, row: str, encoder: str, seed: int, options: argparse.Namespa
     flags, wanted = _KINDS[kind]
     folder: Path = options.output_dir / f"{kind}-{row.replace(' ', '-')}-{seed}"
     scratch = ["--from_scratch"] if row == RANDOM else []
-    rates = ["--learning_rate", str(options.learning_rate), "--layer_decay", str(options.layer_decay)]
+    rate = options.linear_learning_rate if kind == "linear" else options.learning_rate
+    rates = ["--learning_rate", str(rate), "--layer_decay", str(options.layer_decay)]
     flags = (*flags, "--model", encoder, "--dataset", str(options.data), *scratch, *rates, "--seed", str(seed))
     size = ("--image_size", str(options.image_size), "--per_device_train_batch_size", str(options.batch_size))
     length = _length(options.minutes, options)
@@ -99,11 +103,13 @@ def probe(row: str, encoder: str, options: argparse.Namespace) -> dict[str, floa
 
 def write(options: argparse.Namespace, results: dict[str, dict[str, list[dict[str, float]]]]) -> None:
     """Write the report, of what is finished so far."""
+    lengths = f"{options.minutes:g} minutes for each fine-tuning, {options.pretraining_minutes:g} for a pre-training"
+    if options.steps:
+        lengths = f"A trial of {options.steps} steps"
     lines = [
         f"# Segmentation and detection of scenes, {TODAY}\n",
         f"{hardware()}; {versions('torch', 'transformers')}. `{command('dense')}`\n",
-        f"{options.minutes:g} minutes for each fine-tuning, {options.pretraining_minutes:g} for a pre-training. Mean "
-        f"± standard deviation over seeds, on {options.data.name}'s test split, in percent.\n",
+        f"{lengths}. Mean ± standard deviation over seeds, on {options.data.name}'s test split, in percent.\n",
     ]
     for kind, rows in results.items():
         names = list(dict.fromkeys(name for found in rows.values() for each in found for name in each))

@@ -2,8 +2,8 @@
 
     python -m benchmarks.scenes          # or --root DIR; the packages are those of benchmarks.tuxstamps
 
-Real pixels, composed layouts: one to four stamps on a crop of a photograph. Stamps of train, val and test differ, with
-every series of similar stamps in one of them; the photographs of test differ from those of train and val. Writes
+Real pixels, composed layouts: one to three stamps on a crop of a photograph. Stamps of train, val and test differ,
+with every series of similar stamps in one of them; the photographs of test differ from those of train and val. Writes
 
     outputs/scenes/{train,val,test}/images/*.jpg          and masks/*.png, class numbers from 0, the background
     outputs/scenes/{train,val,test}/annotations.json      boxes and masks as COCO has them
@@ -27,7 +27,7 @@ from benchmarks import tuxstamps
 from benchmarks.tuxstamps import Stamp
 
 _NUM_SCENES = {"train": 1000, "val": 100, "test": 250}
-_MOST_STAMPS, _SCALE = 4, (0.3, 0.7)  # of the side of a scene
+_MOST_STAMPS, _SCALE = 3, (0.4, 0.8)  # of the side of a scene
 _FEWEST_PIXELS = 30  # of a stamp that others cover; below, it is left out
 _NUM_CROPS = 4000
 

@@ -28,7 +28,7 @@ from transformers.models.upernet.modeling_upernet import UperNetPreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from .image_classification import copy_encoder, encoder_config_for, is_plain_vit
-from .segmentation import check_family, enlarged, label_names
+from .segmentation import check_family, enlarged, label_names, start_with_shares
 
 FAMILIES = ("vit", "vit_mae", "beit", "swin", "dinov2", "dinov2_with_registers")
 _EPS = 1e-6
@@ -84,8 +84,14 @@ class LinearSegmenter(UperNetPreTrainedModel):
         yield 1.0, outputs["logits"]
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
-        """Standardize the features by their statistics on standardized training images (B, C, S, S)."""
+    def calibrate(self, batches: Iterable[torch.Tensor], shares: torch.Tensor) -> None:
+        """Start with the features and the classes of training images.
+
+        Args:
+            batches: Standardized images (B, C, S, S), by whose statistics the features are standardized.
+            shares: (K,), the share of each class, which the scores start with.
+        """
+        start_with_shares([self.classifier], shares)
         self.eval()
         features = torch.cat([self.backbone(batch).feature_maps[0].transpose(0, 1).flatten(1) for batch in batches], 1)
         variance, mean = torch.var_mean(features.float(), 1, correction=0)

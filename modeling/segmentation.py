@@ -4,7 +4,7 @@ Papers: Xiao et al. 2018 (UPerNet), arXiv:1807.10221; Bao et al. 2021 (BEiT), ar
 MAE and iBOT use too: the outputs of four blocks, at 4, 2, 1 and 1/2 times the resolution of the patches.
 Differs from the authors: the BatchNorms of the head have fixed statistics, those of training images before the first
 step (`calibrate`), so that a step does not depend on how its images are spread over micro-batches and processes. As
-in the authors' code, their scales and shifts are trained.
+in the authors' code, their scales and shifts are trained. The scores start with the frequencies of the classes.
 Differs from transformers: a plain ViT is a BEiT with absolute positions and without LayerScale, which is the same
 function. transformers' BeitForSemanticSegmentation cannot read the last block; its UPerNet can.
 Shapes: B images, C channels, S pixels of a side, K classes, D width.
@@ -25,6 +25,7 @@ from .image_classification import copy_encoder, encoder_config_for
 FAMILIES = ("vit", "vit_mae", "beit", "swin")  # model types of encoders
 _AUXILIARY_WEIGHT = 0.4  # of its loss
 _SWIN_HEAD_WIDTH = 512
+_SMALLEST_SHARE = 1e-4  # of a class that is rarer or does not occur
 _SMALLEST_VARIANCE = 0.01  # of a channel, as a fraction of the mean over the layer: a channel that is constant at the
 # start is not amplified when it changes
 
@@ -74,9 +75,20 @@ class Segmenter(UperNetForSemanticSegmentation):
         if "auxiliary_logits" in outputs:
             yield _AUXILIARY_WEIGHT, outputs["auxiliary_logits"]
 
+    @property
+    def classifiers(self) -> list[Any]:
+        """The last layers of all heads."""
+        return [head.classifier for head in (self.decode_head, self.auxiliary_head) if head is not None]
+
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[torch.Tensor]) -> None:
-        """Set the statistics of all BatchNorms to those of standardized training images (B, C, S, S)."""
+    def calibrate(self, batches: Iterable[torch.Tensor], shares: torch.Tensor) -> None:
+        """Start with the features and the classes of training images.
+
+        Args:
+            batches: Standardized images (B, C, S, S), whose statistics all BatchNorms get.
+            shares: (K,), the share of each class, which the scores start with.
+        """
+        start_with_shares(self.classifiers, shares)
         self.train()
         norms = self._norms()
         for module in self.modules():
@@ -96,6 +108,12 @@ class Segmenter(UperNetForSemanticSegmentation):
 
     def _norms(self) -> list[nn.BatchNorm2d]:
         return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+
+
+def start_with_shares(classifiers: Iterable[Any], shares: torch.Tensor) -> None:
+    """Set the biases of last layers, so that the first steps need not learn how frequent each class is."""
+    for classifier in classifiers:
+        classifier.bias.copy_(shares.clamp(min=_SMALLEST_SHARE).log())
 
 
 def enlarged(logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -192,8 +192,13 @@ class SegmentationTask(Task):
                 batch = self.collate(images.__getitems__(indices.tolist()))
                 yield standardize(batch["pixel_values"].to(device), *stats)
 
-        model.to(device).calibrate(batches())
-        return f"the head's features are standardized by {len(set(chosen.tolist()))} training images"
+        weights = torch.ones(len(self.class_names)) if self._weights is None else self._weights
+        counts = torch.from_numpy(self.splits.pixels) * weights
+        model.to(device).calibrate(batches(), (counts / counts.sum()).to(device))
+        return (
+            f"the head's features are standardized by {len(set(chosen.tolist()))} training images, and its scores "
+            "start with the frequencies of the classes"
+        )
 
     def check_checkpoint(self, checkpoint: Path) -> None:
         check_same_classes(checkpoint, self.class_names)

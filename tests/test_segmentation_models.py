@@ -32,6 +32,7 @@ SIZES = {
     "patch_size": 8,
 }
 CLASSES = ("sky", "sea", "sand")
+SHARES = torch.tensor([0.5, 0.5, 0.0])
 
 
 def encoder_of(kind: str):
@@ -102,7 +103,7 @@ def test_linear_carrier__computes_the_last_features(kind, images):
 @pytest.mark.parametrize("kind", ["vit", "beit", "swin"])
 def test_native__linear_model_is_a_upernet_with_the_same_scores(kind, images):
     segmenter = build_linear_segmenter(encoder_of(kind), CLASSES, image_size=32)
-    segmenter.calibrate([images])
+    segmenter.calibrate([images], SHARES)
     (features,) = segmenter.backbone(images).feature_maps
     standardized = (features - segmenter.mean) * segmenter.scale
     assert_close(standardized.mean((0, 2, 3)), torch.zeros(features.shape[1]), atol=1e-4, rtol=0)
@@ -115,7 +116,7 @@ def test_native__linear_model_is_a_upernet_with_the_same_scores(kind, images):
 @pytest.mark.parametrize("kind", ["vit", "swin"])
 def test_native__upernet_has_the_same_scores(kind, images):
     segmenter = build_segmenter(encoder_of(kind), CLASSES, image_size=32, drop_path_rate=0.1)
-    segmenter.calibrate([images])
+    segmenter.calibrate([images], SHARES)
     outputs = segmenter.train()(images)
     assert len(list(segmenter.losses(outputs))) == 2
     segmenter.eval()
@@ -135,7 +136,9 @@ def test_export__opens_with_the_same_scores(kind, tmp_path):
 
 def test_calibration__standardizes_every_layer_and_stays_fixed(images):
     segmenter = build_segmenter(encoder_of("vit"), CLASSES, image_size=32, drop_path_rate=0.0)
-    segmenter.calibrate([images])
+    segmenter.calibrate([images], SHARES)
+    for classifier in segmenter.classifiers:
+        assert_close(classifier.bias.softmax(0), SHARES, atol=1e-3, rtol=0)
     norm = segmenter.decode_head.fpn_bottleneck.batch_norm
     outputs = []
     norm.register_forward_hook(lambda module, inputs, output: outputs.append(output))
@@ -152,7 +155,7 @@ def test_calibration__standardizes_every_layer_and_stays_fixed(images):
 def test_training__reaches_every_parameter(images):
     for kind in ("vit", "beit", "swin"):
         segmenter = build_segmenter(encoder_of(kind), CLASSES, image_size=32, drop_path_rate=0.0)
-        segmenter.calibrate([images])
+        segmenter.calibrate([images], SHARES)
         outputs = segmenter.train()(images)
         sum(logits.square().sum() for _, logits in segmenter.losses(outputs)).backward()
         without = [name for name, p in segmenter.named_parameters() if p.requires_grad and p.grad is None]
@@ -174,7 +177,7 @@ def test_freeze__keeps_the_encoder_or_its_first_blocks():
 
 def test_gradient_checkpointing__gives_the_same_gradients(images):
     segmenter = build_segmenter(encoder_of("vit"), CLASSES, image_size=32, drop_path_rate=0.0)
-    segmenter.calibrate([images])
+    segmenter.calibrate([images], SHARES)
     gradients = []
     for is_on in (False, True):
         if is_on:
