@@ -23,7 +23,8 @@ _LEAST_STEPS, _LEAST_STEPS_PER_EPOCH = 2000, 8
 _PUBLISHED_BLOCKS = 12  # for which a method's drop path is meant
 # On a CPU, in FLOP: of a step (seconds), and of a run without a time budget (an hour or two on two cores).
 _MOST_PER_STEP, _MOST_PER_RUN = 4e11, 4e14
-_SMALLEST_BATCH, _LARGEST_BATCH = 8, 64
+_SMALLEST_BATCH, _LARGEST_BATCH = 8, 16
+_LEAST_BATCH_FOR_RATE = 64  # the learning rate of smaller batches is that of so many images
 _LABEL = "schedule auto"
 
 
@@ -55,7 +56,7 @@ def drop_path_for(settings: PretrainingSettings, num_images: int) -> dict[str, f
 def with_batch_rule(
     settings: PretrainingSettings, hardware: Hardware, num_images: int, flops_per_image: int
 ) -> tuple[PretrainingSettings, list[str]]:
-    """Choose the images per device of a run on a CPU: as many as a step of a few seconds takes."""
+    """Choose the images per device of a run on a CPU: few, because many small steps learn more than few large ones."""
     name = "per_device_train_batch_size"
     if not hardware.is_cpu or settings.is_given(name) or not follows_rules(settings, num_images):
         return settings, []
@@ -65,7 +66,7 @@ def with_batch_rule(
     chosen = max(min(_SMALLEST_BATCH, size), min(size, most))
     reason = f"an epoch has at least {_LEAST_STEPS_PER_EPOCH} steps" if chosen < size else "a step takes a few seconds"
     if chosen == _LARGEST_BATCH:
-        reason = "larger batches are not faster per image on a CPU"
+        reason = "more steps in the same time; larger batches are hardly faster per image on a CPU"
     return settings.derived(Origin.RULE, _LABEL, **{name: chosen}), [f"{chosen} images per device: {reason}"]
 
 
@@ -108,12 +109,15 @@ def with_schedule_rules(
 
 
 def _learning_rate(settings: PretrainingSettings, images_per_step: int) -> tuple[float, str]:
-    """Return the published rate, scaled by the square root of the batch and, from scratch, by the encoder's width."""
+    """Return the published rate, scaled by the root of the batch, and from scratch by the encoder's width."""
     assert settings.base_learning_rate is not None
     published = CONFIGS[settings.method]
     peak = settings.base_learning_rate * published.published_batch / REFERENCE_BATCH
-    rate = peak * math.sqrt(images_per_step / published.published_batch)
-    reason = f"{peak:.3g} x the square root of {images_per_step:,} / {published.published_batch:,} images per step"
+    counted = max(images_per_step, min(_LEAST_BATCH_FOR_RATE, published.published_batch))
+    rate = peak * math.sqrt(counted / published.published_batch)
+    reason = f"{peak:.3g} x the square root of {counted:,} / {published.published_batch:,} images per step"
+    if counted > images_per_step:
+        reason += f" (that of {counted} for fewer)"
     width = settings.encoder_settings().get("hidden_size", published.published_width)
     if settings.start is None and width < published.published_width:
         factor = min(_MOST_WIDTH_FACTOR, published.published_width / width)

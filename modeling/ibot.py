@@ -6,7 +6,8 @@ Gram matrices Siméoni et al. 2025, "DINOv3", arXiv:2508.10104, Sec. 4 (there th
 Code: bytedance/ibot at da316d8; facebookresearch/dino at 7c446df.
 Differs: Position embeddings of local crops are resized to an exact size, as in transformers, instead of by a factor.
 Temperatures change in every step, not in every epoch. Temperature warm-up, momentum and number of prototypes follow
-the length of the run and the number of images unless they are given.
+the length of the run and the number of images unless they are given. At first, the coding rate of SimDINO keeps the
+images of a batch apart.
 Shapes: B images with T = 2 global and L local crops each, R = B * T, C channels, H W and h w pixels, N patches, M
 masked patches in the batch, D width, E width of the head's bottleneck, K prototypes.
 """
@@ -30,6 +31,7 @@ from .self_distillation import (
     Center,
     PrototypeHead,
     class_token_loss,
+    coding_rate,
     gram_loss,
     koleo_loss,
     patch_loss,
@@ -37,6 +39,7 @@ from .self_distillation import (
 )
 
 _TEMPERATURE_STEPS = 37_500
+_CODING_RATE_STEPS, _CODING_RATE_EPS = 10_000, 0.05
 _COLLAPSED_GAP = 0.02  # between both entropies, as shares of ln K
 
 
@@ -59,6 +62,9 @@ class IbotConfig(MultiCropConfig, AttentionMasksConfig):
             same share of each batch.
         center_momentum: Momentum of the running mean that `centering` mean subtracts.
         koleo_loss_weight: Of a loss that spreads the class tokens of a batch; 0 leaves it out.
+        coding_rate_weight: Of a loss that keeps the class tokens of a batch apart (Wu et al. 2025, SimDINO), so that
+            they do not become alike in the first steps, which may be all that a short run has; it falls to 0 within
+            10,000 steps. 0 leaves it out, as published.
         gram_weight: Of a loss that keeps the similarities between the patches of an image as they are in the encoder
             that the training starts from (DINOv3, Sec. 4, has up to 2); 0 leaves it out.
         freeze_prototypes_epochs: First epochs without a change of the prototypes, at most a tenth of the training.
@@ -88,6 +94,7 @@ class IbotConfig(MultiCropConfig, AttentionMasksConfig):
     centering: str = "mean"
     center_momentum: float = 0.9
     koleo_loss_weight: float = 0.0
+    coding_rate_weight: float = 1.0
     gram_weight: float = 0.0
     freeze_prototypes_epochs: float = 1.0
 
@@ -164,6 +171,7 @@ class IbotForPreTraining(MultiCropModel):
         anchor_features: torch.Tensor | None = None,
         num_masked_patches: int | None = None,
         teacher_temperature: float | None = None,
+        coding_rate_weight: float | None = None,
         mask_noise: torch.Tensor | None = None,
         return_loss: bool = True,
     ) -> MimOutput:
@@ -176,6 +184,7 @@ class IbotForPreTraining(MultiCropModel):
             anchor_features: (R, N, D), of the patches of whole global crops, from the encoder to stay close to.
             num_masked_patches: Number of masked patches in the batch.
             teacher_temperature: By default the final one.
+            coding_rate_weight: By default the final one, 0.
             mask_noise: (B, T, U), see `adaptive_masks.py`.
         """
         config, num_crops = self.config, pixel_values.shape[1]
@@ -196,9 +205,14 @@ class IbotForPreTraining(MultiCropModel):
         losses = {}
         if config.class_token_loss_weight:
             class_tokens = self.all_class_tokens(tokens, local_pixel_values, num_crops)
-            student = self.heads["class_token"](class_tokens)  # (B, T+L, K)
+            head = self.heads["class_token"]
+            features = head.project(class_tokens)  # (B, T+L, E)
+            student = head.compare(features)  # (B, T+L, K)
             teacher = targets["class_token"].unflatten(0, (-1, num_crops))  # (B, T, K)
             losses["class_token"] = class_token_loss(student, teacher, config.student_temperature)
+            if coding_rate_weight is not None:
+                rate = coding_rate(features[:, :num_crops], _CODING_RATE_EPS)
+                losses["coding_rate"] = -coding_rate_weight * rate
         if config.koleo_loss_weight:
             views = tokens[:, 0].unflatten(0, (-1, num_crops)).unbind(1)  # (B, D) each
             losses["koleo"] = torch.stack([koleo_loss(view) for view in views]).sum()
@@ -263,20 +277,28 @@ class IbotForPreTraining(MultiCropModel):
             "class_token": self.config.class_token_loss_weight,
             "patch": self.config.patch_loss_weight,
             "koleo": self.config.koleo_loss_weight,
+            "coding_rate": float(self.has_coding_rate),
             "gram": self.config.gram_weight,
         }
 
     @property
     def compares_images(self) -> bool:
         config = self.config
-        return config.centering == "sinkhorn" or config.koleo_loss_weight > 0 or config.spreads_mask_ratios
+        compares = config.centering == "sinkhorn" or config.koleo_loss_weight > 0 or config.spreads_mask_ratios
+        return compares or self.has_coding_rate
+
+    @property
+    def has_coding_rate(self) -> bool:
+        return self.config.coding_rate_weight > 0 and self.config.class_token_loss_weight > 0
 
     def schedules(self, num_steps: int, steps_per_epoch: int) -> dict[str, Schedule]:
-        """Return the teacher's temperature and momentum, and the weight decay."""
+        """Return the teacher's temperature and momentum, the weight decay, and the weight of the coding rate."""
         config = self.config
         rise = config.teacher_temperature_warmup_epochs * steps_per_epoch or _TEMPERATURE_STEPS
         temperatures = (config.teacher_temperature_start, config.teacher_temperature)
         shared = super().schedules(num_steps, steps_per_epoch)
+        if self.has_coding_rate:
+            shared["coding_rate_weight"] = Schedule(config.coding_rate_weight, 0.0, _CODING_RATE_STEPS)
         return {"teacher_temperature": Schedule(*temperatures, round(rise), "linear"), **shared}
 
     def summarize_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -63,6 +63,21 @@ def test_dinov2__adds_koleo_of_both_views_with_its_weight():
     assert_close(output.loss, without + 0.1 * output.losses["koleo"])
 
 
+def test_coding_rate__keeps_images_apart_in_the_first_10_000_steps():
+    model, batch = moved("ibot+attention"), tiny_batch("ibot+attention")
+    schedule = model.schedules(500_000, 100)["coding_rate_weight"]
+    assert [schedule.at(step) for step in (0, 5_000, 10_000, 400_000)] == [1, 0.5, 0, 0]
+    assert "coding_rate" not in model(**batch).losses
+    loss = model(**batch, coding_rate_weight=0.5).losses["coding_rate"]
+    head, crops = model.heads["class_token"], model.standardize(batch["pixel_values"])
+    loss.backward()
+    assert head.mlp[0].weight.grad.abs().sum() > 0
+    alike = crops[:1].expand_as(crops)
+    closer = model(**batch | {"pixel_values": alike}, coding_rate_weight=0.5).losses["coding_rate"]
+    assert closer > loss  # the rate of equal images is lower
+    assert "coding_rate_weight" not in moved("ibot").schedules(500_000, 100)  # 0, as published
+
+
 @torch.no_grad()
 def test_batch_without_masks__has_a_patch_loss_of_zero():
     model, batch = moved("ibot"), tiny_batch("ibot")

@@ -42,20 +42,24 @@ def plan(*argv: str, images: int = 2624, hardware: Hardware = LAPTOP, flops: int
 
 def test_pretraining__of_small_data_on_a_laptop():
     few = plan("--model", "vit-nano")
-    assert (few.batch_size, few.steps_per_epoch) == (64, 41)
+    assert (few.batch_size, few.steps_per_epoch) == (16, 164)
     # 2.4e-3 for 4,096 images and a width of 768: x sqrt(64 / 4096) x 768 / 192
     assert few.learning_rate == pytest.approx(2.4e-3 / 8 * 4)
-    assert few.num_epochs == pytest.approx(4e14 / NANO / 64 / 41, abs=1)
+    assert few.num_epochs == pytest.approx(4e14 / NANO / 16 / 164, abs=1)
     assert few.warmup_steps / few.num_steps == pytest.approx(0.05, abs=0.001)
     shown = few.describe()
-    assert "note: learning rate 0.0012: 0.0024 x the square root of 64 / 4,096 images" in shown
-    assert "note: 64 images per device: larger batches are not faster" in shown
+    assert (
+        "note: learning rate 0.0012: 0.0024 x the square root of 64 / 4,096 images per step (that of 64 for fewer)"
+        in shown
+    )
+    assert "note: 16 images per device: more steps in the same time" in shown
     assert "382 epochs instead of 800: an hour or two on a CPU" in shown
 
 
 def test_pretraining__of_two_hundred_images_keeps_steps_in_an_epoch_and_in_the_run():
     few = plan("--model", "vit-nano", images=218)
-    assert (few.batch_size, few.steps_per_epoch, few.num_epochs) == (27, 8, 800)
+    assert (few.batch_size, few.steps_per_epoch, few.num_epochs) == (16, 13, 800)
+    assert plan("--model", "vit-nano", images=100).steps_per_epoch == 8
     assert plan("--model", "vit-nano", images=20).num_steps >= 2000
 
 
