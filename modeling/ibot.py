@@ -205,7 +205,7 @@ class IbotForPreTraining(MultiCropModel):
         losses = {}
         if config.class_token_loss_weight:
             class_tokens = self.all_class_tokens(tokens, local_pixel_values, num_crops)
-            head = self.heads["class_token"]
+            head: Any = self.heads["class_token"]
             features = head.project(class_tokens)  # (B, T+L, E)
             student = head.compare(features)  # (B, T+L, K)
             teacher = targets["class_token"].unflatten(0, (-1, num_crops))  # (B, T, K)
