@@ -244,18 +244,17 @@ class SegmentationTask(Task):
 
     def scores(self, model: Any, image: Tensor, size: tuple[int, int], batch_size: int) -> Tensor:
         """Return the scores (K, H, W) of a standardized image (C, h, w), means over the windows that cover it."""
-        side = self.settings.image_size
-        corners = window_boxes(image.shape[1], image.shape[2], side)
-        windows = torch.stack([image[:, top : top + side, left : left + side] for top, left in corners])
-        scores = torch.cat([model(part)["logits"].float() for part in windows.split(batch_size)])
-        if len(corners) > 1:
-            total = scores.new_zeros(scores.shape[1], *image.shape[-2:])
-            count = scores.new_zeros(image.shape[-2:])
-            for (top, left), each in zip(corners, scores, strict=True):
+        side, (height, width) = self.settings.image_size, image.shape[1:]
+        corners = window_boxes(height, width, side)
+        total = image.new_zeros(len(self.class_names), height, width)
+        count = image.new_zeros(height, width)
+        for start in range(0, len(corners), batch_size):
+            own = corners[start : start + batch_size]
+            windows = torch.stack([image[:, top : top + side, left : left + side] for top, left in own])
+            for (top, left), each in zip(own, model(windows)["logits"].float(), strict=True):
                 total[:, top : top + side, left : left + side] += each
                 count[top : top + side, left : left + side] += 1
-            return resized(total / count, size)
-        return resized(scores[0], size)
+        return resized(total.div_(count), size)
 
     # ---- description ----
 
@@ -354,7 +353,9 @@ class SegmentationTask(Task):
 
 
 def resized(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize scores (K, h, w) to (K, H, W)."""
+    """Resize scores (K, h, w) to (K, H, W); those of this size are not copied, as they may be large."""
+    if scores.shape[1:] == size:
+        return scores
     return nn.functional.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
 
 
