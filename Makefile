@@ -26,7 +26,7 @@ test-gpu:
 # The same tests on the oldest supported libraries, in an environment of their own (about 5 GB with PyPI's torch for GPUs).
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/pip install --quiet -r requirements.txt -c constraints-oldest.txt pytest pytest-timeout pytest-xdist
+	.venv-oldest/bin/pip install --quiet -r requirements.txt -c constraints-oldest.txt faster-coco-eval pytest pytest-timeout pytest-xdist
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 # Kills, faults and damaged images, and a dated table in benchmarks/ (see tests/survival.py); it may be stopped and continued.

@@ -38,7 +38,7 @@ WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "text", PANELS, ANCHOR, "runs"
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("trainer_state.json", "codebook.json", "tokens-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),
-    *(SUBSET_FILE, METRICS_FILE, CONFUSION_FILE, "retrieved.png", "segments.png"),
+    *(SUBSET_FILE, METRICS_FILE, CONFUSION_FILE, "retrieved.png", "segments.png", "detections.png"),
     *("tokenizer.json", "tokenizer_config.json"),
 )
 # What a run that was killed may have left behind.

@@ -36,7 +36,9 @@ class Result(NamedTuple):
     @property
     def is_quality(self) -> bool:
         """Whether the value is a score between 0 and 1 that measures the features."""
-        return any(word in self.metric.lower() for word in _QUALITY) and 0 <= self.value <= 1
+        metric = self.metric.lower()
+        is_score = any(word in metric for word in _QUALITY) or metric.startswith("ap")  # average precision
+        return is_score and 0 <= self.value <= 1
 
 
 def read_results(folder: Path) -> list[Result]:

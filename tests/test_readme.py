@@ -15,6 +15,7 @@ from conftest import OLDEST, ROOT, SIZE, tiny_model
 from masked import masked_folder
 from PIL import Image
 from test_texts import CAPTIONS, pair_folder
+from train_detector import write_scenes
 from transformers import (
     Dinov2Config,
     Dinov2Model,
@@ -117,6 +118,7 @@ def workspace(tmp_path_factory) -> Path:
     Image.open(PHOTOGRAPHS[0]).save(folder / "photo.jpg")
     export(tiny_model("mae", num_hidden_layers=4), folder / "out", method="mae", recipe={})
     masked_folder(folder / "masked")
+    write_scenes(folder / "boxes")
     pair_folder(folder / "pairs")
     (folder / "texts").mkdir()
     (folder / "texts" / "a.txt").write_text("\n".join(CAPTIONS))
