@@ -214,8 +214,8 @@ def finish(settings: TokenizerSettings, images: PretrainingSplits, argv: list[st
     """Count the codes in use, and write the averaged tokenizer with its card; returns a description."""
     output_dir = trainer.output_dir
     trainer.evaluate_at_the_end()
-    if trainer.is_world_process_zero():
-        with trainer.averaged():
+    with trainer.averaged(), trainer.whole_model():
+        if trainer.is_world_process_zero():
             facts = codebook_facts(trainer, settings, images)
             trainer.save_state()
             draw_curve(trainer, output_dir)

@@ -50,8 +50,9 @@ class Artifacts:
         """Evaluate the weights unless the last evaluation did, and write everything; returns a description."""
         trainer.evaluate_at_the_end()
         trainer.save_state()
-        if trainer.is_world_process_zero():
-            self.write(trainer, trainer.output_dir)
+        with trainer.whole_model():
+            if trainer.is_world_process_zero():
+                self.write(trainer, trainer.output_dir)
         trainer.accelerator.wait_for_everyone()
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         encoder = "" if native_root_problem(model) else "encoder for AutoModel.from_pretrained, "
@@ -146,11 +147,13 @@ class FinetuneArtifacts:
                     }
                     text = json.dumps(content, indent=2) + "\n"
                     (output_dir / METRICS_FILE).write_text(text, encoding="utf-8")
-                    model = trainer.accelerator.unwrap_model(trainer.model).eval()
-                    figure = task.draw(predictions, labels, dataset, output_dir, title, model)
-            if trainer.is_world_process_zero():
-                self._write_card(trainer, figure)
-                task.export(trainer.accelerator.unwrap_model(trainer.model), output_dir)
+            with trainer.whole_model():
+                if trainer.is_world_process_zero():
+                    model = trainer.accelerator.unwrap_model(trainer.model)
+                    if dataset is not None:
+                        figure = task.draw(predictions, labels, dataset, output_dir, title, model.eval())
+                    self._write_card(trainer, figure)
+                    task.export(model, output_dir)
         trainer.accelerator.wait_for_everyone()
         return f"{task.how_to_open(output_dir)}; card in README.md"
 

@@ -29,7 +29,7 @@ from data.decoding import BadImage
 from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
-from training.checkpoints import last_whole_checkpoint
+from training.checkpoints import last_whole_checkpoint, what_is_safe
 from training.collapse import CollapseError, describe_collapse
 from training.evaluation_guard import describe_non_finite
 from training.guard import NonFiniteError
@@ -118,7 +118,10 @@ def train(
         if repository is not None:
             at_saves = settings.uploads_at_saves and settings.hub_strategy is not HubStrategy.END
             checkpoint_name = _NAMES_OF_STATES.get(settings.hub_strategy)
-            hub_push = HubPush(repository, output_dir, partial(stage, trainer), log, checkpoint_name, at_saves)
+            stage_model = partial(stage, trainer)
+            hub_push = HubPush(
+                repository, output_dir, stage_model, log, checkpoint_name, at_saves, trainer.whole_model
+            )
             trainer.add_callback(hub_push)
         for make_callback in callbacks:
             trainer.add_callback(make_callback(trainer))
@@ -175,11 +178,7 @@ def naming_what_is_safe(output_dir: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError, BadImage) as error:
         if not isinstance(error, NonFiniteError | CollapseError):
-            checkpoint, _ = last_whole_checkpoint(output_dir)
-            kept = "no checkpoint is complete yet: the same command starts again"
-            if checkpoint is not None:
-                kept = f"{checkpoint} is complete: the same command continues from there"
-            error.add_note(kept)
+            error.add_note(what_is_safe(output_dir))
         raise
 
 

@@ -30,6 +30,7 @@ from data.image_checks import num_cores
 from training.callbacks import duration
 from training.collapse import CollapseError
 from training.guard import NonFiniteError
+from training.lost_process import is_about_lost_process, is_first_to_report
 from training.stopping import Stopped, raising_stopped
 
 _OPEN_FILES, _FEWEST_OPEN_FILES = 65536, 256
@@ -55,8 +56,8 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
     """Run a command and return its exit code; what a user can repair is one message instead of a traceback.
 
     The codes: 2 for a mistake in the command or the data, 3 for a loss that is not finite, 4 for a fault of the system
-    (disk, memory), 5 for a model that collapsed, 130, 143 and 129 for a run that SIGINT (Ctrl-C), SIGTERM or SIGHUP
-    stopped.
+    (disk, memory, a lost process), 5 for a model that collapsed, 130, 143, 129 and 138 for a run that SIGINT (Ctrl-C),
+    SIGTERM, SIGHUP or SIGUSR1 stopped.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names need not be Unicode
@@ -74,7 +75,7 @@ def run(argv: list[str], main: Callable[[list[str]], None], build_parser: Callab
         exit_code, message = _describe_failure(error)
         if wants_traceback or not exit_code:
             raise
-        if os.environ.get("RANK", "0") == "0":
+        if is_first_to_report():
             parser = build_parser()
             if not isinstance(error, SettingsError):  # which names flags, or lines of a recipe
                 message = with_flags(message, {action.dest: action.dest for action in parser._actions})
@@ -105,6 +106,8 @@ def _system_fault(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         name = f": {error.filename}" if error.filename else ""
         return f"{error.strerror or text}{name}{_ADVICE.get(number, '')}"
+    if is_about_lost_process(error):
+        return "another process of this run has ended, or its computer cannot be reached"
     if isinstance(error, torch.OutOfMemoryError):
         return f"the device is out of memory: lower `per_device_train_batch_size` ({str(error).partition('. ')[0]})"
     for pattern, message in _FAULTS_OF_WORKERS.items():

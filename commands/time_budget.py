@@ -117,10 +117,10 @@ def measure_speed(
             trainer.evaluate()
         if saves:
             trainer._save_checkpoint(trainer.model, trial=None)
-        if trainer.is_world_process_zero():
-            for panel in panels:
-                panel.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model)
-            for each in online:
+        for panel in panels:
+            panel.on_evaluate(trainer.args, trainer.state, trainer.control, trainer.model)
+        with trainer.whole_model():
+            for each in online if trainer.is_world_process_zero() else ():
                 each.measure(trainer.model)
         interval = time.perf_counter() - began
     return Speed(step, interval, interval + min(_END_SECONDS, _END_SHARE * seconds)), seconds_to_build

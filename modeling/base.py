@@ -375,6 +375,10 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
             if f"{name}.".startswith(prefixes):
                 parameter.requires_grad_(False)
 
+    def get_input_embeddings(self) -> Any:
+        """Return None: FSDP2 would shard the embeddings apart, but some methods use their weights themselves."""
+        return None
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, which makes every float parameter trainable; frozen ones are frozen again."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .processes import own_share
 from .schedules import Progress, Schedule, constant
 
 # Collapsed features have both a small std, at which two images have a cosine similarity of 0.94 on average, and a low
@@ -18,8 +19,8 @@ _COLLAPSED_STD, _COLLAPSED_RANK = 0.25, 4.0
 @torch.no_grad()
 def update_ema_(averages: Iterable[torch.Tensor], values: Iterable[torch.Tensor], momentum: float) -> None:
     """Set each average to momentum * average + (1 - momentum) * value, in place and for all tensors at once."""
-    averages = list(averages)
-    values = [value.detach().to(average.dtype) for average, value in zip(averages, values, strict=True)]
+    averages = [own_share(average) for average in averages]
+    values = [own_share(value.detach()).to(average.dtype) for average, value in zip(averages, values, strict=True)]
     torch._foreach_lerp_(averages, values, 1 - momentum)
 
 

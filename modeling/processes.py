@@ -24,6 +24,12 @@ def over_processes(tensor: torch.Tensor, operation: Literal["sum", "max"]) -> to
     return tensor
 
 
+def own_share(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process has of a tensor that FSDP2 shards; another tensor as it is."""
+    share: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return share
+
+
 class _SumOverProcesses(torch.autograd.Function):
     """The sum of a tensor over all processes, whose gradient is the sum of theirs."""
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .ema import full_precision
-from .processes import over_processes
+from .processes import over_processes, own_share
 
 
 class ProjectionHead(nn.Module):
@@ -216,5 +216,8 @@ def gram_loss(student: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
 def clip_each_(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     """Scale the gradient of each tensor by itself to a norm of at most `max_norm`, without waiting for the device."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm(gradients))
-    torch._foreach_mul_(gradients, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())
+    shares = [own_share(gradient) for gradient in gradients]
+    norms = torch.stack(torch._foreach_norm(shares))
+    if any(share is not gradient for share, gradient in zip(shares, gradients, strict=True)):
+        norms = over_processes(norms.square(), "sum").sqrt()
+    torch._foreach_mul_(shares, (max_norm / (norms + 1e-6)).clamp(max=1).unbind())

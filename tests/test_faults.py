@@ -160,6 +160,23 @@ def test_names__that_are_not_unicode_are_trained_on_and_embedded(photos, tmp_pat
     assert f"{tmp_path}/\\xe9t/\\xe9t0.jpg" in names
 
 
+# ---- checkpoints ----
+
+
+def test_checkpoint__of_another_model_is_one_message_and_is_not_changed(tmp_path, capsys):
+    """Without the file of settings that would tell: `Trainer` would train on with random weights."""
+    argv = ["--max_steps", "2", "--save_steps", "1", "--save_total_limit", "3"]
+    assert pretrain([*SMALL, *argv, "--output_dir", str(tmp_path / "mae")]) == 0
+    foreign = tmp_path / "out" / "checkpoint-1"
+    shutil.copytree(tmp_path / "mae" / "checkpoint-1", foreign)
+    before = {path.name: path.read_bytes() for path in foreign.iterdir()}
+    capsys.readouterr()
+    message = fault(capsys, *argv, "--num_channels", "1", "--output_dir", str(tmp_path / "out"), exit_code=2)
+    assert f"{foreign} holds the weights of another model: " in message
+    assert "train in another --output_dir" in message
+    assert {path.name: path.read_bytes() for path in foreign.iterdir()} == before
+
+
 # ---- files without permission ----
 
 

@@ -18,7 +18,7 @@ ALLOWED = {
     "tasks": {"commands", "data", "training", "evaluation", "hub", "modeling"},
 }
 # Leaf mathematics and plain data: every folder may import them.
-LEAVES = {"modeling.patches", "modeling.ema", "modeling.schedules", "modeling.feature_panel"}
+LEAVES = {f"modeling.{name}" for name in ("patches", "ema", "schedules", "processes", "feature_panel")}
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "misc"}
 LIBRARY_NAMES = {"datasets", "tokenizers", "accelerate", "evaluate", "transformers"}
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: the step is finished, a checkpoint is written, and the same command continues."""
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1: the step ends, a checkpoint is written, the same command continues."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def assert_equal_weights(folder, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP"))]
+    "name", ["SIGTERM", *(pytest.param(name, marks=pytest.mark.slow) for name in ("SIGINT", "SIGHUP", "SIGUSR1"))]
 )
 def test_signal__to_all_processes_of_a_run_is_followed_by_a_checkpoint_of_that_step(tmp_path, undisturbed, name):
     """As from a terminal or a scheduler: the data workers receive the signal as well."""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,14 @@ def show_progress(
 
 
 def show_panels(
-    trainer: Trainer,
+    trainer: Any,
     folder: Path,
     batch: dict[str, Any],
     draw: Callable[[Any, dict[str, Any], int, float | None], Image.Image],
 ) -> None:
     """Add `ReconstructionPanels`, which are also written to TensorBoard if the run reports to it."""
     boards = [each for each in trainer.callback_handler.callbacks if isinstance(each, TensorBoardCallback)]
-    trainer.add_callback(ReconstructionPanels(folder, batch, draw, boards[0] if boards else None))
+    trainer.add_callback(ReconstructionPanels(folder, batch, draw, boards[0] if boards else None, trainer))
 
 
 class MimProgress(ProgressCallback):
@@ -124,6 +125,7 @@ class ReconstructionPanels(TrainerCallback):
         folder: Folder of the PNG files.
         batch: A batch of the collator.
         draw: `draw(model, batch, step, eval_loss)` returns the panel.
+        trainer: A `MimTrainer`, whose model may be sharded.
     """
 
     def __init__(
@@ -132,18 +134,24 @@ class ReconstructionPanels(TrainerCallback):
         batch: dict[str, Any],
         draw: Callable[[Any, dict[str, Any], int, float | None], Image.Image],
         tensorboard: TensorBoardCallback | None,
+        trainer: Any = None,
     ) -> None:
         self.folder, self.batch, self.draw, self.tensorboard = folder, batch, draw, tensorboard
+        self.trainer = trainer
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, metrics: dict | None = None, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero:
-            self._write(model, state.global_step, (metrics or {}).get("eval_loss"))
+        self._write_on_main_process(model, state, (metrics or {}).get("eval_loss"))
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.eval_strategy == "no" and state.is_world_process_zero:  # there are no validation images
-            self._write(model, state.global_step, None)
+        if args.eval_strategy == "no":  # there are no validation images
+            self._write_on_main_process(model, state, None)
+
+    def _write_on_main_process(self, model: Any, state: Any, eval_loss: float | None) -> None:
+        with nullcontext() if self.trainer is None else self.trainer.whole_model():
+            if state.is_world_process_zero:
+                self._write(model if self.trainer is None else self.trainer.model, state.global_step, eval_loss)
 
     def _write(self, model: Any, step: int, eval_loss: float | None) -> None:
         panel = self._draw(model, step, eval_loss)

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 _CHECKSUMS = "checksums.json"
 
@@ -44,6 +45,34 @@ def last_whole_checkpoint(output_dir: Path, before: float = math.inf) -> tuple[P
             return checkpoint, skipped
         skipped[checkpoint.name] = problem
     return None, skipped
+
+
+def what_is_safe(output_dir: Path) -> str:
+    """Return from what a run that ends now can be continued."""
+    checkpoint, _ = last_whole_checkpoint(output_dir)
+    if checkpoint is None:
+        return "no checkpoint is complete yet: the same command starts again"
+    return f"{checkpoint} is complete: the same command continues from there"
+
+
+def check_fits(checkpoint: Path, model: nn.Module) -> None:
+    """Check that the weights of a checkpoint are those of a model, some of which `Trainer` would silently leave out.
+
+    Raises:
+        ValueError: If a name or a shape differs.
+    """
+    file, own = checkpoint / "model.safetensors", {name: list(v.shape) for name, v in model.state_dict().items()}
+    if not file.exists():  # several files, or those of DeepSpeed
+        return
+    with safe_open(file, framework="pt") as weights:
+        saved = {name: list(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    parameters = {name for name, _ in model.named_parameters()}
+    wrong = [name for name in sorted(saved.keys() | parameters) if saved.get(name) != own.get(name)]
+    if wrong:
+        raise ValueError(
+            f"{checkpoint} holds the weights of another model: {len(wrong)} names or shapes differ, as {wrong[0]}: "
+            "train in another output_dir, or delete this folder"
+        )
 
 
 def write_checksums(checkpoint: Path) -> None:

@@ -45,7 +45,7 @@ class EvaluationGuard(TrainerCallback):
         indices = [i for loss, batch in self._batches if not torch.isfinite(loss).all() for i in batch.tolist()]
         culprits = []
         if isinstance(dataset, NamedItems):
-            checked = indices[:_MAX_CHECKED]
+            checked = [] if trainer.is_sharded else indices[:_MAX_CHECKED]  # processes would wait for each other
             culprits = [dataset.name(i) for i in checked if not trainer.has_finite_loss(dataset.item(i, epoch=0))]
         return sorted(set(gather_object(culprits)))
 

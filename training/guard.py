@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 
+from modeling.processes import over_processes, own_share
+
 
 class NonFiniteError(RuntimeError):
     """The loss, the gradient or a weight is NaN or infinite; the message names the step and the images."""
@@ -75,6 +77,8 @@ class NonFiniteGuard:
 
 
 def has_only_finite_weights(model: nn.Module) -> bool:
-    """Return whether all weights are finite; waits for the device."""
-    norms = torch._foreach_norm([parameter.detach() for parameter in model.parameters()], ord=float("inf"))
-    return bool(torch.isfinite(torch.stack(norms)).all())
+    """Return whether all weights are finite, on every process; waits for the device."""
+    shares = [own_share(parameter.detach()) for parameter in model.parameters()]
+    norms = torch._foreach_norm([share for share in shares if share.numel()], ord=float("inf"))
+    are_bad = ~torch.isfinite(torch.stack(norms)).all()
+    return not over_processes(are_bad.float(), "max").item()

@@ -6,6 +6,7 @@ arXiv:2402.10093, begins in this way).
 
 from collections.abc import Callable
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -16,12 +17,18 @@ class HeadWarmup:
     """
 
     def __init__(self, model: PreTrainedModel, num_steps: int) -> None:
-        self.num_steps = num_steps
-        self.parameters = [
-            parameter
+        self.model, self.num_steps = model, num_steps
+        self._names = {
+            name
             for name, parameter in (model.base_model.named_parameters() if num_steps else ())
             if parameter.requires_grad and not name.endswith("mask_token")
-        ]
+        }
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the encoder; FSDP2 replaces them by shares."""
+        named = self.model.base_model.named_parameters() if self._names else ()
+        return [parameter for name, parameter in named if name in self._names]
 
     def hold(self, step: int, can_skip: bool) -> None:
         """Before a forward pass: compute no gradients that are not needed, unless DDP expects them."""

@@ -3,6 +3,7 @@
 import shutil
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -37,6 +38,7 @@ class HubPush(TrainerCallback):
             to a subfolder if `checkpoint_name` is not None.
         checkpoint_name: Returns the name of the training state of a step on the Hub; None to upload no training state.
         at_saves: False to upload the finished run only.
+        whole_model: Block on all processes in which the main process stages.
     """
 
     def __init__(
@@ -47,9 +49,10 @@ class HubPush(TrainerCallback):
         log: Callable[[str], None],
         checkpoint_name: Callable[[int], str] | None = None,
         at_saves: bool = True,
+        whole_model: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.destination, self.output_dir, self.stage, self.log = destination, output_dir, stage, log
-        self.checkpoint_name, self.at_saves = checkpoint_name, at_saves
+        self.checkpoint_name, self.at_saves, self.whole_model = checkpoint_name, at_saves, whole_model
         self._uploads = _Uploads()
         self._last_problem = ""  # logged once, however often it occurs
 
@@ -63,9 +66,13 @@ class HubPush(TrainerCallback):
         if self.checkpoint_name is not None:
             PartialState().wait_for_everyone()  # every process writes a part of the checkpoint
         is_last = state.global_step >= state.max_steps
-        if not state.is_world_process_zero or not self.at_saves or (is_last and self.checkpoint_name is None):
+        if not self.at_saves or (is_last and self.checkpoint_name is None):
             return  # `finish` uploads the model of the last step
-        step = state.global_step
+        with self.whole_model():
+            if state.is_world_process_zero:
+                self._stage_and_upload(args, state.global_step)
+
+    def _stage_and_upload(self, args: Any, step: int) -> None:
         folder = self.output_dir / STAGING / f"step-{step}"
         name = self.checkpoint_name(step) if self.checkpoint_name else None
         with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):

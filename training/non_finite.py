@@ -31,17 +31,16 @@ def find_non_finite(trainer: Any) -> str | None:
 def _cause(trainer: Any) -> str:
     # With several processes their losses wait for each other, and each may have another number of images to try.
     is_compared = trainer.accelerator.num_processes > 1 and getattr(trainer.model, "compares_images", False)
-    culprits, batch = _bad_images(trainer, tries_each=not is_compared)
+    is_sharded = trainer.is_sharded
+    culprits, batch = _bad_images(trainer, tries_each=not (is_compared or is_sharded))
     calmer = "lower `learning_rate`, or clip with `max_grad_norm` 1; under `fp16` use `bf16`"
     if not batch:
         return f"every loss was finite, the gradient was not: {calmer}."
     if 0 < len(culprits) < len(batch):
         return f"the loss of these images is not finite: {', '.join(culprits)}. Repair or remove them."
-    if is_compared:
-        return (
-            "the loss compares the images of all processes, so none was tried alone. Look for damaged ones, or "
-            f"{calmer}. The batch was {', '.join(batch)}."
-        )
+    if is_compared or is_sharded:
+        why = "the processes share the model" if is_sharded else "the loss compares the images of all processes"
+        return f"{why}, so none was tried alone. Look for damaged ones, or {calmer}. The batch was {', '.join(batch)}."
     which = "every image" if culprits else "no single image"
     return f"{which} of its batch does it alone, so it is not the data: {calmer}. It was {', '.join(batch)}."
 

@@ -39,10 +39,8 @@ class EvaluateOnline(TrainerCallback):
             self._evaluate(state, control)
 
     def _evaluate(self, state: Any, control: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        with self.trainer.clock_stopped():
-            measured = self.measure(self.trainer.model)
+        with self.trainer.clock_stopped(), self.trainer.whole_model():
+            measured = self.measure(self.trainer.model) if state.is_world_process_zero else {}
         if not measured:
             return
         is_loss_due = control.should_log

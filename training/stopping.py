@@ -1,4 +1,4 @@
-"""Stop a training run at the end of a step, with a checkpoint, when SIGINT, SIGTERM or SIGHUP asks for it.
+"""Stop a training run at the end of a step, with a checkpoint, when a signal asks for it.
 
 transformers' `enable_jit_checkpoint` knows SIGTERM only, lets each process stop at a step of its own, and returns as
 if the training were complete.
@@ -18,8 +18,10 @@ from torch import distributed
 from transformers import TrainerCallback
 
 _HANGUP = getattr(signal, "SIGHUP", None)  # absent on Windows
-# Ctrl-C; kill, and the end of a job's time on a cluster; a closed terminal or a lost connection.
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, *([_HANGUP] if _HANGUP else []))
+_WARNING = getattr(signal, "SIGUSR1", None)
+# Ctrl-C; kill, and the end of a job's time on a cluster; a closed terminal or a lost connection; the warning before
+# the end of a job's time (`sbatch --signal`).
+_SIGNALS = tuple(filter(None, (signal.SIGINT, signal.SIGTERM, _HANGUP, _WARNING)))
 
 
 class Stopped(BaseException):
@@ -102,9 +104,8 @@ def init_worker(seed_worker: Callable[[int], None] | None, worker_id: int) -> No
 
     A terminal and a cluster's scheduler send their signals to the workers, too.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if _HANGUP:
-        signal.signal(_HANGUP, signal.SIG_IGN)
+    for number in filter(None, (signal.SIGINT, _HANGUP, _WARNING)):
+        signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # absent on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_exit_if_the_trainer_asks, daemon=True).start()

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import has_length
 
 from data.image_checks import num_cores
@@ -25,14 +25,16 @@ from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
-from training.checkpoints import write_checksums
+from training.checkpoints import check_fits, what_is_safe, write_checksums
 from training.devices import peak_flops
 from training.evaluation_guard import EvaluationGuard
 from training.guard import NonFiniteError, NonFiniteGuard
 from training.head_warmup import HeadWarmup
 from training.layer_decay import layer_decay_groups
+from training.lost_process import watching_processes
 from training.meters import Meter, MetricSums
 from training.non_finite import find_non_finite
+from training.sharding import ShardingTrainer, whole
 from training.step_hooks import StepHooks
 from training.stopping import StopOnSignal, init_worker
 from training.time_budget import Pace, TimeBudget
@@ -42,7 +44,7 @@ _DROP_FACTOR = 0.1
 _SECONDS_UNTIL_STUCK = 900  # without a batch from the data workers
 
 
-class MimTrainer(Trainer):
+class MimTrainer(ShardingTrainer):
     """`Trainer` for the models in `modeling`.
 
     - No weight decay on 1-D tensors, biases and the model's `no_weight_decay`, as in the authors' code.
@@ -109,9 +111,9 @@ class MimTrainer(Trainer):
         """As in `Trainer`.
 
         Raises:
-            Stopped: If SIGINT, SIGTERM or SIGHUP stopped it, after a checkpoint.
+            Stopped: If a signal stopped it, after a checkpoint.
         """
-        with self._stop_on_signal.listening():
+        with self._stop_on_signal.listening(), watching_processes(partial(what_is_safe, self.output_dir)):
             return super().train(*args, **kwargs)
 
     # ---- data ----
@@ -183,7 +185,7 @@ class MimTrainer(Trainer):
         self._reseed()
         step = self.state.global_step
         position = int(self.pace.at(step))
-        self.head_warmup.hold(position, can_skip=model is self.model)
+        self.head_warmup.hold(position, can_skip=model is self.model and not self.is_sharded)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self.head_warmup.drop_gradients(position)
         self.guard.watch_loss(loss, image_index, step)
@@ -279,6 +281,7 @@ class MimTrainer(Trainer):
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             grad_norm = torch.nn.utils.get_total_norm(gradients)
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        grad_norm = whole(grad_norm)
         self.guard.watch_gradient(torch.as_tensor(grad_norm), self.state.global_step)
         return grad_norm
 
@@ -347,10 +350,11 @@ class MimTrainer(Trainer):
         folder = Path(output_dir or self.output_dir)
         # It holds a Hub token and the user's paths in clear, and nothing reads it.
         (folder / "training_args.bin").unlink(missing_ok=True)
-        if self.average and self.args.should_save:  # Trainer comes here in every process
+        if self.average:  # Trainer comes here in every process
             self.average.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_fits(Path(resume_from_checkpoint), self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average:
             self.average.load(Path(resume_from_checkpoint))
