@@ -13,23 +13,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from commands.dense_evaluation import evaluate_dense
 from commands.evaluation_output import MAPS_FILE, METRICS_FILE, REPORT_FILE, EvaluationOutput, with_progress
 from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
-from commands.launch import has_accelerator, run
+from commands.launch import join, run
 from commands.parsing import make_parser
 from data.bad_images import BadImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
 from data.sources import open_source
-from evaluation.embedding import write_embeddings
+from evaluation.embedding import join_embeddings, share_of_images, write_embeddings
 from evaluation.features import FrozenEncoder, collect, untrained
 from evaluation.frozen import LOGISTIC_UP_TO, TRAINED, UNTRAINED, LabeledFeatures, evaluate_probes, measure_quality
 from evaluation.maps import feature_maps
-from evaluation.preprocessing import Preprocessor, batches, open_preprocessor
+from evaluation.preprocessing import Batch, Preprocessor, batches, open_preprocessor
 from evaluation.report import write_report
 from hub.open_model import open_model
 from hub.redaction import shorten_paths
+from training.lost_process import watching_processes
 
 LABELS_FILE = "labels.txt"
 _TEST_FRACTION = 0.2  # of a dataset without a test or validation split
@@ -39,15 +42,16 @@ _NUM_MAPS = 6
 
 def main(argv: list[str]) -> None:
     settings = load_evaluation_settings(argv)
-    print(f"settings\n{settings.describe()}")
-    device = torch.accelerator.current_accelerator() if has_accelerator() and not settings.use_cpu else None
-    encoder, preprocessor = open_encoder(settings.model, device or "cpu", settings.trust_remote_code)
+    state, log = join(settings.use_cpu)
+    log(f"settings\n{settings.describe()}")
+    if state.num_processes > 1 and not settings.embed:
+        raise ValueError(f"{state.num_processes} processes were started: only --embed shares its work, start one")
+    with state.main_process_first():  # downloads the files
+        encoder, preprocessor = open_encoder(settings.model, state.device, settings.trust_remote_code)
     if settings.embed:
-        embed(settings.embed, settings, encoder, preprocessor)
+        embed(settings.embed, settings, encoder, preprocessor, state)
     elif settings.dense:
-        other = settings.compare_with and open_encoder(
-            settings.compare_with, device or "cpu", settings.trust_remote_code
-        )
+        other = settings.compare_with and open_encoder(settings.compare_with, state.device, settings.trust_remote_code)
         evaluate_dense(settings, (encoder, preprocessor), other or None, argv)
     else:
         evaluate(settings, encoder, preprocessor, argv)
@@ -62,13 +66,31 @@ def open_encoder(
     return FrozenEncoder(model.to(device), model.config), preprocessor
 
 
-def embed(file: Path, settings: EvaluationSettings, encoder: FrozenEncoder, preprocessor: Preprocessor) -> None:
-    """Export the features of all images to a file."""
-    source, bad = open_source(settings.dataset, split=None), BadImages()
-    images = batches(source, range(len(source)), preprocessor, bad.__setitem__, settings.per_device_eval_batch_size)
+def embed(
+    file: Path, settings: EvaluationSettings, encoder: FrozenEncoder, preprocessor: Preprocessor, state: PartialState
+) -> None:
+    """Export the features of all images to a file; several processes write parts beside it, which are joined."""
+    with state.main_process_first():
+        source, bad = open_source(settings.dataset, split=None), BadImages()
+    batch_size, rank, num_processes = settings.per_device_eval_batch_size, state.process_index, state.num_processes
+    share = share_of_images(len(source), batch_size, rank, num_processes)
+    images = batches(source, share, preprocessor, bad.__setitem__, batch_size)
+    if rank == 0:
+        images = with_progress(images, len(share), "features")
+    images = (Batch([share[each] for each in batch.positions], batch.pixel_values) for batch in images)
     file.parent.mkdir(parents=True, exist_ok=True)
-    images = with_progress(images, len(source), "features")
-    num_rows = write_embeddings(file, encoder, images, source, settings.embed_patches)
+    parts = [file.with_name(f"{file.name}.part-{number}") for number in range(num_processes)]
+    with watching_processes(lambda: f"{file} was not {'changed' if file.exists() else 'written'}"):
+        own = parts[rank] if num_processes > 1 else file
+        num_rows = write_embeddings(own, encoder, images, source, settings.embed_patches, num_processes > 1)
+        if num_processes > 1:
+            counts, bad = gather_object([num_rows]), BadImages(gather_object(list(bad.items())))
+            if not (num_rows := sum(counts)):
+                raise ValueError(f"no image of {source.describe()} can be read")
+    if rank:
+        return
+    if num_processes > 1:
+        join_embeddings([part for part, count in zip(parts, counts, strict=True) if count], file)
     skipped = f"; {len(bad)} cannot be read: {shorten_paths(bad.describe())}" if bad else ""
     print(f"{file}: features of {num_rows:,} images of {source.describe()}{skipped}")
 
