@@ -22,6 +22,7 @@ class ShardingTrainer(Trainer):
 
     model: Any
     optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
