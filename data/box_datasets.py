@@ -131,7 +131,7 @@ def _open(dataset: str) -> Iterator[tuple[str, _Opened]]:
     path = Path(dataset).expanduser()
     if path.is_file() and path.suffix.lower() == ".json":
         yield "train", _open_coco(path, "train")
-    elif path.is_dir() and (files := _coco_files(path)):
+    elif path.is_dir() and (files := coco_files(path)):
         yield from ((name, _open_coco(file, name)) for name, file in files.items())
     elif path.is_dir() and (names_file := find_names_file(path)):
         yield from _open_yolo(path, read_class_names(names_file))
@@ -147,7 +147,7 @@ def _open(dataset: str) -> Iterator[tuple[str, _Opened]]:
 # ---- COCO ----
 
 
-def _coco_files(root: Path) -> dict[str, Path]:
+def coco_files(root: Path) -> dict[str, Path]:
     """Return COCO's json files by split, from folders of splits, an annotations folder, or the folder itself."""
     for folders in ([root / name for name in SPLIT_NAMES], [root / "annotations"], [root]):
         files = [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.json"))]
@@ -170,7 +170,7 @@ def _coco_files(root: Path) -> dict[str, Path]:
 
 def _open_coco(file: Path, split: str) -> _Opened:
     content = read_coco(file)
-    folder = _image_folder(content, split)
+    folder = image_folder(content, split)
     names = pa.array([os.fsencode(name) for name in content.file_names], pa.large_binary())
     source = FileSource(names, os.fsencode(folder), f"{file}: {len(names):,} images of {folder}", file)
     sizes = content.sizes.copy()
@@ -188,7 +188,7 @@ def _open_coco(file: Path, split: str) -> _Opened:
     return _Opened(source, raw, content.class_names)
 
 
-def _image_folder(content: CocoFile, split: str) -> Path:
+def image_folder(content: CocoFile, split: str) -> Path:
     """Return the folder to which the names of the images refer."""
     parent, first = content.path.parent, content.file_names[0]
     own = content.path.stem.rpartition("_")[2]  # instances_train2017.json is beside train2017/

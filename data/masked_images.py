@@ -1,4 +1,4 @@
-"""Open and split datasets of images with masks: folders of images/ and masks/, or tables with a column of each.
+"""Open and split datasets of images with masks: folders of images/ and masks/, COCO json, or tables with both.
 
 Shapes: N images of a split, K classes.
 """
@@ -17,11 +17,12 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from data.bad_images import BadImages
+from data.coco_masks import BACKGROUND, open_coco_masks
 from data.decoding import BadImage, check
 from data.image_checks import NUM_SAMPLED, Checks, Summary, check_images, num_cores
 from data.image_source import FileSource, ImageSource, TableSource, join_sources
 from data.images import SourceSamples, split_validation
-from data.mask_codes import CLASS_FILE, IGNORED, MaskCodes, codes_from_masks, read_class_file
+from data.mask_codes import CLASS_FILE, IGNORED, MAX_CLASSES, MaskCodes, codes_from_masks, read_class_file
 from data.sources import open_source, split_names
 from data.splits import Splits
 from data.tables import VALIDATION_NAMES
@@ -111,12 +112,17 @@ def open_masked_splits(
     if "train" not in splits:
         raise ValueError(f"no training images in {title}; it has: {', '.join(splits) or 'nothing'}")
     notes = []
+    known = next((split.codes for split in splits.values() if split.codes), None)  # of COCO json
+    if known is not None and class_file:
+        raise ValueError(f"class_file {class_file} has no effect: {title} is COCO json, which names its classes")
     file = (
         Path(class_file)
         if class_file
         else next((path for name in dataset if (path := Path(name).expanduser() / CLASS_FILE).is_file()), None)
     )
-    if file is not None:
+    if known is not None:
+        codes = known
+    elif file is not None:
         codes = read_class_file(file, ignore_index)
     else:
         masks = splits["train"].masks
@@ -156,6 +162,8 @@ def _open_one(dataset: str, mask_column: str | None, bad: BadImages) -> dict[str
     folder = Path(dataset).expanduser()
     if folder.is_dir() and (pairs := _pairs_of_folders(folder)):
         return {name: _pair(images, masks, bad) for name, (images, masks) in pairs.items()}
+    if coco := _from_coco(folder, bad):
+        return coco
     names = split_names(dataset)
     found = {}
     for split, candidates in _SPLIT_NAMES.items():
@@ -229,6 +237,18 @@ def _files(folder: Path) -> list[bytes]:
     return names
 
 
+def _from_coco(path: Path, bad: BadImages) -> dict[str, MaskedImages]:
+    found = {}
+    for name, images, masks in open_coco_masks(path, bad):
+        split = next(split for split, names in _SPLIT_NAMES.items() if name in names)
+        names = (BACKGROUND, *masks.content.class_names)
+        codes = MaskCodes(names, tuple(range(len(names))), False, ())
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"{path} has {len(names):,} classes, expected at most {MAX_CLASSES}")
+        found[split] = MaskedImages(images, np.arange(len(images)), masks, codes)
+    return found
+
+
 def _from_tables(source: ImageSource, mask_column: str | None, title: str) -> MaskedImages:
     images, masks = [], []
     for part in source.parts:
@@ -260,8 +280,10 @@ def _find_mask_column(features: datasets.Features, title: str) -> str:
 
 
 def _join(parts: list[MaskedImages]) -> MaskedImages:
-    source = join_sources([part.source for part in parts])
-    return MaskedImages(source, np.arange(len(source)), join_sources([part.masks for part in parts]))
+    source, codes = join_sources([part.source for part in parts]), parts[0].codes
+    if any(part.codes != codes for part in parts):
+        raise ValueError("the datasets have different classes, or only some of them are COCO json")
+    return MaskedImages(source, np.arange(len(source)), join_sources([part.masks for part in parts]), codes)
 
 
 def _check_masks(split: MaskedImages, bad: BadImages, checks: Checks) -> tuple[np.ndarray, np.ndarray]:

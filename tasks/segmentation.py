@@ -109,7 +109,7 @@ class SegmentationSettings(DenseSettings, SegmentationFlags):
     dataset: list[str] = flag(
         [],
         "a folder of images/ and masks/ with the same file names (with train/ and val/ above or below them, or "
-        "without), or a table or Hub id with a column of images and one of masks",
+        "without), COCO json, or a table or Hub id with a column of images and one of masks",
     )
     metric_for_best_model: str = flag("mean_iou", "mean_iou, pixel_accuracy, mean_accuracy or loss")
 

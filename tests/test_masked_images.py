@@ -1,5 +1,6 @@
 """Images with masks: what can be opened, what is refused, and their views."""
 
+import json
 from collections import Counter
 from functools import partial
 
@@ -72,6 +73,47 @@ def test_table__has_a_column_of_masks(folder):
     images.to_parquet(folder / "images.parquet")
     with pytest.raises(ValueError, match="no column with masks in "):
         open_splits([str(folder / "images.parquet")])
+
+
+def write_coco(folder, **changes):
+    """Two images with a rectangle on the second, as COCO has it."""
+    for number in range(2):
+        Image.new("RGB", (20, 10)).save(folder / f"{number}.png")
+    images = [{"id": number, "file_name": f"{number}.png", "width": 20, "height": 10} for number in range(2)]
+    square = {"id": 1, "image_id": 1, "category_id": 7, "bbox": [2, 1, 4, 3], "area": 12}
+    square["segmentation"] = [[2, 1, 6, 1, 6, 4, 2, 4]]
+    content = {
+        "images": images,
+        "annotations": [square],
+        "categories": [{"id": 3, "name": "a"}, {"id": 7, "name": "b"}],
+    }
+    (folder / "annotations.json").write_text(json.dumps(content | changes))
+    return square
+
+
+def test_coco__becomes_masks_with_a_background(tmp_path):
+    write_coco(tmp_path)
+    splits = open_splits([str(tmp_path)], validation_fraction=0)
+    assert splits.class_names == ("background", "a", "b")
+    train = splits.by_name["train"]
+    assert not train.mask(0).any()  # an image without annotations
+    expected = np.zeros((10, 20), int)
+    expected[1:4, 2:6] = 2
+    np.testing.assert_array_equal(train.mask(1), expected)
+    assert splits.pixels.tolist() == [400 - 12, 0, 12]
+
+
+def test_coco__names_annotations_that_cannot_be_used(tmp_path):
+    square = write_coco(tmp_path)
+    others = [{**square, "id": 2, "image_id": 9}, {**square, "id": 3, "category_id": 8}, square]
+    write_coco(tmp_path, annotations=others)
+    splits = open_splits([str(tmp_path)], validation_fraction=0)
+    assert len(splits.bad) == 2
+    assert "annotation 2 of image_id 9: its image is not in the list" in splits.bad.describe()
+    assert "annotation 3 of 1.png: its category is not in the list" in splits.bad.describe()
+    write_coco(tmp_path, annotations=[{**square, "segmentation": {"size": [5, 5], "counts": [25]}}])
+    with pytest.raises(ValueError, match=r"1 of 2 images .* has size \[5, 5\], but the image has \[10, 20\]"):
+        open_splits([str(tmp_path)], validation_fraction=0, max_bad_fraction=0.1)
 
 
 def test_what_cannot_be_used__is_named_and_counted_in_one_message(folder):
