@@ -30,7 +30,13 @@ from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run
 from commands.parsing import make_parser
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
-from commands.small_data import drop_path_for, keep_schedule, with_batch_rule, with_schedule_rules
+from commands.small_data import (
+    drop_path_for,
+    keep_schedule,
+    with_batch_rule,
+    with_schedule_rules,
+    with_validation_rule,
+)
 from commands.targets import open_targets
 from commands.texts import TextSplits, open_text_splits
 from commands.time_budget import fit_to_budget
@@ -74,8 +80,9 @@ def main(argv: list[str]) -> None:
     targets = targets or open_anchor(settings, config)
     collator = build_collator(settings, config, texts)
     footprint = model_footprint(settings, config, collator)
-    num_images = (len(splits.train), len(splits.validation))
     hardware = find_hardware(state)
+    splits, validation_notes = with_validation_rule(settings, hardware, splits)
+    num_images = (len(splits.train), len(splits.validation))
     trial = TrialStep(
         partial(AutoModelForPreTraining.from_config, config),
         lambda size: black_images(settings, config, collator, size, targets),
@@ -84,7 +91,7 @@ def main(argv: list[str]) -> None:
     sizes = (hardware, len(splits.train), footprint.flops_per_image)
     settings, batch_notes = with_batch_rule(settings, *sizes)
     settings, size_notes = with_batch_size(settings, hardware, len(splits.train), footprint, trial)
-    notes = [*splits.summary.notes, *batch_notes, *size_notes]
+    notes = [*splits.summary.notes, *validation_notes, *batch_notes, *size_notes]
 
     def make_plan(settings: PretrainingSettings) -> PretrainingPlan:
         return PretrainingPlan.make(settings, hardware, num_images, footprint, splits.describe(), grid, notes)

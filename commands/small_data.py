@@ -5,7 +5,9 @@ are in docs/small-data.md. Whatever the user gives stays.
 """
 
 import math
+from dataclasses import replace
 
+import numpy as np
 from accelerate import PartialState
 
 from commands.arithmetic import REFERENCE_BATCH, Hardware
@@ -13,6 +15,7 @@ from commands.launch import first_on_main
 from commands.output_folder import settings_of_interrupted_run
 from commands.pretraining_settings import PretrainingSettings
 from commands.settings import Origin
+from data.splits import PretrainingSplits
 from modeling import CONFIGS
 
 FEW_IMAGES = 100_000
@@ -25,6 +28,7 @@ _PUBLISHED_BLOCKS = 12  # for which a method's drop path is meant
 _MOST_PER_STEP, _MOST_PER_RUN = 4e11, 4e14
 _SMALLEST_BATCH, _LARGEST_BATCH = 8, 16
 _LEAST_BATCH_FOR_RATE = 64  # the learning rate of smaller batches is that of so many images
+_MOST_VALIDATION_IMAGES = 500  # of an evaluation on a CPU: the mean of their losses varies little
 _LABEL = "schedule auto"
 
 
@@ -51,6 +55,20 @@ def drop_path_for(settings: PretrainingSettings, num_images: int) -> dict[str, f
     if not follows_rules(settings, num_images):
         return {}
     return {name: round(settings.method_settings[name] * num_blocks / _PUBLISHED_BLOCKS, 3)}
+
+
+def with_validation_rule(
+    settings: PretrainingSettings, hardware: Hardware, splits: PretrainingSplits
+) -> tuple[PretrainingSplits, list[str]]:
+    """Evaluate on some of the validation images only, if there are many and the device is a CPU."""
+    num_images = len(splits.validation)
+    if not hardware.is_cpu or settings.schedule != "auto" or settings.is_users("validation_fraction"):
+        return splits, []
+    if num_images <= _MOST_VALIDATION_IMAGES:
+        return splits, []
+    chosen = np.linspace(0, num_images - 1, _MOST_VALIDATION_IMAGES).round().astype(np.int64)
+    note = f"{len(chosen)} of {num_images:,} validation images are evaluated, which a CPU does in less time"
+    return replace(splits, validation=splits.validation.select(chosen)), [note]
 
 
 def with_batch_rule(

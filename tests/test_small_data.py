@@ -1,5 +1,6 @@
 """Rules for few images and few labels: figures worked out by hand, and that what is given or published stays."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,12 +18,14 @@ from commands.memory import Footprint
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
 from commands.settings import SettingsError
-from commands.small_data import drop_path_for, with_batch_rule, with_schedule_rules
+from commands.small_data import drop_path_for, with_batch_rule, with_schedule_rules, with_validation_rule
+from data.splits import open_pretraining_splits
 from evaluation.linear_probe import fit_logistic
 from modeling import CONFIGS
 from modeling.image_classification import random_encoder
 from tasks import SETTINGS
 
+FASHION_MNIST = Path(__file__).parent.parent / "data" / "samples" / "fashion_mnist" / "train.parquet"
 LAPTOP, GPU = Hardware("cpu", num_cpus=2), Hardware("cuda", num_cpus=16, has_bf16=True)
 NANO, BASE = 4 * 10**8, 56 * 10**9  # FLOP per image
 
@@ -223,3 +226,20 @@ def test_head__starts_as_the_logistic_regression_on_the_features_that_it_reads(t
     run_finetune.main([*argv, "--use_cpu", "--output_dir", str(tmp_path / "out"), "--from_scratch"])
     assert len(fitted) == 3
     assert models[1].classifier.weight.abs().max() < 1e-3
+
+
+def test_validation__is_short_on_a_cpu():
+    splits = open_pretraining_splits([str(FASHION_MNIST)], validation_fraction=0.95, max_bad_fraction=0, seed=0)
+    settings = load_pretraining_settings([], CONFIGS)
+    fewer, notes = with_validation_rule(settings, LAPTOP, splits)
+    many = len(splits.validation)
+    assert many > 500
+    assert (len(fewer.validation), len(fewer.train)) == (500, len(splits.train))
+    assert len(set(fewer.validation.indices.tolist())) == 500
+    assert notes == [f"500 of {many:,} validation images are evaluated, which a CPU does in less time"]
+    for given, hardware in (
+        ([], GPU),
+        (["--validation_fraction", "0.1"], LAPTOP),
+        (["--schedule", "published"], LAPTOP),
+    ):
+        assert with_validation_rule(load_pretraining_settings(given, CONFIGS), hardware, splits) == (splits, [])
