@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.mask_codes import IGNORED
 from data.seeds import seeded_generator
 from evaluation.frozen import PIXELS, TRAINED, UNTRAINED
-from evaluation.iou import IGNORED, class_areas, ious_of_areas, mean_iou, mean_of_areas, pixel_confusion
+from evaluation.iou import class_areas, ious_of_areas, mean_iou, mean_of_areas, pixel_confusion
 from evaluation.knn import TEMPERATURES, Knn, neighbors, weighted_votes
 from evaluation.linear_probe import LEARNING_RATES, LinearClassifier, statistics, train_by_sgd
 from evaluation.patch_labels import majority_labels, patch_of_pixel

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.mask_codes import IGNORED
 from evaluation.features import FrozenEncoder
-from evaluation.iou import IGNORED
 from evaluation.patch_labels import majority_labels
 from evaluation.pictures import labeled_grid
 from evaluation.preprocessing import Preprocessor

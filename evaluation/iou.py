@@ -5,7 +5,7 @@ Shapes: K classes; `...` any number of dimensions of pixels, of confusion matric
 
 import numpy as np
 
-IGNORED = 255  # the label of pixels that count neither in training nor in evaluation
+from data.mask_codes import IGNORED
 
 
 def pixel_confusion(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:

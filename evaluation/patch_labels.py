@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluation.iou import IGNORED
+from data.mask_codes import IGNORED
 from evaluation.preprocessing import Preprocessor
 
 _MAX_PATCH_SIDE = 8  # pixels of a raw patch; larger patches are reduced

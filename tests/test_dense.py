@@ -6,6 +6,7 @@ import torch
 from conftest import tiny_model
 from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
+from data.mask_codes import IGNORED
 from evaluation.dense import (
     PIXELS,
     TRAINED,
@@ -20,7 +21,7 @@ from evaluation.dense import (
 )
 from evaluation.dense_figures import choose_patches, similarity_figure
 from evaluation.features import FrozenEncoder
-from evaluation.iou import IGNORED, class_areas, mean_iou, pixel_confusion
+from evaluation.iou import class_areas, mean_iou, pixel_confusion
 from evaluation.patch_labels import majority_labels, patch_of_pixel, prepare_masks, raw_patches
 from evaluation.preprocessing import Preprocessor
 

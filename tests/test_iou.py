@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, jaccard_score
 
-from evaluation.iou import IGNORED, class_ious, mean_iou, pixel_confusion
+from data.mask_codes import IGNORED
+from evaluation.iou import class_ious, mean_iou, pixel_confusion
 
 
 def test_iou__of_six_pixels_by_hand():
