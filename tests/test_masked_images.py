@@ -116,6 +116,19 @@ def test_coco__names_annotations_that_cannot_be_used(tmp_path):
         open_splits([str(tmp_path)], validation_fraction=0, max_bad_fraction=0.1)
 
 
+def test_coco__that_is_empty_or_names_missing_images_is_refused(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"1\.png: no such file"):
+        open_splits([str(tmp_path)], validation_fraction=0, max_bad_fraction=0.1)
+    (tmp_path / "annotations.json").write_text("")
+    with pytest.raises(ValueError, match=r"annotations\.json is empty; expected COCO json"):
+        open_splits([str(tmp_path)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no image files in"):
+        open_splits([str(tmp_path / "empty")])
+
+
 def test_what_cannot_be_used__is_named_and_counted_in_one_message(folder):
     images, masks = (folder / "train" / kind for kind in ("images", "masks"))
     Image.new("L", (10, 20)).save(masks / "00.png")
