@@ -7,15 +7,17 @@ and report.html. `--embed FILE.parquet` exports the features of unlabeled images
 import commands  # noqa: F401  # isort: skip  (before torch: it chooses how threads wait)
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from commands.channels import measured_of, shown_channels
 from commands.dense_evaluation import evaluate_dense
 from commands.evaluation_output import MAPS_FILE, METRICS_FILE, REPORT_FILE, EvaluationOutput, with_progress
 from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
@@ -23,6 +25,7 @@ from commands.launch import join, run
 from commands.parsing import make_parser
 from data.bad_images import BadImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
+from data.measured import Measured
 from data.sources import open_source
 from evaluation.embedding import join_embeddings, share_of_images, write_embeddings
 from evaluation.features import FrozenEncoder, collect, untrained
@@ -48,6 +51,12 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"{state.num_processes} processes were started: only --embed shares its work, start one")
     with state.main_process_first():  # downloads the files
         encoder, preprocessor = open_encoder(settings.model, state.device, settings.trust_remote_code)
+    if preprocessor.value_range is not None:
+        if settings.dense:
+            raise ValueError(f"--dense is for photographs, but the encoder of --model {settings.model} is not")
+        preprocessor = replace(preprocessor, measured=measured_of(settings, preprocessor.num_channels))
+    elif settings.channel_files:
+        raise ValueError(f"--channel_files has no effect: the encoder of --model {settings.model} takes photographs")
     if settings.embed:
         embed(settings.embed, settings, encoder, preprocessor, state)
     elif settings.dense:
@@ -71,7 +80,7 @@ def embed(
 ) -> None:
     """Export the features of all images to a file; several processes write parts beside it, which are joined."""
     with state.main_process_first():
-        source, bad = open_source(settings.dataset, split=None), BadImages()
+        source, bad = open_source(settings.dataset, None, preprocessor.measured), BadImages()
     batch_size, rank, num_processes = settings.per_device_eval_batch_size, state.process_index, state.num_processes
     share = share_of_images(len(source), batch_size, rank, num_processes)
     images = batches(source, share, preprocessor, bad.__setitem__, batch_size)
@@ -99,7 +108,7 @@ def evaluate(
     settings: EvaluationSettings, encoder: FrozenEncoder, preprocessor: Preprocessor, argv: list[str]
 ) -> None:
     """Evaluate the encoder on labeled images, and write metrics and a report."""
-    task = find_task(settings)
+    task = find_task(settings, preprocessor.measured)
     output = EvaluationOutput(settings, argv)
     probes = select_probes(settings, task, encoder, preprocessor)
     encoders = {TRAINED: encoder, UNTRAINED: untrained(encoder, settings.seed)}
@@ -119,7 +128,10 @@ def evaluate(
     quality = measure_quality(test, settings.seed)
     examples = prepare(task.test.source, example_indices(task.test))
     pixel_values = torch.cat([batch.pixel_values for batch in examples])
-    maps, maps_text = feature_maps(encoder, preprocessor, pixel_values)
+    recipe = getattr(encoder.config, "mim_recipe", {})
+    trained = {name: recipe.get(name) for name in ("panel_channels", "channel_files")}
+    channels = shown_channels(SimpleNamespace(**trained, num_channels=preprocessor.num_channels))
+    maps, maps_text = feature_maps(encoder, preprocessor, pixel_values, channels or (0, 1, 2))
 
     facts, dataset = output.facts(encoder, preprocessor, pixel_values.shape[2:], task.tested_on), output.dataset
     if settings.labels_per_class:
@@ -168,9 +180,9 @@ class Task:
     tested_on: str
 
 
-def find_task(settings: EvaluationSettings) -> Task:
+def find_task(settings: EvaluationSettings, measured: Measured | None = None) -> Task:
     """Open the training split, with the requested labels, and the test split, the validation split or a share."""
-    images = open_labeled(settings.dataset, settings.label_column)
+    images = open_labeled(settings.dataset, settings.label_column, measured)
     train, test, tested_on = images.train, images.test, "its test split"
     if test is None:
         test, tested_on = images.validation, "its validation split"

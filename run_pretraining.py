@@ -23,6 +23,7 @@ from commands.anchor import keep_anchor, open_anchor
 from commands.artifacts import Artifacts
 from commands.batch_size import TrialStep, seconds_per_step, with_batch_size
 from commands.cache import describe_cache, with_cache
+from commands.channels import describe_values, find_value_range, shown_channels
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
 from commands.memory import Footprint, measure_footprint
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> None:
     blank = without_weights(config)
     weights, start = Weights({}, []), settings.start
     if start is not None and not start.sizes_only:
-        weights = read_weights(start, blank, settings.repair_positions)
+        weights = read_weights(start, blank, settings.repair_positions, settings.channel_init)
     evaluation = open_evaluation(settings, splits, state)
     callbacks: list[Callable[[MimTrainer], TrainerCallback]] = []
     if evaluation is not None:
@@ -126,6 +127,12 @@ def main(argv: list[str]) -> None:
     plan = make_plan(settings)
     lines = [f"note: {note}" for note in weights.notes]
     lines += describe_cache(settings, views)
+    if (measured := splits.train.source.measured) is not None:
+        lines.append(f"values: {describe_values(settings, measured.dtype, config.value_range or ())}")
+        if settings.color_jitter or any(view.photometric for view in config.views):
+            lines.append("note: crops are flipped, but keep their colors: changes of colors are for photographs")
+    elif splits.summary.num_sixteen_bit:
+        lines.append("note: --value_range percentile keeps all 16 bits of the images")
     lines += texts.lines if texts is not None else ()
     chosen = settings_for_images(settings, len(splits.train))
     lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
@@ -201,7 +208,8 @@ def open_evaluation(
     if (dataset := settings.eval_dataset) is not None:
         own = (settings.seed, settings.eval_label_column)
         with set_by(label_column="eval_label_column"):
-            first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted, *own)))
+            measured = settings.measured and replace(settings.measured, tile=None)
+            first_on_main(state, lambda: opened.append(open_online_evaluation(dataset, *wanted, *own, measured)))
     elif MODELS[settings.method].can_collapse and len(splits.validation) and settings.eval_strategy != "no":
         first_on_main(state, lambda: opened.append(open_feature_spread(splits.validation, *wanted)))
     return opened[0] if opened else None
@@ -220,10 +228,12 @@ def model_config(
             raise ValueError(f"--{name} {settings.values[name]}: the source of the targets has {value}; leave it out")
     if settings.image_stats == "source" and settings.start is not None:
         derived |= settings.start.image_stats
+    transform = single_view(CenterCrop(settings.image_size), settings.num_channels)
+    images = ImageDataset(splits.train, transform, seed=settings.seed)
+    if (measured := splits.train.source.measured) and ("value_range" not in derived or settings.value_range):
+        derived["value_range"] = find_value_range(settings, images, measured.dtype)
     if settings.image_stats == "auto":
-        transform = single_view(CenterCrop(settings.image_size), settings.num_channels)
-        images = ImageDataset(splits.train, transform, seed=settings.seed)
-        mean, std = measure_image_stats(images)
+        mean, std = measure_image_stats(images, value_range=derived.get("value_range"))
         if 0.0 in std:
             log = printer(PartialState())
             log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
@@ -273,7 +283,7 @@ def black_images(
             *(() if view.num_crops is None else (view.num_crops,)),
             config.encoder_config.num_channels,
             *(view.image_size or settings.image_size),
-            dtype=torch.uint8,
+            dtype=torch.uint8 if config.value_range is None else torch.int32,
         )
         for view in config.views
     }
@@ -412,7 +422,7 @@ def build_trainer(
         return trainer
     shown = central if validation is None else validation
     batch = collator([shown[index] for index in panel_indices(len(shown))])
-    draw = panel_drawer(settings.method, lambda model, batch: model.panel(batch, targets))
+    draw = panel_drawer(settings.method, lambda model, batch: model.panel(batch, targets), shown_channels(settings))
     show_panels(trainer, output_dir / PANELS, batch, draw)
     return trainer
 
@@ -440,6 +450,7 @@ def transform_of(
         interpolation=Image.Resampling[settings.interpolation.upper()],
         color_jitter=settings.color_jitter,
         other_size=other_size,
+        has_colors=config.value_range is None,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from transformers import Trainer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
+from commands.channels import channel_names, describe_values
 from commands.launch import launcher, software_and_hardware
 from commands.output_folder import BAD_IMAGES_FILE, CURVE_FILE, METRICS_FILE, PANEL_FILE, PANELS, SETTINGS_FILE
 from commands.pretraining_settings import PretrainingSettings
@@ -22,6 +23,7 @@ from evaluation.online_history import results_at
 from evaluation.pictures import training_curve
 from hub.checkpoints import stage_checkpoint
 from hub.export.native import PRETRAINING, export, native_root_problem
+from hub.measurements import usage
 from hub.model_card import write_model_card
 from hub.redaction import shorten_paths, shorten_values
 from training.collapse import describe_collapse
@@ -86,6 +88,7 @@ class Artifacts:
                 "training images": len(splits.train),
                 "validation images": len(splits.validation),
                 "sizes": splits.summary.describe(),
+                **self._values(model.config),
             },
             method=settings.method,
             base_model=settings.init_from,
@@ -102,10 +105,27 @@ class Artifacts:
             has_classifier=encoder.config.model_type in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
             exported=model.exported,
             native_root_problem=native_root_problem(model),
+            usage=self._usage(model.config, num_extra_tokens(encoder)),
         )
         # Last, because it marks a finished run. A config that is uploaded must not contain folders of this computer.
         recipe = shorten_values(settings.as_recipe())
         export(model, folder, method=settings.method, recipe=recipe, text_tokenizer=self.text_tokenizer)
+
+    def _values(self, config: Any) -> dict[str, str]:
+        """Return a row of the card about measurements."""
+        measured = self.splits.train.source.measured
+        if measured is None:
+            return {}
+        return {"values": describe_values(self.settings, measured.dtype, config.value_range)}
+
+    def _usage(self, config: Any, num_extra_tokens: int) -> str:
+        """Return how to prepare measurements, in place of the card's example for photographs."""
+        if config.value_range is None:
+            return ""
+        names = channel_names(self.settings, len(config.value_range))
+        patches = f"[:, {num_extra_tokens}:]" if num_extra_tokens else ""
+        result = f"features = outputs.last_hidden_state{patches}.mean(1)  # mean of the patches"
+        return usage(config.value_range, names, "AutoModel", result)
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,13 @@ class EvaluationOutput:
         processor = type(preprocessor.processor).__name__.removesuffix("Pil")
         software = [f"{name} {version(name)}" for name in ("transformers", "torch")]
         skipped = f"{len(self.bad)} images that cannot be read: {shorten_paths(self.bad.describe())}"
+        pixels = f"{' x '.join(map(str, size))} pixels, no augmentation"
+        prepared = f"prepared by the encoder's {processor}"
+        if preprocessor.value_range is not None:
+            prepared = f"{preprocessor.num_channels} channels, cut off at the range of each"
         return {
             "encoder": f"{encoder.config.model_type}, {num_parameters / 1e6:,.1f} million parameters",
-            "images": f"prepared by the encoder's {processor}, {' x '.join(map(str, size))} pixels, no augmentation",
+            "images": f"{prepared}, {pixels}",
             "software": ", ".join([*software, f"Python {platform.python_version()}"]),
             "date": date.today().isoformat(),
             "tested on": tested_on,

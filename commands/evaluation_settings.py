@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from commands.channels import ChannelFlags
 from commands.flags import COUNT, flag
 from commands.settings import CommandLine, Settings, SettingsError
 from evaluation.frozen import PROBES
@@ -59,7 +60,7 @@ class EvaluationRunFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationSettings(EvaluationDataFlags, MeasurementFlags, EvaluationRunFlags, Settings):
+class EvaluationSettings(EvaluationDataFlags, ChannelFlags, MeasurementFlags, EvaluationRunFlags, Settings):
     """Settings of an evaluation of frozen features."""
 
     program: ClassVar = {

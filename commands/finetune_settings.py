@@ -12,8 +12,10 @@ from typing import Any, ClassVar, Literal
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import HubStrategy
 
+from commands.channels import ChannelFlags, measured_of
 from commands.flags import BELOW_ONE, COUNT, POSITIVE_UP_TO_ONE, SCALE, DataFlags, flag
 from commands.settings import RECIPES, CommandLine, Origin, SettingsError, TrainingSettings, chosen_among, data_name
+from data.measured import Measured
 from modeling.patches import height_and_width
 
 _TASKS = sorted(file.stem for file in (RECIPES.parent / "tasks").glob("*.py"))
@@ -93,9 +95,18 @@ class FinetuneRateFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings(FinetuneModelFlags, FinetuneDataFlags, FinetuneViewFlags, FinetuneRateFlags, TrainingSettings):
-    """Base class of the settings of a fine-tuning task."""
+class FinetuneSettings(
+    FinetuneModelFlags, FinetuneDataFlags, ChannelFlags, FinetuneViewFlags, FinetuneRateFlags, TrainingSettings
+):
+    """Base class of the settings of a fine-tuning task.
 
+    Args:
+        measured: How images are read for an encoder of measurements; None for photographs.
+    """
+
+    measured: Measured | None = None
+
+    takes_measurements: ClassVar = False
     has_rules_for_few_labels: ClassVar = False  # True: --schedule auto means those of commands/few_labels.py
 
     output_dir: str | None = flag(help="where all files go (default: outputs/<model>-<mode>-<data>)")
@@ -162,7 +173,21 @@ def load_finetune_settings(
     config = open_config(chosen.model)
     recipe = RECIPES / f"{settings_class.recipe_for(config, chosen.mode)}.yaml"
     lower = {Origin.METHOD: command_line.read_recipe(recipe)}
-    return command_line.resolve(lower, lambda values, origins: settings_class.values_for(config, values, origins))
+    measured = None
+    if getattr(config, "mim_value_range", None) is not None:
+        if not settings_class.takes_measurements:
+            raise SettingsError(
+                f"--task {chosen.task} is for photographs, but the encoder of --model {chosen.model} takes "
+                f"measurements of {config.num_channels} channels"
+            )
+        measured = measured_of(chosen, config.num_channels)
+    elif chosen.channel_files:
+        raise SettingsError(
+            f"--channel_files has no effect: the encoder of --model {chosen.model} takes photographs; leave it out"
+        )
+    return command_line.resolve(
+        lower, lambda values, origins: settings_class.values_for(config, values, origins), measured=measured
+    )
 
 
 def chosen_task(argv: Sequence[str]) -> str:

@@ -51,6 +51,7 @@ def open_images(settings: PretrainingSettings | TokenizerSettings, state: Partia
         max_bad_fraction=settings.max_bad_fraction,
         seed=settings.seed,
         checks=settings.check_images,
+        measured=getattr(settings, "measured", None),
     )
     splits: PretrainingSplits = first_on_main(state, work)
     return splits

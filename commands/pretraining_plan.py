@@ -99,6 +99,7 @@ class PretrainingPlan(Plan):
     def _standardized_by(self) -> str:
         kind, start = self.settings.image_stats, self.settings.start
         if kind == "source" and start is not None:
-            mean, std = (" ".join(f"{number:.3g}" for number in numbers) for numbers in start.image_stats.values())
+            numbers = [start.image_stats[name] for name in ("image_mean", "image_std")]
+            mean, std = (" ".join(f"{number:.3g}" for number in each) for each in numbers)
             return f"mean {mean} and std {std}, as {self.settings.init_from}"
         return {"preset": "mean and std of ImageNet", "auto": "mean and std of these images"}[kind]

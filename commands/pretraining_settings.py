@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from commands.channels import MeasurementFlags, channels_and_stats, check_measurements, measured_run
 from commands.flags import (
     COUNT,
     NOT_NEGATIVE,
@@ -22,6 +24,7 @@ from commands.presets import ENCODER_SIZES, METHOD_SIZES
 from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, data_name, label_of
 from commands.text_flags import TextFlags
 from data.masks import MASK_STRATEGIES
+from data.measured import Measured
 from hub.export.native import PRETRAINING
 from hub.init_from import StartingModel
 from modeling import MODELS
@@ -60,7 +63,7 @@ class ModelFlags:
         RISING,
     )
     patch_size: int = flag(None, "side of a patch in pixels (default: the model's)", COUNT)
-    num_channels: Literal[1, 3] = flag(3, "3: color, 1: gray")
+    num_channels: int = flag(3, "3: color, 1: gray; others: measurements (default: 3, or by --channel_files)", COUNT)
     init_from: str | None = flag(
         None,
         "folder or Hub id of a trained encoder, or of a complete model of this project, to start from; its sizes "
@@ -182,7 +185,7 @@ class PretrainingRunFlags(RunFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingSettings(
-    ModelFlags, PretrainingDataFlags, TextFlags, MaskFlags, PretrainingRunFlags, TrainingSettings
+    ModelFlags, PretrainingDataFlags, MeasurementFlags, TextFlags, MaskFlags, PretrainingRunFlags, TrainingSettings
 ):
     """Settings of a pre-training run.
 
@@ -242,6 +245,12 @@ class PretrainingSettings(
                 "--weight_decay_end"
             )
         self._check_against_start()
+        check_measurements(self, None if self.teacher == HOG else MODELS[self.method].targets)
+
+    @property
+    def measured(self) -> Measured | None:
+        """How images are read whose values are measurements; None for photographs, which become 8 bits."""
+        return measured_run(self)
 
     @property
     def crops_per_image(self) -> int:  # type: ignore[override]
@@ -271,10 +280,13 @@ class PretrainingSettings(
                 "use preset or auto"
             )
         for setting, required in sorted(start.fixed.items()):
-            if self.is_users(setting) and self.values[setting] != required:
+            if setting == "num_channels" and self.channel_init is not None:
+                continue
+            if self.values[setting] != required and (self.is_users(setting) or setting == "num_channels"):
+                hint = ", or adapt them with --channel_init" if setting == "num_channels" else ""
                 raise SettingsError(
                     f"--{setting} {self.values[setting]} contradicts --init_from {name}, whose weights require "
-                    f"{required}; leave it out"
+                    f"{required}; leave it out{hint}"
                 )
         if self.is_users("model"):
             for size, wanted in ENCODER_SIZES[self.model].items():
@@ -385,8 +397,4 @@ def load_pretraining_settings(
                     f"{', '.join(settings_of[method]) or 'none of its own'}"
                 )
 
-    def choose_image_stats(values: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, str]:
-        preset = "preset" if values["num_channels"] == 3 else "auto"  # the statistics of ImageNet have three colors
-        return {"image_stats": values["image_stats"] or preset}
-
-    return command_line.resolve(lower, choose_image_stats, start=start)
+    return command_line.resolve(lower, partial(channels_and_stats, start), start=start)

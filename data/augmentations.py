@@ -8,7 +8,6 @@ Shapes: C channels, H W pixels of the crop.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,6 +15,7 @@ from PIL import Image, ImageEnhance
 from torch import Tensor
 
 from data.crops import Box, SizedCrop, View, load_sized_crops, to_image, to_tensor
+from data.measured import Encoded, mirrored
 from data.photometric import ColorChanges, draw_color_changes
 
 _NUM_TRIES = 10
@@ -23,12 +23,12 @@ _NUMBERS_PER_TRY = 4  # area, ratio, top, left
 
 
 class Crop(Protocol):
-    """Turns encoded bytes (or a file) into a uint8 tensor (C, H, W) of one size."""
+    """Turns encoded bytes (or a file) into a uint8 tensor (C, H, W) of one size; measurements keep their precision."""
 
     @property
     def size(self) -> tuple[int, int]: ...
 
-    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor: ...
+    def __call__(self, data: Encoded, num_channels: int, generator: torch.Generator) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class _Draw:
 
     def apply(self, pixels: Tensor) -> Tensor:
         """Flip a crop (C, H, W) and change its colors."""
-        pixels = pixels.flip(2) if self.is_flipped else pixels
+        pixels = mirrored(pixels) if self.is_flipped else pixels
         if self.color_changes is not None:
             return self.color_changes.apply(pixels)
         return to_tensor(jitter_colors(to_image(pixels), self.factors, self.order)) if self.order else pixels
@@ -73,7 +73,7 @@ class RandomResizedCrop:
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"ratio is {self.ratio}, expected 0 < smallest <= largest, width over height")
 
-    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor:
+    def __call__(self, data: Encoded, num_channels: int, generator: torch.Generator) -> Tensor:
         return _load_crop(self, data, num_channels, generator)
 
     def draw(self, generator: torch.Generator, number: int) -> _Draw:
@@ -134,7 +134,7 @@ class CenterCrop:
     def __post_init__(self) -> None:
         _check_size(self.size)
 
-    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, data: Encoded, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
         return _load_crop(self, data, num_channels, generator)
 
     def draw(self, generator: torch.Generator | None, number: int) -> _Draw:
@@ -151,7 +151,7 @@ class CenterCrop:
 DrawnCrop = RandomResizedCrop | CenterCrop  # crops whose boxes are known before the image is decoded
 
 
-def _load_crop(crop: DrawnCrop, data: bytes | Path, num_channels: int, generator: Any) -> Tensor:
+def _load_crop(crop: DrawnCrop, data: Encoded, num_channels: int, generator: Any) -> Tensor:
     return single_view(crop, num_channels)({"image": data}, generator)["pixel_values"]
 
 
@@ -254,6 +254,7 @@ def build_views(
     interpolation: Image.Resampling = Image.Resampling.BICUBIC,
     color_jitter: float = 0.0,
     other_size: OtherSize | None = None,
+    has_colors: bool = True,
 ) -> Views:
     """Return the transform to a method's views: random crops in training, central ones in evaluation.
 
@@ -264,14 +265,15 @@ def build_views(
         views: What the method's config lists (`modeling.base.View`), with names, sizes and numbers of crops.
         color_jitter: For views that do not ask for other changes of color.
         other_size: Second size of the first view.
+        has_colors: False for measurements, which are cropped and flipped only.
     """
     found: list[CropView] = []
     for view in views:
         size = view.image_size or image_size
         crop: Crop = CenterCrop(size, interpolation)
         if train or view.num_crops is not None:
-            jitter = color_jitter if view.photometric is None else 0.0
-            photometric = view.photometric if train else None
+            jitter = color_jitter if view.photometric is None and has_colors else 0.0
+            photometric = view.photometric if train and has_colors else None
             crop = random_crop(size, view.crop_scale or crop_scale, interpolation, jitter, photometric)
         found.append(CropView(crop, view.name, view.num_crops, None if found else other_size))
     return Views(tuple(found), num_channels)

@@ -36,6 +36,7 @@ from data.decoding import BadImage, check
 from data.headers import identity
 from data.image_source import ImageSource, TableSource
 from data.images import SourceSamples
+from data.measured import MeasuredImage
 from data.tables import find_image_column
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ class CachedSource(ImageSource):
         row = int(self._rows[index])
         return self.source.entry(index) if row < 0 else bytes(self._view(row))
 
-    def read(self, index: int) -> bytes:
+    def read(self, index: int) -> bytes | MeasuredImage:
         row = int(self._rows[index])
         return self.source.read(index) if row < 0 else self._view(row)
 
@@ -240,7 +241,9 @@ def _write(
         key, (source, index) = item
         try:
             _let_settle(source.entry(index))
-            encoded = form.encode(source.read(index))
+            content = source.read(index)
+            assert isinstance(content, bytes), "measurements are never shrunk"
+            encoded = form.encode(content)
             if key_of(source, index) != key:  # it changed in between
                 return None
         except BadImage:

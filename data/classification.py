@@ -6,15 +6,15 @@ Shapes: C channels, H W pixels of the crop.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from data.augmentations import RandomResizedCrop
-from data.crops import to_image, to_tensor
+from data.crops import Box, to_image, to_tensor
 from data.decoding import decode
+from data.measured import Encoded, MeasuredImage, load_measured_crops
 from data.randaugment import RandAugment
 
 FINETUNE_SCALE = (0.08, 1.0)
@@ -32,7 +32,7 @@ class TrainView:
     def size(self) -> tuple[int, int]:
         return self.crop.size
 
-    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator) -> Tensor:
+    def __call__(self, data: Encoded, num_channels: int, generator: torch.Generator) -> Tensor:
         pixels = self.crop(data, num_channels, generator)
         return to_tensor(self.rand_augment(to_image(pixels), generator)) if self.rand_augment else pixels
 
@@ -54,7 +54,11 @@ class EvalView:
         if self.resize_to < max(self.size):
             raise ValueError(f"resize_to is {self.resize_to} px, expected at least the crop of {self.size} px")
 
-    def __call__(self, data: bytes | Path, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(self, data: Encoded, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
+        if isinstance(data, MeasuredImage):
+            views = [(self.size, self.interpolation)]
+            views = [(self.size, self.interpolation)]
+            return load_measured_crops(data, lambda *size: [(self._box(*size), views)])[0][0]
         image = decode(data, num_channels)
         short, long = sorted(image.size)
         resized_long = int(self.resize_to * long / short)
@@ -63,6 +67,13 @@ class EvalView:
         image = image.resize((width, height), self.interpolation)
         left, top = (width - self.size[1]) // 2, (height - self.size[0]) // 2
         return to_tensor(image.crop((left, top, left + self.size[1], top + self.size[0])))
+
+    def _box(self, width: int, height: int) -> Box:
+        """Return the part of an image of measurements that is resized at once, at the same scale."""
+        scale = min(width, height) / self.resize_to
+        crop_height, crop_width = scale * self.size[0], scale * self.size[1]
+        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        return left, top, left + crop_width, top + crop_height
 
 
 def train_view(

@@ -31,6 +31,7 @@ from data.decoding import (
     to_eight_bit,
 )
 from data.jpeg import cut_jpeg
+from data.measured import Encoded, MeasuredImage, load_measured_crops
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the upright image
 View = tuple[tuple[int, int], Image.Resampling]  # (height, width) and the resampling filter
@@ -47,7 +48,7 @@ warnings.filterwarnings("ignore", "The given NumPy array is not writable")
 
 
 def load_crops(
-    data: bytes | Path,
+    data: Encoded,
     choose_boxes: Callable[[int, int], Sequence[Box]],
     views: Sequence[View],
     num_channels: int,
@@ -64,9 +65,11 @@ def load_crops(
 
 
 def load_sized_crops(
-    data: bytes | Path, choose_crops: Callable[[int, int], Sequence[SizedCrop]], num_channels: int
+    data: Encoded, choose_crops: Callable[[int, int], Sequence[SizedCrop]], num_channels: int
 ) -> list[list[Tensor]]:
-    """As `load_crops`, where each crop has its own views."""
+    """As `load_crops`, where each crop has its own views; of measurements as `load_measured_crops`."""
+    if isinstance(data, MeasuredImage):
+        return load_measured_crops(data, choose_crops)
     if isinstance(data, Path):
         data = read_bytes(data)
     if (pixels := _raw_pixels(data, num_channels)) is not None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -31,12 +31,13 @@ EXTENSIONS = {
     "AVIF": (".avif",),
     "JPEG2000": (".jp2", ".j2k"),
     "TGA": (".tga",),
+    "HEIF": (".heic", ".heif"),
 }
-FORMATS = tuple(EXTENSIONS)
+FORMATS = tuple(name for name in EXTENSIONS if name != "HEIF")  # those of Pillow itself
 # Pillow's own hard limit, repeated here because other libraries disable Pillow's for the whole process.
 MAX_PIXELS = 2 * 89_478_485
 
-_TRANSPOSE = {
+TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,6 +47,7 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 _TAIL_BYTES = 512
+_HEIF_MARKS = {b"ftyp" + brand for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")}
 
 # Pillow warns about every unusual file (large size, damaged EXIF), which would bury the report of check_images.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -92,7 +94,7 @@ def decode(data: bytes | Path, num_channels: int) -> Image.Image:
         with pillow_errors_as_bad_image():
             image.load()
             pixels = to_eight_bit(scale_float_pixels(image), num_channels)
-            return pixels.transpose(_TRANSPOSE[header.orientation]) if header.orientation > 1 else pixels
+            return pixels.transpose(TRANSPOSE[header.orientation]) if header.orientation > 1 else pixels
 
 
 def read_bytes(path: Path) -> bytes:
@@ -101,26 +103,47 @@ def read_bytes(path: Path) -> bytes:
     Raises:
         BadImage: If the file cannot be opened or read.
     """
-    with _opened_file(path) as stream, pillow_errors_as_bad_image():
+    with opened_file(path) as stream, pillow_errors_as_bad_image():
         return stream.read()
 
 
 @contextmanager
 def opened(data: bytes | Path) -> Iterator[ImageFile.ImageFile]:
-    with BytesIO(data) if isinstance(data, bytes) else _opened_file(data) as stream:
+    with BytesIO(data) if isinstance(data, bytes) else opened_file(data) as stream:
         with pillow_errors_as_bad_image():
             if not stream.read(1):
                 raise BadImage("empty file (0 bytes)")
             stream.seek(0)
-            image = Image.open(stream, formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise BadImage(
-                f"too large: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}; split it into tiles"
-            )
+            image = open_image(stream)
         yield image
 
 
-def _opened_file(path: Path) -> BinaryIO:
+def open_image(stream: BinaryIO) -> ImageFile.ImageFile:
+    """Open an image with Pillow, and HEIC with its plugin; to be called in `pillow_errors_as_bad_image`."""
+    try:
+        image = Image.open(stream, formats=FORMATS)
+    except Image.UnidentifiedImageError:
+        stream.seek(0)
+        if stream.read(12)[4:] not in _HEIF_MARKS:
+            raise
+        stream.seek(0)
+        try:
+            import pillow_heif
+        except ImportError:
+            raise BadImage("a HEIC file, which needs pillow-heif: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        try:
+            image = Image.open(stream, formats=("HEIF",))
+        except Image.UnidentifiedImageError:
+            raise BadImage("a HEIC file that is damaged or truncated") from None
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(
+            f"too large: {image.width}x{image.height} pixels, the limit is {MAX_PIXELS:,}; split it into tiles"
+        )
+    return image
+
+
+def opened_file(path: Path) -> BinaryIO:
     return os.fdopen(open_regular(path), "rb")
 
 
@@ -201,7 +224,7 @@ def _orientation(image: Image.Image) -> int:
             orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
         except (SyntaxError, ValueError, OSError):  # damaged EXIF data do not affect the pixels
             return 1
-    return orientation if orientation in _TRANSPOSE else 1
+    return orientation if orientation in TRANSPOSE else 1
 
 
 def ends_well(image: ImageFile.ImageFile) -> bool:
@@ -222,7 +245,18 @@ def ends_well(image: ImageFile.ImageFile) -> bool:
         return tail.rstrip(b"\0").endswith(b";")
     if image.format == "TIFF":
         return _tiff_data_end(image) <= length
-    return False
+    return image.format == "HEIF" and _boxes_end(stream, position) == length
+
+
+def _boxes_end(stream: IO[bytes], position: int) -> int:
+    """Return where the last box of a HEIC file ends."""
+    end = 0
+    stream.seek(0)
+    while len(header := stream.read(16)) >= 8 and (size := int.from_bytes(header[:4], "big")):
+        end += int.from_bytes(header[8:], "big") if size == 1 else size
+        stream.seek(end)
+    stream.seek(position)
+    return end
 
 
 def _tiff_data_end(image: Image.Image) -> float:

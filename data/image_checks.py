@@ -14,9 +14,11 @@ import torch
 from tqdm import tqdm
 
 from data.bad_images import BadImages
+from data.band_files import DTYPES
 from data.decoding import BadImage, check, decode
 from data.headers import RECORD, UNKNOWN, Scan, ScanProcesses, as_row, read_plain_header, scan_files
 from data.image_source import FileSource
+from data.measured import MeasuredImage
 from data.scan_file import identities, load_scan, save_scan
 from data.seeds import seeded_generator
 from data.sources import ImageSource
@@ -146,7 +148,7 @@ def _scan(source: ImageSource, indices: np.ndarray, checks: Checks, num_processe
     with tqdm(total=len(indices), desc="Checking images", unit="image", delay=2.0) as progress:
         for part in source.parts:
             inside = indices[(indices >= start) & (indices < start + len(part))] - start
-            if isinstance(part, FileSource):
+            if isinstance(part, FileSource) and part.measured is None:
                 some = _scan_files(part, inside, checks, num_processes, progress)
             else:
                 some = _scan_entries(part, inside, progress)
@@ -203,13 +205,16 @@ def _in_tasks(
 
 
 def _scan_entries(source: ImageSource, indices: np.ndarray, progress: tqdm) -> _Found:
-    """Check images that are not files of a folder."""
+    """Check images that are not files of a folder, or that are measurements."""
     records, reasons = np.zeros(len(indices), RECORD), {}
 
     for row, index in enumerate(indices.tolist()):
         try:
-            entry = source.entry(index)
-            header = (isinstance(entry, bytes) and read_plain_header(entry)) or check(entry)
+            image = source.image(index)
+            if isinstance(image, MeasuredImage):
+                header = image.check()
+            else:
+                header = (isinstance(image, bytes) and read_plain_header(image)) or check(image)
         except BadImage as error:
             reasons[row] = str(error)
         else:
@@ -239,7 +244,8 @@ def _summarize(found: _Found, num_images: int, notes: Sequence[str]) -> Summary:
 
 
 def _has_sixteen_bits(headers: np.ndarray) -> np.ndarray:
-    return (headers["num_bits"] > 8) & (headers["mode"] != b"F")
+    """Return which photographs lose low bits; the mode of measurements is their type of values."""
+    return (headers["num_bits"] > 8) & ~np.isin(headers["mode"], [b"F", *(name.encode() for name in DTYPES)])
 
 
 def _extent(pixels: np.ndarray) -> Extent:

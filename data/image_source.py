@@ -16,11 +16,17 @@ import pyarrow as pa
 
 from data.crops import raw_header
 from data.decoding import BadImage, read_bytes
+from data.measured import Encoded, Measured, MeasuredImage
 from data.tables import find_image_column
 
 
 class ImageSource(ABC):
-    """An indexed collection of encoded images; it does not decode them."""
+    """An indexed collection of encoded images; it does not decode them.
+
+    `measured` says how images are read whose values are measurements; None for photographs.
+    """
+
+    measured: Measured | None = None
 
     def __init__(self, description: str) -> None:
         self._description = description
@@ -40,9 +46,18 @@ class ImageSource(ABC):
         """Return the source that has the image, of those that this one joins, and its index there."""
         return self, index
 
-    def read(self, index: int) -> bytes:
+    def image(self, index: int) -> Encoded:
+        """Return the image as it is decoded: its entry, read as measurements if it is such."""
+        source, index = self.locate(index)
+        if source is not self:
+            return source.image(index)
         entry = self.entry(index)
-        return entry if isinstance(entry, bytes) else read_bytes(entry)
+        return entry if self.measured is None else self.measured.image(entry)
+
+    def read(self, index: int) -> bytes | MeasuredImage:
+        """Return the image with the content of its file, unless that is read in parts."""
+        image = self.image(index)
+        return read_bytes(image) if isinstance(image, Path) else image
 
     def describe(self) -> str:
         return self._description

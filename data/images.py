@@ -26,6 +26,7 @@ from data.sampling import EpochOrder
 from data.seeds import seeded_generator
 from data.size_schedule import ScheduledTransform, Transform
 from data.sources import ImageSource
+from modeling.patches import in_unit_range
 
 logger = logging.getLogger(__name__)
 
@@ -249,19 +250,27 @@ def split_validation(num_images: int, fraction: float, seed: int) -> tuple[np.nd
     return np.sort(order[num_validation_images:]), np.sort(order[:num_validation_images])
 
 
-def measure_image_stats(images: ImageDataset, num_samples: int = 1024) -> tuple[list[float], list[float]]:
+def measure_image_stats(
+    images: ImageDataset, num_samples: int = 1024, value_range: Sequence[Sequence[float]] | None = None
+) -> tuple[list[float], list[float]]:
     """Measure the mean and standard deviation of each channel in [0, 1] on a seeded choice of images.
+
+    `value_range` is that of measurements (`data.value_ranges`).
 
     The standard deviation of a constant channel is exactly 0.
     """
     chosen = torch.randperm(len(images), generator=seeded_generator(images.seed, "image_stats"))[:num_samples].tolist()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        moments = torch.stack(list(pool.map(lambda index: _moments(images[index]["pixel_values"]), chosen)))
+        read = pool.map(lambda index: _moments(images[index]["pixel_values"], value_range), chosen)
+        moments = torch.stack(list(read))
     mean, mean_of_squares = moments.mean(0)  # (samples, 2, C) -> (2, C)
     std = (mean_of_squares - mean**2).clamp(min=0).sqrt()
     return mean.tolist(), torch.where(std < _SMALLEST_STD, 0.0, std).tolist()
 
 
-def _moments(pixel_values: Tensor) -> Tensor:
-    pixels = pixel_values.flatten(1).double() / 255  # (C, H*W)
+def _moments(pixel_values: Tensor, value_range: Sequence[Sequence[float]] | None) -> Tensor:
+    if value_range is None:
+        pixels = pixel_values.flatten(1).double() / 255  # (C, H*W)
+    else:
+        pixels = in_unit_range(pixel_values, value_range).flatten(1).double()
     return torch.stack([pixels.mean(1), pixels.square().mean(1)])  # (2, C)

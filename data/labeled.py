@@ -19,6 +19,7 @@ from data.image_checks import CheckedImages, Checks, check_images
 from data.image_source import join_sources
 from data.images import SourceSamples
 from data.label_columns import RawLabels, read_labels
+from data.measured import Measured
 from data.seeds import seeded_generator
 from data.sources import open_source, split_names
 from data.tables import VALIDATION_NAMES
@@ -84,16 +85,20 @@ class LabeledImages:
         return self.splits.get("test")
 
 
-def open_labeled(dataset: str | Sequence[str], label_column: str | None = None) -> LabeledImages:
+def open_labeled(
+    dataset: str | Sequence[str], label_column: str | None = None, measured: Measured | None = None
+) -> LabeledImages:
     """Open one dataset, or several with the same classes.
 
     Args:
         label_column: Column of a table; None finds it by type and name.
+        measured: How images are read whose values are measurements.
 
     Raises:
         ValueError: If a dataset cannot be opened, has no training split, or its labels are not usable.
     """
-    opened = [_open_one(name, label_column) for name in ([dataset] if isinstance(dataset, str) else dataset)]
+    names = [dataset] if isinstance(dataset, str) else dataset
+    opened = [_open_one(name, label_column, measured) for name in names]
     if not opened:
         raise ValueError("the dataset is missing; name a folder of class folders, or 'sample-fashion'")
     for other in opened[1:]:
@@ -184,15 +189,15 @@ def write_subset(path: Path, split: LabeledSplit, class_names: Sequence[str]) ->
     path.write_text("".join(lines), encoding="utf-8", errors="surrogateescape")  # a file name need not be Unicode
 
 
-def _open_one(dataset: str, label_column: str | None) -> LabeledImages:
-    names = split_names(dataset)
+def _open_one(dataset: str, label_column: str | None, measured: Measured | None) -> LabeledImages:
+    names = split_names(dataset, measured)
     if "train" not in names:
         raise ValueError(f"no split 'train' in {dataset}; it has: {', '.join(names)}")
     raw = {}
     for split, candidates in _SPLIT_NAMES.items():
         name = next((name for name in candidates if name in names), None)
         if name is not None:
-            raw[split] = read_labels(open_source(dataset, name), label_column)
+            raw[split] = read_labels(open_source(dataset, name, measured), label_column)
     class_names = _class_names(raw, dataset)
     for name in [name for name, labels in raw.items() if not len(labels)]:
         logger.warning("the %s split of %s has no labels and is ignored", name, dataset)

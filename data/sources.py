@@ -16,9 +16,12 @@ from typing import Any
 import datasets
 import pyarrow as pa
 
+from data.band_files import ARRAY_EXTENSIONS
 from data.decoding import EXTENSIONS
 from data.idx import find_idx_files, read_idx
 from data.image_source import ArraySource, FileSource, ImageSource, TableSource, join_sources
+from data.measured import Measured
+from data.measured_sources import measured_source
 from data.tables import TABLE_EXTENSIONS, VALIDATION_NAMES, group_by_split, load_tables
 
 _SAMPLES = Path(__file__).parent / "samples"
@@ -29,21 +32,30 @@ LIST_EXTENSIONS = frozenset({".txt", ".lst"})
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def open_source(dataset: str | list[str], split: str | None = "train") -> ImageSource:
+def open_source(
+    dataset: str | list[str], split: str | None = "train", measured: Measured | None = None
+) -> ImageSource:
     """Open a split of a dataset, or all images if `split` is None or the dataset has no splits.
+
+    Args:
+        measured: How images are read whose values are measurements.
 
     Raises:
         ValueError: If there is no such dataset or split, or it has no images.
     """
     if not dataset:
         raise ValueError("the dataset is missing; name a folder of images, or 'sample' for the bundled photographs")
-    if not isinstance(dataset, str):
-        return join_sources([open_source(name, split) for name in dataset])
+    names = [dataset] if isinstance(dataset, str) else dataset
+    source = join_sources([_open(name, split, _kinds(measured)) for name in names])
+    return source if measured is None else measured_source(source, measured)
+
+
+def _open(dataset: str, split: str | None, kinds: frozenset[str]) -> ImageSource:
     if dataset in BUNDLED:
-        return _open_folder(BUNDLED[dataset], split)
+        return _open_folder(BUNDLED[dataset], split, kinds)
     path = Path(dataset).expanduser()
     if path.is_dir():
-        return _open_folder(path, split)
+        return _open_folder(path, split, kinds)
     if path.is_file():
         return _open_file(path)
     if _HUB_ID.fullmatch(dataset) and path.suffix.lower() not in IMAGE_EXTENSIONS | TABLE_EXTENSIONS | LIST_EXTENSIONS:
@@ -51,17 +63,17 @@ def open_source(dataset: str | list[str], split: str | None = "train") -> ImageS
     raise ValueError(f"dataset {dataset!r}: {_describe_missing(path)}, and this is not a valid Hub id (owner/name)")
 
 
-def open_validation(dataset: str | list[str]) -> ImageSource | None:
+def open_validation(dataset: str | list[str], measured: Measured | None = None) -> ImageSource | None:
     """Open the validation split of a dataset, or those of several; None if there are none."""
     if isinstance(dataset, str):
-        names = split_names(dataset)
+        names = split_names(dataset, measured)
         name = next((name for name in VALIDATION_NAMES if name in names), None)
-        return None if name is None else open_source(dataset, name)
-    sources = [source for one in dataset if (source := open_validation(one)) is not None]
+        return None if name is None else open_source(dataset, name, measured)
+    sources = [source for one in dataset if (source := open_validation(one, measured)) is not None]
     return join_sources(sources) if sources else None
 
 
-def split_names(dataset: str) -> list[str]:
+def split_names(dataset: str, measured: Measured | None = None) -> list[str]:
     """Return the splits of a dataset that `open_source` can open; only "train" if it has no splits."""
     folder = BUNDLED.get(dataset, Path(dataset).expanduser())
     if folder.is_file():
@@ -75,7 +87,8 @@ def split_names(dataset: str) -> list[str]:
     if _choose_subfolder(folder, "train")[1] is not None:
         subfolders = _subfolders(folder)
         return [name for name in ("train", *VALIDATION_NAMES) if name in subfolders]
-    if any(_kind(name) == IMAGE for _, names in _walk(folder) for name in names):  # without listing millions again
+    kinds = _kinds(measured)
+    if any(_kind(name) in kinds for _, names in _walk(folder) for name in names):  # without listing millions again
         return ["train"]
     tables = _list_files(folder)[1]
     return list(group_by_split(tables, folder)) if tables else ["train"]
@@ -98,13 +111,13 @@ def _open_file(path: Path) -> ImageSource:
     )
 
 
-def _open_folder(folder: Path, split: str | None) -> ImageSource:
+def _open_folder(folder: Path, split: str | None, kinds: frozenset[str]) -> ImageSource:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _open_saved(folder, split)
     if find_idx_files(folder):
         return _open_idx(folder, split)
     subfolder, validation = _choose_subfolder(folder, split)
-    images, tables, others = _list_files(subfolder)
+    images, tables, others = _list_files(subfolder, kinds)
     if len(images):
         if split not in (None, "train") and subfolder == folder:
             raise ValueError(f"no split {split!r} in {folder}; it has: {', '.join(split_names(str(folder)))}")
@@ -145,18 +158,20 @@ def _is_folder(entry: os.DirEntry[Any]) -> bool:
         return False
 
 
-def _list_files(folder: Path) -> tuple[pa.LargeBinaryArray, list[Path], Counter[str]]:
-    """Return the names of image files, table files, and the number of files with any other extension."""
+def _list_files(
+    folder: Path, kinds: frozenset[str] = frozenset({"image"})
+) -> tuple[pa.LargeBinaryArray, list[Path], Counter[str]]:
+    """Return the names of image files (of these kinds), table files, and the number of files with other extensions."""
     images = [pa.array([], pa.large_binary())]  # an array for each folder: Python objects would take twice the memory
     tables: list[Path] = []
     others: Counter[str] = Counter()
     start = len(os.path.join(os.fsencode(folder), b""))
     for root, names in _walk(folder):
         parent = os.path.join(root, b"")[start:]
-        found = [parent + name for name in names if _kind(name) == IMAGE]
+        found = [parent + name for name in names if _kind(name) in kinds]
         images.append(pa.array(found, pa.large_binary()))
         if len(found) < len(names):
-            others.update(_kind(name) for name in names)
+            others.update(_kind(name) for name in names if _kind(name) not in kinds)
             tables += [Path(os.fsdecode(os.path.join(root, name))) for name in names if _kind(name) == TABLE]
     for kind in (IMAGE, TABLE):
         del others[kind]
@@ -186,6 +201,11 @@ def _walk(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
 
 
 IMAGE, TABLE = "image", "table"
+
+
+def _kinds(measured: Measured | None) -> frozenset[str]:
+    """Return which kinds of files are images; measurements are in arrays and DICOM files too."""
+    return frozenset({IMAGE}) if measured is None else ARRAY_EXTENSIONS | {IMAGE}
 
 
 def _kind(name: bytes) -> str:

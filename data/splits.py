@@ -8,6 +8,7 @@ from data.bad_images import BadImages
 from data.image_checks import Checks, Summary, check_images
 from data.images import Samples, SourceSamples, split_validation
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, with_validation
+from data.measured import Measured
 from data.sources import open_source, open_validation
 
 _VALIDATION_FRACTION = 0.1  # of labeled training images
@@ -28,18 +29,26 @@ class PretrainingSplits:
 
 
 def open_pretraining_splits(
-    dataset: list[str], *, validation_fraction: float, max_bad_fraction: float, seed: int, checks: Checks = "new"
+    dataset: list[str],
+    *,
+    validation_fraction: float,
+    max_bad_fraction: float,
+    seed: int,
+    checks: Checks = "new",
+    measured: Measured | None = None,
 ) -> PretrainingSplits:
     """Open a dataset with its own validation split, or with a seeded fraction of the images for validation.
 
     Args:
         checks: Which images `check_images` opens.
+        measured: How images are read whose values are measurements.
 
     Raises:
         ValueError: If the dataset cannot be opened or too many of its images are unreadable.
     """
-    source = open_source(dataset)
-    checked, validation_source = check_images(source, max_bad_fraction, checks=checks), open_validation(dataset)
+    source = open_source(dataset, measured=measured)
+    checked = check_images(source, max_bad_fraction, checks=checks)
+    validation_source = open_validation(dataset, measured)
     images, bad = SourceSamples(source, checked.good), checked.bad
     if validation_source is not None and validation_fraction:
         validation = check_images(validation_source, max_bad_fraction, checks=checks)
@@ -112,6 +121,7 @@ def open_labeled_splits(
     max_bad_fraction: float,
     seed: int,
     checks: Checks = "new",
+    measured: Measured | None = None,
 ) -> LabeledSplits:
     """Open a labeled dataset, add a validation split if there is none, and select the requested number of labels.
 
@@ -121,7 +131,7 @@ def open_labeled_splits(
     Raises:
         ValueError: If the dataset cannot be opened, its labels are not usable, or too many images are unreadable.
     """
-    opened = open_labeled(dataset, label_column)
+    opened = open_labeled(dataset, label_column, measured)
     checked = {name: split.readable(max_bad_fraction, checks) for name, split in opened.splits.items()}
     images = replace(opened, splits={name: split for name, (split, _) in checked.items()})
     bad = BadImages(entry for _, found in checked.values() for entry in found.bad.items())

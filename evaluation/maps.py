@@ -4,6 +4,7 @@ Shapes: B images, C channels, H, W height and width in pixels, h, w rows and col
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from matplotlib import colormaps
@@ -11,16 +12,22 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.features import FrozenEncoder
-from evaluation.pictures import labeled_grid
+from evaluation.pictures import labeled_grid, shown
 from evaluation.preprocessing import Preprocessor
 from modeling.feature_panel import ATTENTION, COMPONENTS, enlarged, principal_colors
 from modeling.feature_panel import class_attention as attention_to_patches
 
 
-def feature_maps(encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: Tensor) -> tuple[Image.Image, str]:
-    """Draw input, attention and components of images (B, C, H, W) in columns, and describe these columns."""
+def feature_maps(
+    encoder: FrozenEncoder, preprocessor: Preprocessor, pixel_values: Tensor, channels: Sequence[int] = (0, 1, 2)
+) -> tuple[Image.Image, str]:
+    """Draw input, attention and components of images (B, C, H, W) in columns, and describe these columns.
+
+    Args:
+        channels: One or three that are shown of images of any number of channels.
+    """
     size = (pixel_values.shape[2], pixel_values.shape[3])
-    views = {"input": preprocessor.unnormalize(pixel_values).expand(-1, 3, -1, -1)}
+    views = {"input": shown(preprocessor.unnormalize(pixel_values), channels).expand(-1, 3, -1, -1)}
     attention = class_attention(encoder, pixel_values)
     if attention is not None:
         colors = torch.from_numpy(colormaps["viridis"](attention.numpy())[..., :3]).float()  # (B, h, w, 3)

@@ -17,6 +17,7 @@ from torch import Tensor
 from data.augmentations import CenterCrop, single_view
 from data.images import ImageDataset, SourceSamples, StackedImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified
+from data.measured import Measured
 from evaluation.class_balance import BALANCED, accuracy_with_error, is_unbalanced
 from evaluation.features import FrozenEncoder
 from evaluation.knn import Knn
@@ -98,14 +99,19 @@ def open_feature_spread(samples: SourceSamples, size: tuple[int, int], num_chann
 
 
 def open_online_evaluation(
-    dataset: Sequence[str], size: tuple[int, int], num_channels: int, seed: int, label_column: str | None = None
+    dataset: Sequence[str],
+    size: tuple[int, int],
+    num_channels: int,
+    seed: int,
+    label_column: str | None = None,
+    measured: Measured | None = None,
 ) -> OnlineEvaluation:
     """Load a seeded subset of each class of a labeled dataset into memory, cropped to `size` (height, width).
 
     Evaluates on the validation split, or on a part of the training split if there is none, but never on the test
     split: the results influence which runs are stopped or selected.
     """
-    images = open_labeled(dataset, label_column)
+    images = open_labeled(dataset, label_column, measured)
     train, test = images.train, images.validation
     if test is None:
         kept, validation = split_stratified(train.labels, _TEST_FRACTION, seed, images.class_names)

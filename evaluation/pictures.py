@@ -4,7 +4,7 @@ Shapes: B images, C channels, H, W height and width in pixels.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,16 @@ _BLUE, _VERMILLION = "#0072B2", "#D55E00"  # Okabe and Ito: distinguishable for 
 _MEDIAN_FROM_POINTS = 60  # shorter curves need no smoothing
 
 
-def panel_drawer(name: str, views_of: Callable[[Any, dict[str, Any]], Mapping[str, Any]]) -> Drawer:
-    """Return `draw(model, batch, step, eval_loss)`; `views_of(model, batch)` gives the columns, `name` the footer."""
+def panel_drawer(
+    name: str,
+    views_of: Callable[[Any, dict[str, Any]], Mapping[str, Any]],
+    channels: Sequence[int] | None = None,
+) -> Drawer:
+    """Return `draw(model, batch, step, eval_loss)`; `views_of(model, batch)` gives the columns, `name` the footer.
+
+    Args:
+        channels: One or three that are shown of images of any number of channels.
+    """
 
     def draw(model: Any, batch: dict[str, Any], step: int, eval_loss: float | None) -> Image.Image:
         facts = [name, f"step {step:,}"]
@@ -38,9 +46,17 @@ def panel_drawer(name: str, views_of: Callable[[Any, dict[str, Any]], Mapping[st
         if "bool_masked_pos" in batch and batch["bool_masked_pos"].any():
             facts.append(f"mask ratio {batch['bool_masked_pos'].float().mean().item():.2f}")
         views = {label: images[:MAX_ROWS] for label, images in views_of(model, batch).items()}
+        if channels is not None:
+            facts.append(f"channel{'s' * (len(channels) > 1)} {', '.join(map(str, channels))}")
+            views = {label: shown(images, channels) for label, images in views.items()}
         return labeled_grid(views, footer="  ·  ".join(facts))
 
     return draw
+
+
+def shown(images: Tensor, channels: Sequence[int]) -> Tensor:
+    """Return these channels of images (B, C, H, W); those of one or three are returned unchanged."""
+    return images if images.shape[1] in (1, 3) else images[:, list(channels)]
 
 
 def panel_indices(num_images: int) -> list[int]:

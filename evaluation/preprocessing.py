@@ -17,21 +17,39 @@ import transformers
 from torch import Tensor
 from transformers import BaseImageProcessor
 
+from data.augmentations import CenterCrop
 from data.decoding import BadImage, decode
 from data.image_source import ImageSource
+from data.measured import Encoded, Measured, MeasuredImage
+from modeling.patches import stored_values
 
 BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
 class Preprocessor:
-    """Decode images and apply an image processor of transformers; returns (B, C, H, W) float32."""
+    """Decode images and apply an image processor of transformers; returns (B, C, H, W) float32.
+
+    Measurements, of which the processor has a `value_range`, are resized and cut off at it here: no processor can.
+    """
 
     processor: Any
     num_channels: int
+    measured: Measured | None = None
 
-    def __call__(self, data: Sequence[bytes | Path]) -> Tensor:
-        images: list[Any] = [decode(each, self.num_channels) for each in data]
+    @property
+    def value_range(self) -> Any:
+        """The lowest and highest value of each channel; None for photographs."""
+        return getattr(self.processor, "value_range", None)
+
+    def __call__(self, data: Sequence[Encoded]) -> Tensor:
+        if (ends := self.value_range) is not None:
+            crop = CenterCrop((self.processor.crop_size["height"], self.processor.crop_size["width"]))
+            pixels = stored_values(torch.stack([crop(image, self.num_channels) for image in data]))
+            mean, std = torch.tensor(self.processor.image_mean), torch.tensor(self.processor.image_std)
+            low, high = torch.tensor(ends)[..., None, None].unbind(1)  # (C, 1, 1) each
+            return (pixels.clamp(low, high) - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+        images: list[Any] = [decode(each, self.num_channels) for each in data if not isinstance(each, MeasuredImage)]
         layout = {}
         if self.num_channels == 1:  # processors would take an image without a channel axis for a batch
             images = [np.asarray(image)[None] for image in images]
@@ -43,7 +61,11 @@ class Preprocessor:
         if not getattr(self.processor, "do_normalize", False):
             return pixel_values.clamp(0, 1)
         mean, std = torch.tensor(self.processor.image_mean), torch.tensor(self.processor.image_std)
-        return (pixel_values * std.view(-1, 1, 1) + mean.view(-1, 1, 1)).clamp(0, 1)
+        pixels = pixel_values * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+        if (ends := self.value_range) is not None:
+            low, high = torch.tensor(ends)[..., None, None].unbind(1)  # (C, 1, 1) each
+            pixels = (pixels - low) / (high - low)
+        return pixels.clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -79,7 +101,7 @@ def open_preprocessor(name: str, num_channels: int) -> Preprocessor:
 def batches(
     source: ImageSource,
     indices: Sequence[int] | np.ndarray,
-    preprocess: Callable[[Sequence[bytes | Path]], Tensor],
+    preprocess: Callable[[Sequence[Encoded]], Tensor],
     on_bad: Callable[[str, str], None],
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Batch]:
@@ -90,13 +112,13 @@ def batches(
 
     def prepare(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:
         try:
-            return Batch(positions, preprocess([source.entry(int(indices[each])) for each in positions])), []
+            return Batch(positions, preprocess([source.image(int(indices[each])) for each in positions])), []
         except BadImage:  # find out which ones
             pass
         good, bad = {}, []
         for position in positions:
             try:
-                good[position] = preprocess([source.entry(int(indices[position]))])
+                good[position] = preprocess([source.image(int(indices[position]))])
             except BadImage as error:
                 bad.append((source.name(int(indices[position])), str(error)))
         return Batch(list(good), torch.cat(list(good.values()))) if good else None, bad

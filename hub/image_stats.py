@@ -2,24 +2,32 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from transformers.image_processing_base import ImageProcessingMixin
 
 from modeling.base import IMAGENET_MEAN, IMAGENET_STD
 
 
-def image_stats(name: str) -> tuple[dict[str, list[float]], list[str]]:
-    """Return `image_mean` and `image_std` of three channels, and a note if these are ImageNet's by default."""
+def image_stats(name: str) -> tuple[dict[str, Any], list[str]]:
+    """Return `image_mean` and `image_std` of three channels, and a note if these are ImageNet's by default.
+
+    Of an encoder of measurements: of its channels, and their `value_range`.
+    """
     stats = processor_stats(name, num_channels=3)
     if not stats:
         stats = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
         return stats, [f"{name} has no preprocessor_config.json with mean and std: ImageNet's are used"]
+    if "value_range" in stats:
+        return stats, []
     # All colors of a grayscale encoder get the statistics of its only channel.
     return {key: values * 3 if len(values) == 1 else values for key, values in stats.items()}, []
 
 
-def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[str, list[float]]:
+def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[str, Any]:
     """Return `image_mean` and `image_std` of a model's image processor; empty if it has none.
+
+    With the `value_range` of measurements, mean and std are relative to it.
 
     Raises ValueError if they are not finite, or a standard deviation is not above 0.
     """
@@ -44,6 +52,10 @@ def processor_stats(name: str, num_channels: int, subfolder: str = "") -> dict[s
             f"preprocessor_config.json of {name} has image_mean {mean} and image_std {std}, expected finite numbers "
             "and an image_std above 0"
         )
+    if (ends := processor.get("value_range")) is not None:
+        means = [(m - low) / (high - low) for m, (low, high) in zip(stats["image_mean"], ends, strict=True)]
+        stds = [s / (high - low) for s, (low, high) in zip(stats["image_std"], ends, strict=True)]
+        return {"image_mean": means, "image_std": stds, "value_range": ends}
     return stats
 
 

@@ -27,7 +27,7 @@ class StartingModel:
         encoder: Keyword arguments of the encoder's native config.
         fixed: Settings that follow from the weights, by name.
         defaults: Settings that may be changed, by name.
-        image_stats: Mean and standard deviation of the images, if the model has them.
+        image_stats: Mean and standard deviation of the images, if the model has them, and their range of values.
         sizes_only: Whether this is the run's own checkpoint, whose weights `Trainer` loads.
     """
 
@@ -42,7 +42,7 @@ class StartingModel:
     encoder: dict[str, Any]
     fixed: dict[str, Any]
     defaults: dict[str, Any]
-    image_stats: dict[str, list[float]]
+    image_stats: dict[str, Any]
     sizes_only: bool
 
 
@@ -72,7 +72,9 @@ def open_starting_model(name: str, method: str, sizes_only: bool = False) -> Sta
         "image_size": rows * patch_size if rows == columns else [rows * patch_size, columns * patch_size]
     }
     if isinstance(config, MimConfig):
-        image_stats = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+        image_stats: dict[str, Any] = {"image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+        if config.value_range is not None:
+            image_stats["value_range"] = config.value_range
     else:  # the plan shows what is used if there are none
         image_stats = processor_stats(name, encoder_config.num_channels, subfolder)
     if image_stats:

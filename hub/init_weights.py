@@ -18,7 +18,7 @@ from hub.init_from import StartingModel, grid_of
 from hub.open_model import NO_POSITIONS, open_model
 from modeling import MODELS, MimPreTrainedModel
 from modeling.encoders import ResizedPositions
-from modeling.patches import sincos_positions
+from modeling.patches import PATCH_PROJECTION, adapt_channels, sincos_positions
 from modeling.positions import resize_positions, resize_relative_bias
 
 _TABLES = ("position_embeddings", "decoder_positions", "relative_position_bias_table")
@@ -31,8 +31,13 @@ class Weights(NamedTuple):
     notes: list[str]
 
 
-def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_positions: bool = False) -> Weights:
+def read_weights(
+    start: StartingModel, head: MimPreTrainedModel, repair_positions: bool = False, channel_init: str | None = None
+) -> Weights:
     """Read the weights for a model, of which only names and shapes matter: it may be on the meta device.
+
+    Args:
+        channel_init: How the patch projection is adapted to the model's channels (`modeling.patches.adapt_channels`).
 
     Raises:
         ValueError: If the encoder cannot be read, its position tables are all zero, or its grid does not fit.
@@ -52,6 +57,8 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
     antialias = getattr(head.encoder, "antialias", False)  # as the native class does at other sizes
     for name, tensor in {**{f"encoder.{key}": value for key, value in encoder.items()}, **kept_head}.items():
         resized = _resized(name, tensor, start.grid, grid, wanted.get(name), antialias)
+        if name.endswith(PATCH_PROJECTION) and channel_init is not None:
+            tensor = resized = adapt_channels(tensor, config.num_channels, channel_init)
         if name in wanted and resized.shape == wanted[name].shape:
             state[name], has_resized = resized, has_resized or resized is not tensor
         else:
@@ -61,6 +68,9 @@ def read_weights(start: StartingModel, head: MimPreTrainedModel, repair_position
     assert not strange, f"{start.family} is said to fit, and lacks {strange}"
     kept = [name for name in state if not name.startswith("encoder.")]
     lines = [f"begins from {start.name} ({start.family}): {', '.join(['encoder', *_parts(kept)])}"]
+    if channel_init is not None:
+        old, new = start.fixed["num_channels"], config.num_channels
+        lines.append(f"patch projection adapted from {old} to {new} channels ({channel_init})")
     if has_resized:
         lines.append("position tables resized from {} x {} to {} x {} patches".format(*start.grid, *grid))
     if not kept:  # frozen weights, such as a teacher's, will be copies (`after_loading_encoder`)

@@ -64,6 +64,7 @@ def write_model_card(
     unfinished: str | None = None,
     warning: str | None = None,
     online_results: Sequence[Mapping[str, Any]] = (),
+    usage: str = "",
 ) -> None:
     """Write `folder/README.md`, with absolute paths shortened and Hub tokens removed.
 
@@ -88,6 +89,7 @@ def write_model_card(
         unfinished: A sentence at the top of the card while training continues.
         warning: What is wrong with the measurements, if anything.
         online_results: Results of the online evaluation, as entries of `metrics.json`.
+        usage: Markdown in place of the example of an encoder of photographs, as in `TaskCard`.
 
     Raises:
         ValueError: If a figure is not in `folder`, or the Hub would refuse the card (`hub.card_rules`).
@@ -119,7 +121,7 @@ def write_model_card(
         method_in_words=f" ({method}{linked})",
         paper=paper,
         task=task,
-        usage=_with_checkpoint(task.usage.strip(), checkpoint) if task else "",
+        usage=_with_checkpoint((task.usage if task else usage).strip(), checkpoint),
         classes=[_cell(name) for name in task.classes] if task else [],
         from_scratch=from_scratch,
         unfinished=unfinished,

@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from .patches import coarsen_mask, masked_indices, patch_grid, standardize
+from .patches import STORED_DTYPES, coarsen_mask, masked_indices, patch_grid, standardize
 from .schedules import Progress, Schedule
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -97,7 +97,8 @@ class FinetuneRecipe(NamedTuple):
 class MimConfig(PreTrainedConfig):
     """Configuration of a pre-training model: the native `encoder_config`, which leaves with the encoder, and the rest.
 
-    `image_mean` and `image_std` (in [0, 1], one value per channel) standardize uint8 images on the device.
+    `image_mean` and `image_std` (in [0, 1], one value per channel) standardize stored images on the device: uint8, or
+    measurements, of which `value_range` gives the lowest and highest value of each channel.
 
     Raises:
         ValueError: If a setting does not exist. Transformers would store a misspelled name and ignore it.
@@ -130,6 +131,7 @@ class MimConfig(PreTrainedConfig):
     encoder_config: Any = None  # a native config, or its settings as a dict
     image_mean: list[float] | tuple[float, ...] = IMAGENET_MEAN
     image_std: list[float] | tuple[float, ...] = IMAGENET_STD
+    value_range: list[list[float]] | None = None
     # Trainer would gather all predictions of the evaluation set; it wants a list.
     keys_to_ignore_at_inference = ["losses", "logits", "metrics"]  # noqa: RUF012
 
@@ -200,6 +202,9 @@ class MimConfig(PreTrainedConfig):
                 f"image_mean {tuple(self.image_mean)} and image_std {tuple(self.image_std)} need one value for each "
                 f"of the encoder's {self.encoder_config.num_channels} channels"
             )
+        ends = self.value_range or ()
+        if self.value_range and (len(ends) != len(self.image_mean) or not all(low < high for low, high in ends)):
+            raise ValueError(f"value_range is {ends}, expected a lower and a higher value for each channel")
 
 
 @dataclass
@@ -397,10 +402,10 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     # ---- pixels and masks ----
 
     def standardize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Standardize uint8 images (B, C, H, W) to float32; float images are taken as standardized."""
-        if pixel_values.dtype != torch.uint8:
+        """Standardize stored images (B, C, H, W) to float32; float images are taken as standardized."""
+        if pixel_values.dtype not in STORED_DTYPES:
             return pixel_values
-        return standardize(pixel_values, self.config.image_mean, self.config.image_std)
+        return standardize(pixel_values, self.config.image_mean, self.config.image_std, self.config.value_range)
 
     def masked_units(self, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         """(B, N) -> (B, units): the mask on the squares that single predictions cover, usually the patches."""

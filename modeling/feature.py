@@ -25,7 +25,7 @@ from .dino_encoders import NATIVE_TYPES, build_native_encoder
 from .feature_panel import enlarged, principal_colors
 from .frozen_teacher import match_grid
 from .gradient_histograms import gradient_histograms, histogram_size
-from .patches import masked_indices, patch_grid
+from .patches import in_unit_range, masked_indices, patch_grid
 from .reconstruction import checkerboard
 
 FEATURE_LOSSES = ("cosine", "smooth_l1")
@@ -184,9 +184,10 @@ class FeatureForPreTraining(MimPreTrainedModel):
         return F.smooth_l1_loss(predictions, targets, reduction="none").mean(-1)
 
     def _levels(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Return the 256 levels of images that were standardized: their gradients are exact, on every device."""
-        if pixel_values.dtype == torch.uint8:
+        """Return images in 256 levels: the gradients of uint8 images are exact, on every device."""
+        if pixel_values.dtype == torch.uint8 and self.config.value_range is None:
             return pixel_values
+        pixel_values = self.standardize(pixel_values)
         mean, std = (
             pixel_values.new_tensor(x).view(-1, 1, 1) for x in (self.config.image_mean, self.config.image_std)
         )
@@ -212,7 +213,10 @@ class FeatureForPreTraining(MimPreTrainedModel):
         if not pasted.isfinite().all():
             raise ValueError("the features contain NaN or infinity and cannot be drawn; check the loss of this step")
         colors = principal_colors(torch.cat([true, pasted]).unflatten(1, grid)).chunk(2)
-        size, images = (pixel_values.shape[2], pixel_values.shape[3]), pixel_values.float().cpu() / 255
+        size, images = (
+            (pixel_values.shape[2], pixel_values.shape[3]),
+            in_unit_range(pixel_values.cpu(), self.config.value_range),
+        )
         masked_pixels = enlarged(mask.view(-1, 1, *grid).float().cpu(), size).bool()
         return {
             "input": images,

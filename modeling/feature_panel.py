@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .patches import patch_grid
+from .patches import in_unit_range, patch_grid
 
 ATTENTION = "attention of the class token, last block"
 COMPONENTS = "first three principal components of the patches, as colors"
@@ -25,7 +25,7 @@ def feature_panel(
 
     Args:
         model: Has the settings of the encoders.
-        pixel_values: (B, C, H, W), uint8.
+        pixel_values: (B, C, H, W), as stored.
         encoders: By name; the colors of all of them have the same meaning.
         attends: Name of the encoder whose attention is drawn.
 
@@ -35,7 +35,7 @@ def feature_panel(
     size = (pixel_values.shape[2], pixel_values.shape[3])
     grid = patch_grid(size, model.config.encoder_config.patch_size)
     pixels = model.standardize(pixel_values)
-    views = {"input": pixel_values.float().cpu() / 255}
+    views = {"input": in_unit_range(pixel_values.cpu(), model.config.value_range)}
     if attends:
         encoder = encoders[attends]
         attention = class_attention(encoder, lambda: encoder(pixels, output_attentions=True), grid)

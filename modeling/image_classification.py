@@ -159,7 +159,7 @@ def is_plain_vit(config: PreTrainedConfig) -> bool:
 
 
 def _check_same_logits(classifier: PreTrainedModel, native: PreTrainedModel) -> None:
-    shape = (2, 3, native.config.image_size, native.config.image_size)
+    shape = (2, native.config.num_channels, native.config.image_size, native.config.image_size)
     probe = torch.linspace(-2, 2, 2 * shape[1] * shape[2] * shape[3]).reshape(shape)
     was_training = classifier.training
     ours = classifier.eval()(probe.to(classifier.device)).logits.float().cpu()
@@ -198,9 +198,11 @@ def encoder_config_for(encoder_config: PreTrainedConfig, image_size: int, poolin
         config.use_mean_pooling = pooling == "mean"
     if config.model_type == "swin":
         config.window_size = _window_size(config, image_size)
-    config.image_size, config.num_channels = image_size, 3
+    config.image_size = image_size
+    if config.num_channels == 1 and getattr(encoder_config, "mim_value_range", None) is None:
+        config.num_channels = 3  # photographs in gray are shown in color
     config.architectures = []
-    for name in ("auto_map", "mim_method", "mim_recipe"):  # they describe the encoder's folder
+    for name in ("auto_map", "mim_method", "mim_recipe", "mim_value_range"):  # they describe the encoder's folder
         vars(config).pop(name, None)
     return config
 
@@ -227,7 +229,7 @@ def copy_encoder(model: Any, encoder: PreTrainedModel) -> None:
         elif name.endswith("position_embeddings"):
             grids = [patch_grid(config.image_size, config.patch_size) for config in (encoder.config, model.config)]
             state[name] = resize_positions(state[name], *grids)
-        elif name.endswith("patch_embeddings.projection.weight") and state[name].shape[1] == 1:
+        elif name.endswith("patch_embeddings.projection.weight") and state[name].shape[1] == 1 != wanted.shape[1]:
             state[name] = gray_to_rgb(state[name])
     missing, unexpected = model.load_state_dict(state, strict=False)
     dropped = ("embeddings.mask_token", "pooler.", "layernorm.")  # unused by some models

@@ -14,17 +14,54 @@ from transformers import initialization as init
 from transformers.models.vit.modeling_vit import ViTAttention
 
 _MAX_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
+PATCH_PROJECTION = ("patch_embeddings.projection.weight", "patch_embeddings.weight")  # the second of a DINOv3
 _LUMA = (0.299, 0.587, 0.114)  # Pillow's weights of red, green and blue in a gray image
 
 PatchSize = int | tuple[int, int]  # one side, or height and width
 
 
+STORED_DTYPES = (torch.uint8, torch.uint16, torch.int32)  # of pixels in a batch that are not standardized
+ValueRange = Sequence[Sequence[float]]  # of each channel the values, low and high, that count as 0 and 1
+
+
 def standardize(
-    pixel_values: torch.Tensor, mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor
+    pixel_values: torch.Tensor,
+    mean: Sequence[float] | torch.Tensor,
+    std: Sequence[float] | torch.Tensor,
+    value_range: ValueRange | None = None,
 ) -> torch.Tensor:
-    """Standardize uint8 images (..., C, H, W) to float32, with the mean and std of each channel in [0, 1]."""
-    low, scale = (_per_channel(values, pixel_values.device) * 255 for values in (mean, std))
-    return (pixel_values - low) / scale
+    """Standardize stored images (..., C, H, W) to float32, with the mean and std of each channel in [0, 1].
+
+    Args:
+        value_range: Of measurements; values outside are cut off. None for uint8 images, whose range is 0 to 255.
+    """
+    if value_range is None:
+        low, scale = (_per_channel(values, pixel_values.device) * 255 for values in (mean, std))
+        return (pixel_values - low) / scale
+    lows, highs = (_per_channel(ends, pixel_values.device) for ends in zip(*value_range, strict=True))
+    offsets, scales = in_units(mean, std, value_range)
+    values = stored_values(pixel_values).clamp(lows, highs)
+    return (values - _per_channel(offsets, values.device)) / _per_channel(scales, values.device)
+
+
+def in_units(
+    mean: Sequence[float] | torch.Tensor, std: Sequence[float] | torch.Tensor, value_range: ValueRange
+) -> tuple[list[float], list[float]]:
+    """Return mean and std in [0, 1] of each channel in the units of its values."""
+    means = [low + float(one) * (high - low) for (low, high), one in zip(value_range, mean, strict=True)]
+    return means, [float(one) * (high - low) for (low, high), one in zip(value_range, std, strict=True)]
+
+
+def stored_values(pixel_values: torch.Tensor) -> torch.Tensor:
+    """Return stored pixels as float32: batches hold uint8, uint16, or float32 as the int32 with the same bits."""
+    return pixel_values.view(torch.float32) if pixel_values.dtype == torch.int32 else pixel_values.float()
+
+
+def in_unit_range(pixel_values: torch.Tensor, value_range: ValueRange | None) -> torch.Tensor:
+    """Map stored images (..., C, H, W) to float32 in [0, 1]."""
+    if value_range is None:
+        return pixel_values / 255
+    return standardize(pixel_values, [0.0] * len(value_range), [1.0] * len(value_range), value_range)
 
 
 def _per_channel(values: Sequence[float] | torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -187,8 +224,28 @@ def gray_to_rgb(weight: torch.Tensor) -> torch.Tensor:
     return weight * weight.new_tensor(_LUMA).view(1, 3, 1, 1)
 
 
+def adapt_channels(weight: torch.Tensor, num_channels: int, further: str) -> torch.Tensor:
+    """Adapt a patch projection (D, C, p, p) to another number of channels.
+
+    The first C channels keep their weights, so that images whose further channels are at their mean (0 when
+    standardized) keep their features. Fewer channels than C share the sum of the weights, so that equal channels keep
+    theirs.
+
+    Args:
+        further: Weights of further channels: the "mean" of the others, or these in turn ("repeat").
+    """
+    old = weight.shape[1]
+    if num_channels < old:
+        return (weight.sum(1, keepdim=True) / num_channels).repeat(1, num_channels, 1, 1)
+    if further == "repeat":
+        return weight[:, torch.arange(num_channels) % old]
+    return torch.cat([weight, weight.mean(1, keepdim=True).repeat(1, num_channels - old, 1, 1)], 1)
+
+
 def take_tokens(x: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """(B, N, D), (B, K) -> (B, K, D)."""
+    if x.dtype == torch.uint16:  # which torch cannot gather
+        return take_tokens(x.view(torch.int16), indices).view(torch.uint16)
     return x.gather(1, indices.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .patches import patchify, unpatchify
+from .patches import in_unit_range, patchify, unpatchify
 
 BLANK = 0.5  # gray level of patches that are not there
 _DARK, _LIGHT, _NUM_SQUARES = 0.43, 0.57, 32  # gray levels of the checkerboard, and squares on the short side
@@ -28,7 +28,7 @@ def pixel_panel(model: Any, batch: Mapping[str, Any]) -> dict[str, Tensor]:
     units, side = model.masked_units(mask), config.prediction_side
     logits = model(batch["pixel_values"], mask, return_loss=False).logits
     return reconstruction_views(
-        batch["pixel_values"] / 255,
+        in_unit_range(batch["pixel_values"], config.value_range),
         units,
         model.predicted_units(logits, units),
         patch_size=(side, side),

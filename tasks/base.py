@@ -43,7 +43,8 @@ class Task(ABC):
 
     Args:
         encoder_config: The config of the pre-trained encoder.
-        image_stats: `image_mean` and `image_std` of the encoder's image processor, three channels in [0, 1].
+        image_stats: `image_mean` and `image_std` of the encoder's image processor, three channels in [0, 1]; of an
+            encoder of measurements, of its channels relative to their `value_range`.
         splits: What `open_splits` returned.
     """
 
@@ -53,7 +54,7 @@ class Task(ABC):
 
     settings: Any
     encoder_config: PreTrainedConfig
-    image_stats: Mapping[str, list[float]]
+    image_stats: Mapping[str, Any]
     splits: Any
 
     # ---- data ----
@@ -111,7 +112,8 @@ class Task(ABC):
 
     def black_batch(self, num_images: int) -> dict[str, Any]:
         """Return a batch of black images, to measure how much memory the model needs."""
-        return {"pixel_values": torch.zeros(num_images, 3, self.settings.image_size, self.settings.image_size)}
+        size = (self.settings.image_size, self.settings.image_size)
+        return {"pixel_values": torch.zeros(num_images, len(self.image_stats["image_mean"]), *size)}
 
     @abstractmethod
     def loss(

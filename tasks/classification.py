@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from commands.channels import channel_names
 from commands.finetune_settings import FinetuneSettings
 from commands.flags import BELOW_ONE, COUNT, FRACTION, NOT_NEGATIVE, POSITIVE_UP_TO_ONE, Range, flag
 from commands.launch import set_by
@@ -33,6 +34,7 @@ from evaluation.confusion import draw_confusion_matrix
 from evaluation.linear_probe import fit_logistic
 from evaluation.metrics import classification_metrics, classification_results, confusion_matrix
 from hub.export.native import export_native
+from hub.measurements import usage
 from hub.model_card import TaskCard
 from modeling import CONFIGS, MimConfig
 from modeling.base import FinetuneRecipe
@@ -115,6 +117,7 @@ class ClassificationSettings(FinetuneSettings, ClassificationFlags):
     """Settings of a fine-tuning for classification."""
 
     has_rules_for_few_labels: ClassVar = True
+    takes_measurements: ClassVar = True
 
     dataset: list[str] = flag(
         [],
@@ -202,6 +205,7 @@ class ClassificationTask(Task):
             max_bad_fraction=settings.max_bad_fraction,
             seed=settings.seed,
             checks=settings.check_images,
+            measured=settings.measured,
         )
 
     @property
@@ -212,8 +216,8 @@ class ClassificationTask(Task):
         settings = self.settings
         if not train:
             return single_view(settings.evaluation_view, 3)
-        mean = tuple(self.image_stats["image_mean"])
-        augment = RandAugment(mean, settings.rand_augment) if settings.rand_augment else None
+        mean, is_measured = tuple(self.image_stats["image_mean"]), settings.measured is not None
+        augment = RandAugment(mean, settings.rand_augment) if settings.rand_augment and not is_measured else None
         size = (settings.image_size, settings.image_size)
         return single_view(train_view(size, augment, settings.crop_scale, settings.interpolation_filter), 3)
 
@@ -242,12 +246,12 @@ class ClassificationTask(Task):
         chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:_MOST_PROBED]
         read: list[Tensor] = []
         hook = model.classifier.register_forward_pre_hook(lambda head, inputs: read.append(inputs[0].float().cpu()))
-        stats, labels = torch.tensor(list(self.image_stats.values()), device=device), []
+        labels: list[Tensor] = []
         model.eval().to(device)
         for indices in np.array_split(chosen, -(-len(chosen) // _PROBE_BATCH)):
             batch = self.collate(images.__getitems__(indices.tolist()))
             labels.append(batch["labels"])
-            model(pixel_values=standardize(batch["pixel_values"].to(device), *stats))
+            model(pixel_values=standardize(batch["pixel_values"].to(device), *self.image_stats.values()))
         hook.remove()
         num_classes = len(self.class_names)
         probe = fit_logistic(torch.cat(read), torch.cat(labels), num_classes, self.settings.seed)
@@ -282,6 +286,9 @@ class ClassificationTask(Task):
     # ---- description ----
 
     def notes(self) -> list[str]:
+        if self.settings.measured is not None:
+            skipped = "; rand_augment is left out: it changes colors" if self.settings.rand_augment else ""
+            return [f"values are read as stored, and scaled by the range of the encoder's channels{skipped}"]
         if self.encoder_config.num_channels == 1:
             return ["the encoder's one channel becomes three: it starts by seeing a color image in gray"]
         if num_gray := self.splits.num_gray:
@@ -293,7 +300,8 @@ class ClassificationTask(Task):
         rows, columns = patch_grid(size, self.encoder_config.patch_size)
         low, high = settings.crop_scale
         views = [f"crops of {low:g} to {high:g} of the image", "flipped half the time"]
-        for name in ("rand_augment", "mixup", "cutmix", "label_smoothing_factor", "erasing", "drop_path"):
+        names = () if settings.measured is not None else ("rand_augment",)
+        for name in (*names, "mixup", "cutmix", "label_smoothing_factor", "erasing", "drop_path"):
             if value := getattr(settings, name):
                 views.append(f"{name.removesuffix('_factor').replace('_', ' ')} {value:g}")
         return {
@@ -343,9 +351,23 @@ class ClassificationTask(Task):
         )
 
     def card(self) -> TaskCard:
-        return classification_card(self.class_names)
+        card, ends = classification_card(self.class_names), self.image_stats.get("value_range")
+        if ends is None:
+            return card
+        view = self.settings.evaluation_view
+        measured_usage = usage(
+            ends,
+            channel_names(self.settings, len(ends)),
+            "AutoModelForImageClassification",
+            "probabilities = outputs.logits.softmax(-1)",
+            share=view.size[0] / view.resize_to,
+            resample=self.settings.interpolation.upper(),
+        )
+        return card._replace(usage=measured_usage)
 
     def how_to_open(self, folder: Path) -> str:
+        if self.settings.measured is not None:
+            return f'AutoModelForImageClassification.from_pretrained("{folder}") opens it'
         return f'pipeline("image-classification", model="{folder}") opens it'
 
 

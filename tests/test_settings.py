@@ -222,7 +222,7 @@ def test_debug__bare_shows_tracebacks_and_keeps_the_options_of_transformers():
         (["--eval_steps", "0"], "expected a number above 0"),
         (["--seed", "1.5"], "--seed: got '1.5', expected a whole number"),
         (["--bf16", "perhaps"], "--bf16: got 'perhaps', expected true or false"),
-        (["--num_channels", "2"], "--num_channels: got '2', expected one of 1, 3"),
+        (["--num_channels", "0"], "--num_channels is 0, expected 1 or more"),
         (["--patch_size"], "--patch_size: expected one argument"),
         (["--model", "vit-bass"], "did you mean vit-base?"),
         (["--model", "resnet"], "one of vit-nano, vit-tiny, vit-small, vit-base, vit-large, vit-huge"),

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from modeling.patches import standardize
+from modeling.patches import ValueRange, standardize
 from training.layer_decay import depths_of, layer_id, layer_ids
 from training.trainer import MimTrainer
 
@@ -62,13 +62,14 @@ class EvaluateStart(TrainerCallback):
 
 
 class FinetuneTrainer(MimTrainer):
-    """`MimTrainer` for a model on a pre-trained encoder, its `base_model`, and batches of uint8 `pixel_values`.
+    """`MimTrainer` for a model on a pre-trained encoder, its `base_model`, and batches of stored `pixel_values`.
 
     Args:
         loss: `loss(model, batch, counters)` returns the mean loss over the images and the outputs to evaluate, from a
             batch with standardized images. The counters (step, micro-batch and process) seed its random choices; in
             evaluation they are None.
         image_mean, image_std: (C,), mean and standard deviation of each channel, in [0, 1].
+        value_range: Of measurements, the lowest and highest value of each channel.
     """
 
     model: Any
@@ -79,12 +80,15 @@ class FinetuneTrainer(MimTrainer):
         loss: Callable[[Any, dict[str, Any], tuple[int, ...] | None], tuple[torch.Tensor, dict[str, Any]]],
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        value_range: ValueRange | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # some native classes sum the loss over micro-batches or processes
         self.loss = loss
-        self.image_stats = torch.tensor([image_mean, image_std], device=self.args.device)  # (2, C)
+        self.image_stats: Any = torch.tensor([image_mean, image_std], device=self.args.device)  # (2, C)
+        if value_range is not None:
+            self.image_stats = (image_mean, image_std, value_range)
 
     def loss_and_outputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         batch = {**inputs, "pixel_values": standardize(inputs["pixel_values"], *self.image_stats)}

@@ -21,28 +21,30 @@ from transformers import AutoModel, AutoModelForImageClassification, PreTrainedM
 from transformers.image_utils import PILImageResampling
 
 from modeling import MimPreTrainedModel
-from modeling.patches import gray_to_rgb, height_and_width
+from modeling.patches import PATCH_PROJECTION, ValueRange, gray_to_rgb, height_and_width, in_units
 
 PRETRAINING = "pretraining"
 UNFINISHED_EXPORT = ".export-"  # prefix of a folder in the output folder
-_PATCH_PROJECTION = ("patch_embeddings.projection.weight", "patch_embeddings.weight")  # the second of a DINOv3
 
 
-def native_encoder(encoder: PreTrainedModel, method: str | None, recipe: dict[str, Any]) -> PreTrainedModel:
+def native_encoder(
+    encoder: PreTrainedModel, method: str | None, recipe: dict[str, Any], value_range: ValueRange | None = None
+) -> PreTrainedModel:
     """Return the encoder as a native class, with `mim_method` and `mim_recipe` in its config for fine-tuning.
 
-    A grayscale encoder takes RGB images, as those of every image processor and pipeline, and sees them in gray.
+    A grayscale encoder takes RGB images, as those of every image processor and pipeline, and sees them in gray; one of
+    measurements does not, and has their `mim_value_range` in its config.
     """
     as_native = getattr(encoder, "as_native", None)  # of an encoder that leaves as another class
     config, weights = as_native() if as_native else (copy.deepcopy(encoder.config), encoder.state_dict())
-    record_origin(config, method, recipe)
+    record_origin(config, method, recipe, value_range)
     if config.model_type in ("vit", "deit"):
         # AutoModel always builds a pooler. With an identity nothing is random: pooler_output is the class token.
         config.pooler_act, config.pooler_output_size = "linear", config.hidden_size
     state = dict(weights)
-    if config.num_channels == 1:
+    if config.num_channels == 1 and value_range is None:
         config.num_channels = 3
-        state |= {name: gray_to_rgb(state[name]) for name in state if name.endswith(_PATCH_PROJECTION)}
+        state |= {name: gray_to_rgb(state[name]) for name in state if name.endswith(PATCH_PROJECTION)}
     native = AutoModel.from_config(config, dtype=torch.float32)
     if config.model_type in ("vit", "deit"):
         state["pooler.dense.weight"] = torch.eye(config.hidden_size)
@@ -63,8 +65,12 @@ def write_image_processor(
     image_std: Sequence[float],
     resize_to: int | None = None,
     resample: int = PILImageResampling.BICUBIC,
+    value_range: ValueRange | None = None,
 ) -> None:
-    """Write the config of a native image processor: resize the short side (default: to the crop), crop the center."""
+    """Write the config of a native image processor: resize the short side (default: to the crop), crop the center.
+
+    Native image processors resize photographs only: measurements are just standardized, in their own units.
+    """
     height, width = height_and_width(encoder_config.image_size)
     square = height == width
 
@@ -85,6 +91,10 @@ def write_image_processor(
         "image_mean": per_channel(image_mean),
         "image_std": per_channel(image_std),
     }
+    if value_range is not None:
+        settings |= dict.fromkeys(("do_convert_rgb", "do_resize", "do_center_crop", "do_rescale"), False)
+        settings["image_mean"], settings["image_std"] = in_units(image_mean, image_std, value_range)
+        settings["value_range"] = [list(ends) for ends in value_range]
     (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -108,17 +118,17 @@ def export(
     Returns the `native_root_problem`; if there is one, only `pretraining/` and its code are written.
     """
     with replacing(Path(output_dir)) as scratch:
-        stats = (model.config.image_mean, model.config.image_std)
+        stats, value_range = (model.config.image_mean, model.config.image_std), model.config.value_range
         if (problem := native_root_problem(model)) is None:
-            native = native_encoder(model.exported_encoder, method, recipe)
+            native = native_encoder(model.exported_encoder, method, recipe, value_range)
             native.save_pretrained(scratch)
-            write_image_processor(scratch, native.config, *stats)
+            write_image_processor(scratch, native.config, *stats, value_range=value_range)
             for name, companion in getattr(model, "companions", {}).items():  # further native models, by folder
                 companion.save_pretrained(scratch / name)
                 if text_tokenizer is not None:
                     text_tokenizer.save_pretrained(scratch / name)
         model.save_pretrained(scratch / PRETRAINING)
-        write_image_processor(scratch / PRETRAINING, model.config.encoder_config, *stats)
+        write_image_processor(scratch / PRETRAINING, model.config.encoder_config, *stats, value_range=value_range)
         for code in (scratch / PRETRAINING).glob("*.py"):
             shutil.copy(code, scratch)
         if problem is None:
@@ -138,6 +148,7 @@ def export_native(
     image_std: Sequence[float],
     resize_to: int | None = None,
     resample: int = PILImageResampling.BICUBIC,
+    value_range: ValueRange | None = None,
 ) -> str:
     """Write a native encoder or classifier; return the name of the Auto class that opens it.
 
@@ -146,16 +157,16 @@ def export_native(
     classifies, config = hasattr(model, "classifier"), model.config
     with replacing(Path(output_dir)) as scratch:
         if classifies:
-            record_origin(model.config, method, recipe)
+            record_origin(model.config, method, recipe, value_range)
             model.save_pretrained(scratch)
             size = model.config.image_size
             if not resize_to and isinstance(size, int) and size < 384:
                 resize_to = size * 256 // 224  # as in the evaluation of all these methods' authors
         else:
-            native = native_encoder(model, method, recipe)
+            native = native_encoder(model, method, recipe, value_range)
             native.save_pretrained(scratch)
             config = native.config
-        write_image_processor(scratch, config, image_mean, image_std, resize_to, resample)
+        write_image_processor(scratch, config, image_mean, image_std, resize_to, resample, value_range)
         _verify(scratch, model)
     return (AutoModelForImageClassification if classifies else AutoModel).__name__
 
@@ -178,11 +189,15 @@ def replacing(output_dir: Path) -> Iterator[Path]:
             path.replace(output_dir / path.name)
 
 
-def record_origin(config: Any, method: str | None, recipe: dict[str, Any]) -> None:
-    """Write to a config which method trained the encoder, and with which settings."""
+def record_origin(
+    config: Any, method: str | None, recipe: dict[str, Any], value_range: ValueRange | None = None
+) -> None:
+    """Write to a config which method trained the encoder, with which settings, and on which range of values."""
     if method is not None:
         config.mim_method = method
     config.mim_recipe = recipe
+    if value_range is not None:
+        config.mim_value_range = [list(ends) for ends in value_range]
 
 
 @torch.no_grad()
