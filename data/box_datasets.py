@@ -28,6 +28,7 @@ from data.yolo import find_names_file, image_folders, label_file, read_class_nam
 
 SPLIT_NAMES = ("train", *VALIDATION_NAMES)
 _VALIDATION_FRACTION = 0.1
+_NUM_MEASURED, _LARGEST_DISTORTION = 100, 0.05  # images whose size is compared with that in the file
 _OBJECTS, _BOXES = ("objects", "annotations", "instances", "faces"), ("bbox", "bboxes", "boxes", "box")
 _CLASSES = ("category", "categories", "label", "labels", "category_id", "class", "classes", "name")
 _EXPECTED = (
@@ -174,6 +175,7 @@ def _open_coco(file: Path, split: str) -> _Opened:
     names = pa.array([os.fsencode(name) for name in content.file_names], pa.large_binary())
     source = FileSource(names, os.fsencode(folder), f"{file}: {len(names):,} images of {folder}", file)
     sizes = content.sizes.copy()
+    _check_proportions(source, sizes, file)
     for index in np.flatnonzero(sizes[:, 0] == 0):
         sizes[index] = _size_of(source, int(index))
     scale = sizes[content.images].astype(np.float64)  # (M, 2); those of images that are not listed are not used
@@ -201,6 +203,27 @@ def image_folder(content: CocoFile, split: str) -> Path:
                 return folder
     looked = ", ".join(dict.fromkeys(str(folder) for folder in tried if folder.is_dir()))
     raise ValueError(f"the images of {content.path}, such as {first}, are in none of: {looked}")
+
+
+def _check_proportions(source: ImageSource, sizes: np.ndarray, file: Path) -> None:
+    """Check on some images that they have the proportions that the file gives, as boxes become fractions of them.
+
+    Raises:
+        ValueError: If one has not: it was turned, or belongs to another file.
+    """
+    known = np.flatnonzero(sizes[:, 0])
+    chosen = known[np.linspace(0, len(known) - 1, min(len(known), _NUM_MEASURED)).astype(int)]
+    wrong = []
+    for index in chosen.tolist():
+        (width, height), (given_width, given_height) = _size_of(source, index), sizes[index].tolist()
+        is_read = (width, height) != (1, 1)
+        if is_read and abs(width * given_height / (height * given_width) - 1) > _LARGEST_DISTORTION:
+            wrong.append(f"{source.name(index)} has {width} x {height} pixels, not {given_width} x {given_height}")
+    if wrong:
+        raise ValueError(
+            f"{file} gives other proportions than {len(wrong):,} of {len(chosen):,} images have: {wrong[0]}; correct "
+            "width and height in the file, since boxes would be misplaced"
+        )
 
 
 def _size_of(source: ImageSource, index: int) -> tuple[int, int]:

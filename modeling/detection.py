@@ -33,6 +33,7 @@ _NUM_TAPS = 4  # quarters of the encoder; the last block of each is global, and 
 _SIDES = (4, 2)  # windows per side of an image that transformers allows
 _BIAS = -math.log(99)  # of the classifiers: a probability of 1%
 _MOMENTUM = 0.1  # PyTorch's
+_LARGEST_LOGIT = 15.0  # in the loss: a float32 sigmoid of more than 16 is 1, whose loss would be infinite
 _SMALLEST_VARIANCE = (
     0.01  # of a channel, as a fraction of the mean: one that is constant at the start is not amplified
 )
@@ -115,7 +116,8 @@ class Detector(LwDetrForObjectDetection):
         losses = LwDetrImageLoss(matcher, config.num_labels, config.focal_alpha, [], num_groups)
         total = torch.zeros((), device=found[0][0].device)
         for logits, boxes in found:
-            outputs = {"logits": logits.float(), "pred_boxes": boxes.float()}
+            bounded = logits.float().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
+            outputs = {"logits": bounded, "pred_boxes": boxes.float()}
             indices = matcher(outputs, targets, num_groups)
             parts = losses.loss_labels(outputs, targets, indices, 1) | losses.loss_boxes(outputs, targets, indices, 1)
             total = (

@@ -153,6 +153,14 @@ def test_coco__that_cannot_be_used_is_refused(tmp_path, content, message):
         open_all(write(tmp_path / "data", content))
 
 
+def test_coco__with_sizes_of_turned_images_is_refused(tmp_path):
+    content = coco(GOOD)
+    image = content["images"][1]
+    image["width"], image["height"] = 2 * image["height"], image["width"]
+    with pytest.raises(ValueError, match=f"other proportions than 1 of 3 images have: .*{PHOTOGRAPHS[1].name} has"):
+        open_all(write(tmp_path / "data", content))
+
+
 def test_coco__with_a_missing_image_file_names_it(tmp_path):
     folder = write(tmp_path / "data", coco(GOOD))
     (folder / PHOTOGRAPHS[1].name).unlink()

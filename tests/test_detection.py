@@ -163,6 +163,17 @@ def test_loss__does_not_depend_on_how_images_are_batched():
     assert_close(detector(pixels, labels=labels).loss, torch.stack(each).mean(), rtol=1e-5, atol=1e-5)
 
 
+def test_loss__of_certain_and_wrong_predictions_is_finite():
+    detector = tiny_detector().train()
+    with torch.no_grad():
+        for head in (detector.class_embed, *detector.model.enc_out_class_embed):
+            head.bias.fill_(200.0)
+    loss = detector(torch.randn(1, 3, SIDE, SIDE), labels=targets(1)).loss
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
+
+
 def test_layers__are_numbered_from_the_embeddings_and_a_frozen_encoder_leaves_the_detector():
     detector = tiny_detector()
     ids = layer_ids(detector)
