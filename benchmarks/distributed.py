@@ -83,8 +83,9 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         f"{report['date']}, {report['hardware']}, {report['versions']}: `{report['command']}`",
         "",
-        f"Tiny models on bundled photographs, {report['num_steps']} steps of 8 images, AdamW, float32, gloo. 2 x 2 "
-        "are two computers of two processes, here two `torchrun` on one. The columns on the right hold the largest "
+        f"Tiny models on bundled photographs, {report['num_steps']} steps of 8 images, AdamW with an epsilon of "
+        "1e-3, clipping, moving averages, float32, gloo; with FSDP2 the blocks are computed twice (gradient "
+        "checkpointing). 2 x 2 are two computers of two processes (here two `torchrun` on one). Right: the largest "
         f"relative difference of the loss of any step from that of one process; up to {TOLERANCE:g} is allowed.",
         "",
         f"| | first and last loss on one process | {' | '.join(names)} |",
