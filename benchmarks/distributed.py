@@ -28,7 +28,7 @@ from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versi
 METHODS = ("mae", "simmim", "beit", "data2vec")
 # Name -> computers, processes on each, and whether FSDP2 shards the model.
 WORLDS = {"1 x 1": (1, 1, False), "1 x 4": (1, 4, False), "2 x 2": (2, 2, False), "FSDP2, 1 x 2": (1, 2, True)}
-TOLERANCE = 1e-3
+TOLERANCE = 1e-5
 
 
 def train(file: Path, num_steps: int, sharded: bool) -> None:

@@ -45,7 +45,7 @@ def test_two_computers_of_two_processes__have_the_losses_of_one_process(tmp_path
     alone, together = losses_of(tmp_path, 1, 1), losses_of(tmp_path, 2, 2)
     for method in METHODS:
         assert len(together[method]) == 3
-        assert largest_difference(together[method], alone[method]) < 1e-4, method
+        assert largest_difference(together[method], alone[method]) < TOLERANCE, method
 
 
 def test_embed__on_two_processes_writes_the_file_of_one(tmp_path):
