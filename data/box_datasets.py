@@ -186,6 +186,7 @@ def _open_coco(file: Path, split: str) -> _Opened:
         areas=content.areas / scale.prod(axis=1),
         is_crowd=content.is_crowd,
         name=content.name,
+        mask=content.mask,
     )
     return _Opened(source, raw, content.class_names)
 

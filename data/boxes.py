@@ -26,6 +26,7 @@ class RawBoxes:
         classes: int64 (M,), numbers of classes; below 0 or from K on if there is no such class.
         areas: float64 (M,), areas of the objects as fractions of that of the image.
         is_crowd: bool (M,), whether a box marks a group of objects.
+        mask: Returns the mask of an object, bool (H, W), where objects have masks; raises ValueError if it is damaged.
     """
 
     images: np.ndarray
@@ -34,13 +35,20 @@ class RawBoxes:
     areas: np.ndarray
     is_crowd: np.ndarray
     name: Callable[[int], str]
+    mask: Callable[[int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def take(self, rows: np.ndarray) -> Self:
         values = {key: getattr(self, key)[rows] for key in ("images", "boxes", "classes", "areas", "is_crowd")}
-        return replace(self, **values, name=lambda index: self.name(int(rows[index])))
+        mask = self.mask
+        return replace(
+            self,
+            **values,
+            name=lambda index: self.name(int(rows[index])),
+            mask=None if mask is None else lambda index: mask(int(rows[index])),
+        )
 
 
 @dataclass(frozen=True)

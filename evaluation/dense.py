@@ -25,14 +25,15 @@ from data.seeds import seeded_generator
 from evaluation.frozen import PIXELS, TRAINED, UNTRAINED
 from evaluation.iou import class_areas, ious_of_areas, mean_iou, mean_of_areas, pixel_confusion
 from evaluation.knn import TEMPERATURES, Knn, neighbors, weighted_votes
-from evaluation.linear_probe import LEARNING_RATES, LinearClassifier, statistics, train_by_sgd
+from evaluation.linear_probe import LinearClassifier, statistics, train_by_sgd
 from evaluation.patch_labels import majority_labels, patch_of_pixel
 
 COMPARED, PERFECT = "compared", "perfect"
 PROBES = {"knn": "kNN", "linear": "linear probe"}
 MAX_PATCHES = 100_000
 _NUM_NEIGHBORS = (1, 3, 10, 30)  # as in CAPI
-_NUM_EPOCHS = 10
+_DEFAULT_LEARNING_RATE = 1e-1  # if there are too few images to select one
+_LEARNING_RATES, _NUM_EPOCHS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0), 30
 _SELECTION_SHARE = 0.2  # of the training images
 _MAX_SELECTION_QUERIES = 20_000
 _NUM_RESAMPLES, _LEVEL = 1_000, 0.95
@@ -241,12 +242,12 @@ def _fit_knn(
 def _fit_linear(
     features: Tensor, labels: Tensor, held_out: Tensor, num_classes: int, seed: int
 ) -> tuple[Classifier, dict[str, float], float | None]:
-    rate, best = LEARNING_RATES[len(LEARNING_RATES) // 2], None
+    rate, best = _DEFAULT_LEARNING_RATE, None
     if held_out.any():
         mean, scale = statistics(features[~held_out])
         x = (features - mean) * scale
-        fitted = train_by_sgd(x[~held_out], labels[~held_out], num_classes, LEARNING_RATES, seed, _NUM_EPOCHS)
-        for candidate, (weight, bias) in zip(LEARNING_RATES, fitted, strict=True):
+        fitted = train_by_sgd(x[~held_out], labels[~held_out], num_classes, _LEARNING_RATES, seed, _NUM_EPOCHS)
+        for candidate, (weight, bias) in zip(_LEARNING_RATES, fitted, strict=True):
             # A rate that is too large ends in NaN, whose argmax is class 0.
             iou = _patch_iou(torch.addmm(bias, x[held_out], weight), labels[held_out], num_classes)
             if best is None or iou > best:

@@ -19,6 +19,7 @@ from evaluation.preprocessing import Preprocessor
 from modeling.feature_panel import enlarged
 
 _NUM_CLICKS = 3  # in an image
+_DARK_SHARE = 0.02  # of the similarities, which have the darkest color: few low ones would leave no contrast
 _CLICK_COLORS = torch.tensor([[0.835, 0.369, 0.0], [0.0, 0.620, 0.451], [0.8, 0.475, 0.655]])  # Okabe and Ito
 
 
@@ -36,8 +37,8 @@ def similarity_figure(
     at = torch.tensor(clicks)  # (B, 3, 2)
     clicked = patches[torch.arange(len(patches))[:, None], at[..., 0], at[..., 1]]  # (B, 3, D)
     similarity = torch.einsum("bhwd,bnd->bnhw", patches, clicked)
-    low = float(similarity.min())
-    shades = (similarity - low) / max(1 - low, 1e-6)
+    low = float(similarity.quantile(_DARK_SHARE))
+    shades = ((similarity - low) / max(1 - low, 1e-6)).clamp(min=0)
     images = preprocessor.unnormalize(pixel_values).expand(-1, 3, -1, -1).clone()
     views = {"input and chosen patches": images}
     for number in range(_NUM_CLICKS):
@@ -47,8 +48,8 @@ def similarity_figure(
             for canvas in (image, view):
                 _frame(canvas, row, column, grid, _CLICK_COLORS[number])
     footer = (
-        f"{len(images)} test images; cosine similarity of patches' features, from {low:.2f} (dark) to 1 (bright); "
-        "a frame marks each chosen patch, orange, green and pink"
+        f"{len(images)} test images; cosine similarity of patches' features, from {low:.2f} and less (dark) to 1 "
+        "(bright); a frame marks each chosen patch, orange, green and pink"
     )
     return labeled_grid(views, footer), f"From left to right: {'; '.join(views)}. {footer}."
 
