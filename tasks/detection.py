@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from commands.dense_settings import DenseSettings
 from commands.flags import COUNT, flag
-from commands.settings import SettingsError
+from commands.settings import Origin, SettingsError
 from data.box_datasets import BoxSplits, open_box_splits
 from data.box_views import BoxViews, collate_boxes
 from data.images import ImageDataset
@@ -36,6 +36,8 @@ from .base import Task, check_same_classes
 
 FIGURE_FILE = "detections.png"
 _FEWEST_QUERIES, _MOST_QUERIES, _QUERIES_PER_BOX = 30, 300, 4  # 300 are the authors', for up to 93 boxes in COCO
+_SMALLEST_VIEW = 102.4  # pixels that a whole image has at least
+_STANDARD_JITTER = 0.8  # the smallest scale where large-scale jitter is not used (Ghiasi et al. 2020, Sec. 4)
 _NUM_CALIBRATED, _CALIBRATION_BATCH = 32, 16  # images whose statistics the head has
 _USAGE = """\
 This is a standard transformers model and needs no other code:
@@ -98,6 +100,17 @@ class DetectionSettings(DenseSettings, DetectionFlags):
         width = getattr(encoder_config, "hidden_size", 0)
         size = "huge" if width >= 1280 else "large" if width >= 1024 else "base"
         return f"finetune_vitdet_vit-{size}"
+
+    @classmethod
+    def values_for(
+        cls, encoder_config: Any, values: Mapping[str, Any], origins: Mapping[str, Origin]
+    ) -> dict[str, Any]:
+        found = super().values_for(encoder_config, values, origins)
+        if origins["resize_scale"] < Origin.CONFIG:  # no smaller than the smallest views of the published 1024 pixels
+            low, high = values["resize_scale"]
+            least = min(_STANDARD_JITTER, _SMALLEST_VIEW / found["image_size"])
+            found["resize_scale"] = [max(low, round(least, 3)), high]
+        return found
 
     def __post_init__(self) -> None:
         super().__post_init__()

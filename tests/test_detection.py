@@ -386,6 +386,8 @@ def test_recipe__has_the_published_settings(size, width, decay, epochs):
     argv = text.split("run_finetune.py ")[1].splitlines()[0].split()
     settings = load_finetune_settings(argv, SETTINGS, lambda name: config)
     assert (settings.image_size, settings.layer_decay) == (1024, decay)
+    own_size = load_finetune_settings(argv[2:8], SETTINGS, lambda name: config)  # 224 pixels, which need less jitter
+    assert own_size.resize_scale == pytest.approx((102.4 / 224, 2.0), abs=1e-3)
 
 
 @pytest.mark.parametrize(
