@@ -21,7 +21,7 @@ from commands.channels import measured_of, shown_channels
 from commands.dense_evaluation import evaluate_dense
 from commands.evaluation_output import MAPS_FILE, METRICS_FILE, REPORT_FILE, EvaluationOutput, with_progress
 from commands.evaluation_settings import EvaluationSettings, load_evaluation_settings
-from commands.launch import join, run
+from commands.launch import join, limit_shard_cache, run
 from commands.parsing import make_parser
 from data.bad_images import BadImages
 from data.labeled import LabeledSplit, labeled_subset, open_labeled, split_stratified, write_subset
@@ -46,6 +46,7 @@ _NUM_MAPS = 6
 def main(argv: list[str]) -> None:
     settings = load_evaluation_settings(argv)
     state, log = join(settings.use_cpu)
+    limit_shard_cache(settings)
     log(f"settings\n{settings.describe()}")
     if state.num_processes > 1 and not settings.embed:
         raise ValueError(f"{state.num_processes} processes were started: only --embed shares its work, start one")

@@ -22,7 +22,7 @@ from commands.few_labels import with_rate_for_few_labels, with_rules_for_few_lab
 from commands.finetune_plan import FinetunePlan
 from commands.finetune_settings import chosen_task, load_finetune_settings
 from commands.job import train
-from commands.launch import find_hardware, first_on_main, join, run
+from commands.launch import find_hardware, first_on_main, join, limit_shard_cache, run
 from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE
 from commands.parsing import make_parser
@@ -41,6 +41,7 @@ _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode line
 def main(argv: list[str]) -> None:
     settings = load_finetune_settings(argv, SETTINGS, encoder_config)
     state, log = join(settings.use_cpu)
+    limit_shard_cache(settings)
 
     # The encoder and the labeled images make the task, which makes the model.
     config, (stats, notes) = encoder_config(settings.model), image_stats(settings.model)

@@ -27,7 +27,7 @@ from commands.channels import describe_values, find_value_range, shown_channels
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
 from commands.memory import Footprint, measure_footprint
-from commands.output_folder import BAD_IMAGES_FILE, PANELS, interrupted_run
+from commands.output_folder import BAD_IMAGES_FILE, PANELS, STREAM, interrupted_run
 from commands.parsing import make_parser
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
@@ -46,6 +46,7 @@ from data.collators import MaskingCollator
 from data.images import ImageDataset, Samples, SamplesWithTargets, measure_image_stats
 from data.size_schedule import ScheduledTransform, Transform, as_data_steps
 from data.splits import PretrainingSplits
+from data.streams import Origin, StreamDataset
 from data.text_batches import MixedCollator, MixedDataset
 from evaluation.online import FeatureSpread, OnlineEvaluation, open_feature_spread, open_online_evaluation
 from evaluation.online_history import summarize, summarize_spread
@@ -83,15 +84,15 @@ def main(argv: list[str]) -> None:
     footprint = model_footprint(settings, config, collator)
     hardware = find_hardware(state)
     splits, validation_notes = with_validation_rule(settings, hardware, splits)
-    num_images = (len(splits.train), len(splits.validation))
+    num_images = (None if splits.stream is not None else len(splits.train), len(splits.validation))
     trial = TrialStep(
         partial(AutoModelForPreTraining.from_config, config),
         lambda size: black_images(settings, config, collator, size, targets),
         targets,
     )
-    sizes = (hardware, len(splits.train), footprint.flops_per_image)
+    sizes = (hardware, splits.num_train_images, footprint.flops_per_image)
     settings, batch_notes = with_batch_rule(settings, *sizes)
-    settings, size_notes = with_batch_size(settings, hardware, len(splits.train), footprint, trial)
+    settings, size_notes = with_batch_size(settings, hardware, splits.num_train_images, footprint, trial)
     notes = [*splits.summary.notes, *validation_notes, *batch_notes, *size_notes]
 
     def make_plan(settings: PretrainingSettings) -> PretrainingPlan:
@@ -134,9 +135,9 @@ def main(argv: list[str]) -> None:
     elif splits.summary.num_sixteen_bit:
         lines.append("note: --value_range percentile keeps all 16 bits of the images")
     lines += texts.lines if texts is not None else ()
-    chosen = settings_for_images(settings, len(splits.train))
+    chosen = settings_for_images(settings, splits.num_train_images)
     lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
-    dropped = drop_path_for(settings, len(splits.train))
+    dropped = drop_path_for(settings, splits.num_train_images)
     lines += [
         f"{name}: {value}, chosen for the number of blocks"
         for name, value in dropped.items()
@@ -238,7 +239,9 @@ def model_config(
             log = printer(PartialState())
             log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
         derived |= {"image_mean": mean, "image_std": [value or 1.0 for value in std]}
-    derived |= settings_for_images(settings, len(splits.train)) | drop_path_for(settings, len(splits.train))
+    derived |= settings_for_images(settings, splits.num_train_images) | drop_path_for(
+        settings, splits.num_train_images
+    )
     if texts is not None:
         derived["text_config"] = texts.tokens.config
         if texts.pairs is None:
@@ -404,10 +407,24 @@ def build_trainer(
         samples = SamplesWithTargets(samples, targets.output, np.load(file, mmap_mode="r"))  # shared by the workers
         train_transform = transform_of(settings, config, None, train=False)
     validation = dataset(splits.validation, fixed) if len(splits.validation) else None
+    train_dataset: Any
+    if splits.stream is None:
+        train_dataset = mixed(dataset(samples, train_transform, train=True), train=True)
+    else:
+        division = (arguments.world_size, plan.num_workers, plan.batch_size)
+        train_dataset = StreamDataset(
+            splits.stream,
+            train_transform,
+            seed=settings.seed,
+            images_per_step=plan.images_per_step,
+            origin=Origin(0, 0, *division),
+            folder=output_dir / STREAM,
+            bad_images_file=output_dir / BAD_IMAGES_FILE,
+        )
     trainer = MimTrainer(
         model=model,
         args=arguments,
-        train_dataset=mixed(dataset(samples, train_transform, train=True), train=True),
+        train_dataset=train_dataset,
         eval_dataset=validation and mixed(validation, train=False),
         data_collator=collator,
         targets=targets,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from commands.channels import ChannelFlags
-from commands.flags import COUNT, flag
+from commands.flags import COUNT, POSITIVE, flag
 from commands.settings import CommandLine, Settings, SettingsError
 from evaluation.frozen import PROBES
 from evaluation.preprocessing import BATCH_SIZE
@@ -20,8 +20,8 @@ class EvaluationDataFlags:
     trust_remote_code: bool = flag(False, "run the Python files that --model brings; read them first")
     dataset: list[str] = flag(
         [],
-        "folder of class folders, Hub id, idx files or 'sample-fashion'; with --dense images/ and masks/ in a folder "
-        "or a Hub id with masks; with --embed any images",
+        "folder of class folders, Hub id, idx files, labeled shards or 'sample-fashion'; with --dense images/ and "
+        "masks/ in a folder or a Hub id with masks; with --embed any images",
     )
     label_column: str | None = flag(
         None, "column with the classes, if the data is a table (default: found by type and name)"
@@ -32,6 +32,9 @@ class EvaluationDataFlags:
     )
     ignore_index: int = flag(255, "with --dense: value of the pixels of masks that do not count")
     mask_column: str | None = flag(None, "with --dense: column with the masks of a table (default: found by its name)")
+    shard_cache_gb: float = flag(
+        20.0, "size of the folder that keeps what was read of remote and parquet shards", POSITIVE
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,7 +111,13 @@ class DataFlags:
     check_images: Literal["new", "all", "sample"] = flag(
         "new",
         "images whose headers are read before training: those that are new or have changed since an earlier run, all, "
-        "or a sample of 2,048",
+        "or a sample of 2,048; of shards a few hundred, unless all",
+    )
+    shard_cache_gb: float = flag(
+        20.0,
+        "size of the folder in the cache of the Hub that keeps what was read of remote and parquet shards, oldest out "
+        "first; all processes of a computer share it",
+        POSITIVE,
     )
 
 
@@ -119,8 +125,9 @@ class DataFlags:
 class ImageFlags(DataFlags):
     dataset: list[str] = flag(
         ["sample"],
-        "folders of images (any nesting), parquet or arrow files, text files of paths, or Hub ids; 'sample' and "
-        "'sample-fashion' are bundled",
+        "folders of images (any nesting), parquet or arrow files, text files of paths, tar or zip archives, Hub ids, "
+        "or patterns of shards such as s3://bucket/train-{0000..0999}.tar (hf://, https:// and others too); 'sample' "
+        "and 'sample-fashion' are bundled",
     )
     validation_fraction: float = flag(
         0.05,

@@ -1,8 +1,9 @@
 """The course of a training command after planning: output folder, trainer, training, result, upload."""
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_utils import HubStrategy
 
 from commands.duration import DurationEstimate, describe_duration, measure_seconds_per_step
-from commands.launch import first_on_main, printer
+from commands.launch import first_on_main, limit_shard_cache, printer
 from commands.memory import free_bytes
 from commands.output_folder import SETTINGS_FILE, check_output_dir, logging_into, prepare_output_dir
 from commands.plan import Plan
@@ -26,6 +27,8 @@ from commands.settings import TrainingSettings
 from commands.tokenizer_settings import TokenizerSettings
 from data.bad_images import BadImages
 from data.decoding import BadImage
+from data.shard_files import find_shards, is_shard_pattern
+from data.shard_index import open_indices
 from data.splits import PretrainingSplits, open_pretraining_splits
 from hub.checkpoints import LAST_CHECKPOINT, fetch_checkpoint
 from hub.push import HubError, Repository
@@ -44,6 +47,9 @@ _NAMES_OF_STATES: dict[HubStrategy, Callable[[int], str]] = {
 
 def open_images(settings: PretrainingSettings | TokenizerSettings, state: PartialState) -> PretrainingSplits:
     """Open the images for training and validation on the main process."""
+    limit_shard_cache(settings)
+    if not getattr(settings, "streaming", False):
+        index_shards(settings.dataset, state)
     work = partial(
         open_pretraining_splits,
         settings.dataset,
@@ -52,9 +58,21 @@ def open_images(settings: PretrainingSettings | TokenizerSettings, state: Partia
         seed=settings.seed,
         checks=settings.check_images,
         measured=getattr(settings, "measured", None),
+        streaming=getattr(settings, "streaming", False),
     )
     splits: PretrainingSplits = first_on_main(state, work)
     return splits
+
+
+def index_shards(dataset: Sequence[str], state: PartialState) -> None:
+    """Index the shards of a data set on all processes of each computer, so that none waits for the main process."""
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if num_processes > 1:
+        for name in dataset:
+            with suppress(ValueError, OSError):  # which the main process meets again, and tells
+                files = find_shards(name) if is_shard_pattern(name) else ()
+                for _ in open_indices(files[state.local_process_index :: num_processes], lambda *_: None):
+                    pass
 
 
 def stage_nothing(trainer: MimTrainer, folder: Path, checkpoint_name: str | None) -> None:

@@ -27,6 +27,7 @@ from transformers import Trainer
 from commands.arithmetic import Hardware
 from commands.parsing import SettingsError
 from data.image_checks import num_cores
+from data.shard_blocks import limit_cache
 from training.callbacks import duration
 from training.collapse import CollapseError
 from training.guard import NonFiniteError
@@ -197,6 +198,11 @@ def first_on_main(state: PartialState, work: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def limit_shard_cache(settings: Any) -> None:
+    """Apply --shard_cache_gb to the shards that are opened from now on."""
+    limit_cache(int(settings.shard_cache_gb * 1e9))
 
 
 def find_hardware(state: PartialState) -> Hardware:

@@ -19,13 +19,14 @@ from training.checkpoints import last_whole_checkpoint, problem_with
 SETTINGS_FILE = "settings.yaml"
 BAD_IMAGES_FILE = "bad_images.jsonl"
 CURVE_FILE, PANEL_FILE, PANELS = "training_curve.png", "reconstructions.png", "panels"
+STREAM = "stream"  # folder with the places of a stream where windows begin
 ANCHOR = "gram_anchor"  # folder with the frozen encoder of a loss, which every continuation of the run needs
 # Files of a fine-tuning run.
 SUBSET_FILE, METRICS_FILE, CONFUSION_FILE = "labelled_images.txt", "metrics.json", "confusion_matrix.png"
 # Settings that do not change the result, so that a continued run may have other values.
 FREE_TO_CHANGE = (
     *("dataloader_", "logging_", "eval_", "save_", "report_to", "disable_tqdm", "hub_", "push_to_hub"),
-    *("max_bad", "stop_on_collapse"),
+    *("max_bad", "stop_on_collapse", "shard_cache"),
 )
 # Settings that must be those of the checkpoint to load it.
 SHAPES = (
@@ -34,7 +35,7 @@ SHAPES = (
     *("task", "pooling", "mode", "num_trained_blocks"),  # of a fine-tuning run
 )
 # What runs write, besides the code files of the model, which are named as in `modeling`.
-WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "text", PANELS, ANCHOR, "runs", ".hub")
+WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "text", PANELS, ANCHOR, STREAM, "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
     *("trainer_state.json", "codebook.json", "tokens-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),

@@ -76,6 +76,11 @@ class ModelFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingDataFlags(CachedImageFlags):
+    streaming: bool = flag(
+        False,
+        "read a Hub data set or shards from beginning to end, without an index, if they are too large for one; with "
+        "--max_steps",
+    )
     eval_dataset: list[str] | None = flag(
         None,
         "labeled images (folder of class folders, Hub id, 'sample-fashion') on which kNN, a linear probe and RankMe "
@@ -244,6 +249,8 @@ class PretrainingSettings(
                 f"--weight_decay has no effect with {self.method}, where it rises: give --weight_decay_start and "
                 "--weight_decay_end"
             )
+        if self.streaming:
+            self._check_streaming()
         self._check_against_start()
         check_measurements(self, None if self.teacher == HOG else MODELS[self.method].targets)
 
@@ -251,6 +258,13 @@ class PretrainingSettings(
     def measured(self) -> Measured | None:
         """How images are read whose values are measurements; None for photographs, which become 8 bits."""
         return measured_run(self)
+
+    def _check_streaming(self) -> None:
+        if not self.counts("max_steps"):
+            raise SettingsError("--streaming needs --max_steps: the length of a stream is not known")
+        for name in ("cache", "cache_tokens", "image_size_schedule", "pair_dataset", "text_dataset", "repeated_aug"):
+            if self.values.get(name) not in (None, False, 1):
+                raise SettingsError(f"--{name} needs all images at hand: leave it out, or leave out --streaming")
 
     @property
     def crops_per_image(self) -> int:  # type: ignore[override]

@@ -164,7 +164,7 @@ def cache_images(
     found = []
     for one, some in zip(samples, keys, strict=True):
         in_table = np.full(len(one.source), -1, np.int64)
-        in_table[one.indices] = [-1 if key is None else rows.get(key, -1) for key in some]
+        in_table[np.asarray(one.indices)] = [-1 if key is None else rows.get(key, -1) for key in some]
         found.append(one if table is None else SourceSamples(CachedSource(one.source, table, in_table), one.indices))
     return found
 

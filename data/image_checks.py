@@ -19,6 +19,7 @@ from data.decoding import BadImage, check, decode
 from data.headers import RECORD, UNKNOWN, Scan, ScanProcesses, as_row, read_plain_header, scan_files
 from data.image_source import FileSource
 from data.measured import MeasuredImage
+from data.runs import Runs, cut_into_runs
 from data.scan_file import identities, load_scan, save_scan
 from data.seeds import seeded_generator
 from data.sources import ImageSource
@@ -26,6 +27,7 @@ from data.sources import ImageSource
 Checks = Literal["new", "all", "sample"]
 
 NUM_SAMPLED = 2048  # images that checks="sample" opens
+_NUM_BLOCKS, _NUM_IN_BLOCKS = 8, 256  # of shards: each block is fetched as a whole
 _NUM_DECODED = 16  # images with more than 8 bits whose values are looked at
 _TINY_PIXELS = 16  # below one patch of the usual size
 _IMAGES_PER_TASK, _TASKS = 64, 1000  # at least; more images per task, up to 1024, if there would be more tasks
@@ -84,10 +86,10 @@ class Summary:
 class CheckedImages:
     """The int64 indices of the readable images, the unreadable ones, and a summary of the readable ones.
 
-    If only a sample was checked, all other images count as readable.
+    If only a sample was checked, all other images count as readable. Of shards, `good` has all images.
     """
 
-    good: np.ndarray
+    good: np.ndarray | Runs
     bad: BadImages
     summary: Summary
 
@@ -103,7 +105,8 @@ def check_images(
     Args:
         num_processes: Processes for large folders; None: one per CPU core, at most 16.
         checks: "new": of files that are new or have changed since they were last checked; "all": of every image;
-            "sample": of a seeded sample of 2,048 images, the others are taken for alike.
+            "sample": of a seeded sample of 2,048 images, the others are taken for alike. Of shards at most 256 images
+            are checked, unless it is "all"; the others are found to be unreadable as they come.
 
     Raises:
         ValueError: If no image is readable, or the fraction of unreadable images exceeds `max_bad_fraction`.
@@ -111,8 +114,12 @@ def check_images(
     """
     if not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"max_bad_fraction is {max_bad_fraction}, expected a fraction between 0 and 1")
-    indices = np.arange(len(source))
-    if checks == "sample" and len(source) > NUM_SAMPLED:
+    if source.blocks is not None and checks != "all":
+        indices = _sample_blocks(source.blocks)
+        source.prefetch(indices.tolist())
+    else:
+        indices = np.arange(len(source))
+    if checks == "sample" and len(indices) > NUM_SAMPLED:
         order = torch.randperm(len(source), generator=seeded_generator("check_images"))
         indices = np.sort(order[:NUM_SAMPLED].numpy())
     found = _scan(source, indices, checks, num_processes or min(16, num_cores()))
@@ -122,11 +129,27 @@ def check_images(
     num_bad = len(indices) - int(is_good.sum())
     if num_bad == len(indices) or num_bad > max_bad_fraction * len(indices):
         raise ValueError(_describe_too_many(source, bad, num_bad, len(indices), max_bad_fraction))
-    good = np.delete(np.arange(len(source)), indices[~is_good])
+    good: np.ndarray | Runs
+    if source.blocks is not None:
+        good = cut_into_runs(source.blocks)
+    else:
+        good = np.delete(np.arange(len(source)), indices[~is_good])
     notes = [*_describe_pixels(source, indices[is_good], found.records[is_good]), *found.notes]
+    for part in source.parts:
+        notes += part.notes
+        bad.update(part.problems)
     if len(indices) < len(source):
         notes.insert(0, _describe_sample(len(source), len(indices), num_bad))
     return CheckedImages(good, bad, _summarize(found, len(good), notes))
+
+
+def _sample_blocks(sizes: np.ndarray) -> np.ndarray:
+    """Return the sorted indices of a seeded choice of images in a few blocks."""
+    order = torch.randperm(len(sizes), generator=seeded_generator("check_images"))
+    chosen = np.sort(order[:_NUM_BLOCKS].numpy())
+    first, each = np.cumsum(sizes) - sizes, _NUM_IN_BLOCKS // len(chosen)
+    runs = [first[block] + np.unique(np.linspace(0, sizes[block] - 1, each).astype(np.int64)) for block in chosen]
+    return np.concatenate(runs)
 
 
 # ---- the scan ----

@@ -6,9 +6,10 @@ Shapes: N images, H W pixels.
 import os
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
+from types import MappingProxyType
 
 import datasets
 import numpy as np
@@ -19,13 +20,22 @@ from data.decoding import BadImage, read_bytes
 from data.measured import Encoded, Measured, MeasuredImage
 from data.tables import find_image_column
 
+_FILES_PER_BLOCK = 256
+
 
 class ImageSource(ABC):
     """An indexed collection of encoded images; it does not decode them.
 
-    `measured` says how images are read whose values are measurements; None for photographs.
+    Attributes:
+        blocks: Sizes of the blocks of neighboring images that are read together; None if any order is as fast.
+        problems: What is known to be lost, by name, before any image is read.
+        notes: What the user should know about the images.
+        measured: How images are read whose values are measurements; None for photographs.
     """
 
+    blocks: np.ndarray | None = None
+    problems: Mapping[str, str] = MappingProxyType({})
+    notes: Sequence[str] = ()
     measured: Measured | None = None
 
     def __init__(self, description: str) -> None:
@@ -41,6 +51,9 @@ class ImageSource(ABC):
     @abstractmethod
     def name(self, index: int) -> str:
         """Return what identifies the image to a user: its path, or dataset/split#row."""
+
+    def prefetch(self, indices: Iterable[int], wait: bool = True) -> None:  # noqa: B027
+        """Bring what is needed to read these images close, if it is far away; in the background if not `wait`."""
 
     def locate(self, index: int) -> "tuple[ImageSource, int]":
         """Return the source that has the image, of those that this one joins, and its index there."""
@@ -147,6 +160,8 @@ class JoinedSource(ImageSource):
         super().__init__("; ".join(source.describe() for source in sources))
         self._sources = tuple(sources)
         self._starts = (0, *accumulate(len(source) for source in sources))
+        if any(source.blocks is not None for source in sources):
+            self.blocks = np.concatenate([_blocks_of(source) for source in sources])
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -159,6 +174,14 @@ class JoinedSource(ImageSource):
         source, index = self.locate(index)
         return source.name(index)
 
+    def prefetch(self, indices: Iterable[int], wait: bool = True) -> None:
+        inside: dict[int, list[int]] = {}
+        for index in indices:
+            number = bisect_right(self._starts, index) - 1
+            inside.setdefault(number, []).append(index - self._starts[number])
+        for number, some in inside.items():
+            self._sources[number].prefetch(some, wait)
+
     @property
     def parts(self) -> tuple[ImageSource, ...]:
         return tuple(part for source in self._sources for part in source.parts)
@@ -166,6 +189,13 @@ class JoinedSource(ImageSource):
     def locate(self, index: int) -> tuple[ImageSource, int]:
         number = bisect_right(self._starts, index) - 1
         return self._sources[number].locate(index - self._starts[number])
+
+
+def _blocks_of(source: ImageSource) -> np.ndarray:
+    """Return the blocks of a source; files, which have none, in blocks as well, to be mixed with others."""
+    if source.blocks is not None:
+        return source.blocks
+    return np.diff(np.append(np.arange(0, len(source), _FILES_PER_BLOCK), len(source)))
 
 
 def join_sources(sources: Sequence[ImageSource]) -> ImageSource:

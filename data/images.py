@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, default_collate
 
 from data.bad_images import BadImages
 from data.decoding import BadImage
+from data.runs import Runs, cut_into_runs
 from data.sampling import EpochOrder
 from data.seeds import seeded_generator
 from data.size_schedule import ScheduledTransform, Transform
@@ -59,10 +60,10 @@ class NamedItems(Protocol):
 
 @dataclass(frozen=True)
 class SourceSamples:
-    """The images `indices` of a source."""
+    """The images `indices` of a source, in rising order."""
 
     source: ImageSource
-    indices: np.ndarray
+    indices: np.ndarray | Runs
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -72,6 +73,21 @@ class SourceSamples:
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
+
+    @property
+    def run_sizes(self) -> np.ndarray | None:
+        """The sizes of runs of samples that are read together; None if any order is as fast."""
+        if isinstance(self.indices, Runs):
+            return self.indices.sizes
+        if self.source.blocks is None:
+            return None
+        starts = cut_into_runs(self.source.blocks).starts
+        sizes = np.diff(np.searchsorted(self.indices, np.append(starts, len(self.source))))
+        return sizes[sizes > 0]
+
+    def prefetch(self, positions: Sequence[int], wait: bool = True) -> None:
+        if self.source.blocks is not None:
+            self.source.prefetch([int(self.indices[position]) for position in positions], wait)
 
     def select(self, positions: np.ndarray) -> Self:
         """Return the samples at these positions."""
@@ -96,6 +112,14 @@ class SamplesWithTargets:
 
     def name(self, index: int) -> str:
         return self.samples.name(index)
+
+    @property
+    def run_sizes(self) -> np.ndarray | None:
+        return getattr(self.samples, "run_sizes", None)
+
+    def prefetch(self, positions: Sequence[int], wait: bool = True) -> None:
+        if prefetch := getattr(self.samples, "prefetch", None):
+            prefetch(positions, wait)
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
@@ -132,7 +156,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self.samples, self.transform, self.seed, self.train = samples, transform, seed, train
         self.bad_images_file = bad_images_file
         self.crops_per_image = crops_per_image if train else 1
-        self._order = EpochOrder(len(samples), seed, images_per_step, self.crops_per_image)
+        run_sizes = getattr(samples, "run_sizes", None) if train else None
+        self._order = EpochOrder(len(samples), seed, images_per_step, self.crops_per_image, run_sizes)
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -146,11 +171,20 @@ class ImageDataset(Dataset[dict[str, Any]]):
         if any(counter < 0 or (not self.train and counter >= len(self)) for counter in counters):
             raise IndexError(f"image {max(counters)} of {len(self)}")
         places = [self._order.locate(counter) if self.train else (counter, 0, 0, 0) for counter in counters]
+        self._prefetch([place[0] for place in places], counters)
         items: list[dict[str, Any]] = []
         for (image_index, epoch), members in groupby(places, lambda place: place[:2]):
             steps, crops = zip(*(place[2:] for place in members), strict=True)
             items += self._items(image_index, epoch, steps, crops)
         return items
+
+    def _prefetch(self, image_indices: list[int], counters: Sequence[int]) -> None:
+        """Fetch what the batch needs, and in the background what comes after it, if the images are far away."""
+        prefetch = getattr(self.samples, "prefetch", None)
+        if prefetch is not None:
+            prefetch(image_indices)
+            if self.train and (ahead := self._order.announce(counters[-1])):
+                prefetch(ahead, wait=False)
 
     def item(self, image_index: int, epoch: int, step: int = 0) -> dict[str, Any]:
         """Return what a batch of that epoch holds for this image."""

@@ -5,8 +5,9 @@ Shapes: N labeled images of a source.
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import datasets
 import numpy as np
 
 from data.image_source import ArraySource, FileSource, ImageSource, TableSource
+from data.shard_labels import read_column, read_label_files, table_features
+from data.shards import ShardSource
 from data.tables import VALIDATION_NAMES
 
 logger = logging.getLogger(__name__)
@@ -49,7 +52,12 @@ def read_labels(source: ImageSource, label_column: str | None) -> RawLabels:
         ValueError: If the source has no labels, or they are not classes.
     """
     if isinstance(source, TableSource):
-        return _table_labels(source, label_column)
+        column = partial(_values_in, source)
+        return _table_labels(source, source.table.features, column, label_column)
+    if isinstance(source, ShardSource):
+        if (features := table_features(source)) is not None:
+            return _table_labels(source, features, partial(read_column, source), label_column)
+        return _labeled(source, read_label_files(source, label_column))
     if label_column is not None:
         raise ValueError(f"label_column is {label_column!r}, but {source.describe()} is not a table")
     if isinstance(source, FileSource):
@@ -99,22 +107,38 @@ def _folders(root: Path) -> str:
     return ", ".join(repr(path.name) for path in sorted(root.iterdir()) if path.is_dir()) or "no folders"
 
 
-def _table_labels(source: TableSource, label_column: str | None) -> RawLabels:
-    features = source.table.features
+def _values_in(source: TableSource, column: str) -> Sequence[Any]:
+    values: Sequence[Any] = source.table.with_format(None)[column][:]
+    return values
+
+
+def _table_labels(
+    source: ImageSource,
+    features: datasets.Features,
+    values_in: Callable[[str], Sequence[Any]],
+    label_column: str | None,
+) -> RawLabels:
     column = label_column or _label_column(features, source.describe())
     if column not in features:
         raise ValueError(f"no column {column!r} in {source.describe()}; its columns are {', '.join(features)}")
     feature = features[column]
-    values: Sequence[Any] = source.table.with_format(None)[column][:]
+    values = values_in(column)
     class_names, name_of = None, str
     if isinstance(feature, datasets.ClassLabel):
         class_names, name_of = tuple(feature.names), feature.int2str
         values = [None if value is None or value < 0 else value for value in values]  # -1 marks secret test labels
     else:
         _check_type(column, feature, values, source.describe())
-    labeled = [index for index, value in enumerate(values) if value is not None]
-    names = [name_of(values[index]) for index in labeled]
-    return RawLabels(source, np.array(labeled, np.int64), names, class_names, len(values) - len(names))
+    return _labeled(source, [None if value is None else name_of(value) for value in values], class_names)
+
+
+def _labeled(
+    source: ImageSource, names: Sequence[str | None], class_names: tuple[str, ...] | None = None
+) -> RawLabels:
+    """Return the labels that are not missing."""
+    labeled = [index for index, name in enumerate(names) if name is not None]
+    found = [name for name in names if name is not None]
+    return RawLabels(source, np.array(labeled, np.int64), found, class_names, len(names) - len(found))
 
 
 def _label_column(features: datasets.Features, title: str) -> str:

@@ -37,6 +37,7 @@ _SPLIT_NAMES = {  # and the names that they may have in a dataset
 class LabeledSplit(SourceSamples):
     """Images `indices` of `source` with their class numbers `labels`, both int64 (N,)."""
 
+    indices: np.ndarray
     labels: np.ndarray
 
     def sample(self, index: int) -> dict[str, Any]:

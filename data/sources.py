@@ -1,7 +1,8 @@
 """Open a dataset by name as a source of encoded images.
 
 A dataset is a bundled sample, a folder of images (with any nesting), a text file of paths, a parquet or arrow file, a
-folder of these or written by `save_to_disk`, a folder of MNIST's idx files, a dataset on the Hub, or a list of these.
+tar or zip archive, a folder of these or written by `save_to_disk`, a folder of MNIST's idx files, a pattern of shards
+anywhere (`data.shard_files`), a dataset on the Hub, or a list of these.
 """
 
 import difflib
@@ -22,6 +23,8 @@ from data.idx import find_idx_files, read_idx
 from data.image_source import ArraySource, FileSource, ImageSource, TableSource, join_sources
 from data.measured import Measured
 from data.measured_sources import measured_source
+from data.shard_files import ARCHIVES, ShardFile, find_shards, is_shard_pattern, local_shard
+from data.shards import ShardSource
 from data.tables import TABLE_EXTENSIONS, VALIDATION_NAMES, group_by_split, load_tables
 
 _SAMPLES = Path(__file__).parent / "samples"
@@ -56,6 +59,11 @@ def _open(dataset: str, split: str | None, kinds: frozenset[str]) -> ImageSource
     path = Path(dataset).expanduser()
     if path.is_dir():
         return _open_folder(path, split, kinds)
+    if is_shard_pattern(dataset):
+        groups = _shards_by_split(dataset)
+        if list(groups) == ["train"] and split in (None, "train"):
+            return ShardSource(groups["train"], dataset)
+        return _open_splits(list(groups), split, dataset, lambda name, title: ShardSource(groups[name], title))
     if path.is_file():
         return _open_file(path)
     if _HUB_ID.fullmatch(dataset) and path.suffix.lower() not in IMAGE_EXTENSIONS | TABLE_EXTENSIONS | LIST_EXTENSIONS:
@@ -76,6 +84,8 @@ def open_validation(dataset: str | list[str], measured: Measured | None = None) 
 def split_names(dataset: str, measured: Measured | None = None) -> list[str]:
     """Return the splits of a dataset that `open_source` can open; only "train" if it has no splits."""
     folder = BUNDLED.get(dataset, Path(dataset).expanduser())
+    if is_shard_pattern(dataset) and not folder.is_dir():
+        return list(_shards_by_split(dataset))
     if folder.is_file():
         return ["train"]
     if not folder.is_dir():
@@ -90,8 +100,8 @@ def split_names(dataset: str, measured: Measured | None = None) -> list[str]:
     kinds = _kinds(measured)
     if any(_kind(name) in kinds for _, names in _walk(folder) for name in names):  # without listing millions again
         return ["train"]
-    tables = _list_files(folder)[1]
-    return list(group_by_split(tables, folder)) if tables else ["train"]
+    _, tables, archives, _ = _list_files(folder)
+    return list(group_by_split(archives or tables, folder)) if archives or tables else ["train"]
 
 
 def _open_file(path: Path) -> ImageSource:
@@ -117,7 +127,7 @@ def _open_folder(folder: Path, split: str | None, kinds: frozenset[str]) -> Imag
     if find_idx_files(folder):
         return _open_idx(folder, split)
     subfolder, validation = _choose_subfolder(folder, split)
-    images, tables, others = _list_files(subfolder, kinds)
+    images, tables, archives, others = _list_files(subfolder, kinds)
     if len(images):
         if split not in (None, "train") and subfolder == folder:
             raise ValueError(f"no split {split!r} in {folder}; it has: {', '.join(split_names(str(folder)))}")
@@ -125,12 +135,14 @@ def _open_folder(folder: Path, split: str | None, kinds: frozenset[str]) -> Imag
         if validation is not None:
             description += f" ({validation.name}/ beside it is for validation)"
         return FileSource(images, os.fsencode(subfolder), description, subfolder)
+    if archives:
+        return _open_archives(subfolder, archives, split)
     if tables:
         return _open_tables(subfolder, tables, split)
     found = ", ".join(f"{count:,} {extension}" for extension, count in others.most_common(5)) or "nothing"
     raise ValueError(
         f"no image files in {subfolder} (found {found}); expected {_or(IMAGE_EXTENSIONS)} files, "
-        f"or tables in {_or(TABLE_EXTENSIONS)} files"
+        f"tables in {_or(TABLE_EXTENSIONS)} files, or archives in {_or(ARCHIVES)} files"
     )
 
 
@@ -160,10 +172,10 @@ def _is_folder(entry: os.DirEntry[Any]) -> bool:
 
 def _list_files(
     folder: Path, kinds: frozenset[str] = frozenset({"image"})
-) -> tuple[pa.LargeBinaryArray, list[Path], Counter[str]]:
-    """Return the names of image files (of these kinds), table files, and the number of files with other extensions."""
+) -> tuple[pa.LargeBinaryArray, list[Path], list[Path], Counter[str]]:
+    """Return the names of image files (of these kinds), table files, archives, and the number of other files."""
     images = [pa.array([], pa.large_binary())]  # an array for each folder: Python objects would take twice the memory
-    tables: list[Path] = []
+    containers: dict[str, list[Path]] = {TABLE: [], ARCHIVE: []}
     others: Counter[str] = Counter()
     start = len(os.path.join(os.fsencode(folder), b""))
     for root, names in _walk(folder):
@@ -172,10 +184,11 @@ def _list_files(
         images.append(pa.array(found, pa.large_binary()))
         if len(found) < len(names):
             others.update(_kind(name) for name in names if _kind(name) not in kinds)
-            tables += [Path(os.fsdecode(os.path.join(root, name))) for name in names if _kind(name) == TABLE]
-    for kind in (IMAGE, TABLE):
+            for kind, paths in containers.items():
+                paths += [Path(os.fsdecode(os.path.join(root, name))) for name in names if _kind(name) == kind]
+    for kind in (IMAGE, *containers):
         del others[kind]
-    return pa.concat_arrays(images), tables, others
+    return pa.concat_arrays(images), containers[TABLE], containers[ARCHIVE], others
 
 
 def _walk(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
@@ -200,7 +213,7 @@ def _walk(folder: Path) -> Iterator[tuple[bytes, list[bytes]]]:
         yield root, [name for name in names if not is_folder[name]]
 
 
-IMAGE, TABLE = "image", "table"
+IMAGE, TABLE, ARCHIVE = "image", "table", "archive"
 
 
 def _kinds(measured: Measured | None) -> frozenset[str]:
@@ -209,14 +222,15 @@ def _kinds(measured: Measured | None) -> frozenset[str]:
 
 
 def _kind(name: bytes) -> str:
-    """Return whether a file is an image or a table; else its extension."""
+    """Return whether a file is an image, a table or an archive; else its extension."""
     return _kind_of(name.rpartition(b".")[2] if b"." in name else b"")
 
 
 @lru_cache(1024)
 def _kind_of(extension: bytes) -> str:
     text = f".{os.fsdecode(extension).lower()}" if extension else "without extension"
-    return IMAGE if text in IMAGE_EXTENSIONS else TABLE if text in TABLE_EXTENSIONS else text
+    kinds = {IMAGE: IMAGE_EXTENSIONS, TABLE: TABLE_EXTENSIONS, ARCHIVE: ARCHIVES}
+    return next((kind for kind, extensions in kinds.items() if text in extensions), text)
 
 
 def _open_tables(folder: Path, tables: list[Path], split: str | None) -> ImageSource:
@@ -225,6 +239,26 @@ def _open_tables(folder: Path, tables: list[Path], split: str | None) -> ImageSo
     is_split = folder.name.lower() == split  # as in train/part.parquet
     groups = {split: tables} if is_split else group_by_split(tables, folder)
     return _open_splits(list(groups), split, folder, lambda name, title: TableSource(load_tables(groups[name]), title))
+
+
+def _open_archives(folder: Path, archives: list[Path], split: str | None) -> ImageSource:
+    is_split = folder.name.lower() == split  # as in train/000.tar
+    groups = {str(split): archives} if is_split else group_by_split(archives, folder)
+
+    def open_split(name: str, title: str) -> ImageSource:
+        return ShardSource([local_shard(path) for path in groups[name]], title)
+
+    return _open_splits(list(groups), split, folder, open_split)
+
+
+def _shards_by_split(pattern: str) -> dict[str, list[ShardFile]]:
+    """Group shards by the split named in the part of their names that differs; all are for training if none is."""
+    files = find_shards(pattern)
+    start = os.path.commonprefix([file.url for file in files]).rfind("/") + 1  # noqa: RUF071  (cut at a slash)
+    by_path = {Path(file.url[start:]): file for file in files}
+    groups = group_by_split(list(by_path), Path())
+    named = {name: [by_path[path] for path in paths] for name, paths in groups.items()}
+    return named if len(named) > 1 else {"train": list(files)}
 
 
 def _open_saved(folder: Path, split: str | None) -> ImageSource:

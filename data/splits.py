@@ -4,12 +4,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from data.bad_images import BadImages
 from data.image_checks import Checks, Summary, check_images
 from data.images import Samples, SourceSamples, split_validation
 from data.labeled import LabeledImages, LabeledSplit, labeled_subset, open_labeled, with_validation
 from data.measured import Measured
+from data.runs import Runs, split_runs
 from data.sources import open_source, open_validation
+from data.streams import NUM_LOOKED_AT, NUM_VALIDATED, STREAM_LENGTH, MemorySource, Stream
 
 _VALIDATION_FRACTION = 0.1  # of labeled training images
 _GRAY_MODES = ("1", "L", "LA", "I", "I;16", "F")  # of Pillow
@@ -23,6 +27,11 @@ class PretrainingSplits:
     validation: SourceSamples
     bad: BadImages
     summary: Summary
+    stream: Stream | None = None  # of the training images, of which `train` has the first ones only
+
+    @property
+    def num_train_images(self) -> int:
+        return STREAM_LENGTH if self.stream is not None else len(self.train)
 
     def describe(self) -> str:
         return f"{self.train.source.describe()}: {self.summary.describe()}"
@@ -36,16 +45,23 @@ def open_pretraining_splits(
     seed: int,
     checks: Checks = "new",
     measured: Measured | None = None,
+    streaming: bool = False,
 ) -> PretrainingSplits:
     """Open a dataset with its own validation split, or with a seeded fraction of the images for validation.
 
     Args:
         checks: Which images `check_images` opens.
         measured: How images are read whose values are measurements.
+        streaming: Read the training images from beginning to end; those for validation are the first ones of the
+            validation split, if there is one.
 
     Raises:
         ValueError: If the dataset cannot be opened or too many of its images are unreadable.
     """
+    if streaming:
+        if measured is not None:
+            raise ValueError("streaming is for photographs: index the measurements, or convert them to 8 bits")
+        return _open_stream(dataset, max_bad_fraction)
     source = open_source(dataset, measured=measured)
     checked = check_images(source, max_bad_fraction, checks=checks)
     validation_source = open_validation(dataset, measured)
@@ -54,10 +70,29 @@ def open_pretraining_splits(
         validation = check_images(validation_source, max_bad_fraction, checks=checks)
         splits = images, SourceSamples(validation_source, validation.good)
         bad = BadImages(bad | validation.bad)
+    elif isinstance(checked.good, Runs):  # whole runs, else each evaluation would read all blocks
+        train, held_out = split_runs(checked.good, validation_fraction, seed)
+        splits = SourceSamples(source, train), SourceSamples(source, held_out)
     else:
         train_positions, validation_positions = split_validation(len(images), validation_fraction, seed)
         splits = images.select(train_positions), images.select(validation_positions)
     return PretrainingSplits(*splits, bad, checked.summary)
+
+
+def _open_stream(dataset: list[str], max_bad_fraction: float) -> PretrainingSplits:
+    if len(dataset) != 1:
+        raise ValueError(f"a stream is of one dataset, not of {len(dataset)}: {', '.join(dataset)}")
+    stream = Stream(dataset[0])
+    first = MemorySource(stream.first(NUM_LOOKED_AT), f"stream of {stream.num_shards:,} shards of {dataset[0]}")
+    checked = check_images(first, max_bad_fraction, checks="all")
+    train, held_out, bad = SourceSamples(first, checked.good), SourceSamples(first, np.empty(0, np.int64)), checked.bad
+    if (other := stream.validation()) is not None:
+        images = MemorySource(other.first(NUM_VALIDATED), f"{dataset[0]}/{other.split}")
+        validation = check_images(images, max_bad_fraction, checks="all")
+        held_out, bad = SourceSamples(images, validation.good), BadImages(bad | validation.bad)
+    note = f"only the first {len(first):,} images were checked; others are as they come"
+    summary = replace(checked.summary, notes=(note, *checked.summary.notes))
+    return PretrainingSplits(train, held_out, bad, summary, stream)
 
 
 class Splits(ABC):

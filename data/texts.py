@@ -90,10 +90,11 @@ def open_pairs(dataset: Sequence[str], max_bad_fraction: float, checks: Checks =
     source = join_sources([source for source, _ in opened])
     captions = [caption for _, of_one in opened for caption in of_one]
     checked = check_images(source, max_bad_fraction, checks=checks)
-    rows = ((source.name(index), captions[index]) for index in checked.good.tolist())
+    good = np.asarray(checked.good)
+    rows = ((source.name(index), captions[index]) for index in good.tolist())
     texts, bad_texts = _usable(rows, " + ".join(dataset), max_bad_fraction)
-    is_good = [_problem_with(captions[index]) is None for index in checked.good.tolist()]
-    images = SourceSamples(source, checked.good[np.array(is_good, bool)])
+    is_good = [_problem_with(captions[index]) is None for index in good.tolist()]
+    images = SourceSamples(source, good[np.array(is_good, bool)])
     return Pairs(images, texts), BadImages(checked.bad | bad_texts)
 
 

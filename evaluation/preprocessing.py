@@ -24,6 +24,7 @@ from data.measured import Encoded, Measured, MeasuredImage
 from modeling.patches import stored_values
 
 BATCH_SIZE = 64
+_NUM_AHEAD = 1024  # images, whose block is fetched ahead if they are in shards
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def batches(
     """
 
     def prepare(positions: list[int]) -> tuple[Batch | None, list[tuple[str, str]]]:
+        source.prefetch([int(indices[min(positions[-1] + _NUM_AHEAD, len(indices) - 1)])], wait=False)
         try:
             return Batch(positions, preprocess([source.image(int(indices[each])) for each in positions])), []
         except BadImage:  # find out which ones

@@ -7,6 +7,8 @@ from typing import Any
 _TOKEN = re.compile(r"hf_[A-Za-z0-9]{20,}")
 _TOKEN_FLAG = re.compile(r"--hub[-_]token(=|$)")
 _REDACTED = "hf_..."
+_LOGIN = re.compile(r"(\w+://)[^\s/@]+@")  # s3://key:secret@bucket
+_QUERY = re.compile(r"(\w+://[^\s?\"']+)\?[^\s\"']+")  # the signature of a URL that grants access
 # The folders of an absolute path: its root (/, ~/, C:\, file:///), then every component but the last. The slashes
 # of a URL do not match, since they follow a colon, a slash or a word; nor does a slash between spaces.
 _FOLDERS = re.compile(
@@ -17,8 +19,8 @@ _FOLDERS = re.compile(
 
 
 def shorten_paths(text: str) -> str:
-    """Reduce each absolute path in a text to its last component, and replace tokens."""
-    return _TOKEN.sub(_REDACTED, _FOLDERS.sub("", text))
+    """Reduce each absolute path in a text to its last component, and replace tokens and the secrets of URLs."""
+    return _TOKEN.sub(_REDACTED, _FOLDERS.sub("", _QUERY.sub(r"\1?...", _LOGIN.sub(r"\1", text))))
 
 
 def shorten_command(command: str) -> str:

@@ -16,6 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import has_length
 
 from data.bad_images import BadImages
+from data.streams import StreamDataset
 
 
 def show_progress(
@@ -37,7 +38,7 @@ def show_progress(
     trainer.add_callback(MimProgress(describe_metrics or getattr(model, "describe_metrics", None)))
     arguments, dataset = trainer.args, trainer.train_dataset
     num_images = arguments.max_steps * arguments.train_batch_size * arguments.world_size
-    if has_length(dataset):
+    if has_length(dataset) and not isinstance(dataset, StreamDataset):
         num_images = len(dataset)  # type: ignore[arg-type]
     trainer.add_callback(BadImagesLimit(bad_images, num_images, max_bad_fraction, excluded.keys()))
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from training.checkpoints import last_whole_checkpoint
+from training.data_position import go_on_at_the_same_image
 
 if TYPE_CHECKING:
     from training.trainer import MimTrainer
@@ -22,6 +23,7 @@ class StepHooks(TrainerCallback):
         own = getattr(trainer.model, "schedules", None)
         if own is not None:
             trainer.schedules = {**own(state.max_steps, trainer.steps_per_epoch), **trainer.schedules}
+        go_on_at_the_same_image(trainer)
         trainer._meter.start(state.global_step)
         before = [entry["training_seconds"] for entry in state.log_history if "training_seconds" in entry]
         trainer.began = time.perf_counter() - max(before, default=0.0)
@@ -37,7 +39,8 @@ class StepHooks(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Not left to accelerate: it does not reach the sampler of a resumed, sharded loader.
         if hasattr(self.trainer, "_epoch_sampler"):
-            self.trainer._epoch_sampler.set_epoch(int(state.epoch or 0))
+            # Not `state.epoch`, which an epoch of another number of steps left, if that has changed since.
+            self.trainer._epoch_sampler.set_epoch(state.global_step // self.trainer.steps_per_epoch)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer

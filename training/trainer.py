@@ -26,6 +26,7 @@ from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from modeling.schedules import Progress, Schedule
 from training.checkpoints import check_fits, what_is_safe, write_checksums
+from training.data_position import save_position
 from training.devices import peak_flops
 from training.evaluation_guard import EvaluationGuard
 from training.guard import NonFiniteError, NonFiniteGuard
@@ -91,6 +92,7 @@ class MimTrainer(ShardingTrainer):
         self.schedules: dict[str, Schedule] = dict(schedules or {})
         self.head_warmup = HeadWarmup(self.model, num_head_steps)
         self.pace = Pace()  # a `TimeBudget` changes it
+        self.resumed_from: Path | None = None
         self.average = WeightAverage(self.model, ema_decay) if ema_decay else None
         self.flops_per_image = flops_per_image
         self._forward_arguments = frozenset(inspect.signature(self.model.forward).parameters)
@@ -343,6 +345,7 @@ class MimTrainer(ShardingTrainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes the state of its random generators
         if self.args.should_save:
+            save_position(self, folder)
             write_checksums(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -356,6 +359,7 @@ class MimTrainer(ShardingTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_fits(Path(resume_from_checkpoint), self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.resumed_from = Path(resume_from_checkpoint)
         if self.average:
             self.average.load(Path(resume_from_checkpoint))
 

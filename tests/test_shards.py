@@ -1,0 +1,346 @@
+"""Shards as a data set: what is read, what is refused, and the order of images."""
+
+import io
+import itertools
+import pickle
+import tarfile
+import zipfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from benchmarks.range_server import RangeServer
+from data import shard_files
+from data.augmentations import CenterCrop, single_view
+from data.bad_images import BadImages
+from data.decoding import BadImage
+from data.images import ImageDataset, SourceSamples
+from data.label_columns import read_labels
+from data.runs import Runs, cut_into_runs, split_runs
+from data.sampling import RUNS_PER_WINDOW, EpochOrder
+from data.shard_blocks import DEFAULT_BYTES, limit_cache
+from data.shard_files import ShardError, expand_braces
+from data.shards import ShardSource
+from data.sources import open_source, open_validation, split_names
+from data.splits import open_pretraining_splits
+
+PHOTOGRAPHS = [path.read_bytes() for path in sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))[:12]]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(shard_files, "_FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(shard_files, "_LONGEST_PAUSE", 0.01)
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
+    shard_files.find_shards.cache_clear()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as archive:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return path
+
+
+def write_shards(folder: Path, num_shards: int = 3, num_images: int = 4, first: str = "train") -> list[bytes]:
+    """Tars of photographs with classes 0 and 1; returns their images in order."""
+    images = list(itertools.islice(itertools.cycle(PHOTOGRAPHS), num_shards * num_images))
+    for shard in range(num_shards):
+        some = range(shard * num_images, (shard + 1) * num_images)
+        members = [
+            (f"{i:04}.{kind}", data) for i in some for kind, data in (("jpg", images[i]), ("cls", b"%d" % (i % 2)))
+        ]
+        write_tar(folder / f"{first}-{shard:03}.tar", members)
+    return images
+
+
+def contents(source: object) -> list[bytes]:
+    return [source.read(index) for index in range(len(source))]  # type: ignore[attr-defined]
+
+
+# ---- patterns ----
+
+
+def test_braces__stand_for_numbers_with_their_width_and_for_words() -> None:
+    assert expand_braces("a/{x,y}-{08..10}.tar") == [f"a/{x}-{n}.tar" for x in "xy" for n in ("08", "09", "10")]
+    assert expand_braces("{8..10}.tar") == ["8.tar", "9.tar", "10.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("t-{000..00.tar", "without its partner"),
+        ("t-{009..000}.tar", "counts down"),
+        ("t-{000-009}.tar", "is no range"),
+        ("t-{0..1}.tar.gz", "compressed as a whole"),
+        ("http://localhost/t-*.tar", "lists no files"),
+        ("http://localhost/a.jpg", "is not a shard"),
+        ("nosuch://bucket/t-{0..1}.tar", "nosuch:// cannot be opened"),
+    ],
+)
+def test_wrong_pattern__is_refused_with_the_reason(pattern: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason.replace(".", r"\.")):
+        open_source(pattern)
+
+
+def test_missing_shard__is_named_before_training(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    with pytest.raises(ValueError, match=r"1 of the 4 shards .* missing: .*train-003\.tar"):
+        open_source(f"{tmp_path}/train-{{000..003}}.tar")
+
+
+def test_s3__without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(ValueError, match=r"s3:// cannot be opened .* `pip install s3fs`"):
+        open_source("s3://bucket/train-{0..1}.tar")
+
+
+# ---- kinds of shards ----
+
+
+def test_tar__is_read_in_the_order_of_the_shards(tmp_path: Path) -> None:
+    images = write_shards(tmp_path)
+    source = open_source(f"{tmp_path}/train-{{000..002}}.tar")
+    assert contents(source) == images
+    assert source.name(5) == f"{tmp_path}/train-001.tar#0005"
+    assert contents(pickle.loads(pickle.dumps(source))) == images
+    assert contents(open_source(str(tmp_path))) == contents(open_source(f"{tmp_path}/*.tar")) == images
+    assert list(read_labels(source, None).values) == ["0", "1"] * 6
+    assert "12 images in 3 shards" in source.describe()
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar__with_long_names_of_each_dialect(tmp_path: Path, kind: int) -> None:
+    names = [f"{'folder/' * 40}ünï-{i}.jpg" for i in range(3)]
+    members = [*zip(names, PHOTOGRAPHS, strict=False), ("x/y.seg.png", b"1"), ("._a.jpg", b"2"), ("note.md", b"3")]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members, kind)))
+    assert contents(source) == PHOTOGRAPHS[:3]
+    assert source.name(1).endswith("folder/ünï-1")
+    assert "1 images, such as x/y.seg.png" in source.notes[0]
+
+
+def test_tar__uses_a_sidecar_that_fits_and_ignores_another(tmp_path: Path) -> None:
+    images = write_shards(tmp_path, 1)
+    with tarfile.open(tmp_path / "train-000.tar") as archive:
+        members = [member for member in archive if int(member.name[:4]) < 3]
+    lines = [f"{m.name[5:]} {m.offset_data} {m.size} {m.name}" for m in members]
+    (tmp_path / "train-000.idx").write_text("\n".join([f"v1.2 {len(lines)}", *lines]))
+    assert contents(open_source(f"{tmp_path}/train-000.tar")) == images[:3]
+    (tmp_path / "train-000.idx").write_text("v1.2 1\njpg 512 999999999 0.jpg")
+    (tmp_path / "train-000.tar").touch()
+    shard_files.find_shards.cache_clear()
+    assert contents(open_source(f"{tmp_path}/train-000.tar")) == images
+
+
+def test_zip__stored_or_compressed_with_class_folders(tmp_path: Path) -> None:
+    for method, name in ((zipfile.ZIP_STORED, "a"), (zipfile.ZIP_DEFLATED, "b")):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w", method) as archive:
+            for number, data in enumerate(PHOTOGRAPHS[:4]):
+                archive.writestr(f"root/{'cat' if number % 2 else 'dog'}/{number}.jpg", data)
+    source = open_source(f"{tmp_path}/{{a,b}}.zip")
+    assert contents(source) == PHOTOGRAPHS[:4] * 2
+    assert read_labels(source, None).values == ["dog", "cat"] * 4
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "stream.arrow"])
+def test_tables__are_read_by_group(tmp_path: Path, kind: str) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["dog", "cat"])})
+    for shard in range(2):
+        rows = [{"bytes": data, "path": None} for data in PHOTOGRAPHS[shard * 5 : shard * 5 + 5]]
+        table = datasets.Dataset.from_dict({"image": rows, "label": [0, 1, 1, 0, 1]}, features=features)
+        path, whole = tmp_path / f"t-{shard}.{kind}", table.data.table
+        if kind == "parquet":
+            table.to_parquet(path, batch_size=2)
+        else:
+            import pyarrow as pa
+
+            new = pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream
+            with new(str(path), whole.schema) as writer:
+                writer.write_table(whole, max_chunksize=2)
+    with RangeServer(tmp_path) as server:
+        for where in (str(tmp_path), server.url):
+            source = open_source(f"{where}/t-{{0..1}}.{kind}")
+            assert isinstance(source, ShardSource)
+            assert source.blocks.tolist() == [2, 2, 1] * 2
+            assert contents(source) == PHOTOGRAPHS[:10]
+            labels = read_labels(source, None)
+            assert (labels.values[:2], labels.class_names) == (["dog", "cat"], ("dog", "cat"))
+
+
+def test_json__beside_the_images_has_the_labels(tmp_path: Path) -> None:
+    members = [
+        (f"{i}.{kind}", data) for i in range(2) for kind, data in (("json", b'{"kind": "k%d"}' % i), ("png", b"x"))
+    ]
+    source = open_source(str(write_tar(tmp_path / "a.tar", members)))
+    assert read_labels(source, "kind").values == ["k0", "k1"]
+    with pytest.raises(ValueError, match=r"expected KEY\.cls beside KEY\.jpg"):
+        read_labels(source, None)
+
+
+def test_splits__are_named_by_the_part_of_the_names_that_differs(tmp_path: Path) -> None:
+    write_shards(tmp_path / "test-bucket", 2)
+    write_shards(tmp_path / "test-bucket", 1, first="val")
+    pattern = f"{tmp_path}/test-bucket/{{train-000,train-001,val-000}}.tar"
+    assert split_names(pattern) == split_names(str(tmp_path / "test-bucket")) == ["train", "val"]
+    assert len(open_source(pattern)) == 8
+    assert len(open_source(pattern, None)) == 12
+    validation = open_validation(pattern)
+    assert validation is not None
+    assert len(validation) == 4
+    assert split_names(f"{tmp_path}/test-bucket/val-000.tar") == ["train"]
+
+
+# ---- what is damaged ----
+
+
+def test_truncated_tar__keeps_the_whole_images_and_is_named(tmp_path: Path) -> None:
+    images = write_shards(tmp_path)
+    path = tmp_path / "train-001.tar"
+    with tarfile.open(path) as archive:
+        end = archive.getmember("0007.jpg").offset_data + 100
+    path.write_bytes(path.read_bytes()[:end])
+    splits = open_pretraining_splits(
+        [f"{tmp_path}/train-{{000..002}}.tar"], validation_fraction=0, max_bad_fraction=0, seed=0
+    )
+    assert contents(splits.train.source) == [*images[:7], *images[8:]]
+    assert "truncated: it ends at byte" in splits.bad[str(path)]
+
+
+def test_bad_image__is_named_and_replaced_as_it_comes(tmp_path: Path) -> None:
+    images = [*PHOTOGRAPHS[:5], b"no image", *PHOTOGRAPHS[5:9]]
+    write_tar(tmp_path / "a.tar", [(f"{i}.jpg", data) for i, data in enumerate(images)])
+    source = open_source(str(tmp_path / "a.tar"))
+    samples = SourceSamples(source, cut_into_runs(source.blocks))
+    file = tmp_path / "bad.jsonl"
+    dataset = ImageDataset(samples, single_view(CenterCrop((8, 8)), 3), train=True, bad_images_file=file)
+    seen = [dataset[counter]["image_index"] for counter in range(10)]
+    assert sorted({*seen, 5}) == list(range(10))
+    assert 5 not in seen
+    assert list(BadImages.read(file)) == [f"{tmp_path}/a.tar#5"]
+
+
+@pytest.mark.parametrize("kind", ["zip", "parquet", "arrow"])
+def test_wrong_file__is_refused_with_its_name(tmp_path: Path, kind: str) -> None:
+    (tmp_path / f"a.{kind}").write_bytes(b"no such file" * 100)
+    with pytest.raises(ValueError, match=rf"a\.{kind} is no {kind}"):
+        open_source(f"{tmp_path}/*.{kind}")
+
+
+def test_wrong_tar__is_refused_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no such file" * 100)
+    with pytest.raises(ValueError, match=r"no image in .*a\.tar: no tar header at byte 0"):
+        open_source(str(tmp_path / "a.tar"))
+
+
+# ---- the network ----
+
+
+def test_server_with_errors__loses_and_repeats_nothing(tmp_path: Path) -> None:
+    images = write_shards(tmp_path)
+    with RangeServer(tmp_path, errors=0.4, resets=0.25, delays=0.2, seconds=0.01) as server:
+        source = open_source(f"{server.url}/train-{{000..002}}.tar")
+        source.prefetch(range(12))
+        assert contents(source) == images
+        assert all(server.counts[kind] for kind in ("errors", "resets", "delays")), server.counts
+        num_requests = server.counts.total()
+        assert contents(pickle.loads(pickle.dumps(source))) == images  # from the cache
+        assert server.counts.total() == num_requests
+
+
+def test_server_that_fails__is_named_after_some_tries(tmp_path: Path) -> None:
+    write_shards(tmp_path, 1)
+    with RangeServer(tmp_path) as server:
+        source = open_source(f"{server.url}/train-{{000..000}}.tar")
+        server.errors = 1.0
+        with pytest.raises(ShardError, match=r"train-000\.tar cannot be read after 8 tries: 500"):
+            source.read(0)
+    with RangeServer(tmp_path, ignores_ranges=True) as server, pytest.raises(ShardError, match="ignores the range"):
+        open_source(f"{server.url}/train-{{000..000}}.tar").read(0)
+    shard_files.find_shards.cache_clear()
+    with RangeServer(tmp_path) as server, pytest.raises(ValueError, match="are missing"):
+        open_source(f"{server.url}/train-{{000..001}}.tar")
+
+
+def test_cache__keeps_no_more_than_its_limit(tmp_path: Path) -> None:
+    images = write_shards(tmp_path, 6, 2)
+    size = sum(map(len, images))
+    with RangeServer(tmp_path) as server:
+        pattern = f"{server.url}/train-{{000..005}}.tar"
+        limit_cache(size // 2)
+        try:
+            with pytest.raises(ValueError, match="shard_cache_gb is"):
+                open_source(pattern)
+            limit_cache(10 * size)
+            source = open_source(pattern)
+        finally:
+            limit_cache(DEFAULT_BYTES)
+        source.cache.limit = size // 2
+        assert contents(source) == images
+        assert sum(path.stat().st_size for path in source.cache.folder.glob("*.block")) <= size // 2
+        assert contents(source) == images
+
+
+# ---- order and splits ----
+
+
+def test_order__has_every_image_once_and_reads_neighbors_together() -> None:
+    sizes = np.array([7, 1, 5, 9] * 40)
+    order = EpochOrder(int(sizes.sum()), 0, 8, run_sizes=sizes)
+    epochs = [[order.locate(epoch * 880 + position)[0] for position in range(880)] for epoch in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(880))
+    assert epochs[0] != epochs[1]
+    run_of = np.repeat(np.arange(160), sizes)
+    assert len(set(run_of[epochs[0][:160]])) <= RUNS_PER_WINDOW
+    fresh = EpochOrder(880, 0, 8, run_sizes=sizes)
+    assert [fresh.locate(counter)[0] for counter in (1759, 3, 880)] == [epochs[1][-1], epochs[0][3], epochs[1][0]]
+
+
+def test_announcement__names_the_runs_of_the_next_window_once() -> None:
+    sizes = np.full(RUNS_PER_WINDOW * 2, 3)
+    order = EpochOrder(len(sizes) * 3, 0, 8, run_sizes=sizes)
+    half = len(sizes) * 3 // 2
+    for begin, counter in ((half, 0), (2 * half, half)):
+        images = order.announce(counter)
+        wanted = {order.locate(begin + position)[0] // 3 for position in range(half)}
+        assert {image // 3 for image in images} == wanted
+        assert order.announce(counter + 1) == []
+
+
+def test_runs__behave_like_their_array() -> None:
+    runs = Runs(np.array([5, 20, 9]), np.array([3, 1, 2]))
+    wanted = [5, 6, 7, 20, 9, 10]
+    assert list(runs) == np.asarray(runs).tolist() == [runs[i] for i in range(6)] == wanted
+    assert runs[np.array([3, 0])].tolist() == [20, 5]
+    assert runs[1:4].tolist() == wanted[1:4]
+
+
+def test_split__of_a_hundred_million_images_needs_little_memory() -> None:
+    runs = cut_into_runs(np.full(100_000, 1000))
+    train, validation = split_runs(runs, 0.01, 0)
+    assert (len(train), len(validation)) == (99_000_000, 1_000_000)
+    assert train.starts.nbytes + train.sizes.nbytes < 2e6
+    order = EpochOrder(len(train), 0, 256, run_sizes=train.sizes)
+    assert len({order.locate(position)[0] for position in range(0, 90_000_000, 9_000_000)}) == 10
+
+
+def test_split__of_few_images_is_disjoint_and_complete(tmp_path: Path) -> None:
+    write_shards(tmp_path)
+    splits = open_pretraining_splits([str(tmp_path)], validation_fraction=0.2, max_bad_fraction=0, seed=0)
+    both = [*splits.train.indices, *splits.validation.indices]
+    assert sorted(both) == list(range(12))
+    assert len(splits.validation) == 3
+    assert "12 images" in splits.describe()
+
+
+def test_bad_entries__raise_bad_image(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.jpg", PHOTOGRAPHS[0])
+    with pytest.raises(BadImage, match="compression method 14"):
+        open_source(str(tmp_path / "a.zip")).read(0)
