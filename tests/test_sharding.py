@@ -48,8 +48,10 @@ def test_fsdp2__trains_as_ddp_does_and_each_continues_the_other(trained):
                     assert_close(
                         other[kind][name], expected, rtol=1e-3, atol=atol, msg=lambda text, at=label: f"{at}: {text}"
                     )
+            # Distances between nearly equal features magnify the last digits of weights.
+            rel = 1e-2 if tiny_model(variant).compares_images else 1e-3
             for key in ("loss", "grad_norm", "eval_loss"):
-                assert other[key] == pytest.approx(ddp[key], rel=1e-3), f"{variant} {run} {key}"
+                assert other[key] == pytest.approx(ddp[key], rel=rel), f"{variant} {run} {key}"
 
 
 def test_fsdp2__exports_whole_weights(trained):
