@@ -58,11 +58,13 @@ class MeasuredImage:
     Args:
         files: One file with all channels, or one for each channel.
         window: Part of the file that is the image; None for all of it.
+        header: What `check` returns, if the file was checked before.
     """
 
     files: tuple[bytes | Path, ...]
     measured: Measured
     window: Window | None = None
+    header: Header | None = None
 
     def opened(self) -> "_OpenImage":
         """Open the files; raises BadImage if that fails or they do not fit together."""
@@ -70,9 +72,11 @@ class MeasuredImage:
 
     def check(self) -> Header:
         """Read the header and check that no file is truncated; raises BadImage."""
+        if self.header is not None:
+            return self.header
         with self.opened() as image:
-            if self.window is None:
-                for bands in image.files:
+            for bands in image.files:
+                with pillow_errors_as_bad_image():
                     bands.check()
             return image.header()
 

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.band_files import DTYPES
-from data.decoding import BadImage
+from data.decoding import BadImage, Header
 from data.image_source import FileSource, ImageSource
 from data.measured import Measured, MeasuredImage
 
@@ -94,12 +94,15 @@ class Tiles(ImageSource):
     def __init__(self, source: ImageSource, side: int) -> None:
         self.source = source
         rows: list[tuple[int, int, int]] = []  # number of the image, left, top; left -1 for all of it
+        self._headers: dict[int, Header] = {}  # of the windows of an image
         for index in range(len(source)):
             try:
-                with measured_image(source, index).opened() as image:
-                    width, height = image.width, image.height
+                header = measured_image(source, index).check()
             except BadImage:
                 width = height = 0
+            else:
+                width, height = header.width, header.height
+                self._headers[index] = replace(header, width=side, height=side)
             corners = [(x, y) for y in range(0, height - side + 1, side) for x in range(0, width - side + 1, side)]
             rows += [(index, *corner) for corner in corners or [(-1, -1)]]
         self._rows, self._side = np.array(rows, np.int64), side
@@ -119,4 +122,7 @@ class Tiles(ImageSource):
     def image(self, index: int) -> MeasuredImage:
         number, left, top = self._rows[index].tolist()
         image = measured_image(self.source, number)
-        return replace(image, window=(left, top, left + self._side, top + self._side)) if left >= 0 else image
+        if left < 0:
+            return image
+        window = (left, top, left + self._side, top + self._side)
+        return replace(image, window=window, header=self._headers[number])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY_MODELS, model_class, tiny_batch, tiny_targets
 from measured_images import PHOTOGRAPHS, bands
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -365,3 +366,26 @@ def test_random_crop__of_measurements_depends_on_seed_and_epoch_only(tmp_path):
     first, again = (dataset(tmp_path, Measured(5), transform, train=True, seed=3) for _ in range(2))
     assert torch.equal(first.item(0, 1)["pixel_values"], again.item(0, 1)["pixel_values"])
     assert not torch.equal(first.item(0, 1)["pixel_values"], first.item(0, 2)["pixel_values"])
+
+
+# ---- models ----
+
+
+def test_model__takes_stored_values_as_it_takes_standardized_ones(variant):
+    if tiny_targets(variant) is not None:
+        pytest.skip("predicts what a tokenizer or a teacher makes of photographs")
+    ends, stats = [[0.0, 50_000.0]] * 5, {"image_mean": [0.4] * 5, "image_std": [0.3] * 5}
+    settings = {**TINY_MODELS[variant], **stats, "value_range": ends}
+    settings["encoder_config"] = {**settings["encoder_config"], "num_channels": 5}
+    torch.manual_seed(0)
+    model = model_class(variant)(model_class(variant).config_class(**settings)).eval()
+    batch = tiny_batch(variant, num_images=2)
+    views = {key: value for key, value in batch.items() if key.endswith("pixel_values")}
+    stored = {key: (value[..., [0, 1, 2, 0, 1], :, :].int() * 201).to(torch.uint16) for key, value in views.items()}
+    losses = []
+    for pixels in (stored, {key: standardize(value, [0.4] * 5, [0.3] * 5, ends) for key, value in stored.items()}):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            losses.append(model(**{**batch, **pixels}).loss)
+    assert torch.isfinite(losses[0])
+    torch.testing.assert_close(losses[0], losses[1])
