@@ -259,6 +259,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     - `exported`: name of the submodule that leaves as the native encoder.
     - `can_collapse`: the targets follow the model itself, so that they may become equal; see `collapse_signs`.
     - `panel_caption`: what `panel` shows, for the model card.
+    - `opened_blocks`: names of block classes whose parts are called one by one, so that FSDP2 cannot shard by them.
     - `decodes_masked_patches`: masked patches exist in the decoder only, so that `forward` takes several masks
       (B, k, N) of an image, and in `bool_predicted_pos` the masked patches to decode.
     """
@@ -281,6 +282,7 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
     exported: str = "encoder"
     can_collapse: ClassVar[bool] = False
     decodes_masked_patches: ClassVar[bool] = False
+    opened_blocks: ClassVar[tuple[str, ...]] = ()
     panel_caption: ClassVar[str] = "Reconstructions of images: input, masked, predicted"
 
     # ---- training ----

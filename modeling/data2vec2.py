@@ -138,6 +138,7 @@ class Data2Vec2ForPreTraining(FeatureTargetModel):
     needs_equal_num_masked = True  # the encoder sees a rectangular batch of visible patches
     decodes_masked_patches = True
     frozen_parameters = ("teacher", "encoder.embeddings.position_embeddings")
+    opened_blocks = ("ViTLayer",)  # by the teacher
     _no_split_modules = ["ViTLayer", "ConvolutionBlock"]  # noqa: RUF012 - read by transformers as a class attribute
 
     def __init__(self, config: Data2Vec2Config):

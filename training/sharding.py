@@ -128,6 +128,7 @@ def set_up_plugin(plugin: Any, model: nn.Module) -> None:
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy  # most runs need not import it
 
     blocks = {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+    blocks -= set(getattr(model, "opened_blocks", ()))
     plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = transformer_auto_wrap_policy, sorted(blocks)
 
 
