@@ -414,7 +414,7 @@ def build_trainer(
         division = (arguments.world_size, plan.num_workers, plan.batch_size)
         train_dataset = StreamDataset(
             splits.stream,
-            train_transform,
+            transform_of(settings, config, targets, train=True),
             seed=settings.seed,
             images_per_step=plan.images_per_step,
             origin=Origin(0, 0, *division),

@@ -128,6 +128,11 @@ def test_shorten_command__shows_no_token_of_any_form(flag):
     assert shortened.endswith("hf_... --seed 1")
 
 
+def test_shorten_paths__leaves_out_the_secrets_of_urls():
+    text = "https://me:secret@host/a-{0..1}.tar, https://host/b.tar?signature=secret and s3://bucket/c.tar"
+    assert shorten_paths(text) == "https://host/a-{0..1}.tar, https://host/b.tar?... and s3://bucket/c.tar"
+
+
 def test_shorten_command__survives_an_unpaired_quote():
     assert "/home" not in shorten_command("python /home/ann/run.py --note it's")
 
