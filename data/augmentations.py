@@ -144,7 +144,7 @@ class CenterCrop:
     def choose_box(self, width: int, height: int, numbers: Sequence[float] = ()) -> Box:
         scale = min(height / self.size[0], width / self.size[1])
         crop_height, crop_width = scale * self.size[0], scale * self.size[1]
-        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        left, top = max(0.0, (width - crop_width) / 2), max(0.0, (height - crop_height) / 2)  # not -1e-15
         return left, top, left + crop_width, top + crop_height
 
 

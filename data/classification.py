@@ -57,7 +57,6 @@ class EvalView:
     def __call__(self, data: Encoded, num_channels: int, generator: torch.Generator | None = None) -> Tensor:
         if isinstance(data, MeasuredImage):
             views = [(self.size, self.interpolation)]
-            views = [(self.size, self.interpolation)]
             return load_measured_crops(data, lambda *size: [(self._box(*size), views)])[0][0]
         image = decode(data, num_channels)
         short, long = sorted(image.size)
@@ -72,7 +71,7 @@ class EvalView:
         """Return the part of an image of measurements that is resized at once, at the same scale."""
         scale = min(width, height) / self.resize_to
         crop_height, crop_width = scale * self.size[0], scale * self.size[1]
-        left, top = (width - crop_width) / 2, (height - crop_height) / 2
+        left, top = max(0.0, (width - crop_width) / 2), max(0.0, (height - crop_height) / 2)  # not -1e-15
         return left, top, left + crop_width, top + crop_height
 
 

@@ -179,20 +179,23 @@ def _walk_tar(read: Callable[[int, int], bytes], size: int, samples: _Samples) -
             return ""  # the end mark
         if not _has_checksum(header):
             return f"no tar header at byte {position:,}, after {samples.num_images:,} images: what follows is lost"
-        kind, length = header[156:157], _number(header[124:136])
-        start = position + _RECORD
+        kind, start = header[156:157], position + _RECORD
+        try:
+            length = _number(header[124:136])
+            fields = _pax_fields(read(start, length)) if kind == b"x" else {}
+            long_name, pax_size = fields.get(b"path", long_name), _pax_size(fields, pax_size)
+        except ValueError:
+            return f"damaged tar header at byte {position:,}, after {samples.num_images:,} images: the rest is lost"
         position = start + -(-length // _RECORD) * _RECORD
         if kind == b"x":
-            fields = _pax_fields(read(start, length))
-            long_name, pax_size = fields.get(b"path", long_name), fields.get(b"size")
             continue
         if kind == b"L":
             long_name = read(start, length).rstrip(b"\0")
             continue
         if pax_size is not None:
-            length = int(pax_size)
+            length = pax_size
             position = start + -(-length // _RECORD) * _RECORD
-        name = long_name if long_name is not None else _name(header)
+        name = _name(header) if long_name is None else long_name.removeprefix(b"./")
         if kind in (b"0", b"\0", b"7"):
             if start + length > size:
                 break
@@ -233,7 +236,13 @@ def _has_checksum(header: bytes) -> bool:
 def _number(text: bytes) -> int:
     if text[0] & 0x80:  # in base 256
         return int.from_bytes(text, "big") & ~(0xFF << 88)
-    return int(text.split(b"\0")[0].strip() or b"0", 8)
+    return _not_negative(int(text.split(b"\0")[0].strip() or b"0", 8))
+
+
+def _not_negative(number: int) -> int:
+    if number < 0:  # the walk would not end
+        raise ValueError(f"a size of {number} bytes")
+    return number
 
 
 def _name(header: bytes) -> bytes:
@@ -243,12 +252,19 @@ def _name(header: bytes) -> bytes:
 
 
 def _pax_fields(content: bytes) -> dict[bytes, bytes]:
+    """Return the fields of an extended header; raises ValueError if they are damaged."""
     fields = {}
     while content and content[0]:
         length = int(content.split(b" ", 1)[0])
+        if not 0 < length <= len(content):
+            raise ValueError(f"a field of {length} bytes in {len(content)}")
         key, _, value = content[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
         fields[key], content = value, content[length:]
     return fields
+
+
+def _pax_size(fields: dict[bytes, bytes], before: int | None) -> int | None:
+    return _not_negative(int(fields[b"size"])) if b"size" in fields else before
 
 
 def _read_sidecar(file: ShardFile, samples: _Samples) -> bool:

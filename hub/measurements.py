@@ -29,8 +29,8 @@ def prepare(image):
     rows, columns = processor.crop_size["height"], processor.crop_size["width"]
     height, width = image.shape[1:]
     scale = {share} * min(height / rows, width / columns)
-    left, top = (width - scale * columns) / 2, (height - scale * rows) / 2
-    box = (left, top, left + scale * columns, top + scale * rows)
+    left, top = max(0, (width - scale * columns) / 2), max(0, (height - scale * rows) / 2)
+    box = (left, top, min(left + scale * columns, width), min(top + scale * rows, height))
     bands = [Image.fromarray(np.ascontiguousarray(band, np.float32)) for band in image]
     resized = np.stack([np.asarray(band.resize((columns, rows), Image.Resampling.{resample}, box)) for band in bands])
     low, high = np.array(processor.value_range, np.float32).T[:, :, None, None]

@@ -147,6 +147,19 @@ def test_evaluation_view__is_the_central_part(tmp_path):
     assert np.array_equal(pixel_values.numpy(), bands(0, 5, 80)[:, 8:-8, 8:-8])
 
 
+def test_central_part__of_a_photograph_does_not_begin_outside_of_it():
+    file = BytesIO()
+    Image.new("RGB", (225, 300), (200, 200, 200)).save(file, "PNG")  # 225 / 224 * 224 is a little more than 225
+    assert (CenterCrop((224, 224))(file.getvalue(), 3) == 200).all()
+
+
+@pytest.mark.parametrize("view", [CenterCrop((56, 56)), eval_view((56, 56), 1.0)])
+def test_central_part__does_not_begin_outside_the_image(view, tmp_path):
+    # 29 / 56 * 56 is a little more than 29.
+    write_tiff(tmp_path / "a.tif", np.full((5, 29, 29), 700, np.uint16))
+    assert (dataset(tmp_path, Measured(5), single_view(view, 5))[0]["pixel_values"] == 700).all()
+
+
 def test_random_crops__are_flipped_and_keep_their_colors(tmp_path):
     write_tiff(tmp_path / "a.tif", bands(0, 5))
     views = build_views(

@@ -239,6 +239,23 @@ def test_wrong_tar__is_refused_with_its_name(tmp_path: Path) -> None:
         open_source(str(tmp_path / "a.tar"))
 
 
+@pytest.mark.parametrize(
+    "fields", [b"0 path=a\n", b"x path=a\n", b"-4 path=a\n", b"99 path=a\n", b"11 size=no\n", b"14 size=-512\n"]
+)
+def test_damaged_header__ends_the_tar_with_a_problem(tmp_path: Path, fields: bytes) -> None:
+    path, entry = tmp_path / "a.tar", tarfile.TarInfo("pax")
+    entry.type, entry.size = tarfile.XHDTYPE, len(fields)
+    write_tar(path, [(f"{number}.jpg", data) for number, data in enumerate(PHOTOGRAPHS[:3])])
+    content = path.read_bytes()
+    with tarfile.open(path) as archive:
+        middle = archive.getmember("1.jpg").offset
+    header = entry.tobuf(tarfile.USTAR_FORMAT) + fields.ljust(512, b"\0")
+    path.write_bytes(content[:middle] + header + content[middle:])
+    source = open_source(str(path))
+    assert contents(source) == PHOTOGRAPHS[:1]
+    assert f"damaged tar header at byte {middle:,}, after 1 images" in source.problems[str(path)]
+
+
 # ---- the network ----
 
 
