@@ -116,6 +116,8 @@ class Detector(LwDetrForObjectDetection):
         losses = LwDetrImageLoss(matcher, config.num_labels, config.focal_alpha, [], num_groups)
         total = torch.zeros((), device=found[0][0].device)
         for logits, boxes in found:
+            if not boxes.isfinite().all():  # stops the training with the reason; the matching would fail before
+                return sum((logits.sum() + boxes.sum() for logits, boxes in found), total)
             bounded = logits.float().clamp(-_LARGEST_LOGIT, _LARGEST_LOGIT)
             outputs = {"logits": bounded, "pred_boxes": boxes.float()}
             indices = matcher(outputs, targets, num_groups)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import EomtConfig, EomtForUniversalSegmentation, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .patches import gray_to_rgb, patch_grid
 from .positions import resize_positions
@@ -106,7 +106,7 @@ def mask_probability(done: float, block: int, num_blocks: int) -> float:
     """
     length = 1 / (num_blocks + 2)
     left = 1 - (done - (block + 1) * length) / length
-    return min(1.0, max(0.0, left)) ** _ANNEALING_POWER
+    return float(min(1.0, max(0.0, left)) ** _ANNEALING_POWER)
 
 
 def segmentation_loss(
@@ -140,7 +140,7 @@ def _loss_of_image(
     targets[queries] = classes[objects]
     weights = class_logits.new_ones(num_classes + 1)
     weights[-1] = config.no_object_weight
-    loss = config.class_weight * F.cross_entropy(class_logits, targets, weights)
+    loss: torch.Tensor = config.class_weight * F.cross_entropy(class_logits, targets, weights)
     if not len(queries):
         return loss + 0 * mask_logits.sum()  # every parameter has a gradient
     logits, wanted = mask_logits[queries], masks[objects]
@@ -164,7 +164,8 @@ def match(
     probabilities = mask_logits.sigmoid()
     dice = 1 - (2 * probabilities @ masks.T + 1) / (probabilities.sum(1, keepdim=True) + masks.sum(1) + 1)
     cost = config.class_weight * of_class + config.mask_weight * of_pixels + config.dice_weight * dice
-    queries, objects = linear_sum_assignment(cost.cpu().numpy())
+    # A loss that is not finite stops the training with the reason; the assignment would fail before.
+    queries, objects = linear_sum_assignment(cost.nan_to_num().cpu().numpy())
     return tuple(torch.as_tensor(index, device=cost.device) for index in (queries, objects))  # type: ignore[return-value]
 
 
@@ -245,8 +246,9 @@ def _encoder_weights(encoder: PreTrainedModel, grid: tuple[int, int]) -> dict[st
 
 def native_instance_segmenter(segmenter: InstanceSegmenter) -> EomtForUniversalSegmentation:
     """Return the same function as a class of transformers."""
-    native = EomtForUniversalSegmentation(segmenter.config)
+    native: EomtForUniversalSegmentation = EomtForUniversalSegmentation(segmenter.config)
     state = segmenter.state_dict()
     state["attn_mask_probs"] = (state["attn_mask_probs"] >= 0.5).to(state["attn_mask_probs"])
     native.load_state_dict(state, strict=True)
-    return native.eval()
+    native.eval()
+    return native

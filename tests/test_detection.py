@@ -174,6 +174,14 @@ def test_loss__of_certain_and_wrong_predictions_is_finite():
     assert all(torch.isfinite(p.grad).all() for p in detector.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_loss__of_boxes_that_are_no_numbers_is_none_so_that_the_guard_can_say_why(trains):
+    detector = tiny_detector().train(trains)
+    with torch.no_grad():
+        detector.model.reference_point_embed.weight.fill_(torch.nan)
+    assert not torch.isfinite(detector(torch.randn(2, 3, SIDE, SIDE), labels=targets(1, 0)).loss)
+
+
 def test_layers__are_numbered_from_the_embeddings_and_a_frozen_encoder_leaves_the_detector():
     detector = tiny_detector()
     ids = layer_ids(detector)

@@ -127,6 +127,12 @@ def test_matching__is_that_of_mask2former():
     ]
 
 
+def test_loss__of_masks_that_are_no_numbers_is_none_so_that_the_guard_can_say_why():
+    masks, classes = torch.full((1, 5, 4, 4), torch.nan), torch.zeros(1, 5, 4)
+    batch = {"masks": torch.ones(1, 1, 16, 16, dtype=torch.uint8), "classes": torch.zeros(1, 1, dtype=torch.long)}
+    assert segmentation_loss(segmenter_of(drawn_encoder()), [(masks, classes)], batch).isnan()
+
+
 def test_mask_probability__falls_block_by_block():
     assert [mask_probability(0, block, 2) for block in range(2)] == [1, 1]
     assert [mask_probability(0.5, block, 2) for block in range(2)] == [0, 1]
