@@ -104,7 +104,8 @@ class InstanceSettings(DenseSettings, InstanceFlags):
 class InstanceTask(Task):
     """Instance segmentation with an EomtForUniversalSegmentation.
 
-    `found` keeps the results of the last evaluation by the number of the image, because masks are too large to gather.
+    Results are kept here by the number of the image, because masks are too large to gather: `own` are those that this
+    process computes, and `found` those of the last evaluation, of all processes.
     """
 
     settings_class = InstanceSettings
@@ -113,6 +114,7 @@ class InstanceTask(Task):
 
     settings: InstanceSettings
     splits: BoxSplits
+    own: dict[int, ImageResult] = field(default_factory=dict)
     found: dict[int, ImageResult] = field(default_factory=dict)
 
     # ---- data ----
@@ -173,7 +175,7 @@ class InstanceTask(Task):
         arrays = {name: batch[name].cpu().numpy() for name in ("masks", "classes", "is_crowd")}
         for row, number in enumerate(batch["sample_index"].tolist()):
             own = arrays["classes"][row] >= 0
-            self.found[number] = evaluate_image(
+            self.own[number] = evaluate_image(
                 outputs["masks_queries_logits"][row],
                 outputs["class_queries_logits"][row],
                 *(values[row][own] for values in arrays.values()),
@@ -204,9 +206,11 @@ class InstanceTask(Task):
         return _METRICS
 
     def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        everywhere = {number: result for part in gather_object([self.found]) for number, result in part.items()}
-        self.found.update(everywhere)
-        results = [everywhere[number] for number in sorted(labels.tolist())]
+        parts = gather_object([dict(self.own)])
+        self.own.clear()  # the next evaluation may give these images to other processes
+        self.found.clear()
+        self.found.update((number, result) for part in parts for number, result in part.items())
+        results = [self.found[number] for number in sorted(labels.tolist())]
         return instance_metrics(results, len(self.splits.class_names))
 
     def draw(

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from data.instances import NO_OBJECT, InstanceView, collate_instances
 from evaluation.instances import average_precision, evaluate_image, panoptic_segments
 from hub.export.native import export
 from tasks import SETTINGS
+from tasks.instance import InstanceTask
 
 SHORT = ["--use_cpu", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--report_to", "none"]
 SHORT += ["--num_queries", "6", "--warmup_steps", "0", "--save_steps", "2", "--eval_steps", "2"]
@@ -234,6 +236,26 @@ def test_image__with_perfect_predictions_has_perfect_scores():
     scores = average_precision([half], 2)  # IoU 0.6
     assert (scores["mask_ap50"], scores["mask_ap75"]) == (pytest.approx(1), 0)
     assert 0.1 < scores["mask_ap"] < 0.5
+
+
+def test_evaluation__by_several_processes_uses_the_results_of_this_evaluation(monkeypatch):
+    processes = [InstanceTask(None, None, {}, SimpleNamespace(class_names=("a",))) for _ in range(2)]
+    masks, classes = torch.zeros(2, 1, 8, 8, dtype=torch.uint8), torch.zeros(2, 1, dtype=torch.long)
+    masks[:, :, :4] = 1
+
+    def ap(is_right: bool) -> float:
+        logits = (20.0 if is_right else -20.0) * (masks.float() - 0.5)
+        for number, process in enumerate(processes):
+            batch = {"masks": masks[[number]], "classes": classes[[number]], "is_crowd": classes[[number]] > 0}
+            outputs = {"masks_queries_logits": logits[[number]], "class_queries_logits": torch.tensor([[[5.0, -5.0]]])}
+            process._remember(outputs, batch | {"sample_index": torch.tensor([number])})
+        parts = [dict(process.own) for process in processes]
+        monkeypatch.setattr("tasks.instance.gather_object", lambda own: parts)
+        first, second = (process.compute_metrics(np.zeros(2), np.arange(2))["mask_ap"] for process in processes)
+        assert first == second
+        return first
+
+    assert [ap(False), ap(True)] == pytest.approx([0.0, 1.0])
 
 
 def test_ap__is_that_of_pycocotools():
