@@ -105,9 +105,7 @@ def open_box_splits(
         notes += new_notes
         if not samples[name].num_boxes:
             raise ValueError(f"no image of the {name} split of {dataset} has a box that can be used")
-    fraction = validation_fraction
-    if fraction is None:
-        fraction = 0.0 if len(samples) > 1 else _VALIDATION_FRACTION
+    fraction = _VALIDATION_FRACTION if validation_fraction is None else validation_fraction
     if fraction and "validation" not in samples:
         train, validation = split_validation(len(samples["train"]), fraction, seed)
         whole = samples["train"]

@@ -25,7 +25,7 @@ def require_coco_eval() -> None:
 
 
 def detection_metrics(predictions: np.ndarray, labels: np.ndarray, class_names: Sequence[str]) -> dict[str, float]:
-    """Return AP, AP50 and AP75, and AP of small, medium and large objects where there are any of that size.
+    """Return AP, AP50 and AP75, 0 without any object, and AP of small, medium and large ones if there are such.
 
     Args:
         predictions: (N, P, 6): left, top, right and bottom in pixels, score and class.
@@ -47,7 +47,8 @@ def detection_metrics(predictions: np.ndarray, labels: np.ndarray, class_names: 
     evaluation.accumulate()
     evaluation.summarize()
     values = {name: float(evaluation.stats_as_dict[stat]) for name, stat in zip(METRICS, _STATS, strict=True)}
-    return {name: value for name, value in values.items() if value >= 0}  # -1: no such object
+    measured = {name: value for name, value in values.items() if value >= 0}  # -1: no such object
+    return dict.fromkeys(METRICS[:3], 0.0) | measured
 
 
 def as_coco(labels: np.ndarray, class_names: Sequence[str]) -> dict[str, Any]:

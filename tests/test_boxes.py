@@ -96,6 +96,13 @@ def test_validation_split__is_taken_from_the_training_images(tmp_path):
     assert sum(split.num_boxes for split in splits.by_name.values()) == 4
 
 
+def test_validation_split__is_taken_from_the_training_images_beside_a_test_split_too(tmp_path):
+    for name in ("train", "test"):
+        write(tmp_path / "data" / name, coco(GOOD))
+    splits = open_all(tmp_path / "data", validation_fraction=None)
+    assert {name: len(split) for name, split in splits.by_name.items()} == {"train": 2, "validation": 1, "test": 3}
+
+
 BAD = [
     (5, 3, [1, 1, 5, 5]),  # no such image
     (0, 9, [1, 1, 5, 5]),  # no such class

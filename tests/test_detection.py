@@ -240,6 +240,11 @@ def test_metrics__equal_those_of_pycocotools():
     assert 0.05 < ours["ap"] < 0.95
 
 
+def test_metrics__without_any_object_are_0():
+    labels, found = np.full((2, 1, 7), PADDING, float), np.array([[[1, 1, 9, 9, 0.5, 0]]] * 2, float)
+    assert detection_metrics(found, labels, ["a"]) == {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
+
+
 def test_metrics__of_a_hand_computed_case():
     pytest.importorskip("faster_coco_eval")
     labels = np.array([[[0, 0, 100, 100, 0, 1e4, 0]], [[50, 50, 150, 150, 0, 1e4, 0]]], float)
