@@ -90,7 +90,7 @@ def read_class_file(file: Path, ignore_index: int) -> MaskCodes:
     """Read a class on each line: its name, and its color if masks have colors, as `#rrggbb` or three numbers.
 
     Without colors, the classes are numbered in the order of the lines: from 0, or from 1 if 0 does not count, as in
-    ADE20K. A class named "ignore" does not count.
+    ADE20K. A class named "ignore", or with the number `ignore_index`, does not count.
 
     Raises:
         ValueError: If the file cannot be used.
@@ -117,9 +117,9 @@ def read_class_file(file: Path, ignore_index: int) -> MaskCodes:
             double = next(one for number, one in enumerate(each) if one in each[:number])
             raise ValueError(f"{file}: two classes have the {what} {double if what == 'name' else f'#{double:06x}'!r}")
     ignored = [value for name, value in zip(names, values, strict=True) if name.lower() == _IGNORED_NAME]
-    kept = [(name, value) for name, value in zip(names, values, strict=True) if value not in ignored]
-    if not with_color:
+    if not with_color and len(names) <= MAX_CLASSES + 1:  # more are refused
         ignored.append(ignore_index)
+    kept = [(name, value) for name, value in zip(names, values, strict=True) if value not in ignored]
     return _checked([name for name, _ in kept], [value for _, value in kept], bool(with_color), ignored, str(file))
 
 
@@ -166,9 +166,7 @@ def _checked(
     if len(names) > MAX_CLASSES:
         hint = "; are the masks photographs, or saved with smooth edges?" if is_color else ""
         raise ValueError(f"{title} has {len(names):,} classes, expected at most {MAX_CLASSES}{hint}")
-    return MaskCodes(
-        tuple(names), tuple(values), is_color, tuple(v for v in dict.fromkeys(ignored) if v not in values)
-    )
+    return MaskCodes(tuple(names), tuple(values), is_color, tuple(dict.fromkeys(ignored)))
 
 
 def _color(match: re.Match[str], file: Path) -> int:

@@ -126,9 +126,13 @@ def open_masked_splits(
         codes = read_class_file(file, ignore_index)
     else:
         masks = splits["train"].masks
-        limit = min(len(masks), NUM_SAMPLED) if checks == "sample" else len(masks)
-        codes, note = codes_from_masks((masks.entry(index) for index in range(limit)), ignore_index, title)
+        codes, note = codes_from_masks(map(masks.entry, _checked(len(masks), checks)), ignore_index, title)
         notes.append(note)
+    if ignore_index != IGNORED and (known is not None or codes.is_color):
+        kind, instead = (
+            ("COCO json", "") if known is not None else ("colors", "; a class named 'ignore' does not count")
+        )
+        raise ValueError(f"ignore_index {ignore_index} has no effect: the masks of {title} are {kind}{instead}")
     num_listed = len(bad) + sum(map(len, splits.values()))
     counts: dict[str, np.ndarray] = {}
     summaries = {}
@@ -286,6 +290,14 @@ def _join(parts: list[MaskedImages]) -> MaskedImages:
     return MaskedImages(source, np.arange(len(source)), join_sources([part.masks for part in parts]), codes)
 
 
+def _checked(num_masks: int, checks: Checks) -> Sequence[int]:
+    """Return the positions of the masks that are read before training."""
+    if checks != "sample" or num_masks <= NUM_SAMPLED:
+        return range(num_masks)
+    positions: list[int] = np.linspace(0, num_masks - 1, NUM_SAMPLED).astype(np.int64).tolist()
+    return positions
+
+
 def _check_masks(split: MaskedImages, bad: BadImages, checks: Checks) -> tuple[np.ndarray, np.ndarray]:
     """Compare every mask with its image; returns the positions of usable ones, and their pixels of each class."""
     assert split.codes is not None
@@ -307,16 +319,12 @@ def _check_masks(split: MaskedImages, bad: BadImages, checks: Checks) -> tuple[n
         counts = np.bincount(mask.ravel(), minlength=IGNORED + 1)
         return counts[:num_classes] if counts[:num_classes].any() else "no pixel of its mask counts"
 
-    positions = np.arange(len(split))
-    if checks == "sample" and len(positions) > NUM_SAMPLED:
-        positions = np.linspace(0, len(positions) - 1, NUM_SAMPLED).astype(np.int64)
+    positions = _checked(len(split), checks)
     with ThreadPoolExecutor(min(16, num_cores())) as pool:
-        shown = tqdm(pool.map(count, positions.tolist()), "masks", len(positions), disable=len(positions) < 2000)
+        shown = tqdm(pool.map(count, positions), "masks", len(positions), disable=len(positions) < 2000)
         found = list(shown)
-    wrong = {int(position) for position, result in zip(positions, found, strict=True) if isinstance(result, str)}
-    for position, result in zip(positions.tolist(), found, strict=True):
-        if isinstance(result, str):
-            bad[split.name(position)] = result
+    wrong = {position: result for position, result in zip(positions, found, strict=True) if isinstance(result, str)}
+    bad.update({split.name(position): result for position, result in wrong.items()})
     good = np.array([position for position in range(len(split)) if position not in wrong], np.int64)
     counts = [result for result in found if not isinstance(result, str)]
     return good, np.array(counts, np.int64).reshape(-1, num_classes)

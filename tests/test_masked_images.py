@@ -173,6 +173,14 @@ def test_colors__need_a_file_or_are_the_classes(folder):
     assert splits.class_names == ("#000000", "#0000c8", "#090909", "#c80000")
 
 
+def test_ignore_index__without_effect_is_refused(folder):
+    for path in folder.glob("*/masks/*.png"):
+        Image.open(path).convert("RGB").save(path)
+    (folder / "classes.txt").unlink()
+    with pytest.raises(ValueError, match=r"ignore_index 0 has no effect: the masks of .* are colors; a class named"):
+        open_splits([str(folder)], ignore_index=0)
+
+
 def test_masks_of_0_and_255__are_background_and_foreground(folder):
     for path in folder.glob("*/masks/*.png"):
         Image.fromarray((np.array(Image.open(path)) == 1).astype(np.uint8) * 255).save(path)
@@ -202,6 +210,12 @@ def test_class_file__numbers_classes_from_1_if_0_does_not_count(tmp_path):
     (tmp_path / "classes.txt").write_text("wall\nroad 66\n")
     codes = read_class_file(tmp_path / "classes.txt", 0)
     assert codes == MaskCodes(("wall", "road 66"), (1, 2), False, (0,))
+
+
+def test_class_file__leaves_out_the_class_whose_number_does_not_count(tmp_path):
+    (tmp_path / "classes.txt").write_text("wall\nroad\nunlabeled\n")
+    codes = read_class_file(tmp_path / "classes.txt", 2)
+    assert codes == MaskCodes(("wall", "road"), (0, 1), False, (2,))
 
 
 def test_palette_masks__are_numbers_whatever_their_colors(tmp_path):
