@@ -186,6 +186,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
             if self.train and (ahead := self._order.announce(counters[-1])):
                 prefetch(ahead, wait=False)
 
+    def shift_steps(self, shift: int) -> None:
+        """Count steps from other images, as an `EpochSampler` with this `shift` does."""
+        self._order.shift = shift
+
     def item(self, image_index: int, epoch: int, step: int = 0) -> dict[str, Any]:
         """Return what a batch of that epoch holds for this image."""
         return self._items(image_index, epoch, [step], [0])[0]

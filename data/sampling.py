@@ -104,13 +104,15 @@ class EpochOrder:
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.int64)
         self._runs = None if run_sizes is None else RunOrder(run_sizes, seed)
         self._announced: tuple[int, int] | None = None
+        self.shift = 0  # that of the `EpochSampler`
 
     def locate(self, counter: int) -> tuple[int, int, int, int]:
         """Return the image, the epoch, the optimizer step and the number of the crop of a counter."""
         num_crops = self.num_images * self.crops_per_image
         epoch, position = divmod(counter, num_crops)
         steps_per_epoch = -(-num_crops // self.images_per_step)  # rounded up: a last, smaller step counts as one
-        step = epoch * steps_per_epoch + position // self.images_per_step
+        epoch_of_steps, position_of_steps = divmod(counter - self.shift, num_crops)
+        step = epoch_of_steps * steps_per_epoch + position_of_steps // self.images_per_step
         position, crop = divmod(position, self.crops_per_image)
         return self._image_at(epoch, position), epoch, step, crop
 

@@ -72,6 +72,9 @@ class MixedDataset(Dataset[dict[str, Any]]):
                 item["pair"] = self.pairs[counter]
         return items
 
+    def shift_steps(self, shift: int) -> None:
+        self.images.shift_steps(shift)
+
     def item(self, image_index: int, epoch: int) -> dict[str, Any]:
         """Return the image of an item, as a batch of that epoch holds it."""
         return self.images.item(image_index, epoch)

@@ -96,6 +96,23 @@ def test_resume__inside_a_stage_is_bitwise(tmp_path, num_workers):
         assert torch.equal(resumed.model.state_dict()[name], expected), name
 
 
+def test_resume__with_other_images_per_step_changes_size_at_the_same_step(tmp_path):
+    def train(batch_size, num_steps, checkpoint=None):
+        settings = {"max_steps": num_steps, "per_device_train_batch_size": batch_size}
+        trainer = SeesSizes(
+            model=tiny_model("mae+cross"),
+            args=tiny_arguments(tmp_path, **settings, save_strategy="steps", save_steps=5),
+            train_dataset=scheduled_images((0, 7), images_per_step=batch_size),
+            data_collator=MaskingCollator((SIZE // PATCH, SIZE // PATCH), 0.75, image_size=(SIZE, SIZE)),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.sides
+
+    assert train(4, 5) == dict.fromkeys(range(5), {SIDES[0]})
+    expected = {5: {SIDES[0]}, 6: {SIDES[0]}, 7: {SIDES[1]}, 8: {SIDES[1]}}  # 20 images, then 8 in each step
+    assert train(8, 9, tmp_path / "checkpoint-5") == expected
+
+
 def test_command__changes_size_at_the_right_steps_with_repeated_crops(tmp_path, monkeypatch):
     images, trainers = tmp_path / "images", []
     images.mkdir()

@@ -28,6 +28,8 @@ def go_on_at_the_same_image(trainer: "MimTrainer") -> None:
     if file is not None and file.exists():  # not in checkpoints of older versions
         position = int(json.loads(file.read_text(encoding="utf-8"))["next_image"])
         trainer._epoch_sampler.shift = position - _next_image(trainer)
+        if hasattr(trainer.train_dataset, "shift_steps"):
+            trainer.train_dataset.shift_steps(trainer._epoch_sampler.shift)
     if isinstance(trainer.train_dataset, StreamDataset):
         trainer.train_dataset.go_on(_next_image(trainer), trainer.resumed_from, trainer.is_world_process_zero())
 
