@@ -69,7 +69,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = arguments.folder or Path(scratch) / "data"
-        if not (data / "done").exists():
+        if not (data / f"done_{arguments.num_images}_{arguments.num_shards}").exists():
             write_data(data, arguments.num_images, arguments.num_shards)
         context = multiprocessing.get_context("spawn")
         here, there = context.Pipe()
@@ -105,7 +105,7 @@ def write_data(folder: Path, num_images: int, num_shards: int) -> None:
                 entry.size = len(stream.getvalue())
                 archive.addfile(entry, io.BytesIO(stream.getvalue()))
                 (files / entry.name).write_bytes(stream.getvalue())
-    (folder / "done").touch()
+    (folder / f"done_{num_images}_{num_shards}").touch()
 
 
 def serve(folder: Path, pipe: Any) -> None:

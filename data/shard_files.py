@@ -225,7 +225,9 @@ def _glob(pattern: str) -> list[str]:
     if pattern.lower().startswith(("http://", "https://")):
         raise ValueError(f"{pattern}: a web server lists no files; name them with braces, such as {{0000..0999}}")
     if not is_url(pattern):
-        found = sorted(map(str, Path(pattern).parent.glob(Path(pattern).name)))
+        parts = Path(pattern).expanduser().parts
+        first = next(number for number, part in enumerate(parts) if "*" in part)
+        found = sorted(map(str, Path(*parts[:first]).glob("/".join(parts[first:]))))
     else:
         fs, path = filesystem_of(pattern)
         protocol = pattern.partition("://")[0]

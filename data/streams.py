@@ -94,8 +94,9 @@ class Stream:
         return None if name is None else Stream(self.dataset, name)
 
     def first(self, number: int) -> list[bytes]:
-        """Return the first images of the first shard."""
-        images = retry(lambda: list(self.open().take(number)), self.dataset)
+        """Return the first images of the first shard; raises ValueError as `open`."""
+        rows = self.open()  # not tried again: a wrong name stays wrong
+        images = retry(lambda: list(rows.take(number)), self.dataset)
         return [_bytes_of(row[self.column]) for row in images]
 
     def read(self, shard: int, start: int) -> Iterator[bytes]:
@@ -317,7 +318,9 @@ class StreamDataset(Dataset[dict[str, Any]]):
             checkpoint: That the run goes on from, which has a copy of the folder.
         """
         kept = None if checkpoint is None else checkpoint / self.folder.name / _DIVISIONS
-        divisions = [] if kept is None or not kept.exists() else json.loads(kept.read_text(encoding="utf-8"))
+        if kept is not None and not kept.exists():
+            kept = None
+        divisions = [] if kept is None else json.loads(kept.read_text(encoding="utf-8"))
         divisions = [Origin(**entry) for entry in divisions]
         wanted = self.origin
         same = ("num_processes", "num_workers", "batch_size")

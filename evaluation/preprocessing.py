@@ -50,7 +50,10 @@ class Preprocessor:
             mean, std = torch.tensor(self.processor.image_mean), torch.tensor(self.processor.image_std)
             low, high = torch.tensor(ends)[..., None, None].unbind(1)  # (C, 1, 1) each
             return (pixels.clamp(low, high) - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-        images: list[Any] = [decode(each, self.num_channels) for each in data if not isinstance(each, MeasuredImage)]
+        images: list[Any] = []
+        for each in data:
+            assert not isinstance(each, MeasuredImage), "an image processor of photographs"
+            images.append(decode(each, self.num_channels))
         layout = {}
         if self.num_channels == 1:  # processors would take an image without a channel axis for a batch
             images = [np.asarray(image)[None] for image in images]

@@ -112,6 +112,8 @@ def test_tar__is_read_in_the_order_of_the_shards(tmp_path: Path) -> None:
     assert source.name(5) == f"{tmp_path}/train-001.tar#0005"
     assert contents(pickle.loads(pickle.dumps(source))) == images
     assert contents(open_source(str(tmp_path))) == contents(open_source(f"{tmp_path}/*.tar")) == images
+    write_shards(tmp_path / "deep")
+    assert contents(open_source(f"{tmp_path}/d*p/train-*.tar")) == images
     assert list(read_labels(source, None).values) == ["0", "1"] * 6
     assert "12 images in 3 shards" in source.describe()
 

@@ -108,7 +108,7 @@ def test_resume__with_other_images_per_step_changes_size_at_the_same_step(tmp_pa
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer.sides
 
-    assert train(4, 5) == dict.fromkeys(range(5), {SIDES[0]})
+    assert train(4, 5) == {step: {SIDES[0]} for step in range(5)}
     expected = {5: {SIDES[0]}, 6: {SIDES[0]}, 7: {SIDES[1]}, 8: {SIDES[1]}}  # 20 images, then 8 in each step
     assert train(8, 9, tmp_path / "checkpoint-5") == expected
 

@@ -50,6 +50,19 @@ def stream_dataset(stream: Stream, folder: Path, transform: Any = None, num_proc
     )
 
 
+def test_wrong_name__is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "retry", lambda work, name: pytest.fail(f"{name} was tried again"))
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        Stream(f"{tmp_path}/nothing.tar").first(1)
+
+
+def test_checkpoint__of_a_run_without_a_stream_begins_the_first_pass(stream: Stream, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").mkdir()
+    images = stream_dataset(stream, tmp_path)
+    images.go_on(8, tmp_path / "checkpoint-1", True)
+    assert images.origin.counter == 8
+
+
 def test_counters__are_divided_as_the_loader_gives_batches_to_processes_and_workers() -> None:
     origin = Origin(10, 0, num_processes=2, num_workers=2, batch_size=3)
     places = [origin.locate(counter) for counter in range(10, 10 + 24)]

@@ -32,6 +32,7 @@ def go_on_at_the_same_image(trainer: "MimTrainer") -> None:
             trainer.train_dataset.shift_steps(trainer._epoch_sampler.shift)
     if isinstance(trainer.train_dataset, StreamDataset):
         trainer.train_dataset.go_on(_next_image(trainer), trainer.resumed_from, trainer.is_world_process_zero())
+        trainer.accelerator.wait_for_everyone()  # the main process may have emptied the folder
 
 
 def _next_image(trainer: "MimTrainer") -> int:
