@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, default_collate
 from data.bad_images import BadImages
 from data.decoding import BadImage
 from data.runs import Runs, cut_into_runs
-from data.sampling import EpochOrder
+from data.sampling import EpochOrder, RunOrder
 from data.seeds import seeded_generator
 from data.size_schedule import ScheduledTransform, Transform
 from data.sources import ImageSource
@@ -297,13 +297,24 @@ def measure_image_stats(
 
     The standard deviation of a constant channel is exactly 0.
     """
-    chosen = torch.randperm(len(images), generator=seeded_generator(images.seed, "image_stats"))[:num_samples].tolist()
+    chosen = choose_images(images, num_samples, seeded_generator(images.seed, "image_stats"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         read = pool.map(lambda index: _moments(images[index]["pixel_values"], value_range), chosen)
         moments = torch.stack(list(read))
     mean, mean_of_squares = moments.mean(0)  # (samples, 2, C) -> (2, C)
     std = (mean_of_squares - mean**2).clamp(min=0).sqrt()
     return mean.tolist(), torch.where(std < _SMALLEST_STD, 0.0, std).tolist()
+
+
+def choose_images(images: ImageDataset, number: int, generator: torch.Generator) -> list[int]:
+    """Return the indices of some images; in shards those of a few blocks, which are fetched."""
+    run_sizes = getattr(images.samples, "run_sizes", None)
+    if run_sizes is None:
+        return torch.randperm(len(images), generator=generator)[:number].tolist()
+    order = RunOrder(run_sizes, generator.initial_seed())
+    chosen = [order.image_at(0, position) for position in range(min(number, len(images)))]
+    images.samples.prefetch(chosen)  # type: ignore[attr-defined]
+    return chosen
 
 
 def _moments(pixel_values: Tensor, value_range: Sequence[Sequence[float]] | None) -> Tensor:

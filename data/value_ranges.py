@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from data.images import ImageDataset
+from data.images import ImageDataset, choose_images
 from data.seeds import seeded_generator
 from modeling.patches import stored_values
 
@@ -24,7 +24,7 @@ def measure_value_range(images: ImageDataset, kind: str) -> list[list[float]]:
         kind: "minmax": smallest and largest value of any pixel; "percentile": `PERCENTILES` of a choice of pixels.
     """
     generator = seeded_generator(images.seed, "value_range")
-    chosen = torch.randperm(len(images), generator=generator)[:_NUM_IMAGES].tolist()
+    chosen = choose_images(images, _NUM_IMAGES, generator)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         values = list(pool.map(lambda index: _sample(images, index, kind), chosen))
     joined = torch.cat(values, 1).double()  # (C, N)

@@ -17,7 +17,7 @@ from data import shard_files
 from data.augmentations import CenterCrop, single_view
 from data.bad_images import BadImages
 from data.decoding import BadImage
-from data.images import ImageDataset, SourceSamples
+from data.images import ImageDataset, SourceSamples, measure_image_stats
 from data.label_columns import read_labels
 from data.runs import Runs, cut_into_runs, split_runs
 from data.sampling import RUNS_PER_WINDOW, EpochOrder
@@ -330,6 +330,19 @@ def test_announcement__names_the_runs_of_the_next_window_once() -> None:
         wanted = {order.locate(begin + position)[0] // 3 for position in range(half)}
         assert {image // 3 for image in images} == wanted
         assert order.announce(counter + 1) == []
+
+
+def test_statistics__are_measured_on_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.sampling.RUNS_PER_WINDOW", 2)
+    write_shards(tmp_path, 4, 6)
+    source = open_source(f"{tmp_path}/*.tar")
+    seen, read = set[int](), source.read
+    monkeypatch.setattr(source, "read", lambda index: seen.add(index) or read(index))
+    samples = SourceSamples(source, Runs(np.array([0, 6, 12, 18]), np.array([6, 6, 6, 6])))
+    mean, _ = measure_image_stats(ImageDataset(samples, single_view(CenterCrop((8, 8)), 3)), num_samples=10)
+    assert len(seen) == 10
+    assert len({index // 6 for index in seen}) == 2
+    assert len(mean) == 3
 
 
 def test_runs__behave_like_their_array() -> None:
