@@ -79,7 +79,7 @@ def sides_of(folder: Path, cache: Path, size: int) -> tuple[dict[str, Side], dic
     """Return the ways to load the images of a folder, and what the images are."""
     source = open_source(str(folder))
     samples = SourceSamples(source, np.arange(len(source)))
-    files = [source.read(index) for index in range(len(source))]
+    files = [Path(source.name(index)).read_bytes() for index in range(len(source))]
     transform = single_view(RandomResizedCrop((size, size)), 3)
     crop = transform.views[0].crop
     assert isinstance(crop, RandomResizedCrop)
