@@ -165,6 +165,8 @@ def test_stacked__has_the_same_items_and_refuses_training_views(clothes):
 class _Broken:
     """A source in which one image is damaged."""
 
+    blocks = None
+
     def __init__(self, source, index: int) -> None:
         self.source, self.index = source, index
 

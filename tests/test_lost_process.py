@@ -18,7 +18,9 @@ SCRIPT = ROOT / "tests" / "lose_process.py"
     ("rank", "signal", "who"),
     [
         (1, "SIGKILL", "run_pretraining.py: another process of this run has ended"),
-        (1, "SIGSTOP", f"process 1 (on {socket.gethostname()}) has not answered for 3 s"),
+        pytest.param(
+            1, "SIGSTOP", f"process 1 (on {socket.gethostname()}) has not answered for 3 s", marks=pytest.mark.slow
+        ),
         (0, "SIGSTOP", "the first process, or its computer, has not answered for 3 s"),
         pytest.param(0, "SIGKILL", "another process of this run has ended", marks=pytest.mark.slow),
     ],

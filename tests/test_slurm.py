@@ -49,7 +49,8 @@ def submit(folder: Path, num_tasks: int, *words: object) -> subprocess.Completed
     )
 
 
-@pytest.mark.parametrize("num_tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tasks", [1, 2])
 def test_job__that_gets_a_signal_queues_again_and_ends_with_the_weights_of_an_undisturbed_one(tmp_path, num_tasks):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     undisturbed = run_forked([TRAIN, tmp_path / "whole"], environment, num_processes=num_tasks)

@@ -45,6 +45,7 @@ def panel_is_drawn(folder: Path) -> bool:
         return panel.width > 200 and len(panel.convert("RGB").getcolors(maxcolors=2**24)) > 100
 
 
+@pytest.mark.slow
 def test_hog__is_pretrained_drawn_exported_and_fine_tuned(tree):
     steps = ["--max_steps", "4", "--per_device_train_batch_size", "8"]
     run(tree, "run_pretraining.py", "--method", "hog", *SMALL, *steps, "--output_dir", "out-hog")
@@ -59,6 +60,7 @@ def test_hog__is_pretrained_drawn_exported_and_fine_tuned(tree):
     assert "Masked Feature Prediction" in (tree / "out-hog-cls" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_crops__equal_in_one_and_two_processes_and_export_the_teacher(tree):
     flags = ["run_pretraining.py", "--method", "two-crops", *SMALL, "--max_steps", "6", "--optim", "sgd"]
     flags += ["--gradient_accumulation_steps", "2", "--learning_rate", "0.05", "--warmup_steps", "0"]
@@ -130,6 +132,7 @@ def masked(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_segmentation_task__is_trained_measured_drawn_exported_and_resumed(tree, masked):
     few = ["--max_steps", "4", "--per_device_train_batch_size", "8"]
     run(tree, "run_pretraining.py", *SMALL, *few, "--output_dir", "out-mae")
