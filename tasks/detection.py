@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
 
 from commands.dense_settings import DenseSettings
 from commands.flags import COUNT, flag
@@ -27,7 +27,7 @@ from data.size_schedule import Transform
 from evaluation.box_pictures import draw_detections
 from evaluation.detection import METRICS, detection_metrics, require_coco_eval
 from evaluation.pictures import panel_indices
-from hub.export.detection import export_detector
+from hub.export.dense import export_dense, stretched
 from hub.model_card import TaskCard
 from modeling.detection import best_boxes, build_detector, check_encoder, native_detector, num_windows_per_side
 from modeling.patches import patch_grid, standardize
@@ -252,10 +252,18 @@ class DetectionTask(Task):
     # ---- export ----
 
     def export(self, model: Any, folder: Path) -> None:
-        method, recipe = self.pretraining
-        resample = int(Image.Resampling[self.settings.interpolation.upper()])
-        native = native_detector(model)
-        export_detector(native, folder, method=method, recipe=recipe, resample=resample, **self.image_stats)
+        side, resample = self.settings.image_size, Image.Resampling[self.settings.interpolation.upper()]
+        export_dense(
+            native_detector(model),
+            folder,
+            trained=model,
+            auto_class=AutoModelForObjectDetection,
+            image_processor={**stretched("DeformableDetrImageProcessor", side, resample), "do_pad": False},
+            image_stats=self.image_stats,
+            image_size=side,
+            outputs=("logits", "pred_boxes"),
+            origin=self.pretraining,
+        )
 
     def card(self) -> TaskCard:
         return TaskCard(

@@ -4,7 +4,6 @@ Paper: Kerssies et al. 2025 (EoMT), arXiv:2503.19108.
 Shapes: B images of a micro-batch, H W pixels of a view, M places for objects, N images of a split, K classes.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ from commands.flags import COUNT, flag
 from commands.launch import set_by
 from commands.settings import SettingsError
 from data.box_datasets import BoxSplits, open_box_splits
+from data.coco_masks import BACKGROUND
 from data.instances import InstanceView, collate_instances, with_masks
 from data.size_schedule import Transform
 from evaluation.detection import require_coco_eval
@@ -36,7 +36,7 @@ from evaluation.instances import (
 from evaluation.iou import IGNORED
 from evaluation.panoptic_quality import panoptic_quality
 from evaluation.segmentation_pictures import Segmentation, draw_segmentations, ranked
-from hub.export.native import record_origin, replacing
+from hub.export.dense import export_dense
 from hub.model_card import TaskCard
 from modeling.instance_segmentation import (
     FAMILIES,
@@ -230,21 +230,33 @@ class InstanceTask(Task):
             predicted = _painted(*panoptic_segments(*logits, (masks.shape[1], masks.shape[2])))
             image = item["pixel_values"].permute(1, 2, 0).numpy()
             rows.append(Segmentation(image, true, predicted, f"{name}: panoptic quality {quality[position]:.0%}"))
-        class_names = ("no object", *self.splits.class_names)
+        class_names = (BACKGROUND, *self.splits.class_names)
         draw_segmentations(rows, class_names, title).save(folder / FIGURE_FILE)
         return FIGURE_FILE
 
     # ---- export ----
 
     def export(self, model: PreTrainedModel, folder: Path) -> None:
-        native: Any = native_instance_segmenter(model.float())  # type: ignore[arg-type]
-        record_origin(native.config, *self.pretraining)
-        with replacing(folder) as scratch:
-            native.save_pretrained(scratch)
-            settings = image_processor_settings(self.settings.image_size, self.image_stats, self._filter)
-            text = json.dumps(settings, indent=2) + "\n"
-            (scratch / "preprocessor_config.json").write_text(text, encoding="utf-8")
-            _verify(scratch, model)
+        side = self.settings.image_size
+        export_dense(
+            native_instance_segmenter(model.float()),  # type: ignore[arg-type]
+            folder,
+            trained=model,
+            auto_class=AutoModelForUniversalSegmentation,
+            # The longer side is resized, the rest is padded with black.
+            image_processor={
+                "image_processor_type": "EomtImageProcessor",
+                "do_resize": True,
+                "size": {"shortest_edge": side, "longest_edge": side},
+                "resample": int(self._filter),
+                "do_split_image": False,
+                "do_pad": True,
+            },
+            image_stats=self.image_stats,
+            image_size=side,
+            outputs=("masks_queries_logits", "class_queries_logits"),
+            origin=self.pretraining,
+        )
 
     def card(self) -> TaskCard:
         return TaskCard(
@@ -260,46 +272,8 @@ class InstanceTask(Task):
         return f'pipeline("image-segmentation", model="{folder}") opens it'
 
 
-def image_processor_settings(
-    image_size: int, image_stats: Mapping[str, list[float]], resample: Image.Resampling
-) -> dict[str, Any]:
-    """Return the config of the native image processor: the longer side is resized, the rest is padded with black."""
-    return {
-        "image_processor_type": "EomtImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": image_size, "longest_edge": image_size},
-        "resample": int(resample),
-        "do_split_image": False,
-        "do_pad": True,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        **{name: values * (3 if len(values) == 1 else 1) for name, values in image_stats.items()},
-    }
-
-
 def _painted(segments: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """Return the class of each pixel's segment plus one, 0 without a segment, `IGNORED` for void."""
     table = np.concatenate([classes + 1, [IGNORED, 0]])  # of the last two, negative numbers choose
     painted: np.ndarray = table[segments].astype(np.uint8)
     return painted
-
-
-@torch.no_grad()
-def _verify(folder: Path, ours: Any) -> None:
-    """Open the folder as a user would; raises RuntimeError if it gives other outputs."""
-    opened, info = AutoModelForUniversalSegmentation.from_pretrained(
-        folder, output_loading_info=True, dtype=torch.float32
-    )
-    size = ours.config.image_size
-    probe = torch.linspace(-2, 2, 3 * size * size).reshape(1, 3, size, size)
-    expected, found = ours.eval()(probe.to(ours.device)), opened.eval()(probe)
-    names = ("masks_queries_logits", "class_queries_logits")
-    difference = max((found[name] - expected[name].float().cpu()).abs().max().item() for name in names)
-    leftovers = {key: sorted(map(str, value)) for key, value in info.items() if value}
-    largest = max(expected[name].abs().max().item() for name in names)
-    if leftovers or not difference <= 1e-4 * max(largest, 1.0):
-        raise RuntimeError(
-            f"the exported model differs from the one in memory by {difference:.3g}, mismatched keys "
-            f"{json.dumps(leftovers)}; nothing was written"
-        )

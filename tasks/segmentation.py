@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig, PreTrainedModel
 
 from commands.dense_settings import DenseSettings
 from commands.flags import COUNT, Range, flag
@@ -30,7 +30,7 @@ from data.size_schedule import Transform
 from evaluation.iou import class_ious, mean_iou, pixel_confusion
 from evaluation.segmentation_pictures import Segmentation, draw_segmentations, ranked
 from hub.encoder_states import as_beit_model
-from hub.export.segmentation import export_segmenter
+from hub.export.dense import export_dense, stretched
 from hub.model_card import TaskCard
 from modeling import CONFIGS, MimConfig
 from modeling.linear_segmentation import FAMILIES as LINEAR_FAMILIES
@@ -330,10 +330,19 @@ class SegmentationTask(Task):
     # ---- export ----
 
     def export(self, model: Any, folder: Path) -> None:
-        method, recipe = self.pretraining
         native = native_linear_segmenter(model.cpu()) if self.settings.mode == "linear" else native_segmenter(model)
-        resample = int(Image.Resampling[self.settings.interpolation.upper()])
-        export_segmenter(native, folder, method=method, recipe=recipe, resample=resample, **self.image_stats)
+        side, resample = self.settings.image_size, Image.Resampling[self.settings.interpolation.upper()]
+        export_dense(
+            native,
+            folder,
+            trained=native,
+            auto_class=AutoModelForSemanticSegmentation,
+            image_processor={**stretched("SegformerImageProcessor", side, resample), "do_reduce_labels": False},
+            image_stats=self.image_stats,
+            image_size=side,
+            outputs=("logits",),
+            origin=self.pretraining,
+        )
 
     def card(self) -> TaskCard:
         tile = self.settings.tile

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 from transformers import (
+    AutoModelForSemanticSegmentation,
     BeitConfig,
     Data2VecVisionConfig,
     Data2VecVisionModel,
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from hub.encoder_states import as_beit_model
-from hub.export.segmentation import export_segmenter
+from hub.export.dense import export_dense
 from modeling.encoders import BeitEncoder, SwinEncoder
 from modeling.linear_segmentation import build_linear_segmenter, native_linear_segmenter
 from modeling.mae import MaeEncoder
@@ -130,7 +131,17 @@ def test_export__opens_with_the_same_scores(kind, tmp_path):
         segmenter = build(encoder_of(kind), CLASSES, image_size=32, **options)
         native = native_linear_segmenter(segmenter) if number else native_segmenter(segmenter)
         stats = {"image_mean": [0.5], "image_std": [0.25]}  # of a grayscale encoder
-        export_segmenter(native, tmp_path, method=None, recipe={}, resample=2, **stats)  # which compares them
+        export_dense(  # which compares them
+            native,
+            tmp_path,
+            trained=segmenter,
+            auto_class=AutoModelForSemanticSegmentation,
+            image_processor={"image_processor_type": "SegformerImageProcessor"},
+            image_stats=stats,
+            image_size=32,
+            outputs=["logits"],
+            origin=(None, {}),
+        )
         assert json.loads((tmp_path / "preprocessor_config.json").read_text())["image_mean"] == [0.5] * 3
 
 
