@@ -105,7 +105,7 @@ class BlockCache:
 
     def _fetch_ahead(self) -> None:
         while self._news.acquire():
-            with suppress(IndexError, Exception):  # whoever reads the block tries again, and says what is wrong
+            with suppress(Exception):  # whoever reads the block tries again, and says what is wrong
                 key, fetch = self._ahead.popleft()
                 self.add(key, fetch)
 

@@ -31,6 +31,7 @@ from data.tables import find_image_column
 _BYTES_PER_BLOCK, _MAX_PER_BLOCK = 8 << 20, 1024
 _MAX_OPEN = 256  # indices and local files
 _ZIP_HEADER, _STORED, _DEFLATED = struct.Struct("<4s5H3L2H"), 0, 8
+_DESCRIPTORS = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
 
 
 class ShardSource(ImageSource):
@@ -246,4 +247,15 @@ def _unzip(entry: bytes) -> bytes:
             raise BadImage(f"its entry in the archive is damaged: {error}") from None
     if method != _STORED:
         raise BadImage(f"its compression method {method} is not supported, use none or deflate")
-    return content if flags & 8 or compressed == 0xFFFFFFFF else content[:compressed]
+    if flags & 8:  # written to a stream: the sizes come after the file
+        compressed = _size_before_descriptor(content)
+    return content if compressed == 0xFFFFFFFF else content[:compressed]
+
+
+def _size_before_descriptor(content: bytes) -> int:
+    """Return the size of a file that the description of its size follows, as zipfile writes it; else of all."""
+    for form in _DESCRIPTORS:
+        size = len(content) - form.size
+        if size >= 0 and form.unpack_from(content, size)[::2] == (b"PK\x07\x08", size):
+            return size
+    return len(content)

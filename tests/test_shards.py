@@ -228,6 +228,32 @@ def test_bad_image__is_named_and_replaced_as_it_comes(tmp_path: Path) -> None:
     assert list(BadImages.read(file)) == [f"{tmp_path}/a.tar#5"]
 
 
+class Pipe(io.RawIOBase):
+    """A stream that cannot go back, to which zipfile writes the size of a file after it."""
+
+    def __init__(self) -> None:
+        self.content = b""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: object) -> int:
+        self.content += bytes(content)  # type: ignore[call-overload]
+        return len(bytes(content))  # type: ignore[call-overload]
+
+
+def test_zip__written_to_a_stream_has_files_without_what_follows_them(tmp_path: Path) -> None:
+    pipe = Pipe()
+    with zipfile.ZipFile(pipe, "w", zipfile.ZIP_STORED) as archive:
+        for number in range(3):
+            archive.writestr(f"{number}.jpg", PHOTOGRAPHS[number])
+            archive.writestr(f"{number}.cls", str(number))
+    (tmp_path / "a.zip").write_bytes(pipe.content)
+    source = open_source(str(tmp_path / "a.zip"))
+    assert contents(source) == PHOTOGRAPHS[:3]
+    assert list(read_labels(source, None).values) == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("kind", ["zip", "parquet", "arrow"])
 def test_wrong_file__is_refused_with_its_name(tmp_path: Path, kind: str) -> None:
     (tmp_path / f"a.{kind}").write_bytes(b"no such file" * 100)

@@ -349,7 +349,8 @@ class MimTrainer(ShardingTrainer):
             write_checksums(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        if self.args.should_save or not self.is_sharded:  # older versions would write on every process
+            super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.output_dir)
         # It holds a Hub token and the user's paths in clear, and nothing reads it.
         (folder / "training_args.bin").unlink(missing_ok=True)
