@@ -43,7 +43,7 @@ class Recording(MimTrainer):
 images = shards(f"{folder}/*.tar", 3 * arguments.world_size)
 trainer = Recording(tiny_model("mae"), arguments, tiny_collator("mae", with_image_index=True), images)
 trainer.train(resume_from_checkpoint=checkpoint or None)
-trainer.end()
+trainer.accelerator.end_training()
 """
 
 

@@ -91,7 +91,9 @@ class ShardingTrainer(Trainer):
         _load_full_state(self.model, Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_sharded or checkpoint is None:
+        # Several processes without a GPU have a device cpu:0, to which PyTorch 2.11 cannot load.
+        is_on_cpus = self.args.world_size > 1 and self.args.device.type == "cpu"
+        if checkpoint is None or not (self.is_sharded or is_on_cpus):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
