@@ -124,7 +124,7 @@ def build_trainer(task: Task, plan: FinetunePlan, model: PreTrainedModel) -> Fin
         **task.image_stats,
     )
     show_progress(trainer, bad_images, task.splits.bad, settings.max_bad_fraction, task.describe_metrics)
-    if settings.schedule == "auto":
+    if settings.schedule == "auto" and settings.has_rules_for_few_labels:
         trainer.add_callback(EvaluateStart(trainer))
     if settings.early_stopping_patience:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))

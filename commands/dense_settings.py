@@ -27,6 +27,7 @@ class DenseSettings(FinetuneSettings, DenseFlags):
     """Base class of the settings of a fine-tuning with masks or boxes."""
 
     default_batch_size: ClassVar = 16
+    published_batch: ClassVar = 16
 
     per_device_train_batch_size: int | Literal["auto"] = flag(
         help="images per device and forward pass, or auto for the largest number that fits into its memory "

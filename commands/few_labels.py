@@ -16,7 +16,7 @@ from commands.output_folder import settings_of_interrupted_run
 from commands.settings import Origin
 
 FEW_LABELS, VERY_FEW_LABELS = 100_000, 10_000
-_PUBLISHED_BATCH, _PUBLISHED_WIDTH, _PUBLISHED_BLOCKS = 1024, 768, 12
+_PUBLISHED_WIDTH, _PUBLISHED_BLOCKS = 768, 12
 _MOST_WIDTH_FACTOR = 4.0
 _REFERENCE_LABELS, _EXPONENT = 200, 0.3  # as many epochs as published for so many labels, fewer for more
 _WARMUP = 0.1  # of the run
@@ -29,19 +29,24 @@ S = TypeVar("S", bound=FinetuneSettings)
 def with_rules_for_few_labels(settings: S, encoder_config: Any, num_labels: int) -> tuple[S, list[str]]:
     """Choose epochs, warm-up, drop path and views; returns the settings, and the choices with their reasons.
 
-    Where there are no rules, the settings that are returned have the published schedule.
+    Where there are no rules, the settings that are returned have the published schedule. With masks or boxes, there
+    is only one for the learning rate.
     """
     saved = first_on_main(PartialState(), lambda: settings_of_interrupted_run(settings))
     is_older = bool(saved) and "schedule" not in saved
-    has_rules = settings.has_rules_for_few_labels and settings.mode != "linear" and num_labels < FEW_LABELS
+    has_rules = settings.published_batch is not None and settings.mode != "linear" and num_labels < FEW_LABELS
     if settings.schedule != "auto" or not has_rules or is_older:
         notes = []
         if settings.schedule == "auto" and settings.is_users("schedule"):
-            why = f"its rules are for fewer than {FEW_LABELS:,} labels of a classification, and not for --mode linear"
+            why = f"its rules are for fewer than {FEW_LABELS:,} labels, and not for --mode linear"
+            if settings.published_batch is None:
+                why = f"there are no rules for --task {settings.task}"
             if is_older:
                 why = "the run was started without its rules"
             notes.append(f"--schedule auto has no effect: {why}")
         return settings.derived(Origin.RULE, _LABEL, schedule="published"), notes
+    if not settings.has_rules_for_few_labels:
+        return settings, []
     notes = [f"--schedule auto: rules for few labels ({num_labels:,}; docs/small-data.md)"]
     values: dict[str, Any] = {}
 
@@ -88,10 +93,12 @@ def with_rate_for_few_labels(settings: S, encoder_config: Any, images_per_step: 
     if settings.schedule != "auto" or any(map(settings.is_users, ("learning_rate", "base_learning_rate"))):
         return settings, []
     assert settings.base_learning_rate is not None, "every recipe has it"
-    peak = settings.base_learning_rate * _PUBLISHED_BATCH / REFERENCE_BATCH
+    published = settings.published_batch
+    assert published is not None, "without rules the schedule is the published one"
+    peak = settings.base_learning_rate * published / REFERENCE_BATCH
     width = getattr(encoder_config, "hidden_size", _PUBLISHED_WIDTH)
     factor = min(_MOST_WIDTH_FACTOR, max(1.0, _PUBLISHED_WIDTH / width))
-    rate = float(f"{peak * math.sqrt(images_per_step / _PUBLISHED_BATCH) * factor:.3g}")
-    reason = f"{peak:g} x the square root of {images_per_step:,} / {_PUBLISHED_BATCH:,} images per step"
+    rate = float(f"{peak * math.sqrt(images_per_step / published) * factor:.3g}")
+    reason = f"{peak:g} x the square root of {images_per_step:,} / {published:,} images per step"
     width_reason = f" x {factor:g} for an encoder of width {width}" if factor > 1 else ""
     return settings.derived(Origin.RULE, _LABEL, learning_rate=rate), [f"learning rate {rate}: {reason}{width_reason}"]

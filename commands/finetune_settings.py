@@ -79,7 +79,8 @@ class FinetuneRateFlags:
     schedule: Literal["auto", "published"] = flag(
         "auto",
         "auto: below 100,000 labels, rates, epochs and views follow rules for few labels (docs/small-data.md), unless "
-        "given, and the head starts as a logistic regression on frozen features; published: always the recipe's",
+        "given, and the head starts as a logistic regression on frozen features; with masks or boxes only the rate "
+        "does; published: always the recipe's",
     )
     layer_decay: float = flag(
         1.0,
@@ -107,7 +108,10 @@ class FinetuneSettings(
     measured: Measured | None = None
 
     takes_measurements: ClassVar = False
-    has_rules_for_few_labels: ClassVar = False  # True: --schedule auto means those of commands/few_labels.py
+    # What --schedule auto means, see commands/few_labels.py: the learning rate follows the batch by which the recipes
+    # are published; and with True, epochs, views and the head follow rules too.
+    published_batch: ClassVar[int | None] = None
+    has_rules_for_few_labels: ClassVar = False
 
     output_dir: str | None = flag(help="where all files go (default: outputs/<model>-<mode>-<data>)")
     per_device_train_batch_size: int | Literal["auto"] = flag(

@@ -116,6 +116,7 @@ class ClassificationFlags:
 class ClassificationSettings(FinetuneSettings, ClassificationFlags):
     """Settings of a fine-tuning for classification."""
 
+    published_batch: ClassVar = 1024
     has_rules_for_few_labels: ClassVar = True
     takes_measurements: ClassVar = True
 

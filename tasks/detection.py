@@ -87,6 +87,8 @@ class DetectionFlags:
 class DetectionSettings(DenseSettings, DetectionFlags):
     """Settings of the task."""
 
+    published_batch: ClassVar = 64
+
     dataset: list[str] = flag(
         [],
         "images with boxes: a folder with COCO json (annotations.json, or one in train/ and val/), a YOLO folder "

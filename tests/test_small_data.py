@@ -107,7 +107,12 @@ def test_drop_path__is_smaller_for_fewer_blocks_and_only_where_the_method_has_on
 
 def finetuning(num_labels: int, *argv: str, image_size: int = 96) -> tuple[Any, list[str]]:
     config = SimpleNamespace(
-        mim_method="mae", model_type="vit", hidden_size=192, num_hidden_layers=4, image_size=image_size
+        mim_method="mae",
+        model_type="vit",
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        image_size=image_size,
     )
     argv = ("--model", "out", "--dataset", "labeled", *argv)
     settings = load_finetune_settings(argv, SETTINGS, lambda name: config)  # type: ignore[arg-type,return-value]
@@ -140,6 +145,20 @@ def test_finetuning__what_is_given_or_published_stays():
     for published, notes in (finetuning(200_000), finetuning(200, "--schedule", "published")):
         assert (published.schedule, published.mixup, published.rand_augment, notes) == ("published", 0.8, 9, [])
         assert not published.counts("learning_rate")
+
+
+@pytest.mark.parametrize(
+    ("task", "rate"),
+    # Published: 1e-4 for 16 images, with boxes 1e-4 for 64; x the square root of 64 / 16, and x 4 for a width of 192.
+    [("segmentation", 8e-4), ("instance", 8e-4), ("detection", 4e-4)],
+)
+def test_finetuning__with_masks_or_boxes_only_the_rate_follows_a_rule(task, rate):
+    few, notes = finetuning(1000, "--task", task)
+    published, _ = finetuning(1000, "--task", task, "--schedule", "published")
+    assert few.learning_rate == pytest.approx(rate)
+    assert (few.num_train_epochs, few.layer_decay) == (published.num_train_epochs, published.layer_decay)
+    assert [note.partition(":")[0] for note in notes] == [f"learning rate {rate}"]
+    assert not finetuning(100_000, "--task", task)[0].counts("learning_rate")
 
 
 # ---- advice ----
