@@ -134,6 +134,7 @@ def test_resume__keeps_the_number_of_the_run(sizes, tmp_path, monkeypatch, capsy
     assert "continuing with other settings" not in out
 
 
+@pytest.mark.slow
 def test_two_processes__take_the_smaller_number(tmp_path):
     script = tmp_path / "two.py"
     script.write_text(TWO_PROCESSES, encoding="utf-8")

@@ -279,6 +279,7 @@ def run_script(images: Path, folder: Path, *flags: str) -> subprocess.Popen[str]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_two_processes__that_start_together_encode_every_image_once(images: Path, tmp_path: Path) -> None:
     processes = [run_script(images, tmp_path / "cache", "--seconds_per_image", "0.1") for _ in range(2)]
     outputs = [process.communicate(timeout=120)[0] for process in processes]

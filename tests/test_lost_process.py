@@ -17,7 +17,9 @@ SCRIPT = ROOT / "tests" / "lose_process.py"
 @pytest.mark.parametrize(
     ("rank", "signal", "who"),
     [
-        (1, "SIGKILL", "run_pretraining.py: another process of this run has ended"),
+        pytest.param(
+            1, "SIGKILL", "run_pretraining.py: another process of this run has ended", marks=pytest.mark.slow
+        ),
         pytest.param(
             1, "SIGSTOP", f"process 1 (on {socket.gethostname()}) has not answered for 3 s", marks=pytest.mark.slow
         ),

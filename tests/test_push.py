@@ -352,6 +352,7 @@ def undisturbed_run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_run__killed_on_one_machine_is_continued_from_the_hub_on_another(hub, tmp_path, undisturbed_run, capsys):
     photos = tmp_path / "photos of ann"
     shutil.copytree(ROOT / "data" / "samples" / "photographs" / "train", photos / "train")

@@ -129,6 +129,7 @@ def test_dry_run__prints_the_plan_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_two_processes__write_one_tokenizer(tmp_path):
     # Without --use_cpu transformers starts two jobs on a machine without an accelerator; the script sets it there.
     flags = SMALL if has_accelerator() else [flag for flag in SMALL if flag != "--use_cpu"]

@@ -166,7 +166,7 @@ def test_budget_for_a_few_steps__is_an_error_that_says_what_would_be_enough(monk
         fitted(monkeypatch, Speed(5.0, 2.0, 12.0), "1m")
 
 
-@pytest.mark.parametrize("num_left", [4, 40])
+@pytest.mark.parametrize("num_left", [4, pytest.param(40, marks=pytest.mark.slow)])
 def test_command__follows_a_changed_pace_to_the_end_and_a_killed_run_ends_with_the_same_weights(
     num_left, tmp_path, capsys, monkeypatch
 ):

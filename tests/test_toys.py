@@ -107,6 +107,7 @@ def test_two_crops__teacher_starts_other_runs_and_is_logged_as_such(tree):
         assert torch.equal(first[f"teacher.{name}"], exported[name])
 
 
+@pytest.mark.slow
 def test_contract__holds_for_the_toys(tree, monkeypatch):
     """The battery of test_contract.py, unchanged, in the tree that has the toys."""
     only = "hog or two-crops or two_processes or tiny_configuration"
