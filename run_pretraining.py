@@ -23,12 +23,18 @@ from commands.anchor import keep_anchor, open_anchor
 from commands.artifacts import Artifacts
 from commands.batch_size import TrialStep, seconds_per_step, with_batch_size
 from commands.cache import describe_cache, with_cache
-from commands.channels import describe_values, find_value_range, shown_channels
+from commands.channels import describe_values, shown_channels
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
-from commands.memory import Footprint, measure_footprint
 from commands.output_folder import BAD_IMAGES_FILE, PANELS, STREAM, interrupted_run
 from commands.parsing import make_parser
+from commands.pretraining_model import (
+    black_images,
+    model_config,
+    model_footprint,
+    settings_for_images,
+    without_weights,
+)
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
 from commands.small_data import (
@@ -41,9 +47,9 @@ from commands.small_data import (
 from commands.targets import open_targets
 from commands.texts import TextSplits, open_text_splits
 from commands.time_budget import fit_to_budget
-from data.augmentations import CenterCrop, OtherSize, Views, build_views, single_view
+from data.augmentations import OtherSize, Views, build_views
 from data.collators import MaskingCollator
-from data.images import ImageDataset, Samples, SamplesWithTargets, measure_image_stats
+from data.images import ImageDataset, Samples, SamplesWithTargets
 from data.size_schedule import ScheduledTransform, Transform, as_data_steps
 from data.splits import PretrainingSplits
 from data.streams import Origin, StreamDataset
@@ -54,7 +60,7 @@ from evaluation.pictures import panel_drawer, panel_indices
 from hub.export.native import PRETRAINING, native_root_problem
 from hub.init_from import StartingModel, open_starting_model
 from hub.init_weights import Weights, read_weights
-from modeling import CONFIGS, MODELS, MimConfig, MimPreTrainedModel
+from modeling import CONFIGS, MODELS, MimConfig
 from modeling.patches import patch_grid
 from training.callbacks import show_panels, show_progress
 from training.collapse import WatchForCollapse
@@ -214,90 +220,6 @@ def open_evaluation(
     elif MODELS[settings.method].can_collapse and len(splits.validation) and settings.eval_strategy != "no":
         first_on_main(state, lambda: opened.append(open_feature_spread(splits.validation, *wanted)))
     return opened[0] if opened else None
-
-
-def model_config(
-    settings: PretrainingSettings,
-    splits: PretrainingSplits,
-    targets: Targets | None = None,
-    texts: TextSplits | None = None,
-) -> MimConfig:
-    """Return the method's config: the encoder's sizes, the method's settings, and how pixels are standardized."""
-    derived: dict[str, Any] = dict(targets.config_settings) if targets is not None else {}
-    for name, value in derived.items():
-        if settings.is_given(name) and settings.values[name] != value:
-            raise ValueError(f"--{name} {settings.values[name]}: the source of the targets has {value}; leave it out")
-    if settings.image_stats == "source" and settings.start is not None:
-        derived |= settings.start.image_stats
-    transform = single_view(CenterCrop(settings.image_size), settings.num_channels)
-    images = ImageDataset(splits.train, transform, seed=settings.seed)
-    if (measured := splits.train.source.measured) and ("value_range" not in derived or settings.value_range):
-        derived["value_range"] = find_value_range(settings, images, measured.dtype)
-    if settings.image_stats == "auto":
-        mean, std = measure_image_stats(images, value_range=derived.get("value_range"))
-        if 0.0 in std:
-            log = printer(PartialState())
-            log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
-        derived |= {"image_mean": mean, "image_std": [value or 1.0 for value in std]}
-    derived |= settings_for_images(settings, splits.num_train_images) | drop_path_for(
-        settings, splits.num_train_images
-    )
-    if texts is not None:
-        derived["text_config"] = texts.tokens.config
-        if texts.pairs is None:
-            derived["num_fusion_layers"] = 0  # nothing would train them
-    return CONFIGS[settings.method](
-        encoder_config=settings.encoder_settings(), **{**settings.method_settings, **derived}
-    )
-
-
-def settings_for_images(settings: PretrainingSettings, num_images: int) -> dict[str, Any]:
-    """Return the settings that the method chooses by the number of images, as far as they are not given."""
-    chosen = CONFIGS[settings.method].settings_for(num_images)
-    return {name: value for name, value in chosen.items() if not settings.values[name]}
-
-
-def without_weights(config: MimConfig) -> MimPreTrainedModel:
-    """Return the model on the meta device."""
-    with torch.device("meta"):
-        return AutoModelForPreTraining.from_config(config)
-
-
-def model_footprint(
-    settings: PretrainingSettings, config: MimConfig, collator: MaskingCollator | MixedCollator
-) -> Footprint:
-    """Return the memory that the model needs; computes nothing."""
-    model = without_weights(config).train()
-    batch = black_images(settings, config, collator, 1)
-    batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
-    return measure_footprint(model, {**batch, "return_loss": model.targets is None})
-
-
-def black_images(
-    settings: PretrainingSettings,
-    config: MimConfig,
-    collator: MaskingCollator | MixedCollator,
-    num_images: int,
-    targets: Targets | None = None,
-) -> dict[str, Any]:
-    """Return a batch of black images with the masks of a run."""
-    item = {
-        view.name: torch.zeros(
-            *(() if view.num_crops is None else (view.num_crops,)),
-            config.encoder_config.num_channels,
-            *(view.image_size or settings.image_size),
-            dtype=torch.uint8 if config.value_range is None else torch.int32,
-        )
-        for view in config.views
-    }
-    if targets is not None and targets.view is not None:
-        item[targets.view.name] = torch.zeros(settings.num_channels, *targets.view.image_size, dtype=torch.uint8)
-    items = [{**item, "epoch": 0, "step": 0, "image_index": index} for index in range(num_images)]
-    if isinstance(collator, MixedCollator):
-        items = collator.with_longest_texts(items, has_pairs=getattr(config, "num_fusion_layers", 0) > 0)
-    batch = collator(items)
-    batch.pop("image_index")
-    return batch
 
 
 # ---- training ----

@@ -10,13 +10,14 @@ import itertools
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from commands.finetune_settings import FinetuneSettings
@@ -27,8 +28,10 @@ from data.splits import Splits
 from hub.model_card import TaskCard
 from hub.open_model import open_model
 from modeling.image_classification import random_encoder
+from modeling.patches import standardize
 
 _MAX_KEPT_BYTES = 2**28  # of decoded images for evaluation; more are decoded at every evaluation
+NUM_MEASURED, _MEASURED_BATCH = 32, 16  # images whose statistics a head with BatchNorms has
 _IN_WORDS = {
     "finetune": "fine-tuned",
     "linear": "linear classifier on frozen features",
@@ -106,6 +109,15 @@ class Task(ABC):
         Returns a sentence about what was done, or None if nothing was.
         """
         return None
+
+    def standardized_batches(
+        self, images: ImageDataset, indices: np.ndarray, device: torch.device
+    ) -> Iterator[Tensor]:
+        """Yield pixels of some images as the encoder gets them, to measure the features of a head."""
+        stats = torch.tensor(list(self.image_stats.values()), device=device)
+        for chunk in np.array_split(indices, -(-len(indices) // _MEASURED_BATCH)):
+            batch = self.collate(images.__getitems__(chunk.tolist()))
+            yield standardize(batch["pixel_values"].to(device), *stats)
 
     def check_checkpoint(self, checkpoint: Path) -> None:  # noqa: B027
         """Raise ValueError if the run that wrote this checkpoint cannot be continued: its data had other classes."""

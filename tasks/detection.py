@@ -6,7 +6,7 @@ Shapes: B images of a micro-batch, C channels, S side of a view, N images of a s
 boxes of the image with the most.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,15 +30,14 @@ from evaluation.pictures import panel_indices
 from hub.export.dense import export_dense, stretched
 from hub.model_card import TaskCard
 from modeling.detection import best_boxes, build_detector, check_encoder, native_detector, num_windows_per_side
-from modeling.patches import patch_grid, standardize
+from modeling.patches import patch_grid
 
-from .base import Task, check_same_classes
+from .base import NUM_MEASURED, Task, check_same_classes
 
 FIGURE_FILE = "detections.png"
 _FEWEST_QUERIES, _MOST_QUERIES, _QUERIES_PER_BOX = 30, 300, 4  # 300 are the authors', for up to 93 boxes in COCO
 _SMALLEST_VIEW = 102.4  # pixels that a whole image has at least
 _STANDARD_JITTER = 0.8  # the smallest scale where large-scale jitter is not used (Ghiasi et al. 2020, Sec. 4)
-_NUM_CALIBRATED, _CALIBRATION_BATCH = 32, 16  # images whose statistics the head has
 _USAGE = """\
 This is a standard transformers model and needs no other code:
 
@@ -173,15 +172,8 @@ class DetectionTask(Task):
 
     def fit_head(self, model: Any, device: torch.device) -> str | None:
         images = ImageDataset(self.splits.by_name["train"], self.transform(train=False), seed=self.settings.seed)
-        chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:_NUM_CALIBRATED]
-        stats = torch.tensor(list(self.image_stats.values()), device=device)
-
-        def batches() -> Iterator[Tensor]:
-            for indices in np.array_split(chosen, -(-len(chosen) // _CALIBRATION_BATCH)):
-                batch = self.collate(images.__getitems__(indices.tolist()))
-                yield standardize(batch["pixel_values"].to(device), *stats)
-
-        model.to(device).calibrate(batches())
+        chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:NUM_MEASURED]
+        model.to(device).calibrate(self.standardized_batches(images, chosen, device))
         return f"the detector's features are standardized by {len(chosen)} training images"
 
     def check_checkpoint(self, checkpoint: Path) -> None:

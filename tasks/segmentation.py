@@ -6,7 +6,7 @@ Shapes: B images of a micro-batch, C channels, H W pixels of a mask, S side of a
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,11 +38,10 @@ from modeling.linear_segmentation import build_linear_segmenter, native_linear_s
 from modeling.patches import patch_grid, standardize
 from modeling.segmentation import FAMILIES, build_segmenter, check_family, native_segmenter
 
-from .base import Task, check_same_classes
+from .base import NUM_MEASURED, Task, check_same_classes
 
 FIGURE_FILE, CLASSES_FILE = "segmentations.png", "class_iou.json"
 _OTHER_FAMILIES = ("data2vec-vision", "dinov2")  # that a BEiT can hold
-_NUM_CALIBRATED, _CALIBRATION_BATCH = 32, 16  # images whose statistics the head has
 _MOST_WEIGHT = 10.0  # of a rare class, relative to an average pixel
 _USAGE = """\
 This is a standard transformers model and needs no other code. It resizes an image to the size that it was trained at:
@@ -184,17 +183,12 @@ class SegmentationTask(Task):
     def fit_head(self, model: Any, device: torch.device) -> str | None:
         images = ImageDataset(self.splits.by_name["train"], self.transform(train=True), seed=self.settings.seed)
         order = np.random.default_rng(self.settings.seed).permutation(len(images))
-        chosen = np.resize(order, max(2, min(len(order), _NUM_CALIBRATED)))
-        stats = torch.tensor(list(self.image_stats.values()), device=device)
-
-        def batches() -> Iterator[Tensor]:
-            for indices in np.array_split(chosen, -(-len(chosen) // _CALIBRATION_BATCH)):
-                batch = self.collate(images.__getitems__(indices.tolist()))
-                yield standardize(batch["pixel_values"].to(device), *stats)
-
+        chosen = np.resize(order, max(2, min(len(order), NUM_MEASURED)))
         weights = torch.ones(len(self.class_names)) if self._weights is None else self._weights
         counts = torch.from_numpy(self.splits.pixels) * weights
-        model.to(device).calibrate(batches(), (counts / counts.sum()).to(device))
+        model.to(device).calibrate(
+            self.standardized_batches(images, chosen, device), (counts / counts.sum()).to(device)
+        )
         return (
             f"the head's features are standardized by {len(set(chosen.tolist()))} training images, and its scores "
             "start with the frequencies of the classes"

@@ -19,6 +19,7 @@ import run_evaluation
 import run_finetune
 from commands.evaluation_settings import EvaluationSettings
 from commands.parsing import make_parser
+from commands.pretraining_model import without_weights
 from commands.pretraining_settings import load_pretraining_settings
 from data.measured import Measured
 from evaluation.preprocessing import open_preprocessor
@@ -26,7 +27,7 @@ from hub.export.native import write_image_processor
 from hub.init_weights import read_weights
 from hub.open_model import open_model
 from modeling import CONFIGS, MODELS
-from run_pretraining import starting_point, without_weights
+from run_pretraining import starting_point
 from tasks import SETTINGS
 
 tifffile = pytest.importorskip("tifffile")
