@@ -83,6 +83,8 @@ def with_batch_rule(
     most = num_images * settings.crops_per_image // (_LEAST_STEPS_PER_EPOCH * hardware.world_size)
     chosen = max(min(_SMALLEST_BATCH, size), min(size, most))
     reason = f"an epoch has at least {_LEAST_STEPS_PER_EPOCH} steps" if chosen < size else "a step takes a few seconds"
+    if chosen > most:
+        reason = "the fewest that a step has"
     if chosen == _LARGEST_BATCH:
         reason = "more steps in the same time; larger batches are hardly faster per image on a CPU"
     return settings.derived(Origin.RULE, _LABEL, **{name: chosen}), [f"{chosen} images per device: {reason}"]

@@ -258,7 +258,7 @@ def _from_tables(source: ImageSource, mask_column: str | None, title: str) -> Ma
     for part in source.parts:
         if not isinstance(part, TableSource):
             raise ValueError(
-                f"{part.describe()} has no masks; expected a folder with {IMAGE_FOLDERS[0]}/ and {MASK_FOLDERS[0]}/, "
+                f"there are no masks in {part.describe()}; expected a folder with {IMAGE_FOLDERS[0]}/ and {MASK_FOLDERS[0]}/, "
                 "or a table with a column of images and one of masks"
             )
         table = part.table
