@@ -258,8 +258,8 @@ def _from_tables(source: ImageSource, mask_column: str | None, title: str) -> Ma
     for part in source.parts:
         if not isinstance(part, TableSource):
             raise ValueError(
-                f"there are no masks in {part.describe()}; expected a folder with {IMAGE_FOLDERS[0]}/ and {MASK_FOLDERS[0]}/, "
-                "or a table with a column of images and one of masks"
+                f"there are no masks in {part.describe()}; expected a folder with {IMAGE_FOLDERS[0]}/ and "
+                f"{MASK_FOLDERS[0]}/, or a table with a column of images and one of masks"
             )
         table = part.table
         column = mask_column or _find_mask_column(table.features, title)
