@@ -343,7 +343,7 @@ def _describe_too_many(
     found += bad.describe("\n  ")
     if num_bad == num_checked:
         return (
-            f"{found}\nNo image is left, so raising max_bad_fraction does not help: use a folder with readable images, "
+            f"{found}\nNo image is left, so raising max_bad_fraction does not help: use a folder with readable images "
             "and the number of channels that they have."
         )
     fraction = num_bad / num_checked
