@@ -38,7 +38,7 @@ from commands.pretraining_model import (
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
 from commands.small_data import (
-    drop_path_for,
+    config_rules,
     keep_schedule,
     with_batch_rule,
     with_schedule_rules,
@@ -143,12 +143,8 @@ def main(argv: list[str]) -> None:
     lines += texts.lines if texts is not None else ()
     chosen = settings_for_images(settings, splits.num_train_images)
     lines += [f"{name}: {value:,}, chosen for the number of images" for name, value in chosen.items()]
-    dropped = drop_path_for(settings, splits.num_train_images)
-    lines += [
-        f"{name}: {value}, chosen for the number of blocks"
-        for name, value in dropped.items()
-        if value != settings.method_settings[name]
-    ]
+    by_rule = config_rules(settings, splits.num_train_images)
+    lines += [f"{name}: {value}, chosen for {reason}" for name, (value, reason) in by_rule.items()]
     if blank.compares_images and plan.accumulation > 1:
         lines.append(
             f"note: {settings.method} compares the images of a batch with each other: those of {plan.batch_size} at a "

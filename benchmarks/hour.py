@@ -35,6 +35,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -79,7 +80,7 @@ class Bench:
         self.cores: queue.SimpleQueue[Collection[int]] = queue.SimpleQueue()
         for number in range(self.num_jobs):
             self.cores.put(cores[number * num_threads : (number + 1) * num_threads])
-        names = ("minutes", "model", "num_threads", "finetuning")
+        names = ("minutes", "model", "num_threads", "finetuning", "patches_per_side")
         settings = {name: getattr(options, name) for name in names}
         self.results_file = self.folder / "results.json"
         self.results: dict[str, Any] = {"settings": settings, "hardware": hardware(), "sets": {}}
@@ -91,12 +92,16 @@ class Bench:
 
     def open_set(self, name: str) -> ImageSet:
         if name == "tuxstamps":
-            return image_sets.tuxstamps(self.options.tuxstamps)
-        return image_sets.fashion_mnist(self.options.fashion_mnist, self.folder / "fashion-mnist-images")
+            images = image_sets.tuxstamps(self.options.tuxstamps)
+        else:
+            images = image_sets.fashion_mnist(self.options.fashion_mnist, self.folder / "fashion-mnist-images")
+        number = self.options.patches_per_side
+        return replace(images, patch_size=images.image_size // number) if number else images
 
     def of(self, images: ImageSet) -> dict[str, Any]:
         """Return the results of a set: speeds by row, and scores by row, split and seed."""
-        empty: dict[str, Any] = {"description": images.description, "speeds": {}, "scores": {}}
+        description = f"{images.description}; {images.image_size} pixels, patches of {images.patch_size}"
+        empty: dict[str, Any] = {"description": description, "speeds": {}, "scores": {}}
         found: dict[str, Any] = self.results["sets"].setdefault(images.name, empty)
         return found
 
@@ -135,7 +140,8 @@ class Bench:
             named = {"previous": previous, "tokens": tokens, "reference": self.options.reference}
             flags = [flag.format(**named) for flag in stage.flags]
             if stage.script != TOKENIZER:
-                flags += ["--model", self.options.model, *images.sizes, *images.needed.get(row, ())]
+                flags += ["--model", self.options.model, *images.sizes]
+                flags += [flag.format(patch_size=images.patch_size) for flag in images.needed.get(row, ())]
             paths = [str(path) for path in images.unlabeled]
             if stage.script == RIVAL:
                 flags += ["--images", *paths, "--steps", str(num_steps)]
@@ -327,6 +333,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=12, help="of one training")
     parser.add_argument("--model", default="vit-nano")
+    parser.add_argument(
+        "--patches_per_side", type=int, default=0, help="of an image (default: 8 for tuxstamps, 7 for Fashion-MNIST)"
+    )
     parser.add_argument("--num_threads", type=int, default=0, help="of each command (default: one command, all cores)")
     parser.add_argument("--num_rounds", type=int, default=3, help="of the measurement of speeds")
     parser.add_argument("--test", action="store_true", help="score on test images")

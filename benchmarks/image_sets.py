@@ -26,7 +26,7 @@ class ImageSet:
         validation, test: Flags that name the labeled images: two disjoint splits each.
         finetune_test: Flags of fine-tuning with all labels of `test`.
         finetuning: Recipe for few labels.
-        needed: Flags of rows that refuse images of this size without them.
+        needed: Flags of rows that refuse images of this size without them; {patch_size} is replaced.
     """
 
     name: str
@@ -82,7 +82,7 @@ def fashion_mnist(source: Path, folder: Path) -> ImageSet:
         test,
         "finetune_fashion_few",
         f"the training images of Fashion-MNIST; {LABELS_PER_CLASS} labels of each class",
-        {"simmim": ("--mask_unit", "4")},
+        {"simmim": ("--mask_unit", "{patch_size}")},
     )
 
 

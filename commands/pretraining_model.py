@@ -10,7 +10,7 @@ from commands.channels import find_value_range
 from commands.launch import printer
 from commands.memory import Footprint, measure_footprint
 from commands.pretraining_settings import PretrainingSettings
-from commands.small_data import drop_path_for
+from commands.small_data import config_rules
 from commands.texts import TextSplits
 from data.augmentations import CenterCrop, single_view
 from data.collators import MaskingCollator
@@ -44,9 +44,8 @@ def model_config(
             log = printer(PartialState())
             log("warning: a channel has one value in all images, so its standard deviation is set to 1 instead of 0")
         derived |= {"image_mean": mean, "image_std": [value or 1.0 for value in std]}
-    derived |= settings_for_images(settings, splits.num_train_images) | drop_path_for(
-        settings, splits.num_train_images
-    )
+    derived |= settings_for_images(settings, splits.num_train_images)
+    derived |= {name: value for name, (value, _) in config_rules(settings, splits.num_train_images).items()}
     if texts is not None:
         derived["text_config"] = texts.tokens.config
         if texts.pairs is None:

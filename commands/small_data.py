@@ -6,6 +6,7 @@ are in docs/small-data.md. Whatever the user gives stays.
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -29,6 +30,7 @@ _MOST_PER_STEP, _MOST_PER_RUN = 4e11, 4e14
 _SMALLEST_BATCH, _LARGEST_BATCH = 8, 16
 _LEAST_BATCH_FOR_RATE = 64  # the learning rate of smaller batches is that of so many images
 _MOST_VALIDATION_IMAGES = 500  # of an evaluation on a CPU: the mean of their losses varies little
+_LEAST_SIZE_FOR_LOCAL_CROPS = 48  # pixels; a twentieth of the area of a smaller image is a few pixels wide
 _LABEL = "schedule auto"
 
 
@@ -46,15 +48,17 @@ def keep_schedule(settings: PretrainingSettings) -> PretrainingSettings:
     return settings
 
 
-def drop_path_for(settings: PretrainingSettings, num_images: int) -> dict[str, float]:
-    """Return the drop path of an encoder with fewer blocks than the published ones, if the method has one."""
-    name = "drop_path_rate"
-    num_blocks = settings.encoder_settings().get("num_hidden_layers", _PUBLISHED_BLOCKS)
-    if name not in settings.method_settings or settings.is_given(name) or num_blocks >= _PUBLISHED_BLOCKS:
-        return {}
+def config_rules(settings: PretrainingSettings, num_images: int) -> dict[str, tuple[Any, str]]:
+    """Return the settings of the method's config that the rules replace, each with the reason."""
     if not follows_rules(settings, num_images):
         return {}
-    return {name: round(settings.method_settings[name] * num_blocks / _PUBLISHED_BLOCKS, 3)}
+    chosen: dict[str, tuple[Any, str]] = {}
+    num_blocks = settings.encoder_settings().get("num_hidden_layers", _PUBLISHED_BLOCKS)
+    if (rate := settings.method_settings.get("drop_path_rate", 0)) and num_blocks < _PUBLISHED_BLOCKS:
+        chosen["drop_path_rate"] = round(rate * num_blocks / _PUBLISHED_BLOCKS, 3), "the number of blocks"
+    if settings.method_settings.get("num_local_crops", 0) and min(settings.image_size) < _LEAST_SIZE_FOR_LOCAL_CROPS:
+        chosen["num_local_crops"] = 0, f"images below {_LEAST_SIZE_FOR_LOCAL_CROPS} pixels"
+    return {name: choice for name, choice in chosen.items() if not settings.is_given(name)}
 
 
 def with_validation_rule(

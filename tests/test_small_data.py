@@ -18,7 +18,7 @@ from commands.memory import Footprint
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
 from commands.settings import SettingsError
-from commands.small_data import drop_path_for, with_batch_rule, with_schedule_rules, with_validation_rule
+from commands.small_data import config_rules, with_batch_rule, with_schedule_rules, with_validation_rule
 from data.splits import open_pretraining_splits
 from evaluation.linear_probe import fit_logistic
 from modeling import CONFIGS
@@ -94,14 +94,26 @@ def test_pretraining__published_numbers_stay_for_published_sizes_and_on_request(
 
 
 def test_drop_path__is_smaller_for_fewer_blocks_and_only_where_the_method_has_one():
-    def load(*argv: str) -> Any:
-        return load_pretraining_settings(argv, CONFIGS)
+    assert rules("--method", "dino", "--model", "vit-nano") == {"drop_path_rate": 0.033}
+    assert rules("--method", "dino", "--model", "vit-small") == {}
+    assert rules("--method", "mae", "--model", "vit-nano") == {}
+    assert rules("--method", "dino", "--model", "vit-nano", num_images=200_000) == {}
+    assert rules("--method", "dino", "--model", "vit-nano", "--drop_path_rate", "0.2") == {}
 
-    assert drop_path_for(load("--method", "dino", "--model", "vit-nano"), 100) == {"drop_path_rate": 0.033}
-    assert drop_path_for(load("--method", "dino", "--model", "vit-small"), 100) == {}
-    assert drop_path_for(load("--method", "mae", "--model", "vit-nano"), 100) == {}
-    assert drop_path_for(load("--method", "dino", "--model", "vit-nano"), 200_000) == {}
-    assert drop_path_for(load("--method", "dino", "--model", "vit-nano", "--drop_path_rate", "0.2"), 100) == {}
+
+def test_local_crops__are_left_out_where_images_are_too_small_for_them():
+    small = ("--model", "vit-small", "--image_size", "32", "--patch_size", "4")
+    assert rules("--method", "dinov2", *small) == {"num_local_crops": 0}
+    assert rules("--method", "dinov2", *small, "--num_local_crops", "2") == {}
+    assert rules("--method", "dinov2", "--model", "vit-small", "--image_size", "48", "--patch_size", "4") == {}
+    assert rules("--method", "mae", *small) == {}
+    assert rules("--method", "dino", *small, "--schedule", "published") == {}
+
+
+def rules(*argv: str, num_images: int = 100) -> dict[str, Any]:
+    chosen = config_rules(load_pretraining_settings(argv, CONFIGS), num_images)
+    assert all(reason for _, reason in chosen.values())
+    return {name: value for name, (value, _) in chosen.items()}
 
 
 # ---- few labels ----
