@@ -17,9 +17,9 @@ of BEiT, the MAE of MIM-Refiner) is a part of its time; evaluations in between, 
 
 Encoders are scored on frozen features (kNN and logistic regression on the class token, the mean of the patches, or
 both: the one with the best accuracy on folds of the training images) and after fine-tuning with few labels, with the
-recipe of the image set or (--finetuning plain) no other flags. Scores are those of held-back training images, or of
-test images with --test. References: raw pixels, the encoder with random weights, its fine-tuning, and the features of
-an EfficientNet-Lite0 that was trained on ImageNet with labels.
+recipe of the image set, with no other flags (--finetuning plain), or not at all (none). Scores are those of held-back
+training images, or of test images with --test. References: raw pixels, the encoder with random weights, its
+fine-tuning, and the features of an EfficientNet-Lite0 that was trained on ImageNet with labels.
 
 Every finished command is kept in --output_dir, so that an interrupted benchmark continues, and later commands add
 rows, seeds and sets; a command that failed is in the table with its exit code. Writes results.json there, and
@@ -224,6 +224,8 @@ class Bench:
         out = folder / f"frozen-{split}-{seed}"
         self.run(*frozen, "--model", str(encoder), "--output_dir", str(out))
         found |= read_frozen(out)
+        if self.options.finetuning == "none":
+            return found
         out = folder / f"finetuned-{split}-{seed}"
         data = images.finetune_test if split == "test" else labeled
         recipe = ("--config", images.finetuning) if self.options.finetuning == "recipe" else ()
@@ -339,7 +341,7 @@ def main() -> None:
     parser.add_argument("--num_threads", type=int, default=0, help="of each command (default: one command, all cores)")
     parser.add_argument("--num_rounds", type=int, default=3, help="of the measurement of speeds")
     parser.add_argument("--test", action="store_true", help="score on test images")
-    parser.add_argument("--finetuning", default="recipe", choices=["recipe", "plain"])
+    parser.add_argument("--finetuning", default="recipe", choices=["recipe", "plain", "none"])
     parser.add_argument("--rivals", type=Path, help="Python of the other environment")
     parser.add_argument("--reference", type=Path, default=Path("outputs/efficientnet-lite0"))
     parser.add_argument("--tuxstamps", type=Path, default=Path("outputs/tuxstamps-96"))
