@@ -133,13 +133,15 @@ def with_schedule_rules(
 
 
 def _learning_rate(settings: PretrainingSettings, images_per_step: int) -> tuple[float, str]:
-    """Return the published rate, scaled by the root of the batch, and from scratch by the encoder's width."""
+    """Return the published rate, scaled by the batch or its root, and from scratch by the encoder's width."""
     assert settings.base_learning_rate is not None
     published = CONFIGS[settings.method]
     peak = settings.base_learning_rate * published.published_batch / REFERENCE_BATCH
     counted = max(images_per_step, min(_LEAST_BATCH_FOR_RATE, published.published_batch))
-    rate = peak * math.sqrt(counted / published.published_batch)
-    reason = f"{peak:.3g} x the square root of {counted:,} / {published.published_batch:,} images per step"
+    share = counted / published.published_batch
+    rate = peak * (share if published.learning_rate_is_linear else math.sqrt(share))
+    root = "" if published.learning_rate_is_linear else "the square root of "
+    reason = f"{peak:.3g} x {root}{counted:,} / {published.published_batch:,} images per step"
     if counted > images_per_step:
         reason += f" (that of {counted} for fewer)"
     width = settings.encoder_settings().get("hidden_size", published.published_width)

@@ -121,6 +121,8 @@ class MimConfig(PreTrainedConfig):
     # Images per step, and width of the encoder, for which the learning rate of the recipe was published.
     published_batch: ClassVar[int] = 2048
     published_width: ClassVar[int] = 768
+    # Whether the learning rate of a smaller batch is in proportion to it, and not to its root.
+    learning_rate_is_linear: ClassVar[bool] = False
     # Share of the masks that mask anything, and whether the ratios of a batch are spread evenly over their range.
     mask_probability: ClassVar[float] = 1.0
     spreads_mask_ratios: ClassVar[bool] = False

@@ -40,6 +40,7 @@ class Dinov2Config(IbotConfig):
     encoder_types = ("dinov2_with_registers", "dinov2", "dinov3_vit", "vit")
     max_prototypes: ClassVar[int] = 131_072
     published_width: ClassVar[int] = 1024
+    learning_rate_is_linear: ClassVar[bool] = False  # `scaling_rule` sqrt_wrt_1024 of the authors' code
     spreads_mask_ratios: ClassVar[bool] = True
 
     shares_heads: bool = False

@@ -86,6 +86,8 @@ class MultiCropConfig(CropsConfig):
     """
 
     encoder_types: ClassVar[tuple[str, ...]] = NATIVE_TYPES
+    # As in the authors' code. Steps that are too large make the features of all images alike (docs/small-data.md).
+    learning_rate_is_linear: ClassVar[bool] = True
 
     teacher_momentum_start: float = 0.0
     max_tensor_norm: float = 3.0

@@ -59,6 +59,13 @@ def test_pretraining__of_small_data_on_a_laptop():
     assert "382 epochs instead of 800: an hour or two on a CPU" in shown
 
 
+def test_pretraining__the_learning_rate_of_self_distillation_falls_in_proportion_to_the_batch():
+    few = plan("--method", "dino", "--model", "vit-nano")
+    # 2e-3 for 1,024 images and a width of 384: x 64 / 1024 x 384 / 192
+    assert few.learning_rate == pytest.approx(2e-3 / 16 * 2)
+    assert "note: learning rate 0.00025: 0.002 x 64 / 1,024 images per step (that of 64 for fewer)" in few.describe()
+
+
 def test_pretraining__of_two_hundred_images_keeps_steps_in_an_epoch_and_in_the_run():
     few = plan("--model", "vit-nano", images=218)
     assert (few.batch_size, few.steps_per_epoch, few.num_epochs) == (16, 13, 800)
