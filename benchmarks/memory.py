@@ -10,7 +10,6 @@ import commands  # noqa: F401  # isort: skip  (before torch: it chooses how thre
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
+from benchmarks.provenance import (
+    TODAY,
+    command,
+    hardware,
+    hardware_slug,
+    peak_resident_mib,
+    versions,
+    write_report,
+)
 from benchmarks.train_step import NUM_WARMUP, SIDES, STOCK, Case, Step, build_side, tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +47,7 @@ def measure_here(case: Case, name: str, device: torch.device) -> float:
 def _peak_mib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_resident_mib()
 
 
 def measure(case: Case, name: str, device: str) -> float:

@@ -25,7 +25,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
+from benchmarks.provenance import (
+    TODAY,
+    command,
+    hardware,
+    hardware_slug,
+    peak_resident_mib,
+    versions,
+    write_report,
+)
 from commands.pretraining_settings import load_pretraining_settings
 from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
@@ -106,10 +114,7 @@ def measure_memory(options: argparse.Namespace) -> float:
     for _ in range(2):
         trial.step()
     before = pages * resource.getpagesize() / 2**20
-    # Not getrusage: its largest resident memory is at least that of the process that started this one.
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]  # KiB
-    return peak / 2**10 - before
+    return peak_resident_mib() - before
 
 
 def memory_of(method: str, options: argparse.Namespace) -> float:

@@ -60,3 +60,12 @@ def write_report(stem: Path, report: Any, markdown: str, plot: Callable[[Path], 
     Path(f"{stem}.md").write_text(markdown.rstrip() + "\n", encoding="utf-8")
     if plot is not None:
         plot(Path(f"{stem}.png"))
+
+
+def peak_resident_mib() -> float:
+    """Return the largest resident memory of this process so far, in MiB.
+
+    Unlike that of getrusage, it does not begin with the memory of the process that started this one.
+    """
+    (kib,) = [int(line.split()[1]) for line in _lines("/proc/self/status") if line.startswith("VmHWM:")]
+    return kib / 2**10

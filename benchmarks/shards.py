@@ -33,7 +33,8 @@ SIDE, CROP, BATCH = 96, 64, 64
 
 # One epoch of the data loader, as run_pretraining.py builds it; the names of all images that it showed.
 EPOCH = """
-import json, resource, sys, time
+import json, sys, time
+from benchmarks.provenance import peak_resident_mib
 from data.augmentations import random_crop, single_view
 from data.collators import stack_items
 from data.images import ImageDataset
@@ -55,7 +56,7 @@ seconds = time.perf_counter() - first
 print(json.dumps({
     "seconds to open": opened - begin, "seconds to the first batch": first - begin,
     "images per second": (len(seen) - batch) / seconds, "images": len(seen), "different images": len(set(seen)),
-    "MiB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    "MiB": peak_resident_mib(),
 }))
 """
 
