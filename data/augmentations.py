@@ -262,7 +262,7 @@ def build_views(
     on the image only.
 
     Args:
-        views: What the method's config lists (`modeling.base.View`), with names, sizes and numbers of crops.
+        views: What the method's config lists (`modeling.views.View`), with names, sizes and numbers of crops.
         color_jitter: For views that do not ask for other changes of color.
         other_size: Second size of the first view.
         has_colors: False for measurements, which are cropped and flipped only.

@@ -60,7 +60,7 @@ class ColorChanges:
 
 
 def draw_color_changes(settings: Any, number: int, generator: torch.Generator) -> ColorChanges:
-    """Draw the changes of the crop `number` of a view as it asks for them (`modeling.base.Photometric`)."""
+    """Draw the changes of the crop `number` of a view as it asks for them (`modeling.views.Photometric`)."""
     # One call for all numbers: how many are drawn does not depend on what they decide.
     jitter, *factors, order, gray, blur, radius, solarize = torch.rand(10, generator=generator).tolist()
     jitters: list[tuple[int, float]] = []

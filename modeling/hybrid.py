@@ -16,7 +16,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .adaptive_masks import HidesHardPatches
-from .base import MimOutput, View
+from .base import MimOutput
 from .class_token_agreement import ClassTokenAgreement
 from .collapse import row_moments
 from .ema import full_precision, rising_momentum
@@ -25,6 +25,7 @@ from .patches import patch_grid, patchify, visible_and_predicted_indices
 from .reconstruction import pixel_panel
 from .schedules import Progress, Schedule
 from .self_distillation import ProjectionHead, agreement_loss, coding_rate
+from .views import View
 
 _CODING_RATE_EPS = 0.05  # SimDINO's
 

@@ -21,7 +21,7 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 from .adaptive_masks import AttentionMasksConfig, attended_masks
-from .base import MimOutput, Paper, View
+from .base import MimOutput, Paper
 from .collapse import distribution_sums, marginal_entropy, mean_entropy
 from .ema import full_precision
 from .multi_crop import MultiCropConfig, MultiCropModel
@@ -37,6 +37,7 @@ from .self_distillation import (
     patch_loss,
     sinkhorn_knopp,
 )
+from .views import View
 
 _TEMPERATURE_STEPS = 37_500
 _CODING_RATE_STEPS, _CODING_RATE_EPS = 10_000, 0.05

@@ -12,13 +12,14 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import PreTrainedModel
 
-from .base import MimConfig, MimPreTrainedModel, Photometric, View
+from .base import MimConfig, MimPreTrainedModel
 from .dino_encoders import NATIVE_TYPES, build_native_encoder
 from .ema import EmaTeacher, rising_momentum
 from .feature_panel import feature_panel
 from .patches import height_and_width
 from .schedules import Progress, Schedule
 from .self_distillation import ProjectionHead, clip_each_
+from .views import Photometric, View
 
 _BLUR, _SOLARIZE = (1.0, 0.1), (0.0, 0.2)  # probabilities for the two global crops
 

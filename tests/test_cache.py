@@ -25,7 +25,7 @@ from data.decoding import BadImage, decode
 from data.image_source import ArraySource, ImageSource, TableSource
 from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
-from modeling.base import View
+from modeling.views import View
 
 PHOTOGRAPHS = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))
 FORM = CacheFormat(64, 3)

@@ -23,8 +23,8 @@ from data.images import ImageDataset, SourceSamples, measure_image_stats
 from data.measured import Measured, MeasuredImage
 from data.sources import open_source
 from data.value_ranges import PERCENTILES, measure_value_range
-from modeling.base import Photometric, View
 from modeling.patches import STORED_DTYPES, in_unit_range, standardize, stored_values
+from modeling.views import Photometric, View
 
 tifffile = pytest.importorskip("tifffile")
 

@@ -18,7 +18,7 @@ from data.photometric import ColorChanges, draw_color_changes
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
 from data.sources import open_source
-from modeling.base import Photometric, View
+from modeling.views import Photometric, View
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data/samples/photographs/train").glob("*.jpg"))
 ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)

@@ -17,7 +17,7 @@ from data.images import ImageDataset, SourceSamples
 from data.size_schedule import ScheduledTransform, as_data_steps, first_steps_of_stages
 from data.sources import open_source
 from modeling import CONFIGS
-from modeling.base import View
+from modeling.views import View
 from training.trainer import MimTrainer
 
 SIDES = (SIZE // 2, SIZE)

@@ -14,7 +14,7 @@ from data.images import ImageDataset
 from data.text_batches import IGNORED, MixedCollator, MixedDataset, PairDataset, TextDataset
 from data.text_tokens import TextTokens, train_text_tokenizer
 from data.texts import open_pairs, open_texts, too_long
-from modeling.base import View
+from modeling.views import View
 
 PHOTOGRAPHS = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))[:6]
 CAPTIONS = ["a red house", "two dogs on grass", "the sea", "a street at night", "flowers", "a cat"]

@@ -14,11 +14,12 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import initialization as init
 
-from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, View, mean_metric
+from .base import MimConfig, MimOutput, MimPreTrainedModel, Paper, mean_metric
 from .ema import EmaTeacher
 from .encoders import BEIT_DEFAULTS, BeitEncoder
 from .patches import masked_indices
 from .schedules import Progress, Schedule
+from .views import View
 
 
 @strict
