@@ -4,7 +4,8 @@ Paper: Oquab et al. 2023 (DINOv2), arXiv:2304.07193, Fig. 1, for the components;
 Shapes: B images, C channels, H W pixels, h w rows and columns of patches, D width, T tokens, A heads.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from .patches import in_unit_range, patch_grid
 
 ATTENTION = "attention of the class token, last block"
 COMPONENTS = "first three principal components of the patches, as colors"
+_BUILT_SDPA = "SdpaSelfAttention"
 
 
 @torch.no_grad()
@@ -53,15 +55,29 @@ def class_attention(encoder: Any, run: Callable[[], Any], grid: tuple[int, int])
     Args:
         run: Runs the encoder and returns its outputs with `attentions`.
     """
-    implementation = encoder.config._attn_implementation
-    encoder.set_attn_implementation("eager")  # other implementations do not return attentions
-    try:
+    with _eager_attention(encoder):
         attention = run().attentions[-1]  # (B, A, T, T)
-    finally:
-        encoder.set_attn_implementation(implementation)
     to_patches = attention[:, :, 0, -grid[0] * grid[1] :].mean(1).float().cpu()  # (B, h*w)
     maps: Tensor = (to_patches / to_patches.amax(1, keepdim=True)).unflatten(1, grid)
     return maps
+
+
+@contextmanager
+def _eager_attention(encoder: Any) -> Iterator[None]:
+    """Let an encoder return attentions, which no other implementation does."""
+    implementation = encoder.config._attn_implementation
+    # Some encoders, as Data2VecVisionModel, choose the class of their attention when they are built: for "sdpa" a
+    # subclass of the eager one, with the same weights.
+    built = [(module, type(module)) for module in encoder.modules() if type(module).__name__.endswith(_BUILT_SDPA)]
+    encoder.set_attn_implementation("eager")
+    for module, kind in built:
+        module.__class__ = kind.__base__
+    try:
+        yield
+    finally:
+        encoder.set_attn_implementation(implementation)
+        for module, kind in built:
+            module.__class__ = kind
 
 
 def principal_colors(patches: Tensor) -> Tensor:

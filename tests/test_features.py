@@ -259,12 +259,16 @@ def test_write_embeddings__keeps_the_old_file_on_failure(tmp_path, folders):
 # ---- feature maps ----
 
 
-@pytest.mark.parametrize("family", ["ViT", "Beit", "Dinov2WithRegisters", "Swin", "ConvNext"])
+@pytest.mark.parametrize("family", ["ViT", "Beit", "Data2VecVision", "Dinov2WithRegisters", "Swin", "ConvNext"])
 def test_feature_maps__include_attention_if_there_is_a_class_token(family, folders):
     encoder, preprocess = open_encoder(folders(family))
     batch = photographs(preprocess)[1][0].pixel_values
+    before = encoder.outputs(batch).last_hidden_state
+    kinds = [type(module) for module in encoder.model.modules()]
     attention = class_attention(encoder, batch)
     assert (attention is not None) == FAMILIES[family][3]
+    assert [type(module) for module in encoder.model.modules()] == kinds
+    assert torch.equal(encoder.outputs(batch).last_hidden_state, before)
     if attention is not None:
         assert attention.shape == (3, 4, 4)
         torch.testing.assert_close(attention.amax((1, 2)), torch.ones(3))
