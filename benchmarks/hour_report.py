@@ -43,12 +43,15 @@ def splits_of(found: Mapping[str, Any]) -> list[str]:
 
 
 def table(found: Mapping[str, Any], split: str, order: Mapping[str, Sequence[str]]) -> list[str]:
+    rows = list(rows_of(found, split, order))
+    scored = {key for _, scores in rows for each in scores.values() for key in each}
+    columns = {key: title for key, title in COLUMNS.items() if key in scored}
     lines = [
-        f"| | images/s | images per step | images, thousands | {' | '.join(COLUMNS.values())} | RankMe | seeds |",
-        "|---" * (6 + len(COLUMNS)) + "|",
+        f"| | images/s | images per step | images, thousands | {' | '.join(columns.values())} | RankMe | seeds |",
+        "|---" * (6 + len(columns)) + "|",
     ]
     failures = []
-    for row, scores in rows_of(found, split, order):
+    for row, scores in rows:
         good = {seed: each for seed, each in scores.items() if "failed" not in each}
         failures += [f"- {row}, seed {seed}: {each['failed']}" for seed, each in scores.items() if "failed" in each]
         speed = found["speeds"].get(row, {}).get("stages", [])
@@ -57,7 +60,7 @@ def table(found: Mapping[str, Any], split: str, order: Mapping[str, Sequence[str
         steps = next((each["steps"] for each in good.values() if "steps" in each), ())
         seen = [number * stage["images_per_step"] / 1000 for number, stage in zip(steps, speed, strict=False)]
         cells.append(" + ".join(f"{number:.0f}" for number in seen))
-        cells += [mean_and_std([each[key] for each in good.values() if key in each], 3) for key in (*COLUMNS,)]
+        cells += [mean_and_std([each[key] for each in good.values() if key in each], 3) for key in columns]
         cells.append(mean_and_std([each["rankme"] for each in good.values() if "rankme" in each], 1))
         lines.append(f"| {row} | {' | '.join(cells)} | {', '.join(good) or 'failed'} |")
     if failures:
