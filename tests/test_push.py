@@ -31,7 +31,7 @@ from training.trainer import MimTrainer
 
 CODE = (
     *("mae.py", "adaptive_masks.py", "base.py", "block_by_block.py", "dino_encoders.py", "ema.py", "encoders.py"),
-    *("patches.py", "positions.py", "processes.py", "reconstruction.py", "schedules.py"),
+    *("patches.py", "positions.py", "processes.py", "reconstruction.py", "schedules.py", "views.py"),
 )
 WITHOUT_CLASSIFIER = {"dinov3_vit"}  # in transformers
 PUBLIC = {

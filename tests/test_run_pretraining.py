@@ -26,7 +26,7 @@ from commands.run_lock import LOCK_FILE
 SMALL = ["--model", "vit-nano", "--max_steps", "2", "--per_device_train_batch_size", "8", "--use_cpu"]
 CODE = (
     *("mae.py", "adaptive_masks.py", "base.py", "block_by_block.py", "dino_encoders.py", "ema.py", "encoders.py"),
-    *("patches.py", "positions.py", "processes.py", "reconstruction.py", "schedules.py"),
+    *("patches.py", "positions.py", "processes.py", "reconstruction.py", "schedules.py", "views.py"),
 )
 LAYOUT = {
     *("config.json", "model.safetensors", "preprocessor_config.json", "README.md", "settings.yaml"),
