@@ -67,11 +67,11 @@ splits["train"][0]["pixel_values"]
 BEFORE = "import json, os, resource, sys, time"
 AFTER = """
 end = time.perf_counter()
-from benchmarks.provenance import peak_resident_mib
 ticks = float(open("/proc/self/stat").read().rpartition(")")[2].split()[19])  # between boot and start of the process
 process = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 cpu = sum(one.ru_utime + one.ru_stime for one in used)
+from benchmarks.provenance import peak_resident_mib  # after the times
 values = scan - start, end - start, process, cpu, peak_resident_mib()
 print("\\n" + json.dumps([num_images, *values]))
 """
