@@ -27,7 +27,8 @@ from benchmarks.provenance import (
     versions,
     write_report,
 )
-from benchmarks.train_step import NUM_WARMUP, SIDES, STOCK, Case, Step, build_side, tokenizer
+from benchmarks.train_step import NUM_WARMUP, SIDES, Case, Step, build_side, tokenizer
+from benchmarks.train_step_report import STOCK
 
 ROOT = Path(__file__).resolve().parent.parent
 

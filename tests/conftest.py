@@ -23,6 +23,7 @@ from data.augmentations import build_views
 from data.collators import MaskingCollator
 from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
+from hub.model_card import write_model_card
 from modeling import MODELS, MimConfig, MimPreTrainedModel
 from modeling.dvae import DvaeConfig, DvaeModel
 from modeling.frozen_teacher import FrozenTeacher
@@ -236,6 +237,11 @@ def tiny_collator(variant: str = "mae", with_image_index: bool = False) -> Any:
 def tiny_batch(variant: str = "mae", num_images: int = 8) -> dict[str, Any]:
     images = tiny_images(variant=variant)
     return tiny_collator(variant)([images[index] for index in range(num_images)])
+
+
+def write_card(folder: Path, **changes) -> None:
+    facts = {"recipe": {"a": 1}, "data_summary": {}, "metrics": {}, "versions": {}, "panel": None, "curve": None}
+    write_model_card(folder, command="python run.py", method="mae", model_name="tiny", **{**facts, **changes})
 
 
 def tiny_arguments(output_dir: Path, **changes: Any) -> TrainingArguments:
