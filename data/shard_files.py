@@ -56,7 +56,7 @@ class ShardFile:
 
     @property
     def extension(self) -> str:
-        return os.path.splitext(self.url.partition("?")[0])[1].lower()
+        return os.path.splitext(_without_query(self.url))[1].lower()
 
     def read(self, start: int, size: int) -> bytes:
         """Return bytes of the file, fewer than `size` only at its end.
@@ -117,7 +117,7 @@ def find_shards(pattern: str) -> tuple[ShardFile, ...]:
     if twice is not None:
         raise ValueError(f"{pattern} names {twice} twice")
     for url in urls:
-        if url.partition("?")[0].lower().endswith(_COMPRESSED):
+        if _without_query(url).lower().endswith(_COMPRESSED):
             raise ValueError(f"{url} is compressed as a whole, so no image can be read alone; decompress it to .tar")
         if ShardFile(url, 0, "").extension not in SHARD_EXTENSIONS:
             raise ValueError(f"{url} is not a shard; expected {', '.join(sorted(SHARD_EXTENSIONS))} files")
@@ -215,6 +215,11 @@ def _open_filesystem(protocol: str, process: int) -> Any:
         options = {"client_kwargs": {"timeout": timeout}}
     with naming_missing_packages(f"{protocol}://"):
         return fsspec.filesystem(protocol, **options)
+
+
+def _without_query(url: str) -> str:
+    """Return a URL without what follows a question mark, which may be in the path of a file."""
+    return url.partition("?")[0] if is_url(url) else url
 
 
 def _path_of(url: str) -> str:

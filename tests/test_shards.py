@@ -118,6 +118,12 @@ def test_tar__is_read_in_the_order_of_the_shards(tmp_path: Path) -> None:
     assert "12 images in 3 shards" in source.describe()
 
 
+def test_folder__may_have_a_question_mark_in_its_name(tmp_path: Path) -> None:
+    images = write_shards(tmp_path / "who?", 2)
+    assert contents(open_source(str(tmp_path / "who?"))) == images
+    assert contents(open_source(f"{tmp_path}/who?/train-{{000..001}}.tar")) == images
+
+
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar__with_long_names_of_each_dialect(tmp_path: Path, kind: int) -> None:
     names = [f"{'folder/' * 40}ünï-{i}.jpg" for i in range(3)]
