@@ -55,7 +55,7 @@ def open_index(file: ShardFile) -> pa.Table:
     except (OSError, pa.ArrowException):
         pass  # missing, or damaged
     table = _BUILDERS[file.extension](file)
-    metadata = {**table.schema.metadata, b"version": _VERSION, b"url": file.url.encode()}
+    metadata = {**table.schema.metadata, b"version": _VERSION, b"url": _as_bytes(file.url)}
     table = table.replace_schema_metadata(metadata).combine_chunks()
     _write(path, table)
     return table
@@ -85,7 +85,12 @@ def index_path(file: ShardFile) -> Path:
 
 def facts_of(table: pa.Table) -> dict[str, str]:
     """Return the metadata of an index as text."""
-    return {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+    return {key.decode(): value.decode("utf-8", "surrogateescape") for key, value in table.schema.metadata.items()}
+
+
+def _as_bytes(name: str) -> bytes:
+    """Encode the name of a file, which need not be Unicode."""
+    return name.encode("utf-8", "surrogateescape")
 
 
 def _write(path: Path, table: pa.Table) -> None:
@@ -150,11 +155,12 @@ class _Samples:
         kinds = ["image", *(kind for kind in LABEL_FILES if any(f"{kind}_size" in row for row in self.rows))]
         names = ["begin", "end", *(f"{kind}_{what}" for kind in kinds for what in ("offset", "size"))]
         arrays = {name: pa.array([row.get(name, -1) for row in self.rows], pa.int64()) for name in names}
-        keys = [row["key"].encode("utf-8", "surrogateescape") for row in self.rows]
+        keys = [_as_bytes(row["key"]) for row in self.rows]
         facts = {"num_samples": str(len(self.rows))} | ({"problem": problem} if problem else {})
         if self.num_ignored:
             facts["ignored"] = f"{self.num_ignored:,} images, such as {self.example}"
-        return pa.table({"key": pa.array(keys, pa.large_binary()), **arrays}, metadata=facts)
+        metadata = {name: _as_bytes(text) for name, text in facts.items()}
+        return pa.table({"key": pa.array(keys, pa.large_binary()), **arrays}, metadata=metadata)
 
 
 def _index_tar(file: ShardFile) -> pa.Table:
