@@ -79,7 +79,7 @@ class ShardSource(ImageSource):
 
     def _reset(self) -> None:
         self._indices: dict[int, Any] = {}
-        self._descriptors: dict[int, int] = {}
+        self._descriptors: dict[int, _Descriptor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_indices": {}, "_descriptors": {}}
@@ -127,9 +127,7 @@ class ShardSource(ImageSource):
                 for name, column in zip(table.column_names, table.columns, strict=True)
             }
             found["facts"] = facts_of(table)
-            if len(self._indices) >= _MAX_OPEN:
-                self._indices.pop(next(iter(self._indices)))
-            self._indices[number] = found
+            _keep(self._indices, number, found)
         return found
 
     def features_of(self, number: int) -> datasets.Features:
@@ -169,19 +167,19 @@ class ShardSource(ImageSource):
         index = self.index_of(number)
         offset, size = int(index[f"{kind}_offset"][row]), int(index[f"{kind}_size"][row])
         if file.is_local:
-            content = os.pread(self._descriptor(number), size, offset)
+            descriptor = self._descriptor(number)  # held until it was read
+            content = os.pread(descriptor.number, size, offset)
         else:
             content = self.cache.read(self._key(block), offset - int(index["begin"][first]), size, fetch)
         if len(content) < size:
             raise BadImage(f"the shard ends within it, {size - len(content):,} bytes before its end")
         return _unzip(content) if file.extension == ".zip" else content
 
-    def _descriptor(self, number: int) -> int:
+    def _descriptor(self, number: int) -> "_Descriptor":
         found = self._descriptors.get(number)
         if found is None:
-            if len(self._descriptors) >= _MAX_OPEN:
-                os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            found = self._descriptors[number] = os.open(self.files[number].url, os.O_RDONLY)
+            found = _Descriptor(self.files[number].url)
+            _keep(self._descriptors, number, found)
         return found
 
     def _fetch(self, block: int) -> bytes:
@@ -196,6 +194,24 @@ class ShardSource(ImageSource):
         column = find_image_column(self.features_of(number), file.url)
         work = partial(_read_group, file, index, group, column)
         return _pack(work() if file.is_local else retry(work, file.url))
+
+
+class _Descriptor:
+    """An open file, which is closed when nobody needs it: several threads may open it, and use it at the same time."""
+
+    def __init__(self, path: str) -> None:
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+def _keep(kept: dict[int, Any], number: int, new: Any) -> None:
+    """Keep what was opened last; several threads may do so."""
+    for oldest in list(kept)[: max(0, len(kept) + 1 - _MAX_OPEN)]:
+        kept.pop(oldest, None)
+    kept[number] = new
 
 
 def _block_sizes(file: ShardFile, index: pa.Table) -> np.ndarray:

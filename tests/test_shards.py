@@ -5,8 +5,11 @@ import itertools
 import os
 import pickle
 import tarfile
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -195,6 +198,24 @@ def test_tables__are_read_by_group(tmp_path: Path, kind: str) -> None:
             assert contents(source) == PHOTOGRAPHS[:10]
             labels = read_labels(source, None)
             assert (labels.values[:2], labels.class_names) == (["dog", "cat"], ("dog", "cat"))
+
+
+def test_archives__leave_no_more_files_open_than_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_shards(tmp_path, 16, 2)
+    source, opened, number = open_source(str(tmp_path)), os.open, 2
+    monkeypatch.setattr("data.shards._MAX_OPEN", number)
+
+    def slow(*args: Any) -> int:
+        time.sleep(0.001)  # so that several threads open the same file
+        return opened(*args)
+
+    monkeypatch.setattr("data.shards.os.open", slow)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert list(pool.map(source.read, range(32))) == images
+    source.read(0)
+    paths = [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")] if Path("/proc").exists() else []
+    assert sum(path.endswith(".tar") for path in paths) <= number
 
 
 def test_json__beside_the_images_has_the_labels(tmp_path: Path) -> None:
