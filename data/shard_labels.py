@@ -24,7 +24,21 @@ def table_features(source: ShardSource) -> datasets.Features | None:
 
 
 def read_column(source: ShardSource, column: str) -> list[Any]:
-    """Return the values of a column of all tables."""
+    """Return the values of a column of all tables.
+
+    Raises:
+        ValueError: If a table has no such column, or other classes than the first one.
+    """
+    first = source.features_of(0)[column]
+    for number, file in enumerate(source.files):
+        features = source.features_of(number)
+        if column not in features:
+            raise ValueError(f"no column {column!r} in {file.url}; its columns are {', '.join(features)}")
+        if features[column] != first and datasets.ClassLabel in (type(features[column]), type(first)):
+            raise ValueError(
+                f"the classes in column {column!r} of {file.url} are not those of {source.files[0].url}, so their "
+                "numbers mean something else; write all shards with the same names of classes in the same order"
+            )
     return [value for file in source.files for value in _column_of(file, column)]
 
 

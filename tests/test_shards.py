@@ -200,6 +200,20 @@ def test_tables__are_read_by_group(tmp_path: Path, kind: str) -> None:
             assert (labels.values[:2], labels.class_names) == (["dog", "cat"], ("dog", "cat"))
 
 
+def test_labels__of_tables_with_other_classes_or_without_them_are_refused(tmp_path: Path) -> None:
+    for number, names in enumerate((["dog", "cat"], ["cat", "dog"], None)):
+        features = datasets.Features({"image": datasets.Image()})
+        columns: dict[str, Any] = {"image": [{"bytes": PHOTOGRAPHS[0], "path": None}]}
+        if names is not None:
+            features, columns = features | {"label": datasets.ClassLabel(names=names)}, columns | {"label": [0]}
+        table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+        table.to_parquet(tmp_path / f"t-{number}.parquet")
+    with pytest.raises(ValueError, match=r"classes in column 'label' of .*t-1\.parquet are not those of .*t-0"):
+        read_labels(open_source(f"{tmp_path}/t-{{0..1}}.parquet"), None)
+    with pytest.raises(ValueError, match=r"no column 'label' in .*t-2\.parquet; its columns are image"):
+        read_labels(open_source(f"{tmp_path}/t-{{0,2}}.parquet"), None)
+
+
 def test_archives__leave_no_more_files_open_than_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_shards(tmp_path, 16, 2)
     source, opened, number = open_source(str(tmp_path)), os.open, 2
