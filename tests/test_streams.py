@@ -147,6 +147,18 @@ def test_interrupted_run__has_bitwise_equal_weights(stream: Stream, tmp_path: Pa
     assert (tmp_path / "whole/checkpoint-8/stream/divisions.json").exists()
 
 
+def test_schedules__count_the_whole_run_as_one_epoch(
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, model = [], tiny_model("mae")
+    monkeypatch.setattr(type(model), "schedules", lambda self, *steps: lengths.append(steps) or {})
+    monkeypatch.setattr(type(model), "before_update", lambda self, progress: lengths.append(progress.steps_per_epoch))
+    views = build_views(model.config.views, image_size=(SIZE, SIZE), crop_scale=(0.2, 1.0), num_channels=3, train=True)
+    arguments = tiny_arguments(tmp_path, per_device_train_batch_size=4, max_steps=2)
+    MimTrainer(model, arguments, tiny_collator("mae"), stream_dataset(stream, tmp_path, views)).train()
+    assert lengths == [(2, 2), 2, 2]
+
+
 def test_command__trains_on_a_stream(stream: Stream, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*SMALL, "--dataset", stream.dataset, "--output_dir", str(tmp_path / "out")]
     assert pretrain([*argv, "--max_steps", "2", "--dataloader_num_workers", "2"]) == 0

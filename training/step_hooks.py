@@ -22,7 +22,8 @@ class StepHooks(TrainerCallback):
         trainer = self.trainer
         own = getattr(trainer.model, "schedules", None)
         if own is not None:
-            trainer.schedules = {**own(state.max_steps, trainer.steps_per_epoch), **trainer.schedules}
+            steps_per_epoch = trainer.steps_per_scheduled_epoch(state.max_steps)
+            trainer.schedules = {**own(state.max_steps, steps_per_epoch), **trainer.schedules}
         go_on_at_the_same_image(trainer)
         trainer._meter.start(state.global_step)
         before = [entry["training_seconds"] for entry in state.log_history if "training_seconds" in entry]

@@ -24,6 +24,7 @@ from data.image_checks import num_cores
 from data.images import NamedItems
 from data.sampling import EpochSampler
 from data.seeds import seeded_generator
+from data.streams import StreamDataset
 from modeling.schedules import Progress, Schedule
 from training.checkpoints import check_fits, what_is_safe, write_checksums
 from training.data_position import save_position
@@ -179,7 +180,7 @@ class MimTrainer(ShardingTrainer):
         position = self.pace.at(self.state.global_step)
         values = {name: schedule.at(position) for name, schedule in self.schedules.items()}
         num_steps = self.args.max_steps if self.args.max_steps > 0 else self.state.max_steps
-        return Progress(int(position), num_steps, self.steps_per_epoch, values)
+        return Progress(int(position), num_steps, self.steps_per_scheduled_epoch(num_steps), values)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         image_index = self._take_index(inputs)
@@ -414,6 +415,11 @@ class MimTrainer(ShardingTrainer):
         if not has_length(loader):  # a stream is one epoch
             return self.state.max_steps
         return max(1, -(-len(loader) // self.args.gradient_accumulation_steps))
+
+    def steps_per_scheduled_epoch(self, num_steps: int) -> int:
+        """Return the steps of an epoch as schedules count them: a stream is one epoch, as in the plan."""
+        steps_per_epoch = self.steps_per_epoch
+        return min(steps_per_epoch, num_steps) if isinstance(self.train_dataset, StreamDataset) else steps_per_epoch
 
     def call_hook(self, name: str) -> None:
         """Call a hook of the model, if it has it."""
