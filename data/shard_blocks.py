@@ -9,11 +9,11 @@ import logging
 import os
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from filelock import FileLock, Timeout
@@ -44,7 +44,7 @@ class BlockCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._ahead: deque[tuple[str, Callable[[], bytes]]] = deque()
+        self._ahead: SimpleQueue[tuple[str, Callable[[], bytes]]] = SimpleQueue()
         self._process = 0  # whose threads read ahead: they do not survive a fork
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,18 +95,19 @@ class BlockCache:
         wanted = [(key, fetch) for key, fetch in blocks if not self.has(key)]
         if not wanted:
             return
-        self._ahead.extend(wanted)
         if self._process != os.getpid():
-            self._process = os.getpid()
-            self._news = threading.Semaphore(0)
+            ahead: SimpleQueue[tuple[str, Callable[[], bytes]]] = SimpleQueue()
             for _ in range(_NUM_AHEAD):
-                threading.Thread(target=self._fetch_ahead, daemon=True).start()
-        self._news.release(len(wanted))
+                threading.Thread(target=self._fetch_ahead, args=(ahead,), daemon=True).start()
+            self._ahead = ahead
+            self._process = os.getpid()  # last: other threads come here at the same time, and need the queue
+        for block in wanted:
+            self._ahead.put(block)
 
-    def _fetch_ahead(self) -> None:
-        while self._news.acquire():
+    def _fetch_ahead(self, ahead: "SimpleQueue[tuple[str, Callable[[], bytes]]]") -> None:
+        while True:
+            key, fetch = ahead.get()
             with suppress(Exception):  # whoever reads the block tries again, and says what is wrong
-                key, fetch = self._ahead.popleft()
                 self.add(key, fetch)
 
     def _path(self, key: str) -> Path:

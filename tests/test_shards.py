@@ -4,10 +4,13 @@ import io
 import itertools
 import os
 import pickle
+import queue
+import sys
 import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from data.images import ImageDataset, SourceSamples, measure_image_stats
 from data.label_columns import read_labels
 from data.runs import Runs, cut_into_runs, split_runs
 from data.sampling import RUNS_PER_WINDOW, EpochOrder
-from data.shard_blocks import DEFAULT_BYTES, limit_cache
+from data.shard_blocks import DEFAULT_BYTES, BlockCache, limit_cache
 from data.shard_files import ShardError, expand_braces
 from data.shards import ShardSource
 from data.sources import open_source, open_validation, split_names
@@ -386,6 +389,25 @@ def test_cache__keeps_no_more_than_its_limit(tmp_path: Path) -> None:
         assert contents(source) == images
         assert sum(path.stat().st_size for path in source.cache.folder.glob("*.block")) <= size // 2
         assert contents(source) == images
+
+
+def test_blocks__are_fetched_ahead_for_several_threads() -> None:
+    interval, fetched = sys.getswitchinterval(), queue.SimpleQueue[int]()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for attempt in range(3):
+                cache = BlockCache()
+                blocks = [(f"{attempt}-{number}", partial(_put, fetched, number)) for number in range(8)]
+                assert list(pool.map(cache.add_later, [[block] for block in blocks])) == [None] * 8
+                assert sorted(fetched.get(timeout=10) for _ in range(8)) == list(range(8))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def _put(fetched: "queue.SimpleQueue[int]", number: int) -> bytes:
+    fetched.put(number)
+    return b"content"
 
 
 # ---- order and splits ----
