@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -144,11 +145,12 @@ def _open(stream: Stream) -> datasets.IterableDataset:
 
 
 def _bytes_of(cell: Any) -> bytes:
-    """Return the image in a row; nothing if there is none."""
+    """Return the image in a row; nothing if there is none, or its file cannot be read."""
     if cell is None:
         return b""
     if cell["bytes"] is None and cell["path"] and os.path.exists(cell["path"]):
-        return read_bytes(Path(cell["path"]))
+        with suppress(BadImage):  # the stream goes on behind it
+            return read_bytes(Path(cell["path"]))
     return bytes(cell["bytes"] or b"")
 
 

@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from data import shard_files, streams
 from data.augmentations import build_views
 from data.bad_images import BadImages
+from data.decoding import BadImage
 from data.streams import Origin, Role, Stream, StreamDataset
 from training.trainer import MimTrainer
 
@@ -130,6 +131,26 @@ def test_bad_image__is_named_once_and_replaced_by_one_of_its_window(tmp_path: Pa
     sizes = [images[counter]["size"] for counter in range(16)]
     assert set(sizes) <= {len(data) for _, data in members} - {0}
     assert list(BadImages.read(tmp_path / "bad.jsonl")) == [f"{tmp_path}/a.tar shard 0#2"]
+
+
+def test_file__that_cannot_be_opened_is_replaced_as_other_bad_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data/train").mkdir(parents=True)
+    for number, data in enumerate(PHOTOGRAPHS[:8]):
+        (tmp_path / f"data/train/{number}.jpg").write_bytes(data)
+
+    def read_bytes(path: Path) -> bytes:  # root may read all files
+        if path.name == "2.jpg":
+            raise BadImage("cannot be opened: Permission denied")
+        return path.read_bytes()
+
+    monkeypatch.setattr(streams, "read_bytes", read_bytes)
+    images = Stream(str(tmp_path / "data"))
+    assert images.first(9) == [b"" if number == 2 else data for number, data in enumerate(PHOTOGRAPHS[:8])]
+    dataset = stream_dataset(images, tmp_path)
+    assert set(dataset[counter]["size"] for counter in range(8)) <= {len(data) for data in PHOTOGRAPHS[:8]}
+    assert len(BadImages.read(tmp_path / "bad.jsonl")) == 1
 
 
 def test_interrupted_run__has_bitwise_equal_weights(stream: Stream, tmp_path: Path) -> None:
