@@ -99,9 +99,9 @@ def open_labeled(
         ValueError: If a dataset cannot be opened, has no training split, or its labels are not usable.
     """
     names = [dataset] if isinstance(dataset, str) else dataset
-    opened = [_open_one(name, label_column, measured) for name in names]
-    if not opened:
+    if not names or not all(names):  # `Path` would take an empty name for the current folder
         raise ValueError("the dataset is missing; name a folder of class folders, or 'sample-fashion'")
+    opened = [_open_one(name, label_column, measured) for name in names]
     for other in opened[1:]:
         if other.class_names != opened[0].class_names:
             raise ValueError(

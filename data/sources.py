@@ -46,9 +46,9 @@ def open_source(
     Raises:
         ValueError: If there is no such dataset or split, or it has no images.
     """
-    if not dataset:
-        raise ValueError("the dataset is missing; name a folder of images, or 'sample' for the bundled photographs")
     names = [dataset] if isinstance(dataset, str) else dataset
+    if not names or not all(names):  # `Path` would take an empty name for the current folder
+        raise ValueError("the dataset is missing; name a folder of images, or 'sample' for the bundled photographs")
     source = join_sources([_open(name, split, _kinds(measured)) for name in names])
     return source if measured is None else measured_source(source, measured)
 

@@ -16,6 +16,7 @@ from data import image_checks, sources
 from data.bad_images import BadImages
 from data.decoding import BadImage
 from data.image_checks import check_images
+from data.labeled import open_labeled
 from data.sources import open_source, open_validation
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data/samples/photographs/train").glob("*.jpg"))
@@ -299,6 +300,9 @@ def test_wrong_names__say_what_was_looked_for_and_what_would_work(
     }.items():
         with pytest.raises(ValueError, match=message):
             open_source(dataset)
+    for open_dataset in (open_source, open_labeled):  # of a variable that is not set: --dataset "$IMAGES"
+        with pytest.raises(ValueError, match="the dataset is missing"):
+            open_dataset(["sample-fashion", ""])
 
 
 def test_check_images__summarises_what_is_there(tmp_path: Path, photograph: bytes) -> None:
