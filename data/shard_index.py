@@ -40,8 +40,8 @@ _FAR = 1 << 20
 def open_index(file: ShardFile) -> pa.Table:
     """Return the index of a shard, built if there is none of this version.
 
-    The metadata has "num_samples", and maybe "problem": what is wrong with the shard, or "ignored": files without a
-    place in a sample.
+    The metadata has "num_samples", and maybe "problem": what is wrong with the shard, "ignored": files without a place
+    in a sample, or "links": images that are links to other files.
 
     Raises:
         ShardError: If the shard cannot be read now.
@@ -115,6 +115,7 @@ class _Samples:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.num_ignored, self.example = 0, ""
+        self.num_links, self.example_of_links = 0, ""
         self._key: str | None = None
         self._members: dict[str, tuple[int, int]] = {}
 
@@ -135,6 +136,11 @@ class _Samples:
             self._members[extension] = offset, size
         elif extension.rpartition(".")[2] in _IMAGE_EXTENSIONS:  # a second image, or "0007.seg.png"
             self.num_ignored, self.example = self.num_ignored + 1, self.example or name
+
+    def add_link(self, name: str) -> None:
+        """Count a link, which has no content, if it is named as an image."""
+        if name.lower().rpartition(".")[2] in _IMAGE_EXTENSIONS:
+            self.num_links, self.example_of_links = self.num_links + 1, self.example_of_links or name
 
     @property
     def num_images(self) -> int:
@@ -159,6 +165,8 @@ class _Samples:
         facts = {"num_samples": str(len(self.rows))} | ({"problem": problem} if problem else {})
         if self.num_ignored:
             facts["ignored"] = f"{self.num_ignored:,} images, such as {self.example}"
+        if self.num_links:
+            facts["links"] = f"{self.num_links:,} images, such as {self.example_of_links}"
         metadata = {name: _as_bytes(text) for name, text in facts.items()}
         return pa.table({"key": pa.array(keys, pa.large_binary()), **arrays}, metadata=metadata)
 
@@ -206,6 +214,8 @@ def _walk_tar(read: Callable[[int, int], bytes], size: int, samples: _Samples) -
             if start + length > size:
                 break
             samples.add(name.decode("utf-8", "surrogateescape"), start, length)
+        if kind in (b"1", b"2"):
+            samples.add_link(name.decode("utf-8", "surrogateescape"))
         if kind != b"g":
             long_name = pax_size = None
     return f"truncated: it ends at byte {size:,} without an end mark, after {samples.num_images:,} images"

@@ -57,6 +57,11 @@ class ShardSource(ImageSource):
                 problems[file.url] = facts["problem"]
             if "ignored" in facts:
                 notes.append(f"{file.url}: ignored {facts['ignored']} (a sample has one image, named KEY.jpg)")
+            if "links" in facts:
+                notes.append(
+                    f"{file.url}: ignored {facts['links']}, which are links to other files; pack their content with "
+                    "`tar --dereference --hard-dereference`"
+                )
             sizes.append(some)
             shards.append(np.full(len(some), number, np.int32))
             starts.append(np.cumsum(some) - some)
@@ -66,8 +71,8 @@ class ShardSource(ImageSource):
         self._ends = np.cumsum(self.blocks)
         super().__init__(f"{title}: {len(self):,} images in {len(files):,} shard{'s' * (len(files) != 1)}")
         if not len(self):
-            reason = next(iter(problems.values()), "expected files such as 0001.jpg, or a column of images")
-            raise ValueError(f"no image in {title}: {reason}")
+            hints = [*problems.values(), *notes, "expected files such as 0001.jpg, or a column of images"]
+            raise ValueError(f"no image in {title}: {hints[0]}")
         self.cache = BlockCache()
         needed = min(sum(file.size for file in files), 2 * RUNS_PER_WINDOW * self._bytes_per_block)
         if self._needs_cache and self.cache.limit < needed:

@@ -155,6 +155,22 @@ def test_tar__with_names_that_are_not_unicode(tmp_path: Path) -> None:
     assert contents(open_source(str(folder))) == [PHOTOGRAPHS[0]] * 2  # with the index that was kept
 
 
+def test_tar__with_links_says_that_they_are_ignored(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/1.jpg").write_bytes(PHOTOGRAPHS[0])
+    (tmp_path / "images/2.jpg").symlink_to("1.jpg")
+    (tmp_path / "images/3.jpg").hardlink_to(tmp_path / "images/1.jpg")
+    for names in ("123", "2"):
+        with tarfile.open(tmp_path / f"{names}.tar", "w") as archive:
+            for name in names:
+                archive.add(tmp_path / f"images/{name}.jpg", f"{name}.jpg")
+    source = open_source(f"{tmp_path}/123.tar")
+    assert contents(source) == PHOTOGRAPHS[:1]
+    assert "ignored 2 images, such as 2.jpg, which are links" in source.notes[0]
+    with pytest.raises(ValueError, match=r"no image in .*2\.tar: .*which are links to other files; pack"):
+        open_source(f"{tmp_path}/2.tar")
+
+
 def test_tar__uses_a_sidecar_that_fits_and_ignores_another(tmp_path: Path) -> None:
     images = write_shards(tmp_path, 1)
     with tarfile.open(tmp_path / "train-000.tar") as archive:
