@@ -24,7 +24,7 @@ from data.decoding import BadImage
 from data.image_source import ImageSource
 from data.sampling import RUNS_PER_WINDOW
 from data.shard_blocks import BlockCache
-from data.shard_files import ARCHIVES, ShardFile, retry
+from data.shard_files import ARCHIVES, ShardError, ShardFile, retry
 from data.shard_index import facts_of, index_path, open_index, open_indices
 from data.tables import find_image_column
 
@@ -198,7 +198,13 @@ class ShardSource(ImageSource):
         group = int(np.searchsorted(np.cumsum(index["rows"]), first, side="right"))
         column = find_image_column(self.features_of(number), file.url)
         work = partial(_read_group, file, index, group, column)
-        return _pack(work() if file.is_local else retry(work, file.url))
+        try:
+            return _pack(work() if file.is_local else retry(work, file.url))
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, ShardError | FileNotFoundError) or getattr(error, "filename", None):  # of this name
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ShardError(f"{file.url} cannot be read: group {group} of its rows is damaged ({reason})") from error
 
 
 class _Descriptor:

@@ -336,6 +336,21 @@ def test_wrong_file__is_refused_with_its_name(tmp_path: Path, kind: str) -> None
         open_source(f"{tmp_path}/*.{kind}")
 
 
+def test_damaged_group__of_a_table_is_named(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": data, "path": None} for data in PHOTOGRAPHS[:4]]},
+        features=datasets.Features({"image": datasets.Image()}),
+    )
+    table.to_parquet(tmp_path / "a.parquet", batch_size=2)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[4:1000] = bytes(996)
+    (tmp_path / "a.parquet").write_bytes(content)
+    source = open_source(f"{tmp_path}/*.parquet")
+    with pytest.raises(ShardError, match=r"a\.parquet cannot be read: group 0 of its rows is damaged \("):
+        source.read(0)
+    assert source.read(2) == PHOTOGRAPHS[2]
+
+
 def test_wrong_tar__is_refused_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(b"no such file" * 100)
     with pytest.raises(ValueError, match=r"no image in .*a\.tar: no tar header at byte 0"):
