@@ -246,8 +246,11 @@ def _read_group(file: ShardFile, index: dict[str, Any], group: int, column: str)
         else:
             begin, end = int(index["begin"][group]), int(index["end"][group])
             start = 8 if file.read(0, 6) == b"ARROW1" else 0
-            head = file.read(start, int(index["begin"][0]) - start)
-            table = pa.ipc.open_stream(pa.py_buffer(head + file.read(begin, end - begin))).read_next_batch()
+            head, body = file.read(start, int(index["begin"][0]) - start), file.read(begin, end - begin)
+            schema = pa.ipc.read_schema(pa.py_buffer(head))
+            if group and any(pa.types.is_dictionary(field.type) for field in schema):
+                head += file.read(int(index["begin"][0]), int(index["end"][0] - index["begin"][0]))  # has them
+            *_, table = pa.ipc.open_stream(pa.py_buffer(head + body))
             found = pa.chunked_array([table.column(column)])
     return pc.struct_field(found, "bytes") if pa.types.is_struct(found.type) else found
 

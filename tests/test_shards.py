@@ -16,6 +16,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from conftest import ROOT
 
@@ -204,8 +205,6 @@ def test_tables__are_read_by_group(tmp_path: Path, kind: str) -> None:
         if kind == "parquet":
             table.to_parquet(path, batch_size=2)
         else:
-            import pyarrow as pa
-
             new = pa.ipc.new_file if kind == "arrow" else pa.ipc.new_stream
             with new(str(path), whole.schema) as writer:
                 writer.write_table(whole, max_chunksize=2)
@@ -249,6 +248,15 @@ def test_archives__leave_no_more_files_open_than_are_kept(tmp_path: Path, monkey
     source.read(0)
     paths = [os.path.realpath(entry.path) for entry in os.scandir("/proc/self/fd")] if Path("/proc").exists() else []
     assert sum(path.endswith(".tar") for path in paths) <= number
+
+
+@pytest.mark.parametrize("new", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_arrow__with_a_dictionary_of_words_is_read(tmp_path: Path, new: Any) -> None:
+    words = pa.array(["dog", "cat"] * 2).dictionary_encode()
+    table = pa.table({"image": pa.array(PHOTOGRAPHS[:4], pa.binary()), "word": words})
+    with new(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+    assert contents(open_source(f"{tmp_path}/*.arrow")) == PHOTOGRAPHS[:4]
 
 
 def test_json__beside_the_images_has_the_labels(tmp_path: Path) -> None:
