@@ -28,7 +28,7 @@ from data.bad_images import BadImages
 from data.decoding import BadImage, read_bytes
 from data.image_source import ImageSource
 from data.seeds import seeded_generator
-from data.shard_files import expand_braces, is_shard_pattern, retry
+from data.shard_files import expand_braces, is_shard_pattern, is_url, retry
 from data.size_schedule import Transform
 from data.tables import VALIDATION_NAMES, find_image_column
 
@@ -127,7 +127,7 @@ def _open(stream: Stream) -> datasets.IterableDataset:
     name = stream.dataset
     try:
         if is_shard_pattern(name):
-            urls = expand_braces(name)
+            urls = [url if is_url(url) else os.path.expanduser(url) for url in expand_braces(name)]
             builder = _BUILDERS.get(os.path.splitext(urls[0])[1].lower())
             if builder is None:
                 raise ValueError(f"expected {', '.join(_BUILDERS)} files")

@@ -57,6 +57,13 @@ def test_wrong_name__is_not_tried_again(tmp_path: Path, monkeypatch: pytest.Monk
         Stream(f"{tmp_path}/nothing.tar").first(1)
 
 
+def test_pattern__may_begin_with_the_home_folder(
+    stream: Stream, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Stream("~/data/train-{000..003}.tar").first(2) == stream.first(2)
+
+
 def test_checkpoint__of_a_run_without_a_stream_begins_the_first_pass(stream: Stream, tmp_path: Path) -> None:
     (tmp_path / "checkpoint-1").mkdir()
     images = stream_dataset(stream, tmp_path)
