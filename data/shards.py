@@ -30,6 +30,7 @@ from data.tables import find_image_column
 
 _BYTES_PER_BLOCK, _MAX_PER_BLOCK = 8 << 20, 1024
 _MAX_OPEN = 256  # indices and local files
+_MAX_NOTES = 5  # of a thousand shards that are alike
 _ZIP_HEADER, _STORED, _DEFLATED = struct.Struct("<4s5H3L2H"), 0, 8
 _DESCRIPTORS = struct.Struct("<4s3L"), struct.Struct("<4sL2Q")
 
@@ -65,7 +66,8 @@ class ShardSource(ImageSource):
             sizes.append(some)
             shards.append(np.full(len(some), number, np.int32))
             starts.append(np.cumsum(some) - some)
-        self.problems, self.notes = problems, notes
+        more = [f"... and {len(notes) - _MAX_NOTES:,} more such notes on shards"] if len(notes) > _MAX_NOTES else []
+        self.problems, self.notes = problems, [*notes[:_MAX_NOTES], *more]
         self.blocks = np.concatenate(sizes)  # (G,), number of images
         self._shard_of, self._start_in_shard = np.concatenate(shards), np.concatenate(starts)
         self._ends = np.cumsum(self.blocks)

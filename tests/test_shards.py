@@ -172,6 +172,14 @@ def test_tar__with_links_says_that_they_are_ignored(tmp_path: Path) -> None:
         open_source(f"{tmp_path}/2.tar")
 
 
+def test_notes__on_many_shards_are_few(tmp_path: Path) -> None:
+    for number in range(8):
+        write_tar(tmp_path / f"{number}.tar", [(f"{number}.{kind}", PHOTOGRAPHS[0]) for kind in ("jpg", "seg.png")])
+    notes = open_source(f"{tmp_path}/{{0..7}}.tar").notes
+    assert [note.partition(":")[0] for note in notes[:5]] == [f"{tmp_path}/{number}.tar" for number in range(5)]
+    assert notes[5:] == ["... and 3 more such notes on shards"]
+
+
 def test_tar__uses_a_sidecar_that_fits_and_ignores_another(tmp_path: Path) -> None:
     images = write_shards(tmp_path, 1)
     with tarfile.open(tmp_path / "train-000.tar") as archive:
