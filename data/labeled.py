@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from data.image_checks import CheckedImages, Checks, check_images
-from data.image_source import join_sources
 from data.images import SourceSamples
 from data.label_columns import RawLabels, read_labels
 from data.measured import Measured
+from data.measured_sources import join_measured
 from data.seeds import seeded_generator
 from data.sources import open_source, split_names
 from data.tables import VALIDATION_NAMES
@@ -256,7 +256,7 @@ def _number_labels(name: str, raw: RawLabels, class_names: tuple[str, ...]) -> L
 def _join_splits(splits: list[LabeledSplit]) -> LabeledSplit:
     starts = np.cumsum([0, *(len(split.source) for split in splits[:-1])])
     return LabeledSplit(
-        join_sources([split.source for split in splits]),
+        join_measured([split.source for split in splits]),
         np.concatenate([split.indices + start for split, start in zip(splits, starts, strict=True)]),
         np.concatenate([split.labels for split in splits]),
     )

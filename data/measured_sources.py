@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from data.band_files import DTYPES
 from data.decoding import BadImage, Header
-from data.image_source import FileSource, ImageSource
+from data.image_source import FileSource, ImageSource, join_sources
 from data.measured import Measured, MeasuredImage
 
 _NUM_PEEKED = 16  # images whose type of values is looked at
@@ -33,6 +33,20 @@ def measured_source(source: ImageSource, measured: Measured) -> ImageSource:
     return source if measured.tile is None else Tiles(source, measured.tile)
 
 
+def join_measured(sources: Sequence[ImageSource]) -> ImageSource:
+    """Concatenate sources; if they are measured, their images are read in the type that holds those of all.
+
+    Otherwise a batch with images of two sources would mix integers with the bits of floats.
+    """
+    types = {part.measured.dtype for source in sources for part in source.parts if part.measured is not None}
+    if len(types) > 1:
+        widest = max(types, key=DTYPES.index)
+        for part in (part for source in sources for part in source.parts):
+            assert part.measured is not None, "either all sources are measured or none"
+            _set(part, replace(part.measured, dtype=widest))
+    return join_sources(sources)
+
+
 def measured_image(source: ImageSource, index: int) -> MeasuredImage:
     """Return an image of a source that is measured."""
     image = source.image(index)
@@ -43,6 +57,8 @@ def measured_image(source: ImageSource, index: int) -> MeasuredImage:
 def _set(source: ImageSource, measured: Measured) -> None:
     for part in (source, *source.parts):
         part.measured = measured
+        if isinstance(part, Tiles):
+            _set(part.source, measured)
 
 
 class ChannelFiles(FileSource):

@@ -22,7 +22,7 @@ from data.decoding import EXTENSIONS
 from data.idx import find_idx_files, read_idx
 from data.image_source import ArraySource, FileSource, ImageSource, TableSource, join_sources
 from data.measured import Measured
-from data.measured_sources import measured_source
+from data.measured_sources import join_measured, measured_source
 from data.shard_files import ARCHIVES, ShardFile, find_shards, is_shard_pattern, local_shard
 from data.shards import ShardSource
 from data.tables import TABLE_EXTENSIONS, VALIDATION_NAMES, group_by_split, load_tables
@@ -78,7 +78,7 @@ def open_validation(dataset: str | list[str], measured: Measured | None = None) 
         name = next((name for name in VALIDATION_NAMES if name in names), None)
         return None if name is None else open_source(dataset, name, measured)
     sources = [source for one in dataset if (source := open_validation(one, measured)) is not None]
-    return join_sources(sources) if sources else None
+    return join_measured(sources) if sources else None
 
 
 def split_names(dataset: str, measured: Measured | None = None) -> list[str]:

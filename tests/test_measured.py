@@ -20,8 +20,9 @@ from data.collators import stack_items
 from data.decoding import BadImage, check, decode
 from data.image_checks import check_images
 from data.images import ImageDataset, SourceSamples, measure_image_stats
+from data.labeled import open_labeled
 from data.measured import Measured, MeasuredImage
-from data.sources import open_source
+from data.sources import open_source, open_validation
 from data.value_ranges import PERCENTILES, measure_value_range
 from modeling.patches import STORED_DTYPES, in_unit_range, standardize, stored_values
 from modeling.views import Photometric, View
@@ -288,6 +289,34 @@ def test_mixed_types__are_read_as_the_one_that_holds_all(tmp_path):
     late = MeasuredImage((tmp_path / "b.tif",), Measured(5, dtype="uint16"))
     with pytest.raises(BadImage, match="float32 values, but the other images have uint16"):
         late.check()
+
+
+@pytest.mark.parametrize("tile", [None, SIZE])
+def test_several_datasets__are_read_in_the_type_that_holds_all(tile, tmp_path):
+    datasets = []
+    for number, dtype in enumerate(("float32", "uint16")):
+        datasets.append(str(tmp_path / dtype))
+        for split in ("train", "val"):
+            (tmp_path / dtype / split).mkdir(parents=True)
+            write_tiff(tmp_path / dtype / split / "a.tif", bands(number, 5).astype(dtype))
+    source = open_validation(datasets, Measured(5, tile=tile))
+    images = ImageDataset(SourceSamples(source, np.arange(2)), single_view(CenterCrop((SIZE, SIZE)), 5))
+    batch = stack_items([images[0], images[1]])
+    expected = np.stack([bands(0, 5), bands(1, 5)]).astype(np.float32)
+    assert np.array_equal(stored_values(batch["pixel_values"]).numpy(), expected)
+
+
+def test_several_labeled_datasets__are_read_in_the_type_that_holds_all(tmp_path):
+    datasets = []
+    for dtype in ("uint8", "float32"):
+        datasets.append(str(tmp_path / dtype))
+        for name in ("cat", "dog"):
+            (tmp_path / dtype / name).mkdir(parents=True)
+            np.save(tmp_path / dtype / name / "0.npy", np.full((5, SIZE, SIZE), 7, dtype))
+    train = open_labeled(datasets, measured=Measured(5)).train
+    images = ImageDataset(train, single_view(CenterCrop((SIZE, SIZE)), 5))
+    batch = stack_items([images[index] for index in range(4)])
+    assert (stored_values(batch["pixel_values"]) == 7).all()
 
 
 def test_missing_channel__is_named(tmp_path):
