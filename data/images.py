@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _NUM_REPLACEMENTS = 10
 _SMALLEST_STD = 1e-4  # a fortieth of a level of uint8; rounding leaves less
+_SMALLEST_STD_IN_RANGE = 1e-6  # of measurements, which may use a small part of their range
 
 
 class Samples(Protocol):
@@ -303,7 +304,8 @@ def measure_image_stats(
         moments = torch.stack(list(read))
     mean, mean_of_squares = moments.mean(0)  # (samples, 2, C) -> (2, C)
     std = (mean_of_squares - mean**2).clamp(min=0).sqrt()
-    return mean.tolist(), torch.where(std < _SMALLEST_STD, 0.0, std).tolist()
+    smallest = _SMALLEST_STD if value_range is None else _SMALLEST_STD_IN_RANGE
+    return mean.tolist(), torch.where(std < smallest, 0.0, std).tolist()
 
 
 def choose_images(images: ImageDataset, number: int, generator: torch.Generator) -> list[int]:

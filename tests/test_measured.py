@@ -233,6 +233,14 @@ def test_value_range__of_a_constant_channel_is_not_empty(tmp_path):
     assert measure_value_range(dataset(tmp_path, Measured(2)), "percentile")[1] == [7.0, 8.0]
 
 
+def test_statistics__of_values_in_a_small_part_of_their_range_are_not_those_of_a_constant_channel(tmp_path):
+    values = np.full((2, SIZE, SIZE), 100, np.uint16)
+    values[0, ::2] += 8
+    write_tiff(tmp_path / "a.tif", values)
+    _, std = measure_image_stats(dataset(tmp_path, Measured(2)), value_range=[[0.0, 65_535.0]] * 2)
+    assert std == [pytest.approx(4 / 65_535), 0.0]
+
+
 def test_unit_range__cuts_off_what_is_outside():
     pixels = torch.tensor([[[0, 100, 150, 60000]]], dtype=torch.uint16)
     assert in_unit_range(pixels, [[100.0, 200.0]]).tolist() == [[[0.0, 0.0, 0.5, 1.0]]]
