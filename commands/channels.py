@@ -1,5 +1,6 @@
 """Flags for images whose values are measurements, and what they mean."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -134,7 +135,7 @@ def parse_range(given: Sequence[str], num_channels: int) -> tuple[str, tuple[flo
         values = tuple(float(number) for number in numbers)
     except ValueError:
         values = ()
-    is_fixed = kind == "fixed" and len(values) in (2, 2 * num_channels)
+    is_fixed = kind == "fixed" and len(values) in (2, 2 * num_channels) and all(map(math.isfinite, values))
     if is_fixed and all(low < high for low, high in zip(values[::2], values[1::2], strict=True)):
         return kind, values
     if kind in _IN_WORDS and not numbers:

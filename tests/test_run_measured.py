@@ -159,6 +159,7 @@ def test_init__adapts_an_rgb_encoder_that_keeps_its_features(further, num_channe
 MISTAKES = {
     "--value_range percentile 2 98": "--value_range is percentile 2 98, expected percentile, minmax, or fixed",
     "--value_range fixed 5 5": "the lower one first",
+    "--value_range fixed 0 inf": "--value_range is fixed 0 inf, expected percentile, minmax, or fixed",
     "--num_channels 4 --image_stats preset": "expected auto",
     "--channel_files red": "--channel_files has 'red', expected name=pattern",
     "--channel_files a=*_1.tif b=*_2.tif --num_channels 3": "--channel_files names 2 channels, expected 3",
