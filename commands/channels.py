@@ -162,7 +162,8 @@ def describe_values(settings: Any, dtype: str, value_range: Sequence[Sequence[fl
     """Return a line about the range of each channel."""
     kind, _ = _range_kind(settings, dtype)
     by = _IN_WORDS.get(kind, "fixed values")
-    if settings.image_stats == "source" and settings.value_range is None:
+    is_of_source = settings.image_stats == "source" and "value_range" in settings.start.image_stats
+    if is_of_source and settings.value_range is None:
         by = f"the values of {settings.init_from}"
     names = channel_names(settings, len(value_range))
     ranges = ", ".join(f"{name}: {low:g} and {high:g}" for name, (low, high) in zip(names, value_range, strict=True))

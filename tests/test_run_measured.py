@@ -17,6 +17,7 @@ from transformers import AutoModelForPreTraining, ViTConfig, ViTModel
 
 import run_evaluation
 import run_finetune
+from commands.channels import describe_values
 from commands.evaluation_settings import EvaluationSettings
 from commands.parsing import make_parser
 from commands.pretraining_model import without_weights
@@ -178,6 +179,16 @@ def test_mistakes__each_get_one_clear_message(flags, tmp_path, capsys):
     message = capsys.readouterr().err
     assert MISTAKES[flags] in message
     assert message.count("run_pretraining.py:") == 1
+
+
+def test_range_in_the_log__is_the_source_s_only_if_it_has_one(tmp_path):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    for ends, expected in ((None, "the percentiles 0.5 and 99.5"), ([[10, 2000]] * 3, f"the values of {tmp_path}")):
+        write_image_processor(tmp_path, config, [0.5] * 3, [0.2] * 3, value_range=ends)
+        settings = settings_of("--init_from", str(tmp_path), "--tile", "32")
+        assert settings.image_stats == "source"
+        assert f"0 and 1 are {expected}" in describe_values(settings, "uint16", [[10, 2000]] * 3)
 
 
 def test_channel_files__give_the_number_and_the_names_of_channels():
