@@ -85,6 +85,9 @@ def channels_and_stats(start: Any, values: Mapping[str, Any], origins: Mapping[s
                 f"{num_channels}; use auto"
             )
         stats = None
+    is_default = stats == "source" and origins["image_stats"] < Origin.CONFIG
+    if is_default and values["value_range"] and not start.sizes_only and "value_range" in start.image_stats:
+        stats = None  # those of the source are relative to its own range
     # The statistics of ImageNet have three colors, and are those of photographs.
     is_photograph = num_channels == 3 and not any(values[name] for name in ("value_range", "channel_files", "tile"))
     return {"num_channels": num_channels, "image_stats": stats or ("preset" if is_photograph else "auto")}

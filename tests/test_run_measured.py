@@ -191,6 +191,16 @@ def test_range_in_the_log__is_the_source_s_only_if_it_has_one(tmp_path):
         assert f"0 and 1 are {expected}" in describe_values(settings, "uint16", [[10, 2000]] * 3)
 
 
+def test_statistics__are_measured_where_the_range_is_not_the_source_s(tmp_path):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    write_image_processor(tmp_path, config, [0.5] * 3, [0.2] * 3, value_range=[[10, 2000]] * 3)
+    flags = ["--init_from", str(tmp_path), "--value_range", "fixed", "0", "255"]
+    assert settings_of(*flags).image_stats == "auto"
+    assert settings_of(*flags[:2]).image_stats == "source"
+    assert settings_of(*flags, "--image_stats", "source").image_stats == "source"
+
+
 def test_channel_files__give_the_number_and_the_names_of_channels():
     settings = settings_of("--channel_files", "red=*_4.tif", "nir=*_8.tif")
     assert (settings.num_channels, settings.image_stats) == (2, "auto")
