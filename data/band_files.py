@@ -222,7 +222,7 @@ def _open_dicom(stream: BinaryIO, num_channels: int) -> Bands:
     if int(dataset.get("NumberOfFrames", 1) or 1) != 1:
         raise BadImage(f"a DICOM file of {dataset.NumberOfFrames} frames, expected one; save each as a file")
     height, width, found = int(dataset.Rows), int(dataset.Columns), int(dataset.SamplesPerPixel)
-    is_scaled = "RescaleSlope" in dataset
+    is_scaled = dataset.get("RescaleSlope") is not None  # an empty element is None
     sign = "i" if int(dataset.get("PixelRepresentation", 0)) else "u"
     stored = np.dtype(f"{sign}{max(1, int(dataset.BitsAllocated) // 8)}")
 
@@ -230,7 +230,7 @@ def _open_dicom(stream: BinaryIO, num_channels: int) -> Bands:
         left, top, right, bottom = window
         array = dataset.pixel_array
         if is_scaled:
-            array = array * float(dataset.RescaleSlope) + float(dataset.get("RescaleIntercept", 0))
+            array = array * float(dataset.RescaleSlope) + float(dataset.get("RescaleIntercept") or 0)
         array = array[..., None] if array.ndim == 2 else array
         return np.asarray(array[top:bottom, left:right], "float32" if is_scaled else held_in(stored))
 

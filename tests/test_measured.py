@@ -36,7 +36,7 @@ def write_tiff(file: Path, values: np.ndarray, **options: object) -> None:
     tifffile.imwrite(file, values, photometric="minisblack", **options)
 
 
-def write_dicom(file: Path, values: np.ndarray, slope: float = 1.0, intercept: float = -1024.0) -> None:
+def write_dicom(file: Path, values: np.ndarray, slope: float | None = 1.0, intercept: float | None = -1024.0) -> None:
     pydicom = pytest.importorskip("pydicom")
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -371,6 +371,15 @@ def test_missing_library__is_one_message_with_what_to_install(name, library, tmp
     message = f"(?s)1 of 1 images cannot be read.*which needs {package}: pip install {package}"
     with pytest.raises(ValueError, match=message):
         check_images(open_source(str(tmp_path), measured=None if name == "a.heic" else Measured(1)), 0.0)
+
+
+@pytest.mark.parametrize(("slope", "intercept", "dtype"), [(None, None, "uint16"), (2.0, None, "float32")])
+def test_dicom__with_empty_rescale_elements_is_read(slope, intercept, dtype, tmp_path):
+    values = bands(0, 1)[0]
+    write_dicom(tmp_path / "a.dcm", values, slope, intercept)
+    with open_bands(tmp_path / "a.dcm", 1) as image:
+        assert image.dtype == dtype
+        assert np.array_equal(image.read((0, 0, SIZE, SIZE))[..., 0], values * np.array(slope or 1, dtype))
 
 
 def test_truncated_dicom__is_described(tmp_path):
