@@ -157,7 +157,8 @@ def _open_tiff(stream: BinaryIO, num_channels: int) -> Bands:
 
     def read(window: Window) -> np.ndarray:
         left, top, right, bottom = window
-        values = np.zeros((bottom - top, right - left, len(pages) * first.samplesperpixel), first.dtype)
+        shape = (bottom - top, right - left, len(pages) * first.samplesperpixel)
+        values = np.full(shape, first.nodata, first.dtype)  # GDAL's tag for what a sparse file leaves out, or 0
         for number, page in enumerate(pages):
             samples = slice(number, number + 1) if len(pages) > 1 else slice(None)
             _read_page(page, stream, window, values[..., samples])

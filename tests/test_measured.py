@@ -3,6 +3,7 @@ import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ tifffile = pytest.importorskip("tifffile")
 SIZE, CHANNELS = 64, 12
 
 
-def write_tiff(file: Path, values: np.ndarray, **options: object) -> None:
+def write_tiff(file: Path, values: Any, **options: object) -> None:
     tifffile.imwrite(file, values, photometric="minisblack", **options)
 
 
@@ -194,6 +195,15 @@ def test_tiles__are_read_without_decoding_the_rest(tmp_path):
     assert np.array_equal(images[4]["pixel_values"].numpy(), values[:, 64:128, 64:128])
     with pytest.raises(BadImage, match="cannot be decoded"):
         images.view(0)
+
+
+def test_sparse_file__has_the_value_of_missing_data_where_it_leaves_out_tiles(tmp_path):
+    first = np.ones((32, 32), np.float32)
+    tag = [(42113, "s", 0, "-9999", True)]  # GDAL_NODATA
+    write_tiff(tmp_path / "a.tif", iter([first, None]), shape=(64, 32), dtype="float32", tile=(32, 32), extratags=tag)
+    (item,) = dataset(tmp_path, Measured(1), single_view(CenterCrop((64, 32)), 1))
+    expected = np.concatenate([first, np.full_like(first, -9999)])
+    assert np.array_equal(stored_values(item["pixel_values"])[0].numpy(), expected)
 
 
 def test_tiles__cover_whole_windows_only_and_keep_small_images(tmp_path):
