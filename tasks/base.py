@@ -79,7 +79,9 @@ class Task(ABC):
         if split not in self.splits.by_name:
             return None
         images = self._dataset(split, bad_images_file)
-        if not self.has_views_of_one_size or len(images) * 3 * self.settings.image_size**2 > _MAX_KEPT_BYTES:
+        bytes_each = 4 if "value_range" in self.image_stats else 1  # of measurements, at most
+        num_values = len(images) * len(self.image_stats["image_mean"]) * self.settings.image_size**2
+        if not self.has_views_of_one_size or num_values * bytes_each > _MAX_KEPT_BYTES:
             return images
         return StackedImages(images, num_threads=min(8, os.cpu_count() or 1))
 

@@ -4,6 +4,7 @@ import json
 import re
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,14 +23,17 @@ from commands.evaluation_settings import EvaluationSettings
 from commands.parsing import make_parser
 from commands.pretraining_model import without_weights
 from commands.pretraining_settings import load_pretraining_settings
+from data.classification import eval_view
+from data.images import ImageDataset, SourceSamples, StackedImages
 from data.measured import Measured
+from data.sources import open_source
 from evaluation.preprocessing import open_preprocessor
 from hub.export.native import write_image_processor
 from hub.init_weights import read_weights
 from hub.open_model import open_model
 from modeling import CONFIGS, MODELS
 from run_pretraining import starting_point
-from tasks import SETTINGS
+from tasks import SETTINGS, TASKS
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -122,6 +126,19 @@ def test_finetune_and_evaluation__read_the_values_of_the_encoder(trained, tmp_pa
         f"{num_channels} channels, cut off at the range of each, 32 x 32 pixels"
         in (tmp_path / "report" / "metrics.json").read_text()
     )
+
+
+@pytest.mark.parametrize(("limit", "kind"), [(2 * 12 * 32 * 32 * 4, StackedImages), (40_000, ImageDataset)])
+def test_evaluation_images__are_kept_by_their_channels_and_bytes(limit, kind, tmp_path, monkeypatch):
+    for number in range(2):
+        np.save(tmp_path / f"{number}.npy", bands(number, 12, 32))
+    samples = SourceSamples(open_source(str(tmp_path), measured=Measured(12)), np.arange(2))
+    settings = SimpleNamespace(image_size=32, seed=0, evaluation_view=eval_view((32, 32), 1.0))
+    stats = {"image_mean": [0.5] * 12, "image_std": [0.2] * 12, "value_range": [[0, 5000]] * 12}
+    splits = SimpleNamespace(by_name={"validation": samples})
+    monkeypatch.setattr("tasks.base._MAX_KEPT_BYTES", limit)
+    task = TASKS["classification"](settings, ViTConfig(), stats, splits)
+    assert type(task.evaluation_set("validation", tmp_path / "bad.jsonl")) is kind
 
 
 def settings_of(*flags: str) -> object:
