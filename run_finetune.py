@@ -45,6 +45,11 @@ def main(argv: list[str]) -> None:
 
     # The encoder and the labeled images make the task, which makes the model.
     config, (stats, notes) = encoder_config(settings.model), image_stats(settings.model)
+    if settings.measured is not None and "value_range" not in stats:
+        raise ValueError(
+            f"--model {settings.model} takes measurements, but has no preprocessor_config.json with their value_range "
+            "and statistics; copy it from the folder that the pre-training wrote"
+        )
     splits = first_on_main(state, lambda: TASKS[settings.task].open_splits(settings))
     settings, rules = with_rules_for_few_labels(settings, config, len(splits.by_name["train"]))
     task = TASKS[settings.task](settings, config, stats, splits)

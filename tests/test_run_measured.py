@@ -128,6 +128,17 @@ def test_finetune_and_evaluation__read_the_values_of_the_encoder(trained, tmp_pa
     )
 
 
+def test_finetune__of_an_encoder_without_its_range_is_one_message(tmp_path, capsys):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    config.mim_value_range = [[0, 5000]] * 3
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--dataset", str(tmp_path), "--use_cpu", "--output_dir", str(tmp_path)]
+    parser = partial(make_parser, SETTINGS["classification"])
+    assert run_finetune.run(arguments, run_finetune.main, parser) == 2
+    expected = f"--model {tmp_path} takes measurements, but has no preprocessor_config.json with their value_range"
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("limit", "kind"), [(2 * 12 * 32 * 32 * 4, StackedImages), (40_000, ImageDataset)])
 def test_evaluation_images__are_kept_by_their_channels_and_bytes(limit, kind, tmp_path, monkeypatch):
     for number in range(2):
