@@ -62,6 +62,10 @@ def main(argv: list[str]) -> None:
         embed(settings.embed, settings, encoder, preprocessor, state)
     elif settings.dense:
         other = settings.compare_with and open_encoder(settings.compare_with, state.device, settings.trust_remote_code)
+        if other and other[1].value_range is not None:
+            raise ValueError(
+                f"--compare_with {settings.compare_with} takes measurements, expected an encoder of photographs"
+            )
         evaluate_dense(settings, (encoder, preprocessor), other or None, argv)
     else:
         evaluate(settings, encoder, preprocessor, argv)

@@ -85,6 +85,8 @@ def _open_teacher(settings: Any, grid: Any) -> Targets | None:
     else:
         model = open_model(name, "teacher").model
     stats = processor_stats(name, getattr(model.config, "num_channels", 3))
+    if "value_range" in stats:
+        raise ValueError(f"--teacher {name} takes measurements, expected an encoder of photographs")
     if not stats:
         stats = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}
         log(f"note: --teacher {name} has no preprocessor_config.json with mean and std: ImageNet's are used")

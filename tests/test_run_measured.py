@@ -18,11 +18,12 @@ from transformers import AutoModelForPreTraining, ViTConfig, ViTModel
 
 import run_evaluation
 import run_finetune
+import run_pretraining
 from commands.channels import describe_values
 from commands.evaluation_settings import EvaluationSettings
 from commands.parsing import make_parser
 from commands.pretraining_model import without_weights
-from commands.pretraining_settings import load_pretraining_settings
+from commands.pretraining_settings import PretrainingSettings, load_pretraining_settings
 from data.classification import eval_view
 from data.images import ImageDataset, SourceSamples, StackedImages
 from data.measured import Measured
@@ -137,6 +138,21 @@ def test_finetune__of_an_encoder_without_its_range_is_one_message(tmp_path, caps
     assert run_finetune.run(arguments, run_finetune.main, parser) == 2
     expected = f"--model {tmp_path} takes measurements, but has no preprocessor_config.json with their value_range"
     assert expected in capsys.readouterr().err
+
+
+def test_encoder_of_measurements__is_no_teacher_and_not_compared_on_photographs(tmp_path, capsys):
+    config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+    for name, ends in (("photographs", None), ("measurements", [[0, 5000]] * 3)):
+        ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path / name)
+        write_image_processor(tmp_path / name, config, [0.5] * 3, [0.2] * 3, value_range=ends)
+    measurements, output = str(tmp_path / "measurements"), ["--output_dir", str(tmp_path / "out")]
+    flags = ["--method", "feature", "--teacher", measurements, "--dataset", "sample", *TINY, *output]
+    assert run_pretraining.run(flags, run_pretraining.main, partial(make_parser, PretrainingSettings, CONFIGS)) == 2
+    assert f"--teacher {measurements} takes measurements" in capsys.readouterr().err
+    flags = ["--model", str(tmp_path / "photographs"), "--dense", "--compare_with", measurements, *output]
+    parser = partial(make_parser, EvaluationSettings)
+    assert run_evaluation.run([*flags, "--dataset", "sample", "--use_cpu"], run_evaluation.main, parser) == 2
+    assert f"--compare_with {measurements} takes measurements" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("limit", "kind"), [(2 * 12 * 32 * 32 * 4, StackedImages), (40_000, ImageDataset)])
