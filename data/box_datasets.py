@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,7 +297,7 @@ def _open_table(source: TableSource) -> _Opened:
         classes=np.array([number_of.get(value, -1) for value in values], np.int64),
         areas=np.where(given > 0, given, sides) / scale.prod(axis=1),
         is_crowd=np.array(crowds, bool),
-        name=lambda index: f"{source.name(places[index][0])}, object {places[index][1]}",
+        name=partial(_name_in_table, source, places),
     )
     return _Opened(source, raw, class_names)
 
@@ -310,6 +311,11 @@ def _as_columns(cell: Any) -> dict[str, list[Any]]:
     if isinstance(cell, list):
         return {key: [each.get(key) for each in cell] for key in (cell[0] if cell else ())}
     return cell or {}
+
+
+def _name_in_table(source: TableSource, places: Sequence[tuple[int, int]], index: int) -> str:
+    row, number = places[index]
+    return f"{source.name(row)}, object {number}"
 
 
 def _numbers(box: Any) -> Sequence[float]:

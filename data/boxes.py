@@ -5,6 +5,7 @@ Shapes: N images, M boxes, n boxes of an image, K classes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self
 
 import numpy as np
@@ -46,9 +47,14 @@ class RawBoxes:
         return replace(
             self,
             **values,
-            name=lambda index: self.name(int(rows[index])),
-            mask=None if mask is None else lambda index: mask(int(rows[index])),
+            name=partial(_call_for_row, self.name, rows),
+            mask=None if mask is None else partial(_call_for_row, mask, rows),
         )
+
+
+def _call_for_row(function: Callable[[int], Any], rows: np.ndarray, index: int) -> Any:
+    """Call `function` for a row of those that were taken; unlike a lambda, it can be sent to a spawned worker."""
+    return function(int(rows[index]))
 
 
 @dataclass(frozen=True)

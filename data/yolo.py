@@ -7,6 +7,7 @@ Shapes: M boxes.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,13 @@ def read_yolo(images: Sequence[Path]) -> RawBoxes:
         classes=np.array([number for _, number, _ in rows], np.int64),
         areas=(boxes[:, 2:] - boxes[:, :2]).prod(axis=1),
         is_crowd=np.zeros(len(rows), bool),
-        name=lambda row: f"{places[row][0]}, line {places[row][1]}",
+        name=partial(_name, places),
     )
+
+
+def _name(places: Sequence[tuple[Path, int]], row: int) -> str:
+    file, line = places[row]
+    return f"{file}, line {line}"
 
 
 def _parse(line: str) -> tuple[int, tuple[float, ...]]:

@@ -1,6 +1,7 @@
 """Images with boxes: COCO json, YOLO folders and tables, what of them cannot be used, and their views."""
 
 import json
+import pickle
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 from data.box_datasets import open_box_splits
 from data.box_views import BoxViews, collate_boxes
 from data.coco import decode_mask, read_coco
+from data.instances import with_masks
 from data.seeds import seeded_generator
 
 PHOTOGRAPHS = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))[:3]
@@ -222,6 +224,30 @@ def test_table__has_the_objects_of_each_row(tmp_path, has_names):
     assert sample["classes"].tolist() == [1, 0]
     assert_close(sample["boxes"][0], torch.tensor([10 / width, 20 / height, 40 / width, 60 / height]))
     assert len(splits.by_name["train"].sample(1)["boxes"]) == 0
+
+
+def write_table(file: Path, objects, **columns) -> Path:
+    """A table of the first photograph with the objects of each row."""
+    rows = {"image": [str(PHOTOGRAPHS[0])] * len(objects), "objects": objects, **columns}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["coco", "masks", "yolo", "table"])
+def test_boxes__can_be_sent_to_a_spawned_worker(tmp_path, kind):
+    if kind == "yolo":
+        splits = open_all(yolo(tmp_path / "data"))
+    elif kind == "table":
+        splits = open_all(write_table(tmp_path / "train.parquet", [{"bbox": [[1, 2, 30, 40]], "category": ["cat"]}]))
+    else:
+        folder = write(tmp_path / "data", coco([(0, 3, [1, 2, 30, 40], {"segmentation": [[1, 2, 31, 2, 31, 42]]})]))
+        splits = open_all(folder) if kind == "coco" else with_masks(open_all(folder), str(folder), 0.0)
+    train = splits.by_name["train"]
+    copy = pickle.loads(pickle.dumps(train))
+    assert copy.sample(0)["boxes"].equal(train.sample(0)["boxes"])
+    assert copy.raw.name(0) == train.raw.name(0)
+    if kind == "masks":
+        np.testing.assert_array_equal(copy.sample(0)["masks"], train.sample(0)["masks"])
 
 
 def test_folder__without_boxes_is_refused(tmp_path):
