@@ -25,7 +25,7 @@ class Segmentation(NamedTuple):
 
     Args:
         image: uint8 (H, W, 3).
-        mask, prediction: Classes, uint8 (H, W).
+        mask, prediction: Classes, int (H, W).
         title: What is said above the row.
     """
 
@@ -49,7 +49,7 @@ def draw_segmentations(rows: Sequence[Segmentation], class_names: Sequence[str],
     """Draw a row for each image."""
     colors = palette(class_names)
     found = np.unique(np.concatenate([np.unique(part) for row in rows for part in (row.mask, row.prediction)]))
-    shown = [k for k in found.tolist() if k < len(class_names)][:_MAX_LEGEND]
+    shown = [k for k in found.tolist() if k < len(class_names) and k != IGNORED][:_MAX_LEGEND]
     font = ImageFont.load_default(size=_FONT_SIZE)
     width = len(_COLUMNS) * (_CELL + _GAP) - _GAP
     per_line = max(1, width // 150)
@@ -79,8 +79,8 @@ def draw_segmentations(rows: Sequence[Segmentation], class_names: Sequence[str],
 
 
 def palette(class_names: Sequence[str]) -> np.ndarray:
-    """Return colors uint8 (256, 3) that differ for neighboring class numbers; a background is nearly black."""
-    colors = np.zeros((256, 3), np.uint8)
+    """Return colors uint8 (256 or more, 3) that differ for neighboring numbers; a background is nearly black."""
+    colors = np.zeros((max(IGNORED + 1, len(class_names)), 3), np.uint8)
     for k, name in enumerate(class_names):
         if name == _BACKGROUND:
             colors[k] = _DARK

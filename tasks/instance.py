@@ -230,8 +230,7 @@ class InstanceTask(Task):
             predicted = _painted(*panoptic_segments(*logits, (masks.shape[1], masks.shape[2])))
             image = item["pixel_values"].permute(1, 2, 0).numpy()
             rows.append(Segmentation(image, true, predicted, f"{name}: panoptic quality {quality[position]:.0%}"))
-        class_names = (BACKGROUND, *self.splits.class_names)
-        draw_segmentations(rows, class_names, title).save(folder / FIGURE_FILE)
+        draw_segmentations(rows, _painted_names(self.splits.class_names), title).save(folder / FIGURE_FILE)
         return FIGURE_FILE
 
     # ---- export ----
@@ -273,7 +272,14 @@ class InstanceTask(Task):
 
 
 def _painted(segments: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Return the class of each pixel's segment plus one, 0 without a segment, `IGNORED` for void."""
-    table = np.concatenate([classes + 1, [IGNORED, 0]])  # of the last two, negative numbers choose
-    painted: np.ndarray = table[segments].astype(np.uint8)
+    """Return the number of each pixel's class in `_painted_names`, 0 without a segment, `IGNORED` for void."""
+    numbers = classes + 1 + (classes + 1 >= IGNORED)
+    table = np.concatenate([numbers, [IGNORED, 0]])  # of the last two, negative numbers choose
+    painted: np.ndarray = table[segments]
     return painted
+
+
+def _painted_names(class_names: Sequence[str]) -> list[str]:
+    """Return the names of the numbers in a figure: a background, and the classes, of which none has `IGNORED`."""
+    names = [BACKGROUND, *class_names]
+    return names if len(names) <= IGNORED else [*names[:IGNORED], "", *names[IGNORED:]]

@@ -22,9 +22,11 @@ import run_finetune
 from commands.parsing import make_parser
 from data.instances import NO_OBJECT, InstanceView, collate_instances
 from evaluation.instances import average_precision, evaluate_image, panoptic_segments
+from evaluation.panoptic_quality import NO_SEGMENT, VOID
+from evaluation.segmentation_pictures import Segmentation, draw_segmentations
 from hub.export.native import export
 from tasks import SETTINGS
-from tasks.instance import InstanceTask
+from tasks.instance import InstanceTask, _painted, _painted_names
 
 SHORT = ["--use_cpu", "--per_device_train_batch_size", "2", "--learning_rate", "1e-3", "--report_to", "none"]
 SHORT += ["--num_queries", "6", "--warmup_steps", "0", "--save_steps", "2", "--eval_steps", "2"]
@@ -258,6 +260,18 @@ def test_evaluation__by_several_processes_uses_the_results_of_this_evaluation(mo
         return first
 
     assert [ap(False), ap(True)] == pytest.approx([0.0, 1.0])
+
+
+@pytest.mark.parametrize("num_classes", [3, 254, 255, 1203])
+def test_figure__shows_each_of_many_classes_and_void(num_classes):
+    class_names = [f"class {number}" for number in range(num_classes)]
+    names = _painted_names(class_names)
+    classes = np.arange(num_classes)
+    painted = _painted(np.array([[NO_SEGMENT, VOID, *classes]]), classes)
+    assert [names[number] for number in painted[0, 2:]] == class_names
+    assert (names[painted[0, 0]], painted[0, 1], (painted == 255).sum()) == ("background", 255, 1)
+    image = np.zeros((*painted.shape, 3), np.uint8)
+    draw_segmentations([Segmentation(image, painted, painted, "all")], names, "figure")
 
 
 def test_ap__is_that_of_pycocotools():
