@@ -14,7 +14,7 @@ def count_matches(
     predicted: np.ndarray, predicted_classes: np.ndarray, true: np.ndarray, true_classes: np.ndarray, num_classes: int
 ) -> np.ndarray:
     """Return for each class (K, 4) of an image: the sum of the IoUs of its matches, and the numbers of matches, of
-    unmatched predicted segments and of unmatched true ones.
+    unmatched predicted segments and of unmatched true ones that have pixels.
 
     Segments match if they have the same class and their IoU is above a half. A predicted segment that is mostly void
     does not count.
@@ -36,10 +36,11 @@ def count_matches(
     is_match = (iou > 0.5) & (predicted_classes[:, None] == true_classes)
     is_found, is_right = is_match.any(0), is_match.any(1)
     is_wrong = ~is_right & (void <= 0.5 * predicted_areas) & (predicted_areas > 0)
+    is_missed = ~is_found & (true_areas > 0)  # one that others cover completely cannot be found
     counts = np.zeros((num_classes, 4))
     np.add.at(counts[:, 0], predicted_classes[is_right], (iou * is_match).sum(1)[is_right])
     for column, classes in enumerate(
-        (predicted_classes[is_right], predicted_classes[is_wrong], true_classes[~is_found])
+        (predicted_classes[is_right], predicted_classes[is_wrong], true_classes[is_missed])
     ):
         counts[:, column + 1] = np.bincount(classes, minlength=num_classes)
     return counts

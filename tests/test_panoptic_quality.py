@@ -27,6 +27,12 @@ def test_quality__another_class_is_no_match_and_void_does_not_count():
     np.testing.assert_allclose(counts, [[0, 0, 0, 1], [0, 0, 1, 0]])
 
 
+def test_quality__a_true_segment_that_others_cover_is_not_missed():
+    covered = np.zeros((2, 2), np.int64)
+    counts = count_matches(covered, np.array([0]), covered + 1, np.array([0, 0]), 1)
+    np.testing.assert_allclose(counts, [[1, 1, 0, 0]])
+
+
 def test_quality__without_segments():
     empty, none = np.full((2, 2), NO_SEGMENT), np.zeros(0, np.int64)
     counts = count_matches(empty, none, empty, none, 2)
