@@ -173,7 +173,7 @@ def _open_coco(file: Path, split: str) -> _Opened:
     folder = image_folder(content, split)
     names = pa.array([os.fsencode(name) for name in content.file_names], pa.large_binary())
     source = FileSource(names, os.fsencode(folder), f"{file}: {len(names):,} images of {folder}", file)
-    sizes = content.sizes.copy()
+    sizes = content.sizes  # completed below; masks are decoded by them too
     _check_proportions(source, sizes, file)
     for index in np.flatnonzero(sizes[:, 0] == 0):
         sizes[index] = _size_of(source, int(index))

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.box_datasets import BoxSplits
 from data.boxes import BoxSamples
 from data.collators import stack_items
-from data.decoding import BadImage, decode
+from data.decoding import BadImage, check, decode
 from data.dense_views import Placement, RandomPlacement, draw_distortion, whole
 
 NO_OBJECT = -1  # class of a place in a batch that has no object
@@ -50,13 +50,21 @@ def with_masks(splits: BoxSplits, dataset: str, max_bad_fraction: float) -> BoxS
             raise ValueError(
                 f"{title} has boxes, but no masks; expected COCO json with a segmentation for each annotation"
             )
-        rows = np.unique(np.linspace(0, len(split.raw) - 1, min(_NUM_TRIED, len(split.raw))).astype(np.int64))
+        own = np.flatnonzero(np.isin(split.raw.images, split.indices))
+        rows = own[np.unique(np.linspace(0, len(own) - 1, min(_NUM_TRIED, len(own))).astype(np.int64))]
         problems = []
         for row in rows.tolist():
             try:
-                mask(row)
+                height, width = mask(row).shape
+                header = check(split.source.entry(int(split.raw.images[row])))
             except ValueError as error:
                 problems.append(str(error))
+                continue
+            if (width, height) != (header.width, header.height):
+                problems.append(
+                    f"that of {split.raw.name(row)} is for {width} x {height} pixels, but the image has "
+                    f"{header.width} x {header.height}"
+                )
         if len(problems) > max_bad_fraction * len(rows):
             raise ValueError(
                 f"{len(problems):,} of {len(rows):,} masks of {title} that were tried cannot be used, such as: "

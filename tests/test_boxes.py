@@ -281,6 +281,21 @@ def test_mask__of_another_size_is_refused(tmp_path):
         content.mask(1)
 
 
+def test_masks__are_of_the_size_of_their_images(tmp_path):
+    content = coco([(0, 3, [1, 2, 30, 40], {"segmentation": [[1, 2, 31, 2, 31, 42]]})])
+    for image in content["images"]:
+        del image["width"], image["height"]
+    folder = write(tmp_path / "unknown", content)
+    (mask,) = with_masks(open_all(folder), str(folder), 0.0).by_name["train"].sample(0)["masks"]
+    assert mask.shape == Image.open(PHOTOGRAPHS[0]).size[::-1]
+    assert mask.sum() > 0
+    for image, file in zip(content["images"], PHOTOGRAPHS, strict=True):
+        image["width"], image["height"] = (2 * side for side in Image.open(file).size)
+    folder = write(tmp_path / "doubled", content)
+    with pytest.raises(ValueError, match=r"1 of 1 masks .*: that of annotation 0 of .* is for .* but the image has"):
+        with_masks(open_all(folder), str(folder), 0.5)
+
+
 def scene(width=120, height=80, box=(30, 20, 90, 60)) -> dict:
     """A white box on black, as a sample with that box and a crowd."""
     pixels = np.zeros((height, width, 3), np.uint8)

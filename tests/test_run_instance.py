@@ -323,8 +323,8 @@ def test_run__names_the_problem(encoder, dataset, tmp_path, capsys):
     content["annotations"] = [{**one, "segmentation": []} for one in content["annotations"]]
     (folder / "annotations.json").write_text(json.dumps(content))
     message = refusal(folder)
-    assert "10 of 10 masks of the train split" in message
-    assert "annotation 1 of images/1.png has no mask" in message
+    assert "8 of 8 masks of the train split" in message
+    assert " of images/2.png has no mask" in message
     content["annotations"] = []
     (folder / "annotations.json").write_text(json.dumps(content))
     assert "has a box that can be used" in refusal(folder)
