@@ -19,6 +19,7 @@ import numpy as np
 _NUM_BYTES = 1 << 16  # at both ends of a file, by which it is recognized
 _SCALE = 5  # steps per pixel of the outline of a polygon
 _NO_BOX = (np.nan,) * 4
+_FARTHEST = 1e6  # pixels of a corner of a polygon
 
 
 @dataclass(frozen=True)
@@ -174,13 +175,21 @@ def decode_mask(segmentation: Any, height: int, width: int, name: str = "the ann
                 f"the mask of {name} has size {size}, but the image has {[height, width]} (height, width)"
             )
         counts = segmentation.get("counts")
-        runs = _decompress(counts) if isinstance(counts, str | bytes) else np.array(counts, np.int64)
+        try:
+            runs = _decompress(counts) if isinstance(counts, str | bytes) else np.array(counts, np.int64)
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"the run lengths of {name} are no whole numbers, nor a string of them") from None
         if runs.ndim != 1 or (runs < 0).any() or runs.sum() != height * width:
             raise ValueError(f"the run lengths of {name} do not add up to {height} x {width} pixels")
         is_set = np.arange(len(runs)) % 2 == 1
         return np.repeat(is_set, runs).reshape(width, height).T
     if isinstance(segmentation, list) and segmentation:
-        polygons = [np.array(polygon, np.float64) for polygon in segmentation]
+        try:
+            polygons = [np.array(polygon, np.float64) for polygon in segmentation]
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"the polygons of {name} have corners that are no numbers") from None
+        if not all((abs(polygon) <= _FARTHEST).all() for polygon in polygons):
+            raise ValueError(f"the polygons of {name} have corners that are no numbers, or far outside of the image")
         if all(polygon.ndim == 1 and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in polygons):
             masks = [_fill_polygon(polygon.reshape(-1, 2), height, width) for polygon in polygons]
             return np.logical_or.reduce(masks)

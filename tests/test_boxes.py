@@ -272,6 +272,23 @@ def test_masks__equal_those_of_pycocotools():
     np.testing.assert_array_equal(decode_mask(uncompressed, 2, 3), [[False, True, False], [True, False, False]])
 
 
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ({"size": [3, 4], "counts": None}, "the run lengths of it are no whole numbers"),
+        ({"size": [3, 4], "counts": [[1, 2], [3]]}, "the run lengths of it are no whole numbers"),
+        ({"size": [3, 4], "counts": "o" * 40}, "the run lengths of it (are no|do not add up)"),
+        ([[{}, 1, 2, 3, 4, 5]], "corners that are no numbers"),
+        ([[None, 1, 2, 3, 4, 5]], "corners that are no numbers"),
+        ([[1e12, 0, 5, 5, 1, 1]], "far outside of the image"),
+        ([1, 2, 3, 4, 5, 6], "it has no mask; expected polygons"),
+    ],
+)
+def test_mask__that_is_damaged_is_refused(segmentation, message):
+    with pytest.raises(ValueError, match=message):
+        decode_mask(segmentation, 3, 4, "it")
+
+
 def test_mask__of_another_size_is_refused(tmp_path):
     rows = [(0, 3, [1, 1, 5, 5], {"segmentation": {"size": [2, 3], "counts": [6]}}), (0, 3, [1, 1, 5, 5])]
     content = read_coco(write(tmp_path / "data", coco(rows)) / "annotations.json")
