@@ -109,9 +109,10 @@ def open_box_splits(
     fraction = _VALIDATION_FRACTION if validation_fraction is None else validation_fraction
     if fraction and "validation" not in samples:
         train, validation = split_validation(len(samples["train"]), fraction, seed)
-        whole = samples["train"]
-        rest = {name: split for name, split in samples.items() if name == "test"}
-        samples = {"train": whole.select(train), "validation": whole.select(validation), **rest}
+        if len(validation):  # none of a single image
+            whole = samples["train"]
+            rest = {name: split for name, split in samples.items() if name == "test"}
+            samples = {"train": whole.select(train), "validation": whole.select(validation), **rest}
     notes += [
         f"{split.num_empty:,} of {len(split):,} images of the {name} split have no box: nothing is to be found in them"
         for name, split in samples.items()
