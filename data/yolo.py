@@ -31,15 +31,18 @@ def read_class_names(file: Path) -> tuple[str, ...]:
     Raises:
         ValueError: If the file has none.
     """
-    text = file.read_text(encoding="utf-8-sig")
-    names: Any = text.splitlines() if file.suffix not in (".yaml", ".yml") else None
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the classes cannot be read from {file}: {error}") from None
+    names: Any = text.strip().splitlines() if file.suffix not in (".yaml", ".yml") else None
     if names is None:
         try:
             content = yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{file} is not valid YAML ({str(error).splitlines()[0]})") from None
         names = content.get("names") if isinstance(content, dict) else None
-        if isinstance(names, dict) and sorted(names) == list(range(len(names))):
+        if isinstance(names, dict) and set(names) == set(range(len(names))):
             names = [names[number] for number in range(len(names))]
     names = [str(name).strip() for name in names] if isinstance(names, list) else []
     if not names or not all(names) or len(set(names)) < len(names):

@@ -17,6 +17,7 @@ from data.box_views import BoxViews, collate_boxes
 from data.coco import decode_mask, read_coco
 from data.instances import with_masks
 from data.seeds import seeded_generator
+from data.yolo import read_class_names
 
 PHOTOGRAPHS = sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))[:3]
 NAMES = ["cat", "dog"]
@@ -96,6 +97,11 @@ def test_validation_split__is_taken_from_the_training_images(tmp_path):
     splits = open_all(write(tmp_path / "data", coco([*GOOD, (1, 3, [1, 1, 5, 5])])), validation_fraction=0.3)
     assert {name: len(split) for name, split in splits.by_name.items()} == {"train": 2, "validation": 1}
     assert sum(split.num_boxes for split in splits.by_name.values()) == 4
+
+
+def test_validation_split__is_not_taken_from_a_single_image(tmp_path):
+    splits = open_all(write(tmp_path / "data", coco(GOOD[:1], files=PHOTOGRAPHS[:1])), validation_fraction=None)
+    assert {name: len(split) for name, split in splits.by_name.items()} == {"train": 1}
 
 
 def test_validation_split__is_taken_from_the_training_images_beside_a_test_split_too(tmp_path):
@@ -224,6 +230,26 @@ def test_table__has_the_objects_of_each_row(tmp_path, has_names):
     assert sample["classes"].tolist() == [1, 0]
     assert_close(sample["boxes"][0], torch.tensor([10 / width, 20 / height, 40 / width, 60 / height]))
     assert len(splits.by_name["train"].sample(1)["boxes"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("data.yaml", b"names: {0: cat, x: dog}", "no list of different class names"),
+        ("data.yaml", b"names: {0: cat, 2: dog}", "no list of different class names"),
+        ("classes.txt", b"cat\n\ndog\n", "no list of different class names"),
+        ("classes.txt", b"caf\xe9\n", "the classes cannot be read from .*: 'utf-8' codec"),
+    ],
+)
+def test_yolo__with_names_that_cannot_be_used_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_class_names(tmp_path / name)
+
+
+def test_yolo__names_may_end_with_empty_lines(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog\n\n")
+    assert read_class_names(tmp_path / "classes.txt") == ("cat", "dog")
 
 
 def write_table(file: Path, objects, **columns) -> Path:
