@@ -277,7 +277,9 @@ def _open_table(source: TableSource) -> _Opened:
     boxes = np.array([_numbers(objects[row][box_key][number]) for row, number in places], np.float64).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     images = np.array([row for row, _ in places], np.int64)
-    values = [(objects[row].get(class_key) or [None])[number] for row, number in places]
+    values: list[Any] = [
+        value if isinstance(value, int | str) else None for value in _each(objects, class_key, places)
+    ]
     class_names = _class_names(table.features[column] if column else table.features, class_key)
     if class_names is None:
         different = sorted(
@@ -288,16 +290,15 @@ def _open_table(source: TableSource) -> _Opened:
     else:
         number_of = {**{name: n for n, name in enumerate(class_names)}, **{n: n for n in range(len(class_names))}}
     scale = sizes[images].astype(np.float64)
-    areas = [(objects[row].get("area") or [None] * (number + 1))[number] for row, number in places]
     sides = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
-    given = np.array([np.nan if area is None else area for area in areas], np.float64)
-    crowds = [(objects[row].get("iscrowd") or [0] * (number + 1))[number] for row, number in places]
+    areas = _each(objects, "area", places)
+    given = np.array([area if isinstance(area, int | float) else np.nan for area in areas], np.float64)
     raw = RawBoxes(
         images=images,
         boxes=boxes / np.tile(scale, 2),
         classes=np.array([number_of.get(value, -1) for value in values], np.int64),
         areas=np.where(given > 0, given, sides) / scale.prod(axis=1),
-        is_crowd=np.array(crowds, bool),
+        is_crowd=np.array([bool(crowd) for crowd in _each(objects, "iscrowd", places)], bool),
         name=partial(_name_in_table, source, places),
     )
     return _Opened(source, raw, class_names)
@@ -312,6 +313,12 @@ def _as_columns(cell: Any) -> dict[str, list[Any]]:
     if isinstance(cell, list):
         return {key: [each.get(key) for each in cell] for key in (cell[0] if cell else ())}
     return cell or {}
+
+
+def _each(objects: Sequence[Mapping[str, Any]], key: str, places: Sequence[tuple[int, int]]) -> list[Any]:
+    """Return the value of each object by row and number; None where there are fewer values than boxes."""
+    lists = [value if isinstance(value := each.get(key), list) else () for each in objects]
+    return [lists[row][number] if number < len(lists[row]) else None for row, number in places]
 
 
 def _name_in_table(source: TableSource, places: Sequence[tuple[int, int]], index: int) -> str:

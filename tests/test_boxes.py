@@ -259,6 +259,22 @@ def write_table(file: Path, objects, **columns) -> Path:
     return file
 
 
+def test_table__with_fewer_classes_than_boxes_names_the_object(tmp_path):
+    two, one = {"bbox": [[10, 20, 30, 40], [0, 0, 5, 5]], "category": ["cat"]}, {"bbox": [[1, 1, 2, 2]]}
+    file = write_table(tmp_path / "train.parquet", [{**two, "area": [7]}, {**one, "category": ["dog"], "area": None}])
+    with pytest.raises(ValueError, match=r"1 of a class outside the list of 2, such as .*#0, object 1"):
+        open_all(file)
+    train = open_all(file, max_bad_fraction=0.5).by_name["train"]
+    sides = np.prod(Image.open(PHOTOGRAPHS[0]).size)
+    assert [train.sample(index)["areas"].item() * sides for index in range(2)] == pytest.approx([7, 4])
+
+
+def test_table__with_one_class_for_all_boxes_of_an_image_is_refused(tmp_path):
+    file = write_table(tmp_path / "train.parquet", [{"bbox": [[10, 20, 30, 40], [0, 0, 5, 5]], "category": "cat"}])
+    with pytest.raises(ValueError, match="2 of a class outside the list of 0"):
+        open_all(file)
+
+
 @pytest.mark.parametrize("kind", ["coco", "masks", "yolo", "table"])
 def test_boxes__can_be_sent_to_a_spawned_worker(tmp_path, kind):
     if kind == "yolo":
