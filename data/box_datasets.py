@@ -206,8 +206,8 @@ def image_folder(content: CocoFile, split: str) -> Path:
     raise ValueError(f"the images of {content.path}, such as {first}, are in none of: {looked}")
 
 
-def _check_proportions(source: ImageSource, sizes: np.ndarray, file: Path) -> None:
-    """Check on some images that they have the proportions that the file gives, as boxes become fractions of them.
+def _check_proportions(source: ImageSource, sizes: np.ndarray, title: Path | str) -> None:
+    """Check on some images that they have the proportions that the dataset gives, as boxes become fractions of them.
 
     Raises:
         ValueError: If one has not: it was turned, or belongs to another file.
@@ -222,8 +222,8 @@ def _check_proportions(source: ImageSource, sizes: np.ndarray, file: Path) -> No
             wrong.append(f"{source.name(index)} has {width} x {height} pixels, not {given_width} x {given_height}")
     if wrong:
         raise ValueError(
-            f"{file} gives other proportions than {len(wrong):,} of {len(chosen):,} images have: {wrong[0]}; correct "
-            "width and height in the file, since boxes would be misplaced"
+            f"{title} gives other proportions than {len(wrong):,} of {len(chosen):,} images have: {wrong[0]}; correct "
+            "width and height there, since boxes would be misplaced"
         )
 
 
@@ -343,5 +343,10 @@ def _sizes(source: TableSource) -> np.ndarray:
     """Return width and height of each image, int64 (N, 2), from columns of these names or from the images."""
     if {"width", "height"} <= set(source.table.features):
         columns = source.table.select_columns(["width", "height"]).with_format("numpy")[:]
-        return np.stack([np.asarray(columns["width"]), np.asarray(columns["height"])], axis=1).astype(np.int64)
+        given = np.stack([np.asarray(columns[name], np.float64) for name in ("width", "height")], axis=1)
+        sizes = np.where((given > 0).all(axis=1, keepdims=True), given, 0).astype(np.int64)
+        _check_proportions(source, sizes, source.describe())
+        for index in np.flatnonzero(sizes[:, 0] == 0):
+            sizes[index] = _size_of(source, int(index))
+        return sizes
     return np.array([_size_of(source, index) for index in range(len(source))], np.int64)

@@ -269,6 +269,17 @@ def test_table__with_fewer_classes_than_boxes_names_the_object(tmp_path):
     assert [train.sample(index)["areas"].item() * sides for index in range(2)] == pytest.approx([7, 4])
 
 
+def test_table__with_columns_of_sizes_has_the_sizes_of_its_images(tmp_path):
+    width, height = Image.open(PHOTOGRAPHS[0]).size
+    objects = [{"bbox": [[10, 20, 30, 40]], "category": ["cat"]}] * 2
+    file = write_table(tmp_path / "train.parquet", objects, width=[width, None], height=[height, None])
+    train = open_all(file).by_name["train"]
+    assert train.sample(0)["boxes"].equal(train.sample(1)["boxes"])
+    file = write_table(tmp_path / "other.parquet", objects, width=[width, None], height=[2 * height, None])
+    with pytest.raises(ValueError, match=r"other.* gives other proportions than 1 of 1 images have: .*other"):
+        open_all(file)
+
+
 def test_table__with_one_class_for_all_boxes_of_an_image_is_refused(tmp_path):
     file = write_table(tmp_path / "train.parquet", [{"bbox": [[10, 20, 30, 40], [0, 0, 5, 5]], "category": "cat"}])
     with pytest.raises(ValueError, match="2 of a class outside the list of 0"):
