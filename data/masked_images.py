@@ -3,6 +3,7 @@
 Shapes: N images of a split, K classes.
 """
 
+import itertools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,7 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 _VALIDATION_FRACTION = 0.1
+_NUM_LOOKED_AT = 100  # entries of a folder of masks, by which COCO json is told from images
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,8 @@ def open_masked_splits(
 
 def _open_one(dataset: str, mask_column: str | None, bad: BadImages) -> dict[str, MaskedImages]:
     folder = Path(dataset).expanduser()
-    if folder.is_dir() and (pairs := _pairs_of_folders(folder)):
+    pairs = _pairs_of_folders(folder) if folder.is_dir() else {}
+    if pairs and not all(_has_json_only(masks) for _, masks in pairs.values()):  # annotations/ may be COCO's
         return {name: _pair(images, masks, bad) for name, (images, masks) in pairs.items()}
     if coco := _from_coco(folder, bad):
         return coco
@@ -197,6 +200,12 @@ def _pairs_of_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
     if not found and images and masks:
         found["train"] = (images, masks)
     return found
+
+
+def _has_json_only(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        names = [entry.name.lower() for entry in itertools.islice(entries, _NUM_LOOKED_AT)]
+    return bool(names) and all(name.endswith(".json") for name in names)
 
 
 def _first(folders: Mapping[str, Path], names: Sequence[str]) -> Path | None:

@@ -103,6 +103,16 @@ def test_coco__becomes_masks_with_a_background(tmp_path):
     assert splits.pixels.tolist() == [400 - 12, 0, 12]
 
 
+def test_coco__may_have_its_images_beside_a_folder_of_annotations(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "annotations").mkdir()
+    write_coco(tmp_path / "images")
+    (tmp_path / "images/annotations.json").rename(tmp_path / "annotations/instances.json")
+    splits = open_splits([str(tmp_path)], validation_fraction=0)
+    assert splits.class_names == ("background", "a", "b")
+    assert splits.by_name["train"].mask(1).any()
+
+
 def test_coco__names_annotations_that_cannot_be_used(tmp_path):
     square = write_coco(tmp_path)
     others = [{**square, "id": 2, "image_id": 9}, {**square, "id": 3, "category_id": 8}, square]
