@@ -254,6 +254,8 @@ def _from_coco(path: Path, bad: BadImages) -> dict[str, MaskedImages]:
     found = {}
     for name, images, masks in open_coco_masks(path, bad):
         split = next(split for split, names in _SPLIT_NAMES.items() if name in names)
+        if split in found:
+            raise ValueError(f"{path} has two splits for {split}: {name} is the second one; remove one of them")
         names = (BACKGROUND, *masks.content.class_names)
         codes = MaskCodes(names, tuple(range(len(names))), False, ())
         if len(names) > MAX_CLASSES:

@@ -113,6 +113,14 @@ def test_coco__may_have_its_images_beside_a_folder_of_annotations(tmp_path):
     assert splits.by_name["train"].mask(1).any()
 
 
+def test_coco__with_two_splits_for_validation_is_refused(tmp_path):
+    for name in ("train", "val", "valid"):
+        (tmp_path / name).mkdir()
+        write_coco(tmp_path / name)
+    with pytest.raises(ValueError, match="has two splits for validation: val is the second one"):
+        open_splits([str(tmp_path)])
+
+
 def test_coco__names_annotations_that_cannot_be_used(tmp_path):
     square = write_coco(tmp_path)
     others = [{**square, "id": 2, "image_id": 9}, {**square, "id": 3, "category_id": 8}, square]
