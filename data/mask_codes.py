@@ -139,7 +139,7 @@ def codes_from_masks(masks: Iterable[bytes | Path], ignore_index: int, title: st
     if len(kinds) > 1:
         raise ValueError(f"some masks in {title} have colors and others one number per pixel; use one kind")
     (is_color,) = kinds
-    if not is_color and found == {0, 255}:
+    if not is_color and found == {0, 255} and ignore_index != 0:
         codes = MaskCodes(("background", "foreground"), (0, 255), False, ())
         return codes, f"classes: 0 is background and 255 is foreground, as all masks in {title} have these values only"
     kept = sorted(found if is_color else found - {ignore_index})

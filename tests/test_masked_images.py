@@ -204,6 +204,8 @@ def test_masks_of_0_and_255__are_background_and_foreground(folder):
         Image.fromarray((np.array(Image.open(path)) == 1).astype(np.uint8) * 255).save(path)
     (folder / "classes.txt").unlink()
     assert open_splits([str(folder)]).class_names == ("background", "foreground")
+    with pytest.raises(ValueError, match="has 1 classes, expected at least two: 255"):
+        open_splits([str(folder)], ignore_index=0)
 
 
 @pytest.mark.parametrize(
