@@ -230,7 +230,9 @@ class SegmentationTask(Task):
                 logits = self.scores(model, images[index, :, :height, :width], (rows, columns), len(images))
             else:
                 logits = resized(together[index], (rows, columns))
-            losses.append(nn.functional.cross_entropy(logits[None], labels[None].long(), ignore_index=IGNORED))
+            loss = nn.functional.cross_entropy(logits[None], labels[None].long(), ignore_index=IGNORED)
+            # Without checks of all masks, one may have no pixel that counts, whose mean would not be a number.
+            losses.append(loss if (labels != IGNORED).any() else torch.zeros_like(loss))
             found = logits.argmax(0).cpu().numpy()
             matrices.append(pixel_confusion(labels.cpu().numpy(), found, len(self.class_names)))
         confusion = torch.from_numpy(np.stack(matrices).astype(np.int32)).to(batch["pixel_values"].device)

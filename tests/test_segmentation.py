@@ -204,6 +204,17 @@ def test_windows__are_stitched_and_images_of_one_window_are_evaluated_together()
         np.testing.assert_array_equal(outputs["confusion"].numpy(), expected)
 
 
+def test_evaluation__of_a_mask_without_a_pixel_that_counts_has_no_loss():
+    task = SegmentationTask(SimpleNamespace(image_size=8), SimpleNamespace(), {}, SimpleNamespace(class_names="ab"))
+    labels = torch.zeros(2, 8, 8, dtype=torch.uint8)
+    labels[0] = IGNORED
+    sizes = torch.tensor([[8, 8]] * 2)
+    batch = {"pixel_values": torch.zeros(2, 2, 8, 8), "labels": labels, "sizes": sizes, "mask_sizes": sizes}
+    loss, outputs = task.loss(lambda pixels: {"logits": pixels}, batch, None)
+    assert_close(loss, torch.tensor(2.0).log() / 2)
+    assert outputs["confusion"].sum((1, 2)).tolist() == [0, 64]
+
+
 def test_class_weights__have_a_mean_of_1_over_the_pixels():
     pixels = np.array([800, 200, 0])
     weights = class_weights(pixels).numpy()
