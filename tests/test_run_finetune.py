@@ -14,10 +14,9 @@ import pytest
 import torch
 from conftest import IMAGE_PROCESSOR, OLDEST, ROOT, tiny_model
 from forked import run_forked
-from hubstub import HubStub
+from hubstub import HubStub, connect
 from PIL import Image
 from safetensors.torch import load_file
-from test_push import connect
 from transformers import AutoModelForImageClassification, ResNetConfig
 
 import run_finetune
