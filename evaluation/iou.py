@@ -33,11 +33,6 @@ def mean_of_areas(areas: np.ndarray) -> np.ndarray:
     return np.nansum(ious, -1) / np.maximum((~np.isnan(ious)).sum(-1), 1)
 
 
-def class_ious(confusion: np.ndarray) -> np.ndarray:
-    """Return the IoU (..., K) of confusion matrices (..., K, K): NaN if a class neither occurs nor is predicted."""
-    return ious_of_areas(class_areas(confusion))
-
-
 def mean_iou(confusion: np.ndarray) -> np.ndarray:
     """Return the mean IoU (...) over the classes of confusion matrices (..., K, K) that occur or are predicted."""
     return mean_of_areas(class_areas(confusion))

@@ -27,7 +27,7 @@ from data.mask_codes import IGNORED
 from data.masked_images import MaskedSplits, open_masked_splits
 from data.segmentation import EvalViews, TrainViews, collate_padded, window_boxes
 from data.size_schedule import Transform
-from evaluation.iou import class_ious, mean_iou, pixel_confusion
+from evaluation.iou import class_areas, ious_of_areas, mean_of_areas, pixel_confusion
 from evaluation.segmentation_pictures import Segmentation, draw_segmentations, ranked
 from hub.encoder_states import as_beit_model
 from hub.export.dense import export_dense, stretched
@@ -218,8 +218,8 @@ class SegmentationTask(Task):
         return class_weights(self.splits.pixels) if self.settings.class_weights == "balanced" else None
 
     def _evaluate(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Return the mean over the images of their loss per pixel, and their confusion matrices int32 (B, K, K)."""
-        losses, matrices, images = [], [], batch["pixel_values"]
+        """Return the mean over the images of their loss per pixel, and their `class_areas` int32 (B, 3, K)."""
+        losses, areas, images = [], [], batch["pixel_values"]
         has_one_window = bool((batch["sizes"] == self.settings.image_size).all())
         together = model(images)["logits"].float() if has_one_window else None  # (B, K, S, S)
         for index, ((height, width), (rows, columns)) in enumerate(
@@ -234,9 +234,10 @@ class SegmentationTask(Task):
             # Without checks of all masks, one may have no pixel that counts, whose mean would not be a number.
             losses.append(loss if (labels != IGNORED).any() else torch.zeros_like(loss))
             found = logits.argmax(0).cpu().numpy()
-            matrices.append(pixel_confusion(labels.cpu().numpy(), found, len(self.class_names)))
-        confusion = torch.from_numpy(np.stack(matrices).astype(np.int32)).to(batch["pixel_values"].device)
-        return torch.stack(losses).mean(), {"confusion": confusion}
+            areas.append(class_areas(pixel_confusion(labels.cpu().numpy(), found, len(self.class_names))))
+        # Not the confusions, which would be large: those of all images are gathered.
+        stacked = torch.from_numpy(np.stack(areas).astype(np.int32)).to(batch["pixel_values"].device)
+        return torch.stack(losses).mean(), {"areas": stacked}
 
     def scores(self, model: Any, image: Tensor, size: tuple[int, int], batch_size: int) -> Tensor:
         """Return the scores (K, H, W) of a standardized image (C, h, w), means over the windows that cover it."""
@@ -290,13 +291,13 @@ class SegmentationTask(Task):
         return ("mean_iou", "pixel_accuracy", "mean_accuracy", "loss")
 
     def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return segmentation_metrics(predictions.astype(np.int64).sum(0))
+        return segmentation_metrics(predictions.sum(0, dtype=np.int64))
 
     def draw(
         self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
     ) -> str:
-        self._write_class_ious(predictions.astype(np.int64).sum(0), folder)
-        scores = mean_iou(predictions)
+        self._write_class_ious(predictions.sum(0, dtype=np.int64), folder)
+        scores = mean_of_areas(predictions)
         rows = [
             self._segmentation(dataset, position, model, f"{name}: mean IoU {scores[position]:.2f}")
             for name, position in ranked(scores)
@@ -304,8 +305,8 @@ class SegmentationTask(Task):
         draw_segmentations(rows, self.class_names, title).save(folder / FIGURE_FILE)
         return FIGURE_FILE
 
-    def _write_class_ious(self, confusion: np.ndarray, folder: Path) -> None:
-        ious, pixels = class_ious(confusion), confusion.sum(1)
+    def _write_class_ious(self, areas: np.ndarray, folder: Path) -> None:
+        ious, pixels = ious_of_areas(areas), areas[1]
         rows = [
             {"class": name, "iou": None if np.isnan(iou) else round(float(iou), 5), "pixels": int(number)}
             for name, iou, number in zip(self.class_names, ious, pixels, strict=True)
@@ -374,12 +375,12 @@ def class_weights(pixels: np.ndarray) -> Tensor:
     return torch.tensor(weights.clip(max=_MOST_WEIGHT), dtype=torch.float32)
 
 
-def segmentation_metrics(confusion: np.ndarray) -> dict[str, float]:
-    """Return the metrics of a confusion matrix (K, K) with true classes as rows."""
-    correct, true = confusion.diagonal(), confusion.sum(1)
+def segmentation_metrics(areas: np.ndarray) -> dict[str, float]:
+    """Return the metrics of the areas (3, K) of `evaluation.iou`."""
+    correct, true, _ = areas
     occurs = true > 0
     return {
-        "mean_iou": float(mean_iou(confusion)),
-        "pixel_accuracy": float(correct.sum() / max(confusion.sum(), 1)),
+        "mean_iou": float(mean_of_areas(areas)),
+        "pixel_accuracy": float(correct.sum() / max(true.sum(), 1)),
         "mean_accuracy": float((correct[occurs] / true[occurs]).mean()) if occurs.any() else 0.0,
     }

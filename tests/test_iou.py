@@ -5,7 +5,7 @@ import pytest
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from data.mask_codes import IGNORED
-from evaluation.iou import class_ious, mean_iou, pixel_confusion
+from evaluation.iou import class_areas, ious_of_areas, mean_iou, pixel_confusion
 
 
 def test_iou__of_six_pixels_by_hand():
@@ -14,7 +14,7 @@ def test_iou__of_six_pixels_by_hand():
     confusion = pixel_confusion(labels, predictions, 4)
     assert confusion.tolist() == [[1, 1, 0, 0], [0, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
     # Class 0: 1 of {0, 0} and {0, 2}; class 1: 2 of 3; class 2 is never right; class 3 does not occur.
-    np.testing.assert_allclose(class_ious(confusion), [1 / 3, 2 / 3, 0, np.nan])
+    np.testing.assert_allclose(ious_of_areas(class_areas(confusion)), [1 / 3, 2 / 3, 0, np.nan])
     assert mean_iou(confusion) == pytest.approx(1 / 3)
 
 
@@ -25,7 +25,9 @@ def test_iou__is_that_of_scikit_learn():
     seen = labels != IGNORED
     confusion = pixel_confusion(labels, predictions, 7)
     np.testing.assert_array_equal(confusion, confusion_matrix(labels[seen], predictions[seen]))
-    np.testing.assert_allclose(class_ious(confusion), jaccard_score(labels[seen], predictions[seen], average=None))
+    np.testing.assert_allclose(
+        ious_of_areas(class_areas(confusion)), jaccard_score(labels[seen], predictions[seen], average=None)
+    )
     both = np.stack([confusion, pixel_confusion(labels[:1], predictions[:1], 7)])  # several matrices at once
     np.testing.assert_allclose(mean_iou(both)[0], jaccard_score(labels[seen], predictions[seen], average="macro"))
     np.testing.assert_allclose(mean_iou(both)[1], mean_iou(both[1]))

@@ -24,7 +24,7 @@ from transformers import AutoModelForSemanticSegmentation, ViTConfig
 from data.decoding import decode
 from data.dense_views import whole
 from data.mask_codes import IGNORED
-from evaluation.iou import pixel_confusion
+from evaluation.iou import class_areas, pixel_confusion
 from evaluation.segmentation_pictures import ranked
 from hub.export.native import export_native
 from modeling.mae import MaeEncoder
@@ -167,7 +167,7 @@ def test_metrics__equal_a_case_by_hand_and_scikit_learn():
     found = np.array([[0, 1, 1], [1, 0, 2]])
     confusion = pixel_confusion(labels, found, 3)
     assert confusion.tolist() == [[1, 1, 0], [0, 2, 0], [1, 0, 0]]
-    metrics = segmentation_metrics(confusion)
+    metrics = segmentation_metrics(class_areas(confusion))
     assert metrics["mean_iou"] == pytest.approx((1 / 3 + 2 / 3 + 0) / 3)
     assert metrics["pixel_accuracy"] == pytest.approx(3 / 5)
     assert metrics["mean_accuracy"] == pytest.approx((1 / 2 + 1 + 0) / 3)
@@ -176,7 +176,7 @@ def test_metrics__equal_a_case_by_hand_and_scikit_learn():
     confusion = pixel_confusion(labels, found, 5)
     np.testing.assert_array_equal(confusion, confusion_matrix(labels.ravel(), found.ravel()))
     expected = jaccard_score(labels.ravel(), found.ravel(), average="macro")
-    assert segmentation_metrics(confusion)["mean_iou"] == pytest.approx(expected)
+    assert segmentation_metrics(class_areas(confusion))["mean_iou"] == pytest.approx(expected)
 
 
 def test_windows__are_stitched_and_images_of_one_window_are_evaluated_together():
@@ -198,10 +198,10 @@ def test_windows__are_stitched_and_images_of_one_window_are_evaluated_together()
         loss, outputs = task.loss(model, batch, None)
         assert_close(loss, torch.nn.functional.cross_entropy(images[..., :width], labels.long()))
         expected = [
-            pixel_confusion(one.numpy(), image.argmax(0).numpy(), 3)
+            class_areas(pixel_confusion(one.numpy(), image.argmax(0).numpy(), 3))
             for one, image in zip(labels, images[..., :width], strict=True)
         ]
-        np.testing.assert_array_equal(outputs["confusion"].numpy(), expected)
+        np.testing.assert_array_equal(outputs["areas"].numpy(), expected)
 
 
 def test_evaluation__of_a_mask_without_a_pixel_that_counts_has_no_loss():
@@ -212,7 +212,7 @@ def test_evaluation__of_a_mask_without_a_pixel_that_counts_has_no_loss():
     batch = {"pixel_values": torch.zeros(2, 2, 8, 8), "labels": labels, "sizes": sizes, "mask_sizes": sizes}
     loss, outputs = task.loss(lambda pixels: {"logits": pixels}, batch, None)
     assert_close(loss, torch.tensor(2.0).log() / 2)
-    assert outputs["confusion"].sum((1, 2)).tolist() == [0, 64]
+    assert outputs["areas"][:, 1].sum(1).tolist() == [0, 64]
 
 
 def test_class_weights__have_a_mean_of_1_over_the_pixels():
