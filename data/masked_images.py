@@ -160,7 +160,7 @@ def open_masked_splits(
             splits = {**chosen, **{name: split for name, split in splits.items() if name == "test"}}
             notes.append(f"no validation split: {len(held_out):,} of {len(train):,} training images are used for it")
             counts["train"] = counts["train"][kept] if len(counts["train"]) == len(train) else counts["train"]
-    pixels = counts["train"].sum(0)
+    pixels = counts["train"].sum(0, dtype=np.int64)
     return MaskedSplits(splits, codes, pixels, bad, summaries["train"], (*notes, *_notes_on_balance(codes, pixels)))
 
 
@@ -328,7 +328,9 @@ def _check_masks(split: MaskedImages, bad: BadImages, checks: Checks) -> tuple[n
                 f"{header.height}{turned}"
             )
         counts = np.bincount(mask.ravel(), minlength=IGNORED + 1)
-        return counts[:num_classes] if counts[:num_classes].any() else "no pixel of its mask counts"
+        # A copy of the classes alone, as there is one for every mask.
+        own = counts[:num_classes].astype(np.int32)
+        return own if own.any() else "no pixel of its mask counts"
 
     positions = _checked(len(split), checks)
     with ThreadPoolExecutor(min(16, num_cores())) as pool:
@@ -338,7 +340,7 @@ def _check_masks(split: MaskedImages, bad: BadImages, checks: Checks) -> tuple[n
     bad.update({split.name(position): result for position, result in wrong.items()})
     good = np.array([position for position in range(len(split)) if position not in wrong], np.int64)
     counts = [result for result in found if not isinstance(result, str)]
-    return good, np.array(counts, np.int64).reshape(-1, num_classes)
+    return good, np.array(counts, np.int32).reshape(-1, num_classes)
 
 
 def _notes_on_balance(codes: MaskCodes, pixels: np.ndarray) -> list[str]:

@@ -40,6 +40,7 @@ def test_folders__are_opened_with_their_splits_classes_and_numbers_of_pixels(fol
     assert not splits.bad
     masks = [splits.by_name["train"].mask(index) for index in range(8)]
     assert splits.pixels.tolist() == [sum(int((mask == k).sum()) for mask in masks) for k in range(3)]
+    assert splits.pixels.dtype == np.int64
     assert any(note.startswith("pixels by class: rest 8") for note in splits.notes)
 
 
