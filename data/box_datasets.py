@@ -6,7 +6,7 @@ Shapes: N images, M boxes.
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,11 +39,12 @@ _EXPECTED = (
 
 
 class _Opened(NamedTuple):
-    """A split as it is stored."""
+    """A split as it is stored; `lists_classes`: its classes are listed, else they are those that occur."""
 
     source: ImageSource
     raw: RawBoxes
     class_names: tuple[str, ...]
+    lists_classes: bool = True
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,11 @@ def open_box_splits(
     class_names = found["train"].class_names
     samples: dict[str, BoxSamples] = {}
     bad, notes, summaries = BadImages(), [], {}
-    for name, (source, raw, names) in found.items():
-        if names != class_names:
+    for name, (source, raw, names, lists_classes) in found.items():
+        if not lists_classes and set(names) < set(class_names):  # some classes do not occur in this split
+            number_of = np.array([*map(class_names.index, names), -1])  # the last one is of boxes without a class
+            raw = replace(raw, classes=number_of[raw.classes])
+        elif names != class_names:
             raise ValueError(
                 f"the classes of the {name} split of {dataset} differ from those of the training split: "
                 f"{_differing(names, class_names)}"
@@ -281,6 +285,7 @@ def _open_table(source: TableSource) -> _Opened:
         value if isinstance(value, int | str) else None for value in _each(objects, class_key, places)
     ]
     class_names = _class_names(table.features[column] if column else table.features, class_key)
+    lists_classes = class_names is not None
     if class_names is None:
         different = sorted(
             {value for value in values if value is not None}, key=lambda value: (str(type(value)), value)
@@ -301,7 +306,7 @@ def _open_table(source: TableSource) -> _Opened:
         is_crowd=np.array([bool(crowd) for crowd in _each(objects, "iscrowd", places)], bool),
         name=partial(_name_in_table, source, places),
     )
-    return _Opened(source, raw, class_names)
+    return _Opened(source, raw, class_names, lists_classes)
 
 
 def _rows(table: datasets.Dataset, names: Sequence[str]) -> list[dict[str, Any]]:

@@ -280,6 +280,18 @@ def test_table__with_columns_of_sizes_has_the_sizes_of_its_images(tmp_path):
         open_all(file)
 
 
+def test_table__may_lack_classes_in_a_split_if_it_lists_none(tmp_path):
+    boxes = {name: {"bbox": [[10, 20, 30, 40]], "category": [name]} for name in ("ant", "bee", "cat")}
+    write_table(tmp_path / "train.parquet", [boxes[name] for name in ("bee", "ant", "cat")])
+    write_table(tmp_path / "val.parquet", [boxes[name] for name in ("cat", "ant")])
+    splits = open_all(tmp_path)
+    assert splits.class_names == ("ant", "bee", "cat")
+    assert [splits.by_name["validation"].sample(index)["classes"].item() for index in range(2)] == [2, 0]
+    write_table(tmp_path / "train.parquet", [boxes[name] for name in ("bee", "ant")])
+    with pytest.raises(ValueError, match=r"classes of the validation split of .*: only there cat; only here bee"):
+        open_all(tmp_path)
+
+
 def test_table__with_one_class_for_all_boxes_of_an_image_is_refused(tmp_path):
     file = write_table(tmp_path / "train.parquet", [{"bbox": [[10, 20, 30, 40], [0, 0, 5, 5]], "category": "cat"}])
     with pytest.raises(ValueError, match="2 of a class outside the list of 0"):
