@@ -204,7 +204,7 @@ def image_folder(content: CocoFile, split: str) -> Path:
     tried += [outer / "images" / name for name in (split, own)] + [parent / "images" / split, outer]
     for name in content.file_names[:20]:  # some may be missing, which is reported with all that cannot be read
         for folder in tried:
-            if (folder / name).is_file():
+            if os.path.isfile(folder / name):  # False also for a name that no file can have
                 return folder
     looked = ", ".join(dict.fromkeys(str(folder) for folder in tried if folder.is_dir()))
     raise ValueError(f"the images of {content.path}, such as {first}, are in none of: {looked}")

@@ -19,6 +19,7 @@ import numpy as np
 _NUM_BYTES = 1 << 16  # at both ends of a file, by which it is recognized
 _SCALE = 5  # steps per pixel of the outline of a polygon
 _NO_BOX = (np.nan,) * 4
+_MOST = 1e15  # pixels; json may have integers of any length, which no array holds
 _FARTHEST = 1e6  # pixels of a corner of a polygon
 
 
@@ -64,7 +65,7 @@ class CocoFile:
         """Areas of the masks in pixels, float64 (M,); those of the boxes where the file has none."""
         sides = self.boxes[:, 2:] - self.boxes[:, :2]
         given = [annotation.get("area") for annotation in self.annotations]
-        areas = np.array([area if isinstance(area, int | float) else np.nan for area in given], np.float64)
+        areas = np.array([area if _is_number(area) else np.nan for area in given], np.float64)
         return np.where(areas > 0, areas, sides.prod(axis=1))
 
     @cached_property
@@ -103,7 +104,7 @@ def read_coco(path: Path) -> CocoFile:
     """
     try:
         content = json.loads(path.read_bytes() or b"null")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as json ({error}); repair or replace it") from None
     if not content:
         raise ValueError(f"{path} is empty; expected COCO json with images, annotations and categories")
@@ -120,7 +121,7 @@ def read_coco(path: Path) -> CocoFile:
     if without := [number for number, file in enumerate(files) if not isinstance(file, str) or not file]:
         raise ValueError(f"{path}: {len(without):,} images have no file_name, such as id {ids[without[0]]!r}")
     sizes = [(image.get("width"), image.get("height")) for image in images]
-    known = [both if all(isinstance(side, int) and side > 0 for side in both) else (0, 0) for both in sizes]
+    known = [both if all(isinstance(side, int) and 0 < side <= _MOST for side in both) else (0, 0) for both in sizes]
     return CocoFile(path, tuple(files), ids, np.array(known, np.int64), tuple(names), category_ids, annotations)
 
 
@@ -154,9 +155,11 @@ def _each_once(entries: Sequence[Mapping[str, Any]], key: str, what: str, path: 
 
 
 def _four_numbers(box: Any) -> Sequence[float]:
-    if isinstance(box, list) and len(box) == 4 and all(isinstance(number, int | float) for number in box):
-        return box
-    return _NO_BOX
+    return box if isinstance(box, list) and len(box) == 4 and all(map(_is_number, box)) else _NO_BOX
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _MOST
 
 
 # ---- masks ----

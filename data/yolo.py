@@ -103,7 +103,7 @@ def _parse(line: str) -> tuple[int, tuple[float, ...]]:
         first, *numbers = (float(word) for word in line.split())
     except ValueError:
         return 0, (np.nan,) * 4
-    number = int(first) if first.is_integer() else -1
+    number = int(first) if first.is_integer() and abs(first) < 1e9 else -1
     if len(numbers) in (4, 5):  # the fifth is a confidence
         x, y, width, height = numbers[:4]
         return number, (x - width / 2, y - height / 2, x + width / 2, y + height / 2)

@@ -168,6 +168,24 @@ def test_coco__that_cannot_be_used_is_refused(tmp_path, content, message):
         open_all(write(tmp_path / "data", content))
 
 
+def test_coco__with_numbers_that_no_array_holds_counts_them_as_bad_boxes(tmp_path):
+    content = coco([(0, 3, [10**400, 1, 5, 5]), (0, 3, [1, 2, 30, 40], {"area": 10**400}), *GOOD])
+    content["images"][0]["width"] = 10**30
+    folder = write(tmp_path / "data", content)
+    with pytest.raises(ValueError, match=r"1 of 5 boxes .*cannot be used:\n  1 without four finite numbers"):
+        open_all(folder)
+    train = open_all(folder, max_bad_fraction=0.5).by_name["train"]
+    assert train.sample(0)["areas"][0] * np.prod(Image.open(PHOTOGRAPHS[0]).size) == pytest.approx(30 * 40)
+
+
+def test_coco__with_a_name_that_no_file_can_have_is_refused(tmp_path):
+    content = coco(GOOD)
+    for image in content["images"]:
+        image["file_name"] = "x" * 5000
+    with pytest.raises(ValueError, match="are in none of"):
+        open_all(write(tmp_path / "data", content))
+
+
 def test_coco__with_sizes_of_turned_images_is_refused(tmp_path):
     content = coco(GOOD)
     image = content["images"][1]
@@ -205,7 +223,7 @@ def test_yolo__has_boxes_and_polygons_and_images_without_a_file(tmp_path):
 
 def test_yolo__names_the_line_that_cannot_be_used(tmp_path):
     with pytest.raises(ValueError, match=r"1 of a class outside the list of 2, such as .*\.txt, line 2") as raised:
-        open_all(yolo(tmp_path / "data", ["0 0.5 0.5 0.2 0.4\n7 0.5 0.5 0.1 0.1\nx y\n"]))
+        open_all(yolo(tmp_path / "data", ["0 0.5 0.5 0.2 0.4\n1e30 0.5 0.5 0.1 0.1\nx y\n"]))
     assert "1 without four finite numbers" in str(raised.value)
 
 
