@@ -78,7 +78,10 @@ def raw_mask(data: bytes | Path) -> tuple[np.ndarray, bool]:
                     pixels = image.getchannel("L")
                 elif image.mode in ("RGBA", "CMYK", "YCbCr", "LAB", "HSV", "PA"):
                     pixels = image.convert("RGB")
-                array = np.asarray(pixels).astype(np.int64)
+                stored = np.asarray(pixels)
+                array = np.nan_to_num(stored).astype(np.int64) if image.mode == "F" else stored.astype(np.int64)
+                if image.mode == "F" and (array != stored).any():
+                    raise BadImage("its pixels are fractions; expected whole numbers")
     except BadImage as error:
         raise BadImage(f"its mask cannot be used: {error}") from None
     if array.ndim == 3:

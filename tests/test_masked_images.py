@@ -11,6 +11,7 @@ import torch
 from masked import masked_folder
 from PIL import Image
 
+from data.decoding import BadImage
 from data.dense_views import RandomPlacement
 from data.mask_codes import IGNORED, MaskCodes, read_class_file
 from data.masked_images import open_masked_splits
@@ -237,6 +238,16 @@ def test_class_file__leaves_out_the_class_whose_number_does_not_count(tmp_path):
     (tmp_path / "classes.txt").write_text("wall\nroad\nunlabeled\n")
     codes = read_class_file(tmp_path / "classes.txt", 2)
     assert codes == MaskCodes(("wall", "road"), (0, 1), False, (2,))
+
+
+def test_float_masks__are_numbers_if_they_are_whole(tmp_path):
+    codes = MaskCodes(("a", "b"), (0, 1), False, ())
+    Image.fromarray(np.array([[0, 1]], np.float32)).save(tmp_path / "whole.tif")
+    assert codes.read(tmp_path / "whole.tif").tolist() == [[0, 1]]
+    for value in (0.7, np.nan):
+        Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / "fraction.tif")
+        with pytest.raises(BadImage, match="its pixels are fractions; expected whole numbers"):
+            codes.read(tmp_path / "fraction.tif")
 
 
 def test_palette_masks__are_numbers_whatever_their_colors(tmp_path):
