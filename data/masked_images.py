@@ -218,13 +218,19 @@ def _pair(image_folder: Path, mask_folder: Path, bad: BadImages) -> MaskedImages
     by_stem = {os.path.splitext(name)[0]: name for name in masks}
     if len(by_stem) < len(masks):
         raise ValueError(f"several masks in {mask_folder} have the same name up to its ending; keep one of each")
-    pairs = []
+    pairs, taken = [], set()
     for name in images:
-        mask = by_stem.pop(os.path.splitext(name)[0], None)
-        if mask is None:
-            bad[os.path.join(image_folder, os.fsdecode(name))] = f"it has no mask of the same name in {mask_folder}"
-        else:
+        stem = os.path.splitext(name)[0]
+        mask = by_stem.pop(stem, None)
+        if mask is not None:
             pairs.append((name, mask))
+            taken.add(stem)
+            continue
+        bad[os.path.join(image_folder, os.fsdecode(name))] = (
+            "another image has its name up to the ending, and the mask"
+            if stem in taken
+            else f"it has no mask of the same name in {mask_folder}"
+        )
     for name in by_stem.values():
         bad[os.path.join(mask_folder, os.fsdecode(name))] = f"it has no image of the same name in {image_folder}"
     if not pairs:

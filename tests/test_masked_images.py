@@ -250,6 +250,14 @@ def test_float_masks__are_numbers_if_they_are_whole(tmp_path):
             codes.read(tmp_path / "fraction.tif")
 
 
+def test_folders__with_two_images_of_one_mask_use_the_first(folder):
+    image = sorted((folder / "train/images").iterdir())[0]
+    Image.open(image).save(image.with_suffix(".webp"))
+    splits = open_splits([str(folder)])
+    assert len(splits.by_name["train"]) == 8
+    assert "another image has its name up to the ending, and the mask" in splits.bad.describe()
+
+
 def test_palette_masks__are_numbers_whatever_their_colors(tmp_path):
     mask = Image.fromarray(np.array([[0, 1], [2, 255]], np.uint8), "P")
     mask.putpalette([10, 20, 30] * 256)
