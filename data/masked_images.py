@@ -41,6 +41,7 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 _VALIDATION_FRACTION = 0.1
+_REST = "unlabeled"  # what COCO json does not cover, if one of its classes is the background
 _NUM_LOOKED_AT = 100  # entries of a folder of masks, by which COCO json is told from images
 
 
@@ -262,7 +263,8 @@ def _from_coco(path: Path, bad: BadImages) -> dict[str, MaskedImages]:
         split = next(split for split, names in _SPLIT_NAMES.items() if name in names)
         if split in found:
             raise ValueError(f"{path} has two splits for {split}: {name} is the second one; remove one of them")
-        names = (BACKGROUND, *masks.content.class_names)
+        rest = _REST if BACKGROUND in masks.content.class_names else BACKGROUND  # no two classes have one name
+        names = (rest, *masks.content.class_names)
         codes = MaskCodes(names, tuple(range(len(names))), False, ())
         if len(names) > MAX_CLASSES:
             raise ValueError(f"{path} has {len(names):,} classes, expected at most {MAX_CLASSES}")

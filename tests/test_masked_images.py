@@ -105,6 +105,12 @@ def test_coco__becomes_masks_with_a_background(tmp_path):
     assert splits.pixels.tolist() == [400 - 12, 0, 12]
 
 
+def test_coco__with_a_class_named_background_has_no_two_of_them(tmp_path):
+    write_coco(tmp_path, categories=[{"id": 3, "name": "background"}, {"id": 7, "name": "b"}])
+    splits = open_splits([str(tmp_path)], validation_fraction=0)
+    assert splits.class_names == ("unlabeled", "background", "b")
+
+
 def test_coco__may_have_its_images_beside_a_folder_of_annotations(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "annotations").mkdir()
