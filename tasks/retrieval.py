@@ -44,6 +44,7 @@ from evaluation.retrieval import RECALLS, retrieval_metrics
 from hub.export.native import replacing, write_image_processor
 from hub.model_card import TaskCard
 from hub.open_model import open_config, open_model
+from modeling.multiway import POOLER_SCALE
 from modeling.patches import height_and_width
 
 from .base import Task
@@ -240,7 +241,7 @@ class RetrievalTask(Task):
 
     def build_model(self) -> PreTrainedModel:
         settings = self.settings
-        vision = _with_drop_path(self.open_encoder(), settings.drop_path)
+        vision = _with_pooler(_with_drop_path(self.open_encoder(), settings.drop_path))
         text_config = open_config(settings.text_encoder, "text_model")
         limit = getattr(text_config, "max_position_embeddings", None)
         used = settings.max_text_length + (getattr(text_config, "pad_token_id", None) or 0) + 1
@@ -250,6 +251,17 @@ class RetrievalTask(Task):
                 f"{limit - used + settings.max_text_length}"
             )
         text = AutoModel.from_config(text_config) if settings.from_scratch else open_model(settings.text_encoder).model
+        text = _with_pooler(text)
+        batch = self.black_batch(1)
+        for encoder, name, inputs in (
+            (vision, settings.model, ("pixel_values",)),
+            (text, settings.text_encoder, ("input_ids", "attention_mask")),
+        ):
+            if not _pools(encoder, {key: batch[key] for key in inputs}):
+                raise ValueError(
+                    f"{name} is a {type(encoder).__name__}, which gives no output of the class token; expected an "
+                    "encoder such as a ViT or a BEiT, and for texts a BERT or a RoBERTa"
+                )
         config = VisionTextDualEncoderConfig.from_vision_text_configs(
             vision.config, text.config, projection_dim=settings.projection_size
         )
@@ -380,6 +392,26 @@ def _with_drop_path(encoder: Any, rate: float) -> Any:
     fresh = AutoModel.from_config(config, dtype=torch.float32)
     fresh.load_state_dict(encoder.state_dict(), strict=True)
     return fresh
+
+
+@torch.no_grad()
+def _with_pooler(encoder: Any) -> Any:
+    """Return the encoder; if its file has no pooler, with one that passes the class token on, times `POOLER_SCALE`."""
+    if getattr(encoder, "pooler", encoder) is not None:
+        return encoder
+    encoder.pooler = getattr(AutoModel.from_config(encoder.config, dtype=torch.float32), "pooler", None)
+    dense = getattr(encoder.pooler, "dense", None)
+    if isinstance(dense, torch.nn.Linear):  # followed by tanh
+        dense.weight.copy_(POOLER_SCALE * torch.eye(*dense.weight.shape))
+        torch.nn.init.zeros_(dense.bias)
+        encoder.pooler.requires_grad_(False)
+    return encoder
+
+
+@torch.no_grad()
+def _pools(encoder: Any, inputs: dict[str, Any]) -> bool:
+    """Return whether the encoder has an output for a whole image or text."""
+    return getattr(encoder.eval()(**inputs), "pooler_output", None) is not None
 
 
 @torch.no_grad()

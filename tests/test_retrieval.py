@@ -19,10 +19,17 @@ from transformers import (
     BeitModel,
     BertConfig,
     BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    RobertaConfig,
+    RobertaModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTModel,
 )
 
+from data.text_tokens import train_text_tokenizer
 from evaluation.retrieval import retrieval_metrics
 from modeling.multiway import POOLER_SCALE
 from tasks.retrieval import contrastive_loss
@@ -100,6 +107,46 @@ def test_retrieval__opens_as_a_dual_encoder_with_metrics_and_a_figure(workspace,
     kwargs = {"padding": True, "truncation": True, "return_token_type_ids": False}
     texts = tokenizer(CAPTIONS, return_tensors="pt", **kwargs)
     assert model(**texts, pixel_values=torch.zeros(2, 3, 64, 64)).logits_per_image.shape == (2, len(CAPTIONS))
+
+
+@pytest.fixture(scope="module")
+def native_encoders(tmp_path_factory):
+    """A ViT and text encoders by name, with 32 positions and as masked-image and masked-word models are stored."""
+    folder, tokenizer = tmp_path_factory.mktemp("native"), train_text_tokenizer(CAPTIONS, 300)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 32}
+    words = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": 32}
+    distil = {"dim": 32, "n_heads": 2, "n_layers": 1, "hidden_dim": 32}
+    models = {
+        "vit": ViTModel(ViTConfig(image_size=32, patch_size=8, **sizes), add_pooling_layer=False),
+        "bert": BertModel(BertConfig(**sizes, **words)),
+        "roberta": RobertaModel(RobertaConfig(**sizes, **words), add_pooling_layer=False),
+        "distilbert": DistilBertModel(DistilBertConfig(**distil, **words)),
+    }
+    for name, model in models.items():
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def test_retrieval__of_encoders_without_pooler_compares_their_class_tokens(workspace, native_encoders, tmp_path):
+    flags = ["--task", "retrieval", "--text_model", str(native_encoders / "roberta"), "--projection_size", "16"]
+    out = finetune(
+        native_encoders / "vit", workspace / "pairs", tmp_path / "out", *flags, *SMALL, "--max_text_length", "16"
+    )
+    model = AutoModel.from_pretrained(out)
+    for encoder in (model.vision_model, model.text_model):
+        assert torch.equal(encoder.pooler.dense.weight, POOLER_SCALE * torch.eye(32))
+    outputs = model(input_ids=torch.tensor([[1, 5, 2]]), pixel_values=torch.randn(1, 3, 32, 32))
+    tokens = outputs.vision_model_output.last_hidden_state[:, 0]
+    assert_close(outputs.image_embeds, torch.nn.functional.normalize(model.visual_projection(tokens)))
+
+
+def test_retrieval__refuses_an_encoder_without_an_output_of_the_whole_text(
+    workspace, native_encoders, tmp_path, capsys
+):
+    flags = ["--task", "retrieval", "--text_model", str(native_encoders / "distilbert"), "--max_text_length", "16"]
+    finetune(native_encoders / "vit", workspace / "pairs", tmp_path / "out", *flags, *SMALL, code=2)
+    assert "is a DistilBertModel, which gives no output of the class token" in capsys.readouterr().err
 
 
 def test_metrics__equal_a_search_by_hand():
