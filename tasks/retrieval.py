@@ -53,6 +53,7 @@ FIGURE_FILE = "retrieved.png"
 _TEXT_FOLDER = "text"  # of a pre-training with texts
 _VALIDATION_FRACTION = 0.1
 _NUM_SHOWN = 5
+_POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet")  # begin after the number of the padding token
 _LARGEST_SCALE = 100.0  # of the similarities, as in CLIP
 _USAGE = """\
 This is a standard transformers model and needs no other code:
@@ -243,12 +244,10 @@ class RetrievalTask(Task):
         settings = self.settings
         vision = _with_pooler(_with_drop_path(self.open_encoder(), settings.drop_path))
         text_config = open_config(settings.text_encoder, "text_model")
-        limit = getattr(text_config, "max_position_embeddings", None)
-        used = settings.max_text_length + (getattr(text_config, "pad_token_id", None) or 0) + 1
-        if limit is not None and "roberta" in text_config.model_type and used > limit:
+        limit = _num_positions(text_config)
+        if limit is not None and settings.max_text_length > limit:
             raise ValueError(
-                f"max_text_length is {settings.max_text_length}, but {settings.text_encoder} has positions for "
-                f"{limit - used + settings.max_text_length}"
+                f"max_text_length is {settings.max_text_length}, but {settings.text_encoder} has positions for {limit}"
             )
         text = AutoModel.from_config(text_config) if settings.from_scratch else open_model(settings.text_encoder).model
         text = _with_pooler(text)
@@ -381,6 +380,16 @@ def _framed(image: Tensor, is_right: bool) -> Tensor:
     frame = torch.full(image.shape[1:], bool(is_right))
     frame[3:-3, 3:-3] = False
     return torch.where(frame, image.new_tensor([0.0, 0.62, 0.45])[:, None, None], image)
+
+
+def _num_positions(config: Any) -> int | None:
+    """Return how many tokens a text encoder has positions for; None if any number."""
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None or getattr(config, "relative_attention", False):
+        return None
+    if any(kind in config.model_type for kind in _POSITIONS_AFTER_PADDING):
+        return limit - (getattr(config, "pad_token_id", None) or 0) - 1
+    return limit
 
 
 def _with_drop_path(encoder: Any, rate: float) -> Any:

@@ -149,6 +149,15 @@ def test_retrieval__refuses_an_encoder_without_an_output_of_the_whole_text(
     assert "is a DistilBertModel, which gives no output of the class token" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "most"), [("bert", 32), ("roberta", 31)])
+def test_retrieval__refuses_more_words_than_the_text_encoder_has_positions_for(
+    workspace, native_encoders, tmp_path, capsys, name, most
+):
+    flags = ["--task", "retrieval", "--text_model", str(native_encoders / name), "--max_text_length", "33"]
+    finetune(native_encoders / "vit", workspace / "pairs", tmp_path / "out", *flags, *SMALL, code=2)
+    assert f"max_text_length is 33, but {native_encoders / name} has positions for {most}" in capsys.readouterr().err
+
+
 def test_metrics__equal_a_search_by_hand():
     images = np.array([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.9, 0.1]])
     texts = np.array([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]])
