@@ -15,7 +15,7 @@ from commands.output_folder import interrupted_run
 from commands.pretraining_settings import PretrainingSettings
 from commands.text_flags import TRAINED, TextFlags
 from data.bad_images import BadImages
-from data.images import ImageDataset, Samples, split_validation
+from data.images import ImageDataset, Samples
 from data.text_batches import MixedDataset, PairDataset, TextDataset, derived_seed
 from data.text_tokens import TextTokens, train_text_tokenizer
 from data.texts import Pairs, Texts, open_pairs, open_texts, too_long
@@ -117,7 +117,8 @@ def _open(settings: PretrainingSettings) -> TextSplits:
 
 def _split(data: D, settings: PretrainingSettings, purpose: str) -> tuple[D, D]:
     """Return a part for training and one for validation."""
-    parts = split_validation(len(data), settings.validation_fraction, derived_seed(settings.seed, purpose))
+    texts = data.captions if isinstance(data, Pairs) else data
+    parts = texts.split(settings.validation_fraction, derived_seed(settings.seed, purpose))
     return data.select(parts[0]), data.select(parts[1])
 
 

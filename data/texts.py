@@ -19,7 +19,7 @@ import pyarrow as pa
 from data.bad_images import BadImages
 from data.image_checks import Checks, check_images
 from data.image_source import FileSource, ImageSource, TableSource, join_sources
-from data.images import SourceSamples
+from data.images import SourceSamples, split_validation
 from data.sources import open_source
 from data.tables import TABLE_EXTENSIONS, load_tables
 
@@ -50,6 +50,18 @@ class Texts(Sequence[str]):
     def select(self, positions: np.ndarray) -> "Texts":
         """Return the texts at these positions."""
         return Texts(self.values.take(pa.array(positions)), self.names.take(pa.array(positions)))
+
+    @property
+    def numbers_of_names(self) -> np.ndarray:
+        """The number of each name among the different ones, in the order in which they first occur."""
+        return np.asarray(self.names.dictionary_encode().indices)
+
+    def split(self, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return positions for training and validation; those of one name, as of an image, stay together."""
+        numbers = self.numbers_of_names
+        _, validation = split_validation(int(numbers.max()) + 1, fraction, seed)
+        is_held_out = np.isin(numbers, validation)
+        return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
 
 
 @dataclass(frozen=True)

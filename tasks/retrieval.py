@@ -3,13 +3,14 @@
 Papers: Wang et al. 2022 (BEiT-3), arXiv:2208.10442, Sec. 3.2; Radford et al. 2021 (CLIP), arXiv:2103.00020, Fig. 3.
 Code: microsoft/unilm/beit3, BEiT3ForRetrieval: a bias-free Linear on each class token, temperature 1 / 0.07.
 Differs: vision and text encoder are native models and train apart, also where pre-training shared their attention;
-only images of the same batch and process are compared, and another pair with the same text is no wrong answer.
+only images of the same batch and process are compared, and another pair with the same text or image is no wrong
+answer.
 Shapes: B pairs of a micro-batch, L tokens, E width of an embedding, N pairs of a split, T different texts among them.
 """
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +34,6 @@ from commands.flags import COUNT, Range, flag
 from commands.settings import SettingsError
 from data.augmentations import CenterCrop, random_crop, single_view
 from data.bad_images import BadImages
-from data.images import split_validation
 from data.size_schedule import Transform
 from data.splits import Splits
 from data.tables import VALIDATION_NAMES
@@ -130,16 +130,17 @@ class RetrievalSettings(FinetuneSettings, RetrievalFlags):
 
 @dataclass(frozen=True)
 class NumberedPairs:
-    """Pairs whose label is the number of their text among the different texts, `texts`."""
+    """Pairs whose labels are the numbers of their text among the different texts, `texts`, and of their image."""
 
     pairs: Pairs
     texts: tuple[str, ...]
-    numbers: Sequence[int]
+    numbers: np.ndarray  # (N, 2)
 
     @classmethod
     def of(cls, pairs: Pairs) -> "NumberedPairs":
         number = {text: index for index, text in enumerate(dict.fromkeys(pairs.captions))}
-        return cls(pairs, tuple(number), [number[text] for text in pairs.captions])
+        of_texts = [number[text] for text in pairs.captions]
+        return cls(pairs, tuple(number), np.stack([of_texts, pairs.captions.numbers_of_names], axis=1))
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -218,7 +219,7 @@ class RetrievalTask(Task):
         if fraction is None:
             fraction = 0.0 if len(found) > 1 else _VALIDATION_FRACTION
         if fraction and "validation" not in found:
-            train, validation = split_validation(len(found["train"]), fraction, settings.seed)
+            train, validation = found["train"].captions.split(fraction, settings.seed)
             found |= {"train": found["train"].select(train), "validation": found["train"].select(validation)}
         return PairSplits({name: NumberedPairs.of(pairs) for name, pairs in found.items() if len(pairs)}, bad)
 
@@ -283,7 +284,7 @@ class RetrievalTask(Task):
         images, texts = outputs.image_embeds.float(), outputs.text_embeds.float()  # (B, E), of length 1
         own = getattr(model, "module", model)  # of DDP
         scale = own.logit_scale.float().exp().clamp(max=_LARGEST_SCALE)
-        loss = contrastive_loss(scale * images @ texts.T, batch["labels"])
+        loss = contrastive_loss(scale * images @ texts.T, *batch["labels"].T)
         return loss, {"logits": torch.cat([images, texts], dim=1)}
 
     # ---- description ----
@@ -311,18 +312,25 @@ class RetrievalTask(Task):
         return (*(f"{kind}_recall_at_{k}" for kind in ("text", "image") for k in RECALLS), "mean_recall", "loss")
 
     def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        return retrieval_metrics(*_embeddings(predictions), labels)
+        return retrieval_metrics(*_embeddings(predictions), *labels.T)
 
     def draw(
         self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
     ) -> str:
         images, texts = _embeddings(predictions)
-        _, first = np.unique(labels, return_index=True)
+        text_numbers, image_numbers = labels.T
+        first, candidates = (np.unique(numbers, return_index=True)[1] for numbers in (text_numbers, image_numbers))
         shown = first[panel_indices(len(first))]
-        order = np.argsort(-(texts[shown] @ images.T), axis=1, kind="stable")[:, :_NUM_SHOWN]
+        nearest = np.argsort(-(texts[shown] @ images[candidates].T), axis=1, kind="stable")[:, :_NUM_SHOWN]
+        order = candidates[nearest]
         names = self.splits.measured[1].texts  # type: ignore[union-attr]
-        rows = "  ".join(f"{row + 1}: {names[labels[index]][:60]}" for row, index in enumerate(shown))
-        columns = zip(order.T, (labels[order] == labels[shown][:, None]).T, strict=True)
+        rows = "  ".join(f"{row + 1}: {names[text_numbers[index]][:60]}" for row, index in enumerate(shown))
+        pairs = set(zip(text_numbers.tolist(), image_numbers.tolist(), strict=True))
+        found = [
+            [(number, image) in pairs for image in image_numbers[row].tolist()]
+            for number, row in zip(text_numbers[shown].tolist(), order, strict=True)
+        ]
+        columns = zip(order.T, np.array(found).T, strict=True)
         views = {}
         for rank, column in enumerate(columns, start=1):
             cells = [(dataset[int(index)]["pixel_values"] / 255, right) for index, right in zip(*column, strict=True)]
@@ -360,11 +368,18 @@ class RetrievalTask(Task):
         return f'AutoModel.from_pretrained("{folder}") opens it'
 
 
-def contrastive_loss(similarities: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross entropy of finding the text of each image, and the image of each text, in (B, B)."""
+def contrastive_loss(similarities: Tensor, labels: Tensor, image_numbers: Tensor | None = None) -> Tensor:
+    """Return the mean cross entropy of finding the text of each image, and the image of each text, in (B, B).
+
+    Args:
+        labels: (B,), the number of each text.
+        image_numbers: (B,), the number of each image; None if all images differ.
+    """
     own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    same_text = (labels[:, None] == labels) & ~own
-    scores = similarities.masked_fill(same_text, float("-inf"))
+    is_same = labels[:, None] == labels
+    if image_numbers is not None:
+        is_same |= image_numbers[:, None] == image_numbers
+    scores = similarities.masked_fill(is_same & ~own, float("-inf"))
     targets = torch.arange(len(labels), device=labels.device)
     both = [torch.nn.functional.cross_entropy(each, targets) for each in (scores, scores.T)]
     return torch.stack(both).mean()

@@ -167,6 +167,18 @@ def test_metrics__equal_a_search_by_hand():
     assert found["text_recall_at_5"] == 1
 
 
+def test_metrics__of_images_with_several_texts_count_each_of_them_as_right():
+    """As in COCO: five captions of each image; the others of the same image are no wrong answers."""
+    own = np.eye(4)[np.repeat(np.arange(4), 5)]
+    found = retrieval_metrics(own, own, np.arange(20), np.repeat([7, 3, 5, 4], 5))
+    assert set(found.values()) == {1.0}
+    texts = own.copy()
+    texts[:4] = np.eye(4)[1]  # four of the first image's, which still has one that finds it
+    found = retrieval_metrics(own, texts, np.arange(20), np.repeat([7, 3, 5, 4], 5))
+    assert found["text_recall_at_1"] == 3 / 4  # four wrong texts are as near to the second image as its own
+    assert found["image_recall_at_1"] == 16 / 20
+
+
 @pytest.mark.parametrize("value", [1.0, math.nan])
 def test_metrics__of_equal_embeddings_are_those_of_a_search_that_finds_nothing(value):
     same = np.full((20, 4), value)
@@ -183,6 +195,14 @@ def test_loss__does_not_count_another_pair_of_the_same_text_as_wrong():
     loss = contrastive_loss(similarities, torch.tensor([5, 6, 5]))
     middle = [cross_entropy(rows[1:2], torch.tensor([1])) for rows in (similarities, similarities.T)]
     assert_close(loss, (sum(2 * each for each in expected) + sum(middle)) / 6)
+
+
+def test_loss__does_not_count_another_text_of_the_same_image_as_wrong():
+    similarities, numbers = torch.randn(3, 3), torch.arange(3)
+    assert_close(
+        contrastive_loss(similarities, numbers, torch.tensor([5, 6, 5])),
+        contrastive_loss(similarities, torch.tensor([5, 6, 5])),
+    )
 
 
 def test_layer_ids__of_a_dual_encoder_count_from_the_head():

@@ -40,6 +40,20 @@ def test_pairs__of_a_folder_have_the_caption_of_each_image(tmp_path, name):
     assert [Path(pairs.images.name(index)).name for index in range(6)] == [file.name for file in PHOTOGRAPHS]
 
 
+def test_pairs__of_one_image_are_all_for_training_or_all_for_validation(tmp_path):
+    folder = pair_folder(tmp_path / "pairs")
+    with (folder / "captions.jsonl").open("a") as file:
+        for number in range(4):
+            rows = [{"file_name": file.name, "text": f"text {number}"} for file in PHOTOGRAPHS]
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    pairs, _ = open_pairs([str(folder)], 0.0)
+    parts = [pairs.select(positions) for positions in pairs.captions.split(0.34, seed=0)]
+    assert [len(part) for part in parts] == [20, 10]
+    names = [{part.images.name(index) for index in range(len(part))} for part in parts]
+    assert [len(each) for each in names] == [4, 2]
+    assert not names[0] & names[1]
+
+
 def test_pairs__of_a_table_have_the_caption_of_each_image(tmp_path):
     rows = {"image": [str(file) for file in PHOTOGRAPHS], "caption": CAPTIONS}
     table = Dataset.from_dict(rows, features=Features({"image": Image(), "caption": Value("string")}))
