@@ -73,8 +73,14 @@ def model_footprint(
     """Return the memory that the model needs; computes nothing."""
     model = without_weights(config).train()
     batch = black_images(settings, config, collator, 1)
+    if has_texts := isinstance(collator, MixedCollator):  # which are read for the loss only; any targets will do
+        batch |= {
+            key.replace("bool_masked_pos", "labels"): mask.long()
+            for key, mask in batch.items()
+            if key.endswith("bool_masked_pos")
+        }
     batch = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in batch.items()}
-    return measure_footprint(model, {**batch, "return_loss": model.targets is None})
+    return measure_footprint(model, {**batch, "return_loss": has_texts or model.targets is None})
 
 
 def black_images(
@@ -98,7 +104,7 @@ def black_images(
         item[targets.view.name] = torch.zeros(settings.num_channels, *targets.view.image_size, dtype=torch.uint8)
     items = [{**item, "epoch": 0, "step": 0, "image_index": index} for index in range(num_images)]
     if isinstance(collator, MixedCollator):
-        items = collator.with_longest_texts(items, has_pairs=getattr(config, "num_fusion_layers", 0) > 0)
+        items = collator.with_longest_texts(items, has_pairs=settings.pair_dataset is not None)
     batch = collator(items)
     batch.pop("image_index")
     return batch

@@ -10,6 +10,9 @@ from commands.arithmetic import Hardware
 from commands.memory import Footprint, measure_footprint
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
+from commands.texts import TextSplits
+from data.bad_images import BadImages
+from data.text_tokens import TextTokens, train_text_tokenizer
 from modeling import MODELS
 
 CONFIGS = {method: head.config_class for method, head in MODELS.items()}
@@ -345,3 +348,21 @@ def test_color_jitter__is_refused_by_methods_with_their_own_colors():
     settings = load_pretraining_settings(["--method", "dino", "--color_jitter", "0.2"], CONFIGS)
     with pytest.raises(ValueError, match="--color_jitter has no effect with dino"):
         run_pretraining.transform_of(settings, CONFIGS["dino"](), None, train=True)
+
+
+def test_plan__counts_the_texts_and_pairs_of_a_step():
+    tokens = TextTokens(train_text_tokenizer(["a dog"], 300), 64)
+
+    def flops(*flags: str) -> int:
+        settings = load_pretraining_settings(["--method", "beit3", "--model", "vit-nano", *flags], CONFIGS)
+        settings_of_texts = {"text_config": tokens.config, "num_fusion_layers": 0} if flags else {}
+        method_settings = {**settings.method_settings, **settings_of_texts}
+        config = CONFIGS["beit3"](encoder_config=settings.encoder_settings(), **method_settings)
+        texts = TextSplits(tokens, (None, None), None, BadImages(), ()) if flags else None
+        collator = run_pretraining.build_collator(settings, config, texts)
+        return run_pretraining.model_footprint(settings, config, collator).flops_per_image
+
+    images, with_texts = flops(), flops("--text_dataset", "texts")
+    with_pairs = flops("--text_dataset", "texts", "--pair_dataset", "pairs")
+    assert with_texts > 1.2 * images
+    assert with_pairs > with_texts + 1.2 * images
