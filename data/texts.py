@@ -172,6 +172,7 @@ def _rows_of(dataset: str) -> Iterator[tuple[str, Any]]:
 
 def _table_rows(table: datasets.Dataset, title: str) -> Iterator[tuple[str, Any]]:
     column = _find_column(list(table.features), TEXT_COLUMNS, title, "text")
+    table = table.select_columns([column])  # images would be read, and decoded
     for start in range(0, len(table), 1000):
         for index, text in enumerate(table[start : start + 1000][column], start=start):
             yield f"{title}#{index}", text[0] if isinstance(text, list) and text else text  # the first of several
@@ -202,13 +203,8 @@ def _open_pairs(dataset: str) -> tuple[ImageSource, list[Any]]:
     for part in images.parts:
         if not isinstance(part, TableSource):
             raise ValueError(f"{part.describe()} has no captions; expected one of {', '.join(_CAPTION_FILES)}")
-        captions += [text for _, text in _table_rows(_without_images(part.table), dataset)]
+        captions += [text for _, text in _table_rows(part.table, dataset)]
     return images, captions
-
-
-def _without_images(table: datasets.Dataset) -> datasets.Dataset:
-    """Leave out what would be decoded."""
-    return table.remove_columns([n for n, kind in table.features.items() if isinstance(kind, datasets.Image)])
 
 
 def _read_records(file: Path) -> tuple[list[dict[str, Any]], list[str]]:

@@ -95,6 +95,14 @@ def test_texts__are_read_from_every_kind_of_file(tmp_path):
     assert texts.name(1) == str(tmp_path / "a.txt:3")
 
 
+def test_texts__of_a_table_are_read_without_its_images(tmp_path):
+    rows = {"image": 2 * [{"bytes": b"no image", "path": None}], "caption": ["one", "two"]}
+    table = Dataset.from_dict(rows, features=Features({"image": Image(), "caption": Value("string")}))
+    table.to_parquet(tmp_path / "train.parquet")
+    texts, _ = open_texts([str(tmp_path / "train.parquet")], 0.0)
+    assert list(texts) == ["one", "two"]
+
+
 def test_too_long__names_the_first_and_counts(tmp_path):
     (tmp_path / "a.txt").write_text(f"short\n{'word ' * 10_000}\n")
     texts, _ = open_texts([str(tmp_path / "a.txt")], 0.0)
