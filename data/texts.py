@@ -153,8 +153,8 @@ def _rows_of(dataset: str) -> Iterator[tuple[str, Any]]:
     """Yield name and text of each text of a dataset."""
     path = Path(dataset).expanduser()
     if path.is_dir():
-        endings = (*_LINES, *_RECORDS, *TABLE_EXTENSIONS)
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings)
+        endings = (*_LINES, *_RECORDS, *sorted(TABLE_EXTENSIONS))
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in endings and file.is_file())
         if not files:
             raise ValueError(f"no texts in {path}; expected files that end in {', '.join(endings)}")
         for file in files:
@@ -165,6 +165,9 @@ def _rows_of(dataset: str) -> Iterator[tuple[str, Any]]:
     elif path.suffix.lower() in _RECORDS and path.is_file():
         records, names = _read_records(path)
         yield from zip(names, _column(records, TEXT_COLUMNS, str(path), "text"), strict=True)
+    elif path.is_file() and path.suffix.lower() not in TABLE_EXTENSIONS:
+        endings = (*_LINES, *_RECORDS, *sorted(TABLE_EXTENSIONS))
+        raise ValueError(f"{path} holds no texts that can be read; expected a file that ends in {', '.join(endings)}")
     else:
         table = load_tables([path]) if path.is_file() else _load_from_hub(dataset)
         yield from _table_rows(table, dataset)

@@ -103,6 +103,18 @@ def test_texts__of_a_table_are_read_without_its_images(tmp_path):
     assert list(texts) == ["one", "two"]
 
 
+def test_texts__in_a_folder_with_the_name_of_a_table_are_read_once(tmp_path):
+    (tmp_path / "all.parquet").mkdir()  # as Spark writes it
+    Dataset.from_dict({"text": ["one", "two"]}).to_parquet(tmp_path / "all.parquet" / "part-0.parquet")
+    assert list(open_texts([str(tmp_path)], 0.0)[0]) == ["one", "two"]
+
+
+def test_texts__of_another_kind_of_file_are_refused(tmp_path):
+    (tmp_path / "texts.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"texts.json holds no texts .* ends in \.txt, \.jsonl, \.csv, \.arrow"):
+        open_texts([str(tmp_path / "texts.json")], 0.0)
+
+
 def test_too_long__names_the_first_and_counts(tmp_path):
     (tmp_path / "a.txt").write_text(f"short\n{'word ' * 10_000}\n")
     texts, _ = open_texts([str(tmp_path / "a.txt")], 0.0)
