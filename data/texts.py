@@ -215,7 +215,18 @@ def _read_records(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
     content = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     if file.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(content, newline=""))
-        csv_records = [(reader.line_num, record) for record in reader]
+        try:
+            csv_records = [(reader.line_num, record) for record in reader]
+        except csv.Error as error:
+            raise ValueError(
+                f"{file}:{reader.reader.line_num} is not a row of a csv file ({error}); is a quote not closed?"
+            ) from None
+        for number, record in csv_records:
+            if any(record.pop(None, ())):  # type: ignore[call-overload]  # what DictReader has no column for
+                raise ValueError(
+                    f"{file}:{number} has more values than the {len(record)} columns of the first line: put texts "
+                    'with commas in quotes, "like, this"'
+                )
         return [record for _, record in csv_records], [f"{file}:{number}" for number, _ in csv_records]
     records, names = [], []
     for number, line in enumerate(content.split("\n"), start=1):

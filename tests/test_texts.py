@@ -115,6 +115,21 @@ def test_texts__of_another_kind_of_file_are_refused(tmp_path):
         open_texts([str(tmp_path / "texts.json")], 0.0)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("a.jpg,a dog, running", "a.csv:2 has more values than the 2 columns of the first line: put texts"),
+        (f'a.jpg,"{"word " * 30_000}"', "a.csv:2 is not a row of a csv file .field larger than field limit"),
+    ],
+)
+def test_texts__of_a_csv_file_are_never_cut_at_a_comma(tmp_path, row, message):
+    (tmp_path / "a.csv").write_text(f"file_name,text\n{row}\n")
+    with pytest.raises(ValueError, match=message):
+        open_texts([str(tmp_path / "a.csv")], 1.0)
+    (tmp_path / "a.csv").write_text('file_name,text\na.jpg,"a dog, running",,\n')  # as spreadsheets write it
+    assert list(open_texts([str(tmp_path / "a.csv")], 0.0)[0]) == ["a dog, running"]
+
+
 def test_too_long__names_the_first_and_counts(tmp_path):
     (tmp_path / "a.txt").write_text(f"short\n{'word ' * 10_000}\n")
     texts, _ = open_texts([str(tmp_path / "a.txt")], 0.0)
