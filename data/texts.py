@@ -124,10 +124,17 @@ def too_long(texts: Texts, num_words: int) -> str | None:
 
 
 def _problem_with(text: Any) -> str | None:
-    if not isinstance(text, str) or not text.strip():
+    if text is None or text == "" or (isinstance(text, str) and not text.strip()):
         return "its text is empty"
-    # bytes that are not UTF-8 were decoded to lone surrogates
-    return _NOT_UTF8 if any("\ud800" <= letter <= "\udfff" for letter in text) else None
+    if not isinstance(text, str):
+        return f"its text is {text!r:.40}, expected a string"
+    # bytes that are not UTF-8 were decoded to lone surrogates; UTF-16 has zeros
+    return _NOT_UTF8 if any("\ud800" <= letter <= "\udfff" or letter == "\0" for letter in text) else None
+
+
+def _first(text: Any) -> Any:
+    """Return the first of several texts."""
+    return text[0] if isinstance(text, list) and text else text
 
 
 def _usable(rows: Iterator[tuple[str, Any]], title: str, max_bad_fraction: float) -> tuple[Texts, BadImages]:
@@ -160,7 +167,8 @@ def _rows_of(dataset: str) -> Iterator[tuple[str, Any]]:
         for file in files:
             yield from _rows_of(str(file))
     elif path.suffix.lower() in _LINES and path.is_file():
-        lines = path.read_bytes().decode("utf-8-sig", errors="surrogateescape").splitlines()
+        # not splitlines(), which also ends a line at a form feed or at U+2028
+        lines = io.StringIO(path.read_bytes().decode("utf-8-sig", errors="surrogateescape"), newline=None)
         yield from ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
     elif path.suffix.lower() in _RECORDS and path.is_file():
         records, names = _read_records(path)
@@ -178,7 +186,7 @@ def _table_rows(table: datasets.Dataset, title: str) -> Iterator[tuple[str, Any]
     table = table.select_columns([column])  # images would be read, and decoded
     for start in range(0, len(table), 1000):
         for index, text in enumerate(table[start : start + 1000][column], start=start):
-            yield f"{title}#{index}", text[0] if isinstance(text, list) and text else text  # the first of several
+            yield f"{title}#{index}", _first(text)
 
 
 def _load_from_hub(dataset: str) -> datasets.Dataset:
@@ -243,7 +251,7 @@ def _read_records(file: Path) -> tuple[list[dict[str, Any]], list[str]]:
 def _column(records: Sequence[dict[str, Any]], known: Sequence[str], title: str, what: str) -> list[Any]:
     names = list(dict.fromkeys(name for record in records for name in record))
     column = _find_column(names, known, title, what)
-    return [record.get(column) for record in records]
+    return [_first(record.get(column)) for record in records]
 
 
 def _find_column(names: Sequence[str], known: Sequence[str], title: str, what: str) -> str:

@@ -130,6 +130,24 @@ def test_texts__of_a_csv_file_are_never_cut_at_a_comma(tmp_path, row, message):
     assert list(open_texts([str(tmp_path / "a.csv")], 0.0)[0]) == ["a dog, running"]
 
 
+def test_pairs__with_several_captions_in_a_record_have_the_first_as_in_tables(tmp_path):
+    folder = pair_folder(tmp_path / "pairs", captions=[[caption, "another"] for caption in CAPTIONS])
+    assert list(open_pairs([str(folder)], 0.0)[0].captions) == CAPTIONS
+
+
+def test_texts__that_are_no_strings_or_hold_zeros_are_not_called_empty(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": 5}\n{"text": "one"}\n')
+    (tmp_path / "b.txt").write_bytes("two\nthree\n".encode("utf-16"))
+    (tmp_path / "c.txt").write_text("four\u2028four\x0cfour\r\nfive\n", encoding="utf-8", newline="")
+    texts, bad = open_texts([str(tmp_path)], 0.9)
+    assert list(texts) == ["one", "four\u2028four\x0cfour", "five"]
+    assert {Path(name).name: reason for name, reason in bad.items()} == {
+        "a.jsonl:1": "its text is 5, expected a string",
+        **{f"b.txt:{number}": "its text is not UTF-8" for number in (1, 2, 3)},
+    }
+    assert texts.name(2) == str(tmp_path / "c.txt:2")
+
+
 def test_too_long__names_the_first_and_counts(tmp_path):
     (tmp_path / "a.txt").write_text(f"short\n{'word ' * 10_000}\n")
     texts, _ = open_texts([str(tmp_path / "a.txt")], 0.0)
