@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 _SPECIAL = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+# A folder with the config of a language model and no tokenizer opens as one with special tokens and sometimes a space.
+_FEWEST_WORDS = 3
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked, with which it does not go
 
 
@@ -19,7 +21,7 @@ class TextTokens:
         name: What a user calls the tokenizer.
 
     Raises:
-        ValueError: If the tokenizer has no mask token, no padding token, or puts no special token first.
+        ValueError: If the tokenizer has no mask token, no padding token or no words, or puts no special token first.
     """
 
     def __init__(self, tokenizer: Any, max_length: int, name: str = "this tokenizer") -> None:
@@ -29,6 +31,8 @@ class TextTokens:
                     f"{name} has no {kind} token, which {purpose}; use a tokenizer of a masked language model, such "
                     "as that of BERT or RoBERTa"
                 )
+        if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < _FEWEST_WORDS:
+            raise ValueError(f"{name} has no words: are its files missing, such as tokenizer.json or vocab.txt?")
         self.tokenizer, self.max_length = tokenizer, max_length
         tokenizer.model_max_length = max_length  # for who opens it beside the model
         self.pad_id, self.mask_id = int(tokenizer.pad_token_id), int(tokenizer.mask_token_id)

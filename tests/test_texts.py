@@ -6,7 +6,7 @@ import torch
 from conftest import ROOT
 from datasets import Dataset, Features, Image, Value
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerFast
 
 from data.augmentations import build_views
 from data.collators import MaskingCollator
@@ -183,6 +183,12 @@ def test_tokenizer__that_cannot_mask_is_refused(given, message):
     plain.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(ValueError, match=message):
         TextTokens(PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="u", **given), 8)
+
+
+def test_tokenizer__of_a_folder_that_holds_a_config_only_is_refused(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the tokenizer has no words: are its files missing"):
+        TextTokens(AutoTokenizer.from_pretrained(tmp_path), 8, "the tokenizer")
 
 
 @pytest.fixture
