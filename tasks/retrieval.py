@@ -250,6 +250,11 @@ class RetrievalTask(Task):
             raise ValueError(
                 f"max_text_length is {settings.max_text_length}, but {settings.text_encoder} has positions for {limit}"
             )
+        if len(self.tokens.tokenizer) > text_config.vocab_size:
+            raise ValueError(
+                f"the tokenizer of {settings.text_encoder} has {len(self.tokens.tokenizer):,} words, but the encoder "
+                f"{text_config.vocab_size:,}: they do not belong together"
+            )
         text = AutoModel.from_config(text_config) if settings.from_scratch else open_model(settings.text_encoder).model
         text = _with_pooler(text)
         batch = self.black_batch(1)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 
 import numpy as np
@@ -147,6 +148,17 @@ def test_retrieval__refuses_an_encoder_without_an_output_of_the_whole_text(
     flags = ["--task", "retrieval", "--text_model", str(native_encoders / "distilbert"), "--max_text_length", "16"]
     finetune(native_encoders / "vit", workspace / "pairs", tmp_path / "out", *flags, *SMALL, code=2)
     assert "is a DistilBertModel, which gives no output of the class token" in capsys.readouterr().err
+
+
+def test_retrieval__refuses_the_tokenizer_of_another_text_encoder(workspace, native_encoders, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(native_encoders / "bert", other)
+    train_text_tokenizer(
+        [*CAPTIONS, "other words of another tokenizer, of which there are more"], 400
+    ).save_pretrained(other)
+    flags = ["--task", "retrieval", "--text_model", str(other), "--max_text_length", "16"]
+    finetune(native_encoders / "vit", workspace / "pairs", tmp_path / "out", *flags, *SMALL, code=2)
+    assert "they do not belong together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "most"), [("bert", 32), ("roberta", 31)])
