@@ -9,6 +9,7 @@ from data.augmentations import CenterCrop, CropView, OtherSize, Views, single_vi
 from data.collators import MaskingCollator
 from data.images import ImageDataset, SamplesWithTargets, SourceSamples
 from data.sources import open_source
+from training import token_cache
 from training.targets import TokenizerTargets
 from training.token_cache import cached_targets
 from training.trainer import MimTrainer
@@ -93,3 +94,18 @@ def test_cache__an_unreadable_image_is_named_and_another_takes_its_place(tmp_pat
     item = images.item(2, epoch=0)
     assert item["image_index"] != 2
     assert item["labels"].min() >= 0
+
+
+def test_cache__is_one_array_though_written_batch_by_batch(tmp_path, monkeypatch):
+    images, targets = images_of(open_source("sample"), 70), small_targets()
+    whole = np.concatenate(list(token_cache._in_batches(images, targets)))
+
+    def batches(images, targets):
+        for start in range(0, 70, 32):
+            yield whole[start : start + 32]
+
+    monkeypatch.setattr(token_cache, "_in_batches", batches)
+    file = cached_targets(images, targets, tmp_path, lambda text: None)
+    assert np.array_equal(np.load(file), whole)
+    assert np.load(file).dtype == np.int32
+    assert [each.name for each in tmp_path.iterdir()] == [file.name]

@@ -29,9 +29,14 @@ def cached_targets(images: ImageDataset, targets: Targets, folder: Path, log: Ca
     """
     file = folder / f"tokens-{_fingerprint(images, targets)}.npy"
     if not file.exists():
-        values = np.concatenate(list(_in_batches(images, targets)))  # (I, N)
         partial = file.with_suffix(".part.npy")
-        np.save(partial, values)
+        with partial.open("wb") as stream:
+            for number, values in enumerate(_in_batches(images, targets)):  # not kept: there may be millions
+                if not number:
+                    shape = (len(images), values.shape[1])
+                    header = {"descr": values.dtype.str, "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(stream, header)
+                stream.write(values.tobytes())
         partial.replace(file)
     values = np.load(file, mmap_mode="r")
     num_without = int((values[:, 0] == _NO_TARGETS).sum())
