@@ -66,6 +66,12 @@ def _open_tokenizer(settings: PretrainingSettings, grid: tuple[int, int]) -> Tar
         )
         raise ValueError(CHOICES.format(dataset=shlex.join(settings.dataset), method=settings.method, flags=flags))
     tokenizer = open_model(name, "tokenizer", trust_remote_code=settings.trust_remote_code).model
+    read = getattr(tokenizer.config, "num_channels", getattr(tokenizer.config, "input_channels", None))
+    if read not in (None, settings.num_channels):
+        raise ValueError(
+            f"--tokenizer {name} reads images of {read} channels, but num_channels is {settings.num_channels}: use "
+            f"num_channels {read}, or a tokenizer that was trained with num_channels {settings.num_channels}"
+        )
     return TokenizerTargets(tokenizer, grid, f"--tokenizer {name}")
 
 

@@ -76,3 +76,5 @@ def test_refusals__say_what_to_do(tokenizer, tmp_path, capsys):
     message = refusal(capsys, "--output_dir", folder, "--method", "mae", "--cache_tokens")
     assert "--cache_tokens has no effect with --method mae" in message
     assert not Path(folder).exists()
+    message = refusal(capsys, "--output_dir", folder, "--tokenizer", tokenizer, "--num_channels", "1")
+    assert "reads images of 3 channels, but --num_channels is 1: use --num_channels 3" in message
