@@ -50,6 +50,7 @@ _EMOJI_SIZE = 109  # the only one of the bitmap font
 _FONT, _CLIPART = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "usr/share/openclipart/png"
 # Shares of --minutes for the tokenizer, BEiT-3 and retrieval; steps per minute on two cores, measured while they run.
 _SHARES = {"tokenizer": 0.1, "beit3": 0.7, "retrieval": 0.2}
+_WRITTEN_LAST = {"tokenizer": "config.json", "beit3": "pretraining/config.json", "retrieval": "config.json"}
 _WORDS_DRAWS = 8  # masks for each held-out pair
 _HISTOGRAM_BINS, _NEIGHBORS = 4, 10
 
@@ -218,7 +219,7 @@ def retrieval_flags(options: argparse.Namespace, encoder: Path) -> list[str]:
 def train(options: argparse.Namespace, step: str, script: str, flags: list[str], seed: int = 0) -> Path:
     """Run one of the commands for its share of the minutes, unless it has finished; return its output folder."""
     folder: Path = options.output_dir / (step if step == "tokenizer" else f"{step}-{seed}")
-    if (folder / "README.md").exists():
+    if (folder / _WRITTEN_LAST[step]).exists():
         return folder
     data = options.output_dir / ("stamps" if step == "retrieval" else "pairs/train")
     flags = [*flags, "--dataset", str(data), "--seed", str(seed), "--report_to", "none"]

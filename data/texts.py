@@ -112,8 +112,7 @@ def open_pairs(dataset: Sequence[str], max_bad_fraction: float, checks: Checks =
 
 def too_long(texts: Texts, num_words: int) -> str | None:
     """Return a note about texts with more words than that, of which the rest is not seen; None if there are none."""
-    lengths = {index: len(text.split()) for index, text in enumerate(texts)}
-    long = {index: length for index, length in lengths.items() if length > num_words}
+    long = {index: length for index, text in enumerate(texts) if (length := len(text.split())) > num_words}
     if not long:
         return None
     first = next(iter(long))
