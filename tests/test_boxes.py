@@ -256,7 +256,7 @@ def test_table__has_the_objects_of_each_row(tmp_path, has_names):
         ("data.yaml", b"names: {0: cat, x: dog}", "no list of different class names"),
         ("data.yaml", b"names: {0: cat, 2: dog}", "no list of different class names"),
         ("classes.txt", b"cat\n\ndog\n", "no list of different class names"),
-        ("classes.txt", b"caf\xe9\n", "the classes cannot be read from .*: 'utf-8' codec"),
+        ("classes.txt", b"\xe9t\xe9\n", "the classes cannot be read from .*: 'utf-8' codec"),
     ],
 )
 def test_yolo__with_names_that_cannot_be_used_is_refused(tmp_path, name, content, message):
