@@ -148,7 +148,9 @@ def test_tar__with_names_that_are_not_unicode(tmp_path: Path) -> None:
         folder.mkdir()
     except OSError:
         pytest.skip("this file system has Unicode names only")
-    write_tar(folder / "a.tar", [(f"\udce9t\udce9-{kind}", PHOTOGRAPHS[0]) for kind in ("1.jpg", "1.seg.png", "2.jpg")])
+    write_tar(
+        folder / "a.tar", [(f"\udce9t\udce9-{kind}", PHOTOGRAPHS[0]) for kind in ("1.jpg", "1.seg.png", "2.jpg")]
+    )
     source = open_source(str(folder))
     assert contents(source) == [PHOTOGRAPHS[0]] * 2
     assert source.name(0) == f"{folder}/a.tar#\udce9t\udce9-1"
