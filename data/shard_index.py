@@ -79,8 +79,12 @@ def open_indices(files: Sequence[ShardFile], use: Callable[[ShardFile, pa.Table]
 
 
 def index_path(file: ShardFile) -> Path:
-    key = hashlib.sha256(repr((file.url, file.size, file.version)).encode()).hexdigest()[:32]
-    return cached_assets_path("masked-image-modeling", "shard_indices") / f"{key}.arrow"
+    return cached_assets_path("masked-image-modeling", "shard_indices") / f"{shard_key(file)}.arrow"
+
+
+def shard_key(file: ShardFile) -> str:
+    """Return a name for a version of a file, under which its index and its blocks are kept."""
+    return hashlib.sha256(repr((file.url, file.size, file.version)).encode()).hexdigest()[:32]
 
 
 def facts_of(table: pa.Table) -> dict[str, str]:

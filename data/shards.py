@@ -25,7 +25,7 @@ from data.image_source import ImageSource
 from data.sampling import RUNS_PER_WINDOW
 from data.shard_blocks import BlockCache
 from data.shard_files import ARCHIVES, ShardError, ShardFile, retry
-from data.shard_index import facts_of, index_path, open_index, open_indices
+from data.shard_index import facts_of, open_index, open_indices, shard_key
 from data.tables import find_image_column
 
 _BYTES_PER_BLOCK, _MAX_PER_BLOCK = 8 << 20, 1024
@@ -151,7 +151,7 @@ class ShardSource(ImageSource):
 
     def _key(self, block: int) -> str:
         file = self.files[self._shard_of[block]]
-        return f"{index_path(file).stem}-{self._start_in_shard[block]}"
+        return f"{shard_key(file)}-{self._start_in_shard[block]}"
 
     def _is_read_in_place(self, file: ShardFile) -> bool:
         return file.is_local and file.extension in ARCHIVES
