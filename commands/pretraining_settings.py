@@ -184,7 +184,9 @@ class PretrainingRunFlags(RunFlags):
         NOT_NEGATIVE,
     )
     stop_on_collapse: bool = flag(
-        True, "for methods with a teacher: stop when three evaluations in a row show that the features collapsed"
+        True,
+        "for methods with a teacher: stop when three evaluations in a row over 500 steps show that the features "
+        "collapsed",
     )
 
 

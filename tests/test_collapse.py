@@ -53,6 +53,12 @@ def test_entropies__tell_equal_rows_from_uniform_ones():
 # ---- the warning and the stop ----
 
 
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    """Runs of these tests are short."""
+    monkeypatch.setattr("training.collapse._NUM_STEPS", 0)
+
+
 class Watched(torch.nn.Module):
     """A model whose features collapse at a std below 0.1."""
 
@@ -123,6 +129,17 @@ def test_collapse__does_not_stop_a_run(how, tmp_path, capsys):
     if warned:
         expected = "the model collapsed: since step 10 the features are equal (std 0.05): change `learning_rate`"
         assert describe_collapse(trainer) == expected
+
+
+def test_collapse__within_few_steps_does_not_stop_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("training.collapse._NUM_STEPS", 40)
+    trainer = watched(tmp_path, [0.05] * 4 + [0.5])
+    assert capsys.readouterr().err.count("warning: step") == 4
+    assert describe_collapse(trainer) is None
+    longer = tmp_path / "longer"
+    longer.mkdir()
+    with pytest.raises(CollapseError, match="All 5 evaluations since step 10 show it;"):
+        watched(longer, [0.05] * 5 + [0.5])
 
 
 def test_collapse__is_not_asked_of_other_models(tmp_path):
