@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from training.checkpoints import last_whole_checkpoint
 
-# Evaluations in a row, and steps from the first to the last of them, after which a run is stopped: within the first few
-# hundred steps a model may recover (data2vec 2.0 on 28 x 28 pixels: RankMe 19, 3.5 after 120 steps, 11 after 390).
+# Evaluations in a row, and steps from the first to the last of them, after which a run is stopped: within the first
+# few hundred steps a model may recover (data2vec 2.0 on 28 x 28 pixels: RankMe 19, 3.5 after 120 steps, 11 after 390).
 _NUM_SIGNS, _NUM_STEPS = 3, 500
 
 
