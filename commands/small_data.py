@@ -145,7 +145,7 @@ def _learning_rate(settings: PretrainingSettings, images_per_step: int) -> tuple
     if counted > images_per_step:
         reason += f" (that of {counted} for fewer)"
     width = settings.encoder_settings().get("hidden_size", published.published_width)
-    if settings.start is None and width < published.published_width:
+    if settings.start is None and published.learning_rate_follows_width and width < published.published_width:
         factor = min(_MOST_WIDTH_FACTOR, published.published_width / width)
         rate, reason = rate * factor, f"{reason} x {factor:g} for an encoder of width {width}"
     return float(f"{rate:.3g}"), reason

@@ -88,6 +88,8 @@ class MimConfig(PreTrainedConfig):
     published_width: ClassVar[int] = 768
     # Whether the learning rate of a smaller batch is in proportion to it, and not to its root.
     learning_rate_is_linear: ClassVar[bool] = False
+    # Whether a narrower encoder trained from scratch has a higher learning rate.
+    learning_rate_follows_width: ClassVar[bool] = True
     # Share of the masks that mask anything, and whether the ratios of a batch are spread evenly over their range.
     mask_probability: ClassVar[float] = 1.0
     spreads_mask_ratios: ClassVar[bool] = False

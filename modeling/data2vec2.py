@@ -54,6 +54,7 @@ class Data2Vec2Config(FeatureTargetConfig):
     )
 
     published_batch: ClassVar[int] = 256
+    learning_rate_follows_width: ClassVar[bool] = False  # measured: docs/small-data.md
 
     decoder_channels: int = 0
     decoder_num_convolutions: int = 6
