@@ -66,6 +66,11 @@ def test_pretraining__the_learning_rate_of_self_distillation_falls_in_proportion
     assert "note: learning rate 0.00025: 0.002 x 64 / 1,024 images per step (that of 64 for fewer)" in few.describe()
 
 
+def test_pretraining__the_learning_rate_of_data2vec2_does_not_depend_on_the_width():
+    few = plan("--method", "data2vec2", "--model", "vit-nano")
+    assert few.learning_rate == pytest.approx(1e-3 / 2)  # 1e-3 for 256 images: x sqrt(64 / 256)
+
+
 def test_pretraining__of_two_hundred_images_keeps_steps_in_an_epoch_and_in_the_run():
     few = plan("--model", "vit-nano", images=218)
     assert (few.batch_size, few.steps_per_epoch, few.num_epochs) == (16, 13, 800)
