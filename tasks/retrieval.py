@@ -8,7 +8,6 @@ answer.
 Shapes: B pairs of a micro-batch, L tokens, E width of an embedding, N pairs of a split, T different texts among them.
 """
 
-import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,8 +24,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
 )
 
 from commands.finetune_settings import FinetuneSettings
@@ -44,7 +41,14 @@ from evaluation.retrieval import RECALLS, retrieval_metrics
 from hub.export.native import replacing, write_image_processor
 from hub.model_card import TaskCard
 from hub.open_model import open_config, open_model
-from modeling.multiway import POOLER_SCALE
+from modeling.dual_encoder import (
+    build_dual_encoder,
+    contrastive_loss,
+    num_positions,
+    pools,
+    with_drop_path,
+    with_pooler,
+)
 from modeling.patches import height_and_width
 
 from .base import Task
@@ -53,7 +57,6 @@ FIGURE_FILE = "retrieved.png"
 _TEXT_FOLDER = "text"  # of a pre-training with texts
 _VALIDATION_FRACTION = 0.1
 _NUM_SHOWN = 5
-_POSITIONS_AFTER_PADDING = ("roberta", "camembert", "mpnet")  # begin after the number of the padding token
 _LARGEST_SCALE = 100.0  # of the similarities, as in CLIP
 _USAGE = """\
 This is a standard transformers model and needs no other code:
@@ -243,9 +246,9 @@ class RetrievalTask(Task):
 
     def build_model(self) -> PreTrainedModel:
         settings = self.settings
-        vision = _with_pooler(_with_drop_path(self.open_encoder(), settings.drop_path))
+        vision = with_pooler(with_drop_path(self.open_encoder(), settings.drop_path))
         text_config = open_config(settings.text_encoder, "text_model")
-        limit = _num_positions(text_config)
+        limit = num_positions(text_config)
         if limit is not None and settings.max_text_length > limit:
             raise ValueError(
                 f"max_text_length is {settings.max_text_length}, but {settings.text_encoder} has positions for {limit}"
@@ -256,25 +259,18 @@ class RetrievalTask(Task):
                 f"{text_config.vocab_size:,}: they do not belong together"
             )
         text = AutoModel.from_config(text_config) if settings.from_scratch else open_model(settings.text_encoder).model
-        text = _with_pooler(text)
+        text = with_pooler(text)
         batch = self.black_batch(1)
         for encoder, name, inputs in (
             (vision, settings.model, ("pixel_values",)),
             (text, settings.text_encoder, ("input_ids", "attention_mask")),
         ):
-            if not _pools(encoder, {key: batch[key] for key in inputs}):
+            if not pools(encoder, {key: batch[key] for key in inputs}):
                 raise ValueError(
                     f"{name} is a {type(encoder).__name__}, which gives no output of the class token; expected an "
                     "encoder such as a ViT or a BEiT, and for texts a BERT or a RoBERTa"
                 )
-        config = VisionTextDualEncoderConfig.from_vision_text_configs(
-            vision.config, text.config, projection_dim=settings.projection_size
-        )
-        model = VisionTextDualEncoderModel(config=config, vision_model=vision, text_model=text)
-        # The head is a Linear on each class token; a pooler of a text encoder would be a second one.
-        if getattr(model.text_model, "pooler", None) is not None:
-            model.text_model.pooler.requires_grad_(False)
-        return model
+        return build_dual_encoder(vision, text, settings.projection_size)
 
     def black_batch(self, num_images: int) -> dict[str, Any]:
         ids = torch.full((num_images, self.settings.max_text_length), self.tokens.mask_id)
@@ -373,23 +369,6 @@ class RetrievalTask(Task):
         return f'AutoModel.from_pretrained("{folder}") opens it'
 
 
-def contrastive_loss(similarities: Tensor, labels: Tensor, image_numbers: Tensor | None = None) -> Tensor:
-    """Return the mean cross entropy of finding the text of each image, and the image of each text, in (B, B).
-
-    Args:
-        labels: (B,), the number of each text.
-        image_numbers: (B,), the number of each image; None if all images differ.
-    """
-    own = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    is_same = labels[:, None] == labels
-    if image_numbers is not None:
-        is_same |= image_numbers[:, None] == image_numbers
-    scores = similarities.masked_fill(is_same & ~own, float("-inf"))
-    targets = torch.arange(len(labels), device=labels.device)
-    both = [torch.nn.functional.cross_entropy(each, targets) for each in (scores, scores.T)]
-    return torch.stack(both).mean()
-
-
 def _embeddings(predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     images, texts = np.split(predictions, 2, axis=1)
     return images, texts
@@ -400,47 +379,6 @@ def _framed(image: Tensor, is_right: bool) -> Tensor:
     frame = torch.full(image.shape[1:], bool(is_right))
     frame[3:-3, 3:-3] = False
     return torch.where(frame, image.new_tensor([0.0, 0.62, 0.45])[:, None, None], image)
-
-
-def _num_positions(config: Any) -> int | None:
-    """Return how many tokens a text encoder has positions for; None if any number."""
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    if limit is None or getattr(config, "relative_attention", False):
-        return None
-    if any(kind in config.model_type for kind in _POSITIONS_AFTER_PADDING):
-        return limit - (getattr(config, "pad_token_id", None) or 0) - 1
-    return limit
-
-
-def _with_drop_path(encoder: Any, rate: float) -> Any:
-    """Return the encoder with drop path, as far as its class has it."""
-    if not hasattr(encoder.config, "drop_path_rate"):
-        return encoder
-    config = copy.deepcopy(encoder.config)
-    config.drop_path_rate = rate
-    fresh = AutoModel.from_config(config, dtype=torch.float32)
-    fresh.load_state_dict(encoder.state_dict(), strict=True)
-    return fresh
-
-
-@torch.no_grad()
-def _with_pooler(encoder: Any) -> Any:
-    """Return the encoder; if its file has no pooler, with one that passes the class token on, times `POOLER_SCALE`."""
-    if getattr(encoder, "pooler", encoder) is not None:
-        return encoder
-    encoder.pooler = getattr(AutoModel.from_config(encoder.config, dtype=torch.float32), "pooler", None)
-    dense = getattr(encoder.pooler, "dense", None)
-    if isinstance(dense, torch.nn.Linear):  # followed by tanh
-        dense.weight.copy_(POOLER_SCALE * torch.eye(*dense.weight.shape))
-        torch.nn.init.zeros_(dense.bias)
-        encoder.pooler.requires_grad_(False)
-    return encoder
-
-
-@torch.no_grad()
-def _pools(encoder: Any, inputs: dict[str, Any]) -> bool:
-    """Return whether the encoder has an output for a whole image or text."""
-    return getattr(encoder.eval()(**inputs), "pooler_output", None) is not None
 
 
 @torch.no_grad()

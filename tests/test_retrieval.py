@@ -32,8 +32,8 @@ from transformers import (
 
 from data.text_tokens import train_text_tokenizer
 from evaluation.retrieval import retrieval_metrics
+from modeling.dual_encoder import contrastive_loss
 from modeling.multiway import POOLER_SCALE
-from tasks.retrieval import contrastive_loss
 from training.layer_decay import layer_ids
 
 SMALL = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--use_cpu"]
