@@ -30,7 +30,7 @@ def cached_targets(images: ImageDataset, targets: Targets, folder: Path, log: Ca
     file = folder / f"tokens-{_fingerprint(images, targets)}.npy"
     if not file.exists():
         partial = file.with_suffix(".part.npy")
-        # Batch by batch, as there may be millions. To write to a memory map would kill the process if the disk is full.
+        # Batch by batch, as there may be millions. A memory map would kill the process if the disk were full.
         with partial.open("wb") as stream:
             for number, values in enumerate(_in_batches(images, targets)):
                 if not number:
