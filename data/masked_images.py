@@ -183,7 +183,7 @@ def _open_one(dataset: str, mask_column: str | None, bad: BadImages) -> dict[str
 
 def _pairs_of_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Return the folders of images and of masks by split: train/images, images/train, or images alone."""
-    found = {}
+    found, halves = {}, list[tuple[Path, str]]()
     inside = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_dir()}
     images, masks = _first(inside, IMAGE_FOLDERS), _first(inside, MASK_FOLDERS)
     for split, names in _SPLIT_NAMES.items():
@@ -198,6 +198,10 @@ def _pairs_of_folders(folder: Path) -> dict[str, tuple[Path, Path]]:
             pair = _first(below, IMAGE_FOLDERS), _first(below, MASK_FOLDERS)
         if pair[0] and pair[1]:
             found[split] = (pair[0], pair[1])
+        elif half := pair[0] or pair[1]:
+            halves.append((half, "masks" if pair[0] else "images"))
+    for half, what in halves if found else ():  # without any pair, they may be the images of COCO json
+        logger.warning("%s is not used: there are no %s for it", half, what)
     if not found and images and masks:
         found["train"] = (images, masks)
     return found

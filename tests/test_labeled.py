@@ -142,6 +142,22 @@ def test_tables__string_and_int_columns(clothes, tmp_path, values, feature, expe
     assert [images.class_names[label] for label in images.train.labels] == [str(label) for label in labels]
 
 
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_tables__of_other_classes_are_not_mixed(clothes, tmp_path, ending):
+    rows = clothes["train"]
+    classes = datasets.ClassLabel(names=["Pullover", "Trouser", "T-shirt/top"])
+    other = with_labels(rows, classes, rows["label"])
+    for number, part in enumerate((rows, other)):
+        if ending == "parquet":
+            part.to_parquet(tmp_path / f"{number}.parquet")
+        else:
+            part.save_to_disk(tmp_path / f"saved{number}")
+            next((tmp_path / f"saved{number}").glob("*.arrow")).rename(tmp_path / f"{number}.arrow")
+            shutil.rmtree(tmp_path / f"saved{number}")
+    with pytest.raises(ValueError, match=rf"in column 'label' of .*1\.{ending} are not those of .*0\.{ending}"):
+        open_labeled(str(tmp_path))
+
+
 def test_tables__of_several_label_columns_one_is_asked_for(clothes, tmp_path):
     rows = clothes["train"].remove_columns("label")
     for name, classes in (("coarse_label", ["a", "b"]), ("fine_label", ["c", "d", "e"])):

@@ -1,6 +1,8 @@
 """Images with masks: what can be opened, what is refused, and their views."""
 
 import json
+import logging
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -52,6 +54,26 @@ def test_folders__may_have_the_splits_below_images_and_masks(folder, tmp_path):
             (folder / split / kind).rename(tmp_path / "ade" / new / name)
     splits = open_splits([str(tmp_path / "ade")], class_file=str(folder / "classes.txt"))
     assert {name: len(split) for name, split in splits.by_name.items()} == {"train": 8, "validation": 3}
+
+
+def test_folders__a_split_without_masks_is_named(folder, caplog):
+    shutil.rmtree(folder / "val" / "masks")
+    with caplog.at_level(logging.WARNING):
+        splits = open_splits([str(folder)])
+    assert {name: len(split) for name, split in splits.by_name.items()} == {"train": 7, "validation": 1}
+    assert f"{folder / 'val' / 'images'} is not used: there are no masks for it" in caplog.text
+
+
+def test_folders__a_split_without_masks_below_images_is_named(folder, tmp_path, caplog):
+    for kind in ("images", "masks"):
+        for split in ("train", "val"):
+            (tmp_path / "ade" / kind).mkdir(parents=True, exist_ok=True)
+            (folder / split / kind).rename(tmp_path / "ade" / kind / split)
+    (tmp_path / "ade" / "images" / "val").rename(tmp_path / "ade" / "images" / "other")
+    with caplog.at_level(logging.WARNING):
+        splits = open_splits([str(tmp_path / "ade")], class_file=str(folder / "classes.txt"))
+    assert set(splits.by_name) == {"train", "validation"}
+    assert f"{tmp_path / 'ade' / 'masks' / 'val'} is not used: there are no images for it" in caplog.text
 
 
 def test_folders__without_splits_get_a_validation_split_and_without_a_file_the_numbers_in_the_masks(folder):
