@@ -142,7 +142,7 @@ def _of_array(array: np.ndarray, num_channels: int, kind: str) -> Bands:
 
 
 def _open_tiff(stream: BinaryIO, num_channels: int) -> Bands:
-    """Open the samples of a page, or those of all pages of the first one's size, in this order."""
+    """Open the samples of a page, or those of all pages of the first one's size, in this order; 0 is black."""
     tifffile = _required("tifffile", "a TIFF file")
     tiff = tifffile.TiffFile(stream, name="image")
     first = tiff.pages[0]
@@ -151,6 +151,9 @@ def _open_tiff(stream: BinaryIO, num_channels: int) -> Bands:
         raise BadImage(f"the file is truncated or damaged behind page {len(tiff.pages)}")
     if first.imagedepth != 1 or first.dtype is None or first.dtype.kind not in "buif":
         raise BadImage("a TIFF file of volumes or of other values than real numbers")
+    if first.photometric == tifffile.PHOTOMETRIC.PALETTE:
+        raise BadImage("a TIFF file of palette colors, whose numbers are no measurements; expected gray or RGB")
+    is_white_zero = first.photometric == tifffile.PHOTOMETRIC.MINISWHITE and first.dtype.kind == "u"
     if tiff.is_imagej and len(pages) == 1 and tiff.series[0].size != first.size:
         return _of_array(tiff.series[0].asarray(), num_channels, "TIFF")  # a stack that the tags do not tell of
     length, dtype = stream.seek(0, 2), held_in(first.dtype)
@@ -162,6 +165,8 @@ def _open_tiff(stream: BinaryIO, num_channels: int) -> Bands:
         for number, page in enumerate(pages):
             samples = slice(number, number + 1) if len(pages) > 1 else slice(None)
             _read_page(page, stream, window, values[..., samples])
+        if is_white_zero:
+            values = (1 << first.bitspersample) - 1 - values
         return values.astype(dtype, copy=False)
 
     def check() -> None:
@@ -215,7 +220,11 @@ def _read_page(page: Any, stream: BinaryIO, window: Window, values: np.ndarray) 
 
 
 def _open_dicom(stream: BinaryIO, num_channels: int) -> Bands:
-    """Open a slice; values are those of the modality, such as Hounsfield units (rescale slope and intercept)."""
+    """Open a slice; values are those of the modality, such as Hounsfield units (rescale slope and intercept).
+
+    Those of MONOCHROME1, where the smallest value is white, are mirrored in their range, as most X-ray images store
+    the largest one as white.
+    """
     pydicom = _required("pydicom", "a DICOM file")
     dataset = pydicom.dcmread(stream)
     if "PixelData" not in dataset:
@@ -226,10 +235,12 @@ def _open_dicom(stream: BinaryIO, num_channels: int) -> Bands:
     is_scaled = dataset.get("RescaleSlope") is not None  # an empty element is None
     sign = "i" if int(dataset.get("PixelRepresentation", 0)) else "u"
     stored = np.dtype(f"{sign}{max(1, int(dataset.BitsAllocated) // 8)}")
+    is_white_zero = dataset.get("PhotometricInterpretation") == "MONOCHROME1"
+    white = -1 if sign == "i" else (1 << int(dataset.get("BitsStored") or dataset.BitsAllocated)) - 1
 
     def read(window: Window) -> np.ndarray:
         left, top, right, bottom = window
-        array = dataset.pixel_array
+        array = white - dataset.pixel_array if is_white_zero else dataset.pixel_array
         if is_scaled:
             array = array * float(dataset.RescaleSlope) + float(dataset.get("RescaleIntercept") or 0)
         array = array[..., None] if array.ndim == 2 else array

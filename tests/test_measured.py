@@ -37,7 +37,9 @@ def write_tiff(file: Path, values: Any, **options: object) -> None:
     tifffile.imwrite(file, values, photometric="minisblack", **options)
 
 
-def write_dicom(file: Path, values: np.ndarray, slope: float | None = 1.0, intercept: float | None = -1024.0) -> None:
+def write_dicom(
+    file: Path, values: np.ndarray, slope: float | None = 1.0, intercept: float | None = -1024.0, **elements: object
+) -> None:
     pydicom = pytest.importorskip("pydicom")
     from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
@@ -51,6 +53,8 @@ def write_dicom(file: Path, values: np.ndarray, slope: float | None = 1.0, inter
     dataset.HighBit, dataset.PixelRepresentation, dataset.PhotometricInterpretation = 15, 0, "MONOCHROME2"
     dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
     dataset.PixelData = values.tobytes()
+    for name, value in elements.items():
+        setattr(dataset, name, value)
     dataset.save_as(file, enforce_file_format=True)
 
 
@@ -390,6 +394,32 @@ def test_dicom__with_empty_rescale_elements_is_read(slope, intercept, dtype, tmp
     with open_bands(tmp_path / "a.dcm", 1) as image:
         assert image.dtype == dtype
         assert np.array_equal(image.read((0, 0, SIZE, SIZE))[..., 0], values * np.array(slope or 1, dtype))
+
+
+@pytest.mark.parametrize("is_signed", [False, True])
+def test_dicom__whose_smallest_value_is_white_is_inverted(is_signed, tmp_path):
+    values = (bands(0, 1)[0] // 16).astype(np.int16 if is_signed else np.uint16)  # 12 bits
+    values -= 2048 * is_signed
+    elements = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
+    write_dicom(tmp_path / "a.dcm", values, None, None, PixelRepresentation=int(is_signed), **elements)
+    with open_bands(tmp_path / "a.dcm", 1) as image:
+        assert np.array_equal(image.read((0, 0, SIZE, SIZE))[..., 0], (-1 if is_signed else 4095) - values)
+
+
+def test_tiff__whose_smallest_value_is_white_is_inverted(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    values = bands(0, 1)[0]
+    tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite")
+    with open_bands(tmp_path / "a.tif", 1) as image:
+        assert np.array_equal(image.read((3, 5, 40, 50))[..., 0], 65535 - values[5:50, 3:40])
+
+
+def test_tiff__of_a_palette_is_refused(tmp_path):
+    pytest.importorskip("tifffile")
+    with Image.open(PHOTOGRAPHS[0]) as photograph:
+        photograph.convert("P").save(tmp_path / "a.tif")
+    with pytest.raises(BadImage, match="a TIFF file of palette colors, whose numbers are no measurements"):
+        MeasuredImage((tmp_path / "a.tif",), Measured(1)).check()
 
 
 def test_truncated_dicom__is_described(tmp_path):
