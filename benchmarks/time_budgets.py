@@ -1,0 +1,125 @@
+"""Runs with --time_budget: when they end, and what they learn beside runs that have as many steps from the start.
+
+    python -m benchmarks.tuxstamps --size 96 --output_dir outputs/tuxstamps-96
+    python -m benchmarks.time_budgets --data outputs/tuxstamps-96 --num_threads 1     # as many runs at a time as cores
+
+Each method is trained with the defaults of a user on images of each size, of 8 x 8 patches, for --budget of wall-clock
+time. A second run has the first one's number of steps as --max_steps, so that its schedules are planned for them from
+its first step; the first run had to change its plan whenever the speed changed. Both are scored by the loss on the
+same validation images, and by kNN on frozen features with the labels of tuning/train, on tuning/val; no test image is
+read.
+
+Every finished command is kept in --output_dir, so that an interrupted benchmark continues. Writes
+benchmarks/time_budgets_<hardware>_<date>.md and .json.
+"""
+
+import argparse
+import json
+import os
+import queue
+import re
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hour import read_frozen
+from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
+from benchmarks.resumable import ROOT, Outcome, run
+
+_SIDE = 8  # patches
+_LOSS = "eval_loss"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("outputs/tuxstamps-96"), help="what tuxstamps wrote")
+    parser.add_argument("--methods", nargs="+", default=["mae", "dino", "simmim"])
+    parser.add_argument("--sizes", type=int, nargs="+", default=[32, 64, 96], help="of images, in pixels")
+    parser.add_argument("--budget", default="10m")
+    parser.add_argument("--model", default="vit-nano")
+    parser.add_argument("--num_threads", type=int, help="of each run (default: one run at a time, on all cores)")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/time_budgets"))
+    options = parser.parse_args()
+    available = sorted(os.sched_getaffinity(0))
+    num_threads = options.num_threads or len(available)
+    cores: queue.SimpleQueue[Collection[int]] = queue.SimpleQueue()
+    num_jobs = max(1, len(available) // num_threads)
+    for number in range(num_jobs):
+        cores.put(available[number * num_threads : (number + 1) * num_threads])
+    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+
+    def start(script: str, *flags: str) -> Outcome:
+        own = cores.get()
+        try:
+            outcome = run(script, *flags, environment=environment, cores=own)
+        finally:
+            cores.put(own)
+        if outcome.exit_code:
+            raise SystemExit(f"{' '.join(outcome.command)} failed: {outcome.output}")
+        return outcome
+
+    def measure(size: int, method: str) -> dict[str, Any]:
+        folder = options.output_dir / f"{method}-{size}"
+        flags = [
+            "--method", method, "--model", options.model,
+            "--image_size", str(size), "--patch_size", str(size // _SIDE),
+            "--dataset", str(options.data / "photographs"), str(options.data / "stamps" / "train"),
+            "--report_to", "none", "--seed", "0",
+        ]  # fmt: skip
+        found: dict[str, Any] = {"size": size, "method": method}
+        for name in ("budget", "fixed"):
+            length = ["--time_budget", options.budget] if name == "budget" else ["--max_steps", str(found["steps"])]
+            outcome = start("run_pretraining.py", *flags, *length, "--output_dir", str(folder / name))
+            found |= {f"{name} seconds": outcome.seconds, **read_run(folder / name, name)}
+            probe = ("--probes", "knn", "logistic", "--seed", "0", "--dataset", str(options.data / "tuning"))
+            out = folder / f"{name}-frozen"
+            start("run_evaluation.py", *probe, "--model", str(folder / name), "--output_dir", str(out))
+            found[f"{name} knn"] = read_frozen(out)["knn"]
+        return found
+
+    combinations = [(size, method) for size in options.sizes for method in options.methods]
+    with ThreadPoolExecutor(num_jobs) as pool:
+        results = list(pool.map(measure, *zip(*combinations, strict=True)))
+    report(options, num_jobs, num_threads, results)
+
+
+def read_run(folder: Path, name: str) -> dict[str, Any]:
+    """Return the last validation loss of a run; of one with a budget also the planned and the made steps."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    found: dict[str, Any] = {f"{name} loss": [entry[_LOSS] for entry in history if _LOSS in entry][-1]}
+    if name == "budget":
+        log = folder.with_name(f"{folder.name}.log").read_text()
+        planned = re.search(r"--time_budget \S+: ([\d,]+) steps", log)
+        assert planned is not None
+        found |= {"planned": int(planned[1].replace(",", "")), "steps": history[-1]["step"]}
+    return found
+
+
+def report(options: argparse.Namespace, num_jobs: int, num_threads: int, results: list[dict[str, Any]]) -> None:
+    rows = "\n".join(
+        f"| {each['size']} | {each['method']} | {each['budget seconds'] / 60:.1f} | {each['planned']:,} | "
+        f"{each['steps']:,} | {each['budget loss']:.4f} | {each['fixed loss']:.4f} | {each['budget knn']:.3f} | "
+        f"{each['fixed knn']:.3f} |"
+        for each in results
+    )
+    text = f"""# Runs with --time_budget {options.budget}: {TODAY}
+
+`{command("time_budgets")}`
+
+{hardware()}; {versions("torch", "transformers", "datasets")}
+
+{options.model}, {_SIDE} x {_SIDE} patches; threads of a run: {num_threads}, runs at a time: {num_jobs}.
+Minutes are those from the start of Python to its end. Planned are the steps of the measured speed, made those that fit
+as the speed changed; "fixed" is a run with so many steps as `--max_steps`. kNN on tuning/val, one seed.
+
+| pixels | method | minutes | steps planned | made | loss | loss, fixed | kNN | kNN, fixed |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+"""
+    write_report(ROOT / "benchmarks" / f"time_budgets_{hardware_slug()}_{TODAY}", results, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
