@@ -141,7 +141,6 @@ class Bench:
             flags = [flag.format(**named) for flag in stage.flags]
             if stage.script != TOKENIZER:
                 flags += ["--model", self.options.model, *images.sizes]
-                flags += [flag.format(patch_size=images.patch_size) for flag in images.needed.get(row, ())]
             paths = [str(path) for path in images.unlabeled]
             if stage.script == RIVAL:
                 flags += ["--images", *paths, "--steps", str(num_steps)]

@@ -5,8 +5,7 @@ Shapes: N images.
 
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -26,7 +25,6 @@ class ImageSet:
         validation, test: Flags that name the labeled images: two disjoint splits each.
         finetune_test: Flags of fine-tuning with all labels of `test`.
         finetuning: Recipe for few labels.
-        needed: Flags of rows that refuse images of this size without them; {patch_size} is replaced.
     """
 
     name: str
@@ -38,7 +36,6 @@ class ImageSet:
     finetune_test: tuple[str, ...]
     finetuning: str
     description: str
-    needed: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[str, ...]:
@@ -82,7 +79,6 @@ def fashion_mnist(source: Path, folder: Path) -> ImageSet:
         test,
         "finetune_fashion_few",
         f"the training images of Fashion-MNIST; {LABELS_PER_CLASS} labels of each class",
-        {"simmim": ("--mask_unit", "{patch_size}")},
     )
 
 

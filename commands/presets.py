@@ -7,6 +7,7 @@ windows of Xie et al. 2021 (SimMIM), arXiv:2111.09886, Sec. 4.1.  vit-nano and s
 train on two CPU cores in minutes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -69,3 +70,11 @@ METHOD_SIZES: dict[str, dict[str, int]] = {
     "vit-tiny": _decoder(192, 2) | {"head_hidden_size": 1024},
     "vit-small": _decoder(256, 4),
 }
+
+_MOST_UNITS = 6  # on each side of an image, up to which mask units shrink: SimMIM's 32 pixels of 192
+
+
+def mask_unit_of(sides: Sequence[int], patch_size: int, published: int) -> int:
+    """Return the side of a mask unit in pixels: the published one, or less for a small image."""
+    fitting = [side for side in range(patch_size, published + 1, patch_size) if not any(n % side for n in sides)]
+    return max((side for side in fitting if min(sides) >= _MOST_UNITS * side), default=patch_size)

@@ -73,13 +73,14 @@ class PretrainingPlan(Plan):
         stages = zip(settings.image_size_schedule or (), self.first_steps, strict=True)
         growing = "".join(f", {side} from step {step:,}" for side, step in stages)
         share, num_masks = settings.prediction_ratio, settings.num_masks
-        of_method = CONFIGS[settings.method].mask_probability
+        unit, of_method = settings.mask_unit * settings.patch_size, CONFIGS[settings.method].mask_probability
         probability = settings.method_settings.get("mask_probability", of_method)
         return {
             "model": f"{settings.model} with {settings.method}, {in_millions(self.footprint.num_parameters)}",
             "input": f"{height} x {width} pixels, {color}, {patches} of {settings.patch_size} x {settings.patch_size}"
             + growing,
             "mask": f"{settings.mask_strategy}, {masked} of {num_patches} patches masked"
+            + (f", in squares of {unit} x {unit} pixels" if settings.mask_strategy == "random-unit" else "")
             + (f", {share:.0%} of them predicted" if share < 1 else "")
             + (f", {num_masks} masks per image" if num_masks > 1 else "")
             + (f", in {probability:.0%} of the crops" if probability < 1 else "")

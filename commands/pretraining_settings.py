@@ -20,7 +20,7 @@ from commands.flags import (
     flag,
     method_flags,
 )
-from commands.presets import ENCODER_SIZES, METHOD_SIZES
+from commands.presets import ENCODER_SIZES, METHOD_SIZES, mask_unit_of
 from commands.settings import RECIPES, CommandLine, Layer, Origin, SettingsError, TrainingSettings, data_name, label_of
 from commands.text_flags import TextFlags
 from data.masks import MASK_STRATEGIES
@@ -413,4 +413,20 @@ def load_pretraining_settings(
                     f"{', '.join(settings_of[method]) or 'none of its own'}"
                 )
 
-    return command_line.resolve(lower, partial(channels_and_stats, start), start=start)
+    settings = command_line.resolve(lower, partial(_derived, start), start=start)
+    chosen_unit, published = settings.values["mask_unit"], lower[Origin.METHOD][1].get("mask_unit")
+    if settings.is_users("mask_unit") or chosen_unit == published:
+        return settings
+    return settings.derived(Origin.RULE, "schedule auto", mask_unit=chosen_unit)
+
+
+def _derived(start: StartingModel | None, values: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
+    """Return the values that follow from others: of the channels, and of the size of the image."""
+    found = channels_and_stats(start, values, origins)
+    encoder = ENCODER_SIZES[values["model"]] if start is None else start.encoder
+    is_rule = values["schedule"] == "auto" and origins["mask_unit"] == Origin.METHOD
+    if is_rule and encoder.get("model_type") != "swin":  # of which a token has the published unit's size
+        sides = values["image_size"]
+        sides = sides if isinstance(sides, Sequence) else [sides]
+        found["mask_unit"] = mask_unit_of(sides, values["patch_size"], values["mask_unit"])
+    return found

@@ -353,7 +353,27 @@ def test_mask_unit__is_in_pixels_whatever_the_patch():
 
 def test_mask_unit__that_does_not_fit_names_those_that_do():
     with pytest.raises(SettingsError, match=r"multiple of the patch of 14 that divides 224 x 224: 14, 28, 56, 112"):
-        load("--method", "simmim", "--patch_size", "14")
+        load("--method", "simmim", "--patch_size", "14", "--mask_unit", "32")
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "pixels"),
+    [("192", "16", 32), ("224", "14", 28), ("96", "8", 16), ("64", "8", 8), ("64", "16", 16), ("28", "4", 4)],
+)
+def test_mask_unit__is_published_or_leaves_as_many_in_a_smaller_image(image_size, patch_size, pixels):
+    flags = ["--method", "simmim", "--model", "vit-nano", "--image_size", image_size, "--patch_size", patch_size]
+    settings = load(*flags)
+    assert settings.mask_unit * settings.patch_size == pixels
+    assert ("schedule auto" in settings.labels.values()) == (pixels != 32)
+    if pixels > 16:
+        assert load(*flags, "--schedule", "published", "--mask_unit", str(pixels)).mask_unit == settings.mask_unit
+
+
+def test_mask_unit__of_the_user_the_published_schedule_and_swin_stays():
+    small = ["--method", "simmim", "--model", "vit-nano", "--image_size", "64"]
+    assert load(*small, "--mask_unit", "32").mask_unit == 4
+    assert load(*small, "--schedule", "published").mask_unit == 4
+    assert load("--method", "simmim", "--model", "swin-nano").mask_unit == 8
 
 
 def test_scheduler_arguments__go_when_another_schedule_is_chosen():
