@@ -44,7 +44,9 @@ def keep_schedule(settings: PretrainingSettings) -> PretrainingSettings:
     """Continue a run of an earlier version, which had no rules, without them."""
     saved = first_on_main(PartialState(), lambda: settings_of_interrupted_run(settings))
     if saved and "schedule" not in saved and not settings.is_given("schedule"):
-        return settings.derived(Origin.RULE, "as before the interruption", schedule="published")
+        is_by_rule = settings.origins["mask_unit"] == Origin.RULE
+        kept = {"mask_unit": saved["mask_unit"]} if is_by_rule and "mask_unit" in saved else {}
+        return settings.derived(Origin.RULE, "as before the interruption", schedule="published", **kept)
     return settings
 
 

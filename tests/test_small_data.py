@@ -10,6 +10,7 @@ from pretraining_command import pretrain
 from transformers import ViTConfig
 
 import run_finetune
+from commands import small_data
 from commands.advice import advise, check_advisable
 from commands.arithmetic import Hardware
 from commands.few_labels import with_rate_for_few_labels, with_rules_for_few_labels
@@ -18,7 +19,13 @@ from commands.memory import Footprint
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
 from commands.settings import SettingsError
-from commands.small_data import config_rules, with_batch_rule, with_schedule_rules, with_validation_rule
+from commands.small_data import (
+    config_rules,
+    keep_schedule,
+    with_batch_rule,
+    with_schedule_rules,
+    with_validation_rule,
+)
 from data.splits import open_pretraining_splits
 from evaluation.linear_probe import fit_logistic
 from modeling import CONFIGS
@@ -41,6 +48,19 @@ def plan(*argv: str, images: int = 2624, hardware: Hardware = LAPTOP, flops: int
     settings, rules = with_schedule_rules(settings, hardware, images, flops, make().images_per_step)
     notes += rules
     return make()
+
+
+def test_run_of_an_earlier_version__continues_without_rules(monkeypatch):
+    settings = load_pretraining_settings(["--method", "simmim", "--model", "vit-nano"], CONFIGS)
+    assert (settings.schedule, settings.mask_unit) == ("auto", 1)
+    saved = {"method": "simmim", "mask_unit": 32}
+    monkeypatch.setattr(small_data, "settings_of_interrupted_run", lambda settings: saved)
+    kept = keep_schedule(settings)
+    assert (kept.schedule, kept.mask_unit) == ("published", 4)
+    given = load_pretraining_settings(["--method", "simmim", "--model", "vit-nano", "--mask_unit", "16"], CONFIGS)
+    assert keep_schedule(given).mask_unit == 2  # a change that is reported
+    saved["schedule"] = "auto"
+    assert keep_schedule(settings) is settings
 
 
 def test_pretraining__of_small_data_on_a_laptop():
