@@ -79,7 +79,8 @@ class InstanceView:
     """The transform to a square view and the masks of its objects, uint8 (n, h, w), with their classes (n,).
 
     Args:
-        scale: Smallest and largest scale of a random view; None shows the whole image, padded at the right or bottom.
+        scale: Smallest and largest scale of a random view; None shows the whole image, padded at the right or bottom,
+            and keeps objects that are too small to have a pixel there, so that an evaluation counts them as missed.
     """
 
     image_size: int
@@ -100,7 +101,7 @@ class InstanceView:
         if self.scale is not None:
             pixels = draw_distortion(generator).apply(pixels)
         shown = placement.labels(stacked, 0)
-        kept = torch.from_numpy(shown.any((1, 2)))
+        kept = torch.from_numpy(shown.any((1, 2)) | (self.scale is None))
         return {
             "pixel_values": pixels,
             "masks": torch.from_numpy(shown)[kept],

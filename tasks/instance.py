@@ -22,7 +22,7 @@ from commands.launch import set_by
 from commands.settings import SettingsError
 from data.box_datasets import BoxSplits, open_box_splits
 from data.coco_masks import BACKGROUND
-from data.instances import InstanceView, collate_instances, with_masks
+from data.instances import NO_OBJECT, InstanceView, collate_instances, with_masks
 from data.size_schedule import Transform
 from evaluation.detection import require_coco_eval
 from evaluation.instances import (
@@ -164,7 +164,8 @@ class InstanceTask(Task):
     ) -> tuple[Tensor, dict[str, Any]]:
         outputs = model(pixel_values=batch["pixel_values"])
         inner = getattr(model, "module", model)
-        objects = {**batch, "classes": batch["classes"].masked_fill(batch["is_crowd"], -1)}
+        is_shown = batch["masks"].flatten(2).any(2).bool() & ~batch["is_crowd"]
+        objects = {**batch, "classes": batch["classes"].masked_fill(~is_shown, NO_OBJECT)}
         loss = segmentation_loss(inner, outputs["layers"], objects)
         if counters is None:
             self._remember(outputs, batch)

@@ -219,6 +219,23 @@ def test_view__moves_masks_like_pixels_and_leaves_out_what_it_does_not_show():
     assert ((batch["classes"] == NO_OBJECT) == ~batch["masks"].bool().flatten(2).any(2)).all()
 
 
+def test_view__of_an_evaluation_keeps_what_is_too_small_to_be_seen_so_that_it_is_missed():
+    small = sample()
+    small["masks"].append(np.zeros_like(small["masks"][0]))
+    small["masks"][-1][0, 0] = True
+    for name, value in (("classes", 0), ("is_crowd", False), ("boxes", [0.0, 0.0, 0.03, 0.03])):
+        small[name] = torch.cat([small[name], torch.tensor([value])])
+    view = InstanceView(16, None, Image.Resampling.BILINEAR)(small, torch.Generator())
+    assert view["masks"].bool().flatten(1).any(1).tolist() == [True, True, False]
+    batch = collate_instances([view])
+    whole = evaluate_image(
+        torch.cat([view["masks"][:1], torch.zeros(1, 16, 16)]).float() * 20 - 10,
+        torch.tensor([[0.0, 9.0, 0.0], [0.0, 0.0, 9.0]]),
+        *(batch[name][0].numpy() for name in ("masks", "classes", "is_crowd")),
+    )
+    assert average_precision([whole], 2)["mask_ap50"] == pytest.approx(0.5)  # one class is found, the other is not
+
+
 # ---- metrics ----
 
 
