@@ -227,7 +227,7 @@ def draw_curve(trainer: Trainer, folder: Path) -> str | None:
     history = trainer.state.log_history
     if not any("loss" in entry or "eval_loss" in entry for entry in history):
         return None
-    training_curve(history, folder / CURVE_FILE)
+    training_curve(history, folder / CURVE_FILE, getattr(trainer.model, "training_loss_label", "training loss"))
     return CURVE_FILE
 
 

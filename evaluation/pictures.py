@@ -64,10 +64,13 @@ def panel_indices(num_images: int) -> list[int]:
     return np.linspace(0, num_images - 1, min(MAX_ROWS, num_images)).round().astype(int).tolist()
 
 
-def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
+def training_curve(log_history: list[dict[str, Any]], path: Path, label: str = "training loss") -> None:
     """Plot the losses and the learning rate of a trainer's `log_history`, and the online evaluation if there was one.
 
     Raises ValueError if no loss was logged.
+
+    Args:
+        label: Of the training loss.
     """
     train, validation = _series(log_history, "loss"), _series(log_history, "eval_loss")
     if not len(train[0]) and not len(validation[0]):
@@ -81,7 +84,7 @@ def training_curve(log_history: list[dict[str, Any]], path: Path) -> None:
     else:
         axes = feature_axes = figure.subplots()
     rate_axes = _draw_learning_rate(axes, *_series(log_history, "learning_rate"))
-    _draw_training_loss(axes, *train)
+    _draw_training_loss(axes, *train, label)
     if len(validation[0]):
         style = {"linewidth": 1.6, "linestyle": "--", "marker": "s", "markersize": 4}
         axes.plot(*validation, color=_VERMILLION, label=f"validation loss (last: {validation[1][-1]:.4g})", **style)
@@ -145,14 +148,14 @@ def _series(log_history: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np
     return np.array(steps), np.array(values, dtype=float)
 
 
-def _draw_training_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray) -> None:
+def _draw_training_loss(axes: Axes, steps: np.ndarray, losses: np.ndarray, label: str) -> None:
     if len(steps) < _MEDIAN_FROM_POINTS:
-        axes.plot(steps, losses, color=_BLUE, linewidth=1.6, marker="o", markersize=3, label="training loss")
+        axes.plot(steps, losses, color=_BLUE, linewidth=1.6, marker="o", markersize=3, label=label)
         return
     window = min(len(steps) // 20, 100) | 1  # odd, so that it has a middle point
     medians = np.median(np.lib.stride_tricks.sliding_window_view(losses, window), axis=1)
     middle = steps[window // 2 : window // 2 + len(medians)]
-    axes.plot(steps, losses, color=_BLUE, alpha=0.35, linewidth=0.7, label="training loss")
+    axes.plot(steps, losses, color=_BLUE, alpha=0.35, linewidth=0.7, label=label)
     axes.plot(middle, medians, color=_BLUE, linewidth=1.8, label=f"running median over {window} log entries")
 
 

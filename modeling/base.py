@@ -271,6 +271,11 @@ class MimPreTrainedModel(InitializesEveryModule, PreTrainedModel):
         return {}
 
     @property
+    def training_loss_label(self) -> str:
+        """What plots call the training loss, beside that of evaluations, which may have other parts."""
+        return "training loss"
+
+    @property
     def compares_images(self) -> bool:
         """Whether a loss compares the images of a batch: small batches then do not add up to a large one."""
         return False

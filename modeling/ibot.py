@@ -289,6 +289,10 @@ class IbotForPreTraining(MultiCropModel):
         return compares or self.has_coding_rate
 
     @property
+    def training_loss_label(self) -> str:
+        return super().training_loss_label + (", with the coding rate" if self.has_coding_rate else "")
+
+    @property
     def has_coding_rate(self) -> bool:
         return self.config.coding_rate_weight > 0 and self.config.class_token_loss_weight > 0
 

@@ -76,6 +76,8 @@ def test_coding_rate__keeps_images_apart_in_the_first_10_000_steps():
     closer = model(**batch | {"pixel_values": alike}, coding_rate_weight=0.5).losses["coding_rate"]
     assert closer > loss  # the rate of equal images is lower
     assert "coding_rate_weight" not in moved("ibot").schedules(500_000, 100)  # 0, as published
+    assert model.training_loss_label == "training loss, with the coding rate"
+    assert moved("ibot").training_loss_label == "training loss"
 
 
 @torch.no_grad()

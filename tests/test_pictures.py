@@ -1,12 +1,15 @@
 """Pictures: what is pasted, un-normalized and estimated, on photographs and with rectangular and gray images."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
+from commands.artifacts import draw_curve
 from evaluation.pictures import panel_drawer, training_curve
 from modeling.patches import patchify, unpatchify
 from modeling.reconstruction import (
@@ -231,6 +234,15 @@ def test_training_curve__draws_the_losses(history, tmp_path):
         pixels = np.asarray(picture.convert("RGB")).astype(int)
     colorful = pixels.max(axis=2) - pixels.min(axis=2) > 60  # only the loss has a color; axes and text are gray
     assert colorful.sum() > 50
+
+
+def test_training_curve__has_the_models_name_of_the_training_loss(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, *values, label, **style: drawn.append(label) or [])
+    for label in ({}, {"training_loss_label": "training loss, with the coding rate"}):
+        state = SimpleNamespace(log_history=[{"loss": 0.9, "step": 5}])
+        draw_curve(SimpleNamespace(state=state, model=SimpleNamespace(**label)), tmp_path)
+    assert drawn == ["training loss", "training loss, with the coding rate"]
 
 
 def test_training_curve__without_any_loss_is_an_error(tmp_path):
