@@ -46,8 +46,7 @@ class WatchForCollapse(TrainerCallback):
             return
         if state.is_world_process_zero:
             tqdm.write(f"warning: step {state.global_step}: {signs[-1][1]}", file=sys.stderr)
-        stay = len(signs) >= _NUM_SIGNS and signs[-1][0] - signs[0][0] >= _NUM_STEPS
-        if self.stops and stay and state.global_step < state.max_steps:
+        if self.stops and _stay(signs) and state.global_step < state.max_steps:
             raise CollapseError(self._describe(signs))
 
     def _agreed_signs(self) -> list[tuple[int, str]]:
@@ -95,6 +94,14 @@ def standing_signs(trainer: Any) -> list[tuple[int, str]]:
 
 
 def describe_collapse(trainer: Any) -> str | None:
-    """Return that the last evaluation of a run showed a sign of collapse; None if it did not."""
+    """Return that the last evaluations of a run showed a sign of collapse; None if the last one did not."""
     signs = standing_signs(trainer)
-    return f"the model collapsed: since step {signs[0][0]:,} {signs[-1][1].removesuffix('.')}" if signs else None
+    if not signs:
+        return None
+    # The first evaluations of a run tell little: teachers start with distributions that are nearly uniform.
+    verdict = "collapsed" if _stay(signs) else "may have collapsed, or was trained too shortly"
+    return f"the model {verdict}: since step {signs[0][0]:,} {signs[-1][1].removesuffix('.')}"
+
+
+def _stay(signs: list[tuple[int, str]]) -> bool:
+    return len(signs) >= _NUM_SIGNS and signs[-1][0] - signs[0][0] >= _NUM_STEPS
