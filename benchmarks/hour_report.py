@@ -107,6 +107,7 @@ def plot(report: Mapping[str, Any], order: Mapping[str, Sequence[str]], file: Pa
     heights = [len(list(rows_of(found, split, order))) for _, found, split in panels]
     figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 1.6 + 0.34 * max(heights)), squeeze=False)
     fills = {"logistic": "white"}  # a square, easily taken for a diamond
+    drawn: set[str] = set()
     group_of = {row: group for group, rows in order.items() for row in rows} | {RAW_PIXELS: "references"}
     for axis, (name, found, split) in zip(axes[0], panels, strict=True):
         rows = list(rows_of(found, split, order))
@@ -116,6 +117,7 @@ def plot(report: Mapping[str, Any], order: Mapping[str, Sequence[str]], file: Pa
             for key, marker in _MARKERS.items():
                 values = [each[key] for each in good if key in each]
                 if values:
+                    drawn.add(key)
                     error = statistics.stdev(values) if len(values) > 1 else 0
                     filled = fills.get(key, color)
                     style = {"fmt": marker, "color": color, "markerfacecolor": filled, "markersize": 6}
@@ -136,8 +138,9 @@ def plot(report: Mapping[str, Any], order: Mapping[str, Sequence[str]], file: Pa
             [], [], marker=marker, color="#333333", ls="", markerfacecolor="white" if key == "logistic" else "#333333"
         )
         for key, marker in _MARKERS.items()
+        if key in drawn
     ]
-    figure.legend(handles, COLUMNS.values(), loc="upper center", ncols=3, frameon=False)
+    figure.legend(handles, [label for key, label in COLUMNS.items() if key in drawn], loc="upper center", ncols=3, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(file, dpi=110)
     plt.close(figure)
