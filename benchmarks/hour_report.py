@@ -140,7 +140,9 @@ def plot(report: Mapping[str, Any], order: Mapping[str, Sequence[str]], file: Pa
         for key, marker in _MARKERS.items()
         if key in drawn
     ]
-    figure.legend(handles, [label for key, label in COLUMNS.items() if key in drawn], loc="upper center", ncols=3, frameon=False)
+    figure.legend(
+        handles, [label for key, label in COLUMNS.items() if key in drawn], loc="upper center", ncols=3, frameon=False
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(file, dpi=110)
     plt.close(figure)
