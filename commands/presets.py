@@ -71,10 +71,10 @@ METHOD_SIZES: dict[str, dict[str, int]] = {
     "vit-small": _decoder(256, 4),
 }
 
-_MOST_UNITS = 6  # on each side of an image, up to which mask units shrink: SimMIM's 32 pixels of 192
+_NUM_UNITS = 6  # on each side of an image, which a mask unit of the published size must leave: 32 pixels of 192
 
 
 def mask_unit_of(sides: Sequence[int], patch_size: int, published: int) -> int:
     """Return the side of a mask unit in pixels: the published one, or less for a small image."""
     fitting = [side for side in range(patch_size, published + 1, patch_size) if not any(n % side for n in sides)]
-    return max((side for side in fitting if min(sides) >= _MOST_UNITS * side), default=patch_size)
+    return max((side for side in fitting if min(sides) >= _NUM_UNITS * side), default=patch_size)

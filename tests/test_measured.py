@@ -3,19 +3,17 @@ import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY_MODELS, model_class, tiny_batch, tiny_targets
-from measured_images import PHOTOGRAPHS, bands
+from measured_images import PHOTOGRAPHS, bands, write_dicom, write_tiff
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.augmentations import CenterCrop, build_views, random_crop, single_view
 from data.bad_images import BadImages
-from data.band_files import open_bands
 from data.classification import eval_view
 from data.collators import stack_items
 from data.decoding import BadImage, check, decode
@@ -31,31 +29,6 @@ from modeling.views import Photometric, View
 tifffile = pytest.importorskip("tifffile")
 
 SIZE, CHANNELS = 64, 12
-
-
-def write_tiff(file: Path, values: Any, **options: object) -> None:
-    tifffile.imwrite(file, values, photometric="minisblack", **options)
-
-
-def write_dicom(
-    file: Path, values: np.ndarray, slope: float | None = 1.0, intercept: float | None = -1024.0, **elements: object
-) -> None:
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
-
-    dataset = pydicom.Dataset()
-    dataset.file_meta = pydicom.dataset.FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
-    dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = *values.shape, 1
-    dataset.BitsAllocated = dataset.BitsStored = 16
-    dataset.HighBit, dataset.PixelRepresentation, dataset.PhotometricInterpretation = 15, 0, "MONOCHROME2"
-    dataset.RescaleSlope, dataset.RescaleIntercept = slope, intercept
-    dataset.PixelData = values.tobytes()
-    for name, value in elements.items():
-        setattr(dataset, name, value)
-    dataset.save_as(file, enforce_file_format=True)
 
 
 def in_last_axis(values: np.ndarray) -> np.ndarray:
@@ -385,56 +358,6 @@ def test_missing_library__is_one_message_with_what_to_install(name, library, tmp
     message = f"(?s)1 of 1 images cannot be read.*which needs {package}: pip install {package}"
     with pytest.raises(ValueError, match=message):
         check_images(open_source(str(tmp_path), measured=None if name == "a.heic" else Measured(1)), 0.0)
-
-
-@pytest.mark.parametrize(("slope", "intercept", "dtype"), [(None, None, "uint16"), (2.0, None, "float32")])
-def test_dicom__with_empty_rescale_elements_is_read(slope, intercept, dtype, tmp_path):
-    values = bands(0, 1)[0]
-    write_dicom(tmp_path / "a.dcm", values, slope, intercept)
-    with open_bands(tmp_path / "a.dcm", 1) as image:
-        assert image.dtype == dtype
-        assert np.array_equal(image.read((0, 0, SIZE, SIZE))[..., 0], values * np.array(slope or 1, dtype))
-
-
-@pytest.mark.parametrize("is_signed", [False, True])
-def test_dicom__whose_smallest_value_is_white_is_inverted(is_signed, tmp_path):
-    values = (bands(0, 1)[0] // 16).astype(np.int16 if is_signed else np.uint16)  # 12 bits
-    values -= 2048 * is_signed
-    elements = {"PhotometricInterpretation": "MONOCHROME1", "BitsStored": 12, "HighBit": 11}
-    write_dicom(tmp_path / "a.dcm", values, None, None, PixelRepresentation=int(is_signed), **elements)
-    with open_bands(tmp_path / "a.dcm", 1) as image:
-        assert np.array_equal(image.read((0, 0, SIZE, SIZE))[..., 0], (-1 if is_signed else 4095) - values)
-
-
-def test_tiff__whose_smallest_value_is_white_is_inverted(tmp_path):
-    tifffile = pytest.importorskip("tifffile")
-    values = bands(0, 1)[0]
-    tifffile.imwrite(tmp_path / "a.tif", values, photometric="miniswhite")
-    with open_bands(tmp_path / "a.tif", 1) as image:
-        assert np.array_equal(image.read((3, 5, 40, 50))[..., 0], 65535 - values[5:50, 3:40])
-
-
-def test_tiff__of_a_palette_is_refused(tmp_path):
-    pytest.importorskip("tifffile")
-    with Image.open(PHOTOGRAPHS[0]) as photograph:
-        photograph.convert("P").save(tmp_path / "a.tif")
-    with pytest.raises(BadImage, match="a TIFF file of palette colors, whose numbers are no measurements"):
-        MeasuredImage((tmp_path / "a.tif",), Measured(1)).check()
-
-
-def test_truncated_dicom__is_described(tmp_path):
-    write_dicom(tmp_path / "a.dcm", bands(0, 1)[0])
-    file = tmp_path / "a.dcm"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(BadImage, match="the file is truncated: 7,192 of 8,192 bytes of pixels"):
-        MeasuredImage((file,), Measured(1)).check()
-
-
-def test_array_with_channels_on_either_side__is_taken_as_channels_first():
-    stream = BytesIO()
-    np.save(stream, np.arange(3 * 5 * 3).reshape(3, 5, 3).astype(np.uint16))
-    with open_bands(stream.getvalue(), 3) as image:
-        assert (image.height, image.width, image.num_channels) == (5, 3, 3)
 
 
 # ---- HEIC ----
