@@ -24,9 +24,10 @@ from commands.artifacts import Artifacts
 from commands.batch_size import TrialStep, seconds_per_step, with_batch_size
 from commands.cache import describe_cache, with_cache
 from commands.channels import describe_values, shown_channels
+from commands.encoder_choice import choose_encoder, shortest_side
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
-from commands.output_folder import BAD_IMAGES_FILE, PANELS, STREAM, interrupted_run
+from commands.output_folder import BAD_IMAGES_FILE, PANELS, STREAM, interrupted_run, settings_of_interrupted_run
 from commands.parsing import make_parser
 from commands.pretraining_model import (
     black_images,
@@ -81,9 +82,12 @@ def main(argv: list[str]) -> None:
         printer(state)(advice_for(settings, state))
         return
     settings = keep_schedule(settings)
-    grid = patch_grid(settings.image_size, settings.patch_size)
-    targets = open_targets(settings, MODELS[settings.method], grid)
+    targets = open_targets(settings, MODELS[settings.method], settings.grid)
     splits, texts = open_images(settings, state), open_text_splits(settings, state)
+    encoder_notes: list[str] = []
+    if settings.fits_encoder:
+        settings, encoder_notes = with_fitting_encoder(settings, splits, argv, state)
+    grid = patch_grid(settings.image_size, settings.patch_size)
     config = model_config(settings, splits, targets, texts)
     targets = targets or open_anchor(settings, config)
     collator = build_collator(settings, config, texts)
@@ -99,7 +103,7 @@ def main(argv: list[str]) -> None:
     sizes = (hardware, splits.num_train_images, footprint.flops_per_image)
     settings, batch_notes = with_batch_rule(settings, *sizes)
     settings, size_notes = with_batch_size(settings, hardware, splits.num_train_images, footprint, trial)
-    notes = [*splits.summary.notes, *validation_notes, *batch_notes, *size_notes]
+    notes = [*splits.summary.notes, *encoder_notes, *validation_notes, *batch_notes, *size_notes]
 
     def make_plan(settings: PretrainingSettings) -> PretrainingPlan:
         return PretrainingPlan.make(settings, hardware, num_images, footprint, splits.describe(), grid, notes)
@@ -180,20 +184,50 @@ def starting_point(chosen: PretrainingSettings) -> StartingModel:
 def advice_for(settings: PretrainingSettings, state: PartialState) -> str:
     """Return what is worth running on these images; models are timed on the device."""
     splits, hardware = open_images(settings, state), find_hardware(state)
-    size = 16 if hardware.is_cpu else 64
 
-    def measure(flags: Sequence[str]) -> float:
-        one = load_pretraining_settings([*flags, "--num_channels", str(settings.num_channels)], CONFIGS)
-        config = model_config(one, splits)
-        collator = build_collator(one, config)
-        trial = TrialStep(
-            partial(AutoModelForPreTraining.from_config, config),
-            lambda size: black_images(one, config, collator, size),
-        )
-        return size * hardware.world_size / seconds_per_step(trial, one, hardware, state.device, size)
+    def measure(sizes: dict[str, Any]) -> float:
+        one = load_pretraining_settings(["--num_channels", str(settings.num_channels)], CONFIGS, fitting=sizes)
+        return images_per_second(one, splits, state)
 
-    side = min(splits.summary.width.median, splits.summary.height.median)
+    side = shortest_side(settings, splits.summary)
     return advise(settings, splits.describe(), len(splits.train), side, hardware, measure)
+
+
+def with_fitting_encoder(
+    settings: PretrainingSettings, splits: PretrainingSplits, argv: Sequence[str], state: PartialState
+) -> tuple[PretrainingSettings, list[str]]:
+    """Choose the encoder by --time_budget, with a note; a run that is continued keeps its own."""
+    saved = first_on_main(state, lambda: settings_of_interrupted_run(settings))
+    if "model" in saved:
+        kept = {name: saved[name] for name in ("model", "image_size", "patch_size")}
+        return load_pretraining_settings(argv, CONFIGS, fitting=kept), []
+
+    def measure(sizes: dict[str, Any]) -> float:
+        return images_per_second(load_pretraining_settings(argv, CONFIGS, fitting=sizes), splits, state)
+
+    side, is_cpu = shortest_side(settings, splits.summary), state.device.type == "cpu"
+    wanted = settings.image_size if settings.is_users("image_size") else None
+    choice = choose_encoder(len(splits.train), side, settings.seconds or 0.0, is_cpu, measure, wanted)
+    choice = first_on_main(state, lambda: choice)  # each process has measured another speed
+    note = (
+        f"{choice.sizes['model']}, chosen by --time_budget {settings.time_budget}: it sees about "
+        f"{choice.num_seen:,.0f} images in this time ({choice.images_per_second:,.3g} images/s); --model, "
+        "--image_size and --patch_size choose others"
+    )
+    return load_pretraining_settings(argv, CONFIGS, fitting=choice.sizes), [note]
+
+
+def images_per_second(settings: PretrainingSettings, splits: PretrainingSplits, state: PartialState) -> float:
+    """Measure training steps on images that are there already; 0 if they do not fit into memory."""
+    hardware = find_hardware(state)
+    size = 16 if hardware.is_cpu else 64
+    config = model_config(settings, splits)
+    collator = build_collator(settings, config)
+    trial = TrialStep(
+        partial(AutoModelForPreTraining.from_config, config),
+        lambda size: black_images(settings, config, collator, size),
+    )
+    return size * hardware.world_size / seconds_per_step(trial, settings, hardware, state.device, size)
 
 
 # ---- images ----

@@ -1,10 +1,11 @@
 """`run_pretraining.py --advise`: the commands that are worth running for these images on this computer, and why."""
 
 import shlex
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import Any
 
 from commands.arithmetic import Hardware
+from commands.encoder_choice import choose_encoder
 from commands.pretraining_settings import PretrainingSettings
 from commands.settings import SettingsError
 from training.callbacks import duration
@@ -14,18 +15,6 @@ _REPEATED = ("dataset", "num_channels", "use_cpu", "time_budget")
 _USED = (*_REPEATED, "advise", "max_bad_fraction", "check_images", "validation_fraction", "debug")
 _FEW, _MANY = 20_000, 100_000
 _DEFAULT_BUDGET = {True: "30m", False: "2h"}  # on a CPU, on a GPU
-_SHARE_OF_TRAINING = 0.85  # of the time
-_ENOUGH_IMAGES, _ENOUGH_EPOCHS = 128_000, 20  # that a run should see: 2,000 steps of 64
-# From large to small: the flags of an encoder, and the shortest side of the images that it is meant for.
-_CANDIDATES: tuple[tuple[tuple[str, ...], int], ...] = (
-    (("--model", "vit-base"), 180),
-    (("--model", "vit-small"), 180),
-    (("--model", "vit-small", "--image_size", "112", "--patch_size", "8"), 90),
-    (("--model", "vit-tiny", "--image_size", "96", "--patch_size", "8"), 80),
-    (("--model", "vit-nano", "--image_size", "64"), 48),
-    (("--model", "vit-nano", "--image_size", "32", "--patch_size", "4"), 0),
-)
-_FIRST_ON_CPU = 2  # one step of the others takes long there
 
 
 def check_advisable(settings: PretrainingSettings) -> None:
@@ -38,53 +27,31 @@ def check_advisable(settings: PretrainingSettings) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """An encoder to pre-train from scratch, and how many images a second it was measured to train on."""
-
-    flags: tuple[str, ...]
-    images_per_second: float
-
-
-def choose_encoder(
-    num_images: int, side: int, seconds: float, is_fast: bool, measure: Callable[[Sequence[str]], float]
-) -> Candidate:
-    """Return the largest encoder that sees enough images in the time, else the smallest one that suits the images."""
-    possible = _CANDIDATES[0 if is_fast else _FIRST_ON_CPU :]
-    suited = [flags for flags, least in possible[:-1] if side >= least] or [possible[-1][0]]
-    enough = max(_ENOUGH_IMAGES, min(_ENOUGH_EPOCHS * num_images, 10 * _ENOUGH_IMAGES))
-    for flags in suited:
-        found = Candidate(flags, measure(flags))
-        if found.images_per_second * _SHARE_OF_TRAINING * seconds >= enough:
-            break
-    return found
-
-
 def advise(
     settings: PretrainingSettings,
     data: str,
     num_images: int,
     side: int,
     hardware: Hardware,
-    measure: Callable[[Sequence[str]], float],
+    measure: Callable[[dict[str, Any]], float],
 ) -> str:
     """Return two or three commands with their reasons and what to expect.
 
     Args:
         side: Median of the shortest side of the images, in pixels.
-        measure: Returns the images per second of a training step with these flags; 0 if it does not fit into memory.
+        measure: See `choose_encoder`.
     """
     budget = settings.time_budget or _DEFAULT_BUDGET[hardware.is_cpu]
     seconds = settings.seconds or (1800.0 if hardware.is_cpu else 7200.0)
-    best = choose_encoder(num_images, side, seconds, not hardware.is_cpu, measure)
-    num_seen = best.images_per_second * _SHARE_OF_TRAINING * seconds
+    best = choose_encoder(num_images, side, seconds, hardware.is_cpu, measure)
+    own = [word for name, value in best.sizes.items() for word in (f"--{name}", str(value))]
     common = ["--dataset", *settings.dataset, *(["--use_cpu"] if settings.use_cpu else []), "--time_budget", budget]
     common.append("--output_dir")
     channels = [] if settings.num_channels == 3 else ["--num_channels", str(settings.num_channels)]
     python = ["python"] if hardware.world_size == 1 else ["accelerate", "launch"]
     pretrained = "facebook/dinov2-small"
     smaller = ["--image_size", "98"] if hardware.is_cpu else []
-    scratch = [*python, "run_pretraining.py", "--method", "mae", *best.flags, *channels, *common, "out"]
+    scratch = [*python, "run_pretraining.py", "--method", "mae", *own, *channels, *common, "out"]
     evaluate = ["python", "run_evaluation.py", "--model", pretrained, "--dataset", "./labeled"]
     go_on = [*python, "run_pretraining.py", "--init_from", pretrained, "--method", "dinov2", *smaller]
     go_on += ["--head_warmup_epochs", "1", "--layer_decay", "0.75", "--gram_weight", "2"]
@@ -107,9 +74,9 @@ def advise(
     from_scratch = (
         scratch,
         f"an encoder of your own, from nothing: the largest that sees enough images in {budget} here (about "
-        f"{best.images_per_second:,.3g} images/s, {num_seen:,.0f} images, {num_seen / num_images:,.0f} epochs). "
-        "Expect a gain over training from random weights with few labels (Fashion-MNIST, 20 a class: 0.775 against "
-        f"0.707), not over a pretrained encoder. Then: {shlex.join(tune)}",
+        f"{best.images_per_second:,.3g} images/s, {best.num_seen:,.0f} images, {best.num_seen / num_images:,.0f} "
+        "epochs). Expect a gain over training from random weights with few labels (Fashion-MNIST, 20 a class: 0.775 "
+        f"against 0.707), not over a pretrained encoder. Then: {shlex.join(tune)}",
     )
     if num_images < _FEW:
         chosen, why = (

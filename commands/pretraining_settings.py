@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from commands.channels import MeasurementFlags, channels_and_stats, check_measurements, measured_run
@@ -51,7 +52,8 @@ class ModelFlags:
 
     model: str = flag(
         "vit-base",
-        "size of the encoder, from vit-nano to vit-huge or from swin-nano to swin-large",
+        "size of the encoder, from vit-nano to vit-huge or from swin-nano to swin-large (default: vit-base; with "
+        "--time_budget, for methods without --tokenizer and --teacher, the largest that sees enough images in it)",
         choices=ENCODER_SIZES,
     )
     method: str = flag("mae", "pre-training method; its published settings are in recipes/<method>.yaml")
@@ -349,8 +351,20 @@ class PretrainingSettings(
         height, width = self.image_size
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def fits_encoder(self) -> bool:
+        """Whether the size of the encoder is chosen by --time_budget: none is given, and no target depends on it."""
+        return (
+            self.init_from is None
+            and self.seconds is not None
+            and self.schedule == "auto"
+            and not self.is_users("model")
+            and MODELS[self.method].targets is None
+        )
+
     def default_output_dir(self) -> str:
-        return f"outputs/{self.model}-{self.method}-{data_name(self.dataset)}"
+        model = "" if self.fits_encoder else f"{self.model}-"  # known only when the images are
+        return f"outputs/{model}{self.method}-{data_name(self.dataset)}"
 
     def encoder_settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the encoder's native config."""
@@ -369,16 +383,18 @@ def load_pretraining_settings(
     argv: Sequence[str],
     configs: Mapping[str, Any],
     open_start: Callable[[PretrainingSettings], StartingModel] | None = None,
+    fitting: Mapping[str, Any] = MappingProxyType({}),
 ) -> PretrainingSettings:
     """Resolve the settings of a pre-training run; raises SettingsError if they are invalid.
 
     Args:
         configs: Config class of each method.
         open_start: Opens what --init_from names; called with `CommandLine.chosen`.
+        fitting: Model, image size and patch size where none are given, see `PretrainingSettings.fits_encoder`.
     """
     command_line = CommandLine(PretrainingSettings, argv, configs)
     chosen, method_defaults = command_line.chosen, command_line.method_defaults
-    model, method = chosen.model, chosen.method
+    model, method = fitting.get("model", chosen.model), chosen.method
     recipe = RECIPES / f"{method}.yaml"
     if not recipe.is_file():
         raise SettingsError(f"method {method} has no {label_of(recipe)} with its published settings; write one")
@@ -390,6 +406,7 @@ def load_pretraining_settings(
             raise SettingsError(f"--method {method} cannot train {model}; it trains {', '.join(possible)}")
         preset = {name: ENCODER_SIZES[model][name] for name in ("image_size", "patch_size")}
         preset |= {name: size for name, size in METHOD_SIZES.get(model, {}).items() if name in method_defaults}
+        preset |= fitting
     else:
         assert open_start is not None, "this command has no --init_from"
         path = Path(chosen.init_from).resolve()
@@ -399,7 +416,7 @@ def load_pretraining_settings(
         start, preset = open_start(chosen), {}
         given = {"model": model, **start.fixed, **start.defaults}
     lower: dict[Origin, Layer] = {
-        Origin.PRESET: (f"size of {model}", preset),
+        Origin.PRESET: (f"fits --time_budget {chosen.time_budget}" if fitting else f"size of {model}", preset),
         Origin.METHOD: command_line.read_recipe(recipe),
         Origin.SOURCE: (f"of {chosen.init_from}", given),
     }

@@ -1,11 +1,15 @@
 """Rules for few images and few labels: figures worked out by hand, and that what is given or published stays."""
 
+import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pretraining_command import pretrain
 from transformers import ViTConfig
 
@@ -13,12 +17,13 @@ import run_finetune
 from commands import small_data
 from commands.advice import advise, check_advisable
 from commands.arithmetic import Hardware
+from commands.encoder_choice import choose_encoder
 from commands.few_labels import with_rate_for_few_labels, with_rules_for_few_labels
 from commands.finetune_settings import load_finetune_settings
 from commands.memory import Footprint
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
-from commands.settings import SettingsError
+from commands.settings import Origin, SettingsError
 from commands.small_data import (
     config_rules,
     keep_schedule,
@@ -26,6 +31,7 @@ from commands.small_data import (
     with_schedule_rules,
     with_validation_rule,
 )
+from commands.time_budget import Fitted
 from data.splits import open_pretraining_splits
 from evaluation.linear_probe import fit_logistic
 from modeling import CONFIGS
@@ -210,10 +216,14 @@ def test_finetuning__with_masks_or_boxes_only_the_rate_follows_a_rule(task, rate
 # ---- advice ----
 
 
+def speeds_of(seconds_per_image: float) -> Callable[[dict[str, Any]], float]:
+    costs = {"vit-base": 1.0, "vit-small": 0.3, "vit-tiny": 0.1, "vit-nano": 0.02}
+    return lambda sizes: 1 / (seconds_per_image * costs[sizes["model"]])
+
+
 def advice(images: int, seconds_per_image: float, hardware: Hardware = LAPTOP, side: int = 300) -> str:
     settings = load_pretraining_settings(["--dataset", "my photos", "--advise"], CONFIGS)
-    widths = {"vit-base": 1.0, "vit-small": 0.3, "vit-tiny": 0.1, "vit-nano": 0.02}
-    return advise(settings, "folder", images, side, hardware, lambda flags: 1 / (seconds_per_image * widths[flags[1]]))
+    return advise(settings, "folder", images, side, hardware, speeds_of(seconds_per_image))
 
 
 def test_advice__for_few_images_starts_with_a_frozen_encoder_then_continues_one():
@@ -221,16 +231,91 @@ def test_advice__for_few_images_starts_with_a_frozen_encoder_then_continues_one(
     commands = [line[3:] for line in lines if line[:2] in ("1.", "2.", "3.")]
     assert commands[0].startswith("python run_evaluation.py --model facebook/dinov2-small")
     assert "--init_from facebook/dinov2-small --method dinov2 --image_size 98" in commands[1]
-    assert "--model vit-nano --image_size 64 --dataset 'my photos' --time_budget 30m" in commands[2]
+    assert "--model vit-nano --image_size 64 --patch_size 8 --dataset 'my photos' --time_budget 30m" in commands[2]
 
 
 def test_advice__for_many_images_and_a_fast_device_is_a_large_encoder_of_ones_own():
     text = advice(500_000, 1 / 3000, GPU)
-    assert "1. python run_pretraining.py --method mae --model vit-base --dataset 'my photos' --time_budget 2h" in text
+    assert "1. python run_pretraining.py --method mae --model vit-base --image_size 224" in text
+    assert "--dataset 'my photos' --time_budget 2h" in text
 
 
 def test_advice__small_images_have_a_small_encoder():
-    assert "--model vit-nano --image_size 32 --patch_size 4" in advice(60_000, 1e-3, side=28)
+    assert "--model vit-nano --image_size 32 --patch_size 4" in advice(60_000, 1e-1, side=28)
+
+
+# ---- the encoder ----
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_image", "side", "is_cpu", "wanted", "chosen"),
+    [
+        (1.0, 300, True, None, ("vit-nano", 64, 8)),
+        (1.0, 28, True, None, ("vit-nano", 32, 4)),
+        (1e-2, 300, True, None, ("vit-tiny", 96, 8)),
+        (1e-3, 300, False, None, ("vit-base", 224, 16)),
+        (1e-3, 64, False, None, ("vit-nano", 64, 8)),
+        (1e-3, 28, False, None, ("vit-small", 32, 4)),
+        (math.inf, 300, False, None, ("vit-nano", 64, 8)),  # nothing fits into memory
+        (1.0, 300, True, (224, 224), ("vit-nano", [224, 224], 28)),
+        (1e-2, 300, True, (224, 224), ("vit-tiny", [224, 224], 16)),
+        (1.0, 300, True, (64, 96), ("vit-nano", [64, 96], 8)),
+        (1.0, 300, True, (28, 28), ("vit-nano", [28, 28], 4)),
+    ],
+)
+def test_encoder__is_the_largest_that_sees_enough_images(seconds_per_image, side, is_cpu, wanted, chosen):
+    speeds = speeds_of(seconds_per_image)
+    choice = choose_encoder(2624, side, 600, is_cpu, speeds, wanted)
+    assert choice.sizes == dict(zip(("model", "image_size", "patch_size"), chosen, strict=True))
+    assert choice.num_seen == pytest.approx(0.85 * 600 * speeds(choice.sizes))
+
+
+def test_encoder__is_chosen_by_a_time_budget_and_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("run_pretraining.seconds_per_step", lambda *args: 16 / 200)
+    short = {"max_steps": 2, "save_steps": 1}
+    monkeypatch.setattr(
+        "run_pretraining.fit_to_budget",
+        lambda settings, *args: Fitted(settings.derived(Origin.MEASURED, "two steps", **short)),
+    )
+    argv = ["--time_budget", "90s", "--use_cpu", "--report_to", "none", "--output_dir", str(tmp_path / "out")]
+    assert pretrain(argv) == 0
+    printed = capsys.readouterr().out
+    assert "note: vit-nano, chosen by --time_budget 90s: it sees about 15,300 images in this time (200" in printed
+    assert "8 x 8 = 64 patches of 8 x 8" in printed
+    saved = yaml.safe_load((tmp_path / "out" / "settings.yaml").read_text())
+    assert (saved["model"], saved["image_size"], saved["patch_size"]) == ("vit-nano", 64, 8)
+
+    def measure(*args: Any) -> float:
+        raise AssertionError("a run that is continued has its encoder")
+
+    shutil.rmtree(tmp_path / "out" / "pretraining")  # as if it had not ended
+    monkeypatch.setattr("run_pretraining.seconds_per_step", measure)
+    monkeypatch.setattr("run_pretraining.train", lambda plan, *args, **kwargs: print(plan.settings.model))
+    assert pretrain(argv) == 0
+    assert capsys.readouterr().out.endswith("vit-nano\n")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--model", "vit-base"),
+        ("--schedule", "published"),
+        ("--config", "quickstart"),
+        ("--method", "feature", "--teacher", "hog"),
+    ],
+)
+def test_encoder__is_not_chosen_where_one_is_given_or_targets_depend_on_it(flags):
+    settings = load_pretraining_settings(["--time_budget", "10m", *flags], CONFIGS)
+    assert not settings.fits_encoder
+
+
+def test_encoder__without_a_budget_is_vit_base():
+    settings = load_pretraining_settings(["--dataset", "photos"], CONFIGS)
+    assert not settings.fits_encoder
+    assert (settings.model, settings.default_output_dir()) == ("vit-base", "outputs/vit-base-mae-photos")
+    fitting = load_pretraining_settings(["--dataset", "photos", "--time_budget", "1h"], CONFIGS)
+    assert fitting.fits_encoder
+    assert fitting.default_output_dir() == "outputs/mae-photos"
 
 
 def test_advise__prints_and_writes_nothing(tmp_path, capsys, monkeypatch):
