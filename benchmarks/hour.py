@@ -29,24 +29,22 @@ benchmarks/hour_<hardware>_<date>.json, .md and .png with all results.
 import argparse
 import json
 import os
-import queue
 import statistics
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from benchmarks import image_sets, resumable
+from benchmarks import image_sets
 from benchmarks.hour_report import markdown, plot
 from benchmarks.hour_rows import OURS, RIVAL, RIVALS, ROWS, SUPERVISED, TOKENIZER, TRAINED, UNTRAINED
 from benchmarks.image_sets import ImageSet
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
-from benchmarks.resumable import ROOT, Outcome
+from benchmarks.resumable import ROOT, Jobs, Outcome
 
 _MEASURED_STEPS, _WARM_UP = 14, 2  # each is a line of the log; the first ones do not count
 SETS = ("tuxstamps", "fashion-mnist")
@@ -72,14 +70,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.folder, self.lock = options, options.output_dir, threading.Lock()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.environment = dict(os.environ)
-        cores = sorted(os.sched_getaffinity(0))
-        num_threads = options.num_threads or len(cores)
-        self.environment["OMP_NUM_THREADS"] = str(num_threads)
-        self.num_jobs = max(1, len(cores) // num_threads)
-        self.cores: queue.SimpleQueue[Collection[int]] = queue.SimpleQueue()
-        for number in range(self.num_jobs):
-            self.cores.put(cores[number * num_threads : (number + 1) * num_threads])
+        self.jobs = Jobs(options.num_threads)
         names = ("minutes", "model", "num_threads", "finetuning", "patches_per_side")
         settings = {name: getattr(options, name) for name in names}
         self.results_file = self.folder / "results.json"
@@ -115,17 +106,14 @@ class Bench:
         Raises:
             CommandError: If it fails.
         """
-        cores = self.cores.get()
-        try:
-            python, environment = sys.executable, dict(self.environment)
-            if script == RIVAL:
-                python, repair = str(self.options.rivals), self.options.torchvision_repair
-                if repair:
-                    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), repair]))
-            final = (_NON_FINITE, _COLLAPSED)
-            outcome = resumable.run(script, *flags, python=python, environment=environment, cores=cores, final=final)
-        finally:
-            self.cores.put(cores)
+        python, environment = sys.executable, self.jobs.environment
+        if script == RIVAL:
+            python, repair = str(self.options.rivals), self.options.torchvision_repair
+            if repair:
+                path = os.pathsep.join(filter(None, [environment.get("PYTHONPATH"), repair]))
+                environment = environment | {"PYTHONPATH": path}
+        final = (_NON_FINITE, _COLLAPSED)
+        outcome = self.jobs.run(script, *flags, python=python, environment=environment, final=final)
         if outcome.exit_code:
             raise CommandError(outcome)
 
@@ -174,10 +162,9 @@ class Bench:
             outputs = [out.with_name(f"{out.name}-stage{stage}") for stage in range(last)] + [out]
             return [read_speed(output) for output in outputs]
 
-        with ThreadPoolExecutor(self.num_jobs) as pool:
-            for number in range(self.options.num_rounds):
-                for row, measured in zip(trials, pool.map(partial(one, number=number), trials), strict=True):
-                    found[row].append(measured)
+        for number in range(self.options.num_rounds):
+            for row, measured in zip(trials, self.jobs.map(partial(one, number=number), trials), strict=True):
+                found[row].append(measured)
         scale = 1.0
         if anchor:
             now = merge_speeds(found.pop(anchor))
@@ -361,8 +348,7 @@ def main() -> None:
     for images in bench.sets:
         bench.measure(images, rows)
     jobs = [(images, row, seed) for seed, images, row in product(options.seeds, bench.sets, rows)]
-    with ThreadPoolExecutor(bench.num_jobs) as pool:
-        list(pool.map(bench.score, jobs))
+    bench.jobs.map(bench.score, jobs)
     report = {
         **bench.results,
         "date": TODAY,

@@ -2,16 +2,21 @@
 
 import json
 import os
+import queue
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parent.parent
 _WRITTEN_LAST = ("README.md", "report.html")  # by training, by evaluation
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,40 @@ def run(
     assert exit_code is not None
     print(f"{done['seconds']:6.0f} s  {out.name}{f'  exit code {exit_code}' if exit_code else ''}", flush=True)
     return Outcome(command, done["seconds"], exit_code, log.read_text()[-3000:])
+
+
+class Jobs:
+    """Run commands beside each other, each with so many threads on as many cores of its own.
+
+    Args:
+        num_threads: Of a command; none: one command at a time, on all cores.
+    """
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        self.num_threads = num_threads or len(cores)
+        self.environment = {**os.environ, "OMP_NUM_THREADS": str(self.num_threads)}
+        self.num_jobs = max(1, len(cores) // self.num_threads)
+        self._free: queue.SimpleQueue[Collection[int]] = queue.SimpleQueue()
+        for number in range(self.num_jobs):
+            self._free.put(cores[number * self.num_threads : (number + 1) * self.num_threads])
+
+    def run(self, script: str, *flags: str, environment: Mapping[str, str] | None = None, **options: Any) -> Outcome:
+        """Run a command, as `run` does, as soon as there are free cores."""
+        cores = self._free.get()
+        try:
+            return run(script, *flags, environment=environment or self.environment, cores=cores, **options)
+        finally:
+            self._free.put(cores)
+
+    def succeed(self, script: str, *flags: str) -> Outcome:
+        """Run a command; raises SystemExit if it fails."""
+        outcome = self.run(script, *flags)
+        if outcome.exit_code:
+            raise SystemExit(f"{' '.join(outcome.command)} failed: {outcome.output}")
+        return outcome
+
+    def map(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """Return what `work` returns for each item, as many at a time as there are cores for."""
+        with ThreadPoolExecutor(self.num_jobs) as pool:
+            return list(pool.map(work, items))

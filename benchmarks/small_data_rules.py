@@ -1,12 +1,14 @@
 """Measure the rules of docs/small-data.md: one setting of a small run is changed at a time, on two real data sets.
 
     python -m benchmarks.tuxstamps --size 96 --output_dir outputs/tuxstamps-96
-    python -m benchmarks.small_data_rules --fashion /usr/share/datasets/fashion-mnist --minutes 3
+    python -m benchmarks.small_data_rules --num_threads 1                        # as many runs at a time as cores
+    python -m benchmarks.small_data_rules --method simmim --studies "mask unit"
 
-Studies: the learning rate at batches from 16 to 512, the length, the mask ratio, the smallest crop, the patch and the
-decoder. Patches and decoders are compared in equal time (--time_budget), all others with equally many images. Every
-encoder is scored on frozen features, by kNN and logistic regression. No test image of any data set is read: tuxstamps
-are scored on tuning/val, Fashion-MNIST on images of its training file that no encoder is trained on.
+Studies: the learning rate at batches from 16 to 512, the length, the mask ratio, the smallest crop, the patch, the
+decoder and SimMIM's mask unit. Patches and decoders are compared in equal time (--time_budget), all others with
+equally many images. Every encoder is scored on frozen features, by kNN and logistic regression. No test image of any
+data set is read: tuxstamps are scored on tuning/val, Fashion-MNIST on images of its training file that no encoder is
+trained on.
 
 Every finished command is kept in --output_dir: the benchmark may be interrupted and continues. Writes
 benchmarks/small_data_rules_<method>_<hardware>_<date>.json and .md.
@@ -21,25 +23,30 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.few_label import ROOT, run
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
+from benchmarks.resumable import ROOT, Jobs
 from data.idx import find_idx_files, read_idx
 
 BATCHES = (16, 32, 64, 128, 256, 512)
 RATES = (3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3)
-REFERENCE_BATCH, REFERENCE_RATE, REFERENCE_RATIO = 64, 1.2e-3, 0.75
+REFERENCE_BATCH, REFERENCE_RATE = 16, 1.2e-3  # those of the rules for MAE and vit-nano on a CPU
 NUM_FASHION = {"train": 5000, "val": 2000}  # images of the training file
+USUAL_NUM_PATCHES = 8  # on a side
 METRICS = ("kNN, class token", "kNN, mean of patches", "logistic regression, mean of patches")
 
 
-def studies(options: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
-    """Return the flags of each trial by study; a study of equal time has no --max_steps."""
+def studies(options: argparse.Namespace, side: int) -> dict[str, dict[str, list[str]]]:
+    """Return the flags of each trial by study; a study of equal time has no --max_steps.
+
+    Args:
+        side: Of the images, in pixels.
+    """
 
     def steps(num_images: float, batch: int = REFERENCE_BATCH) -> list[str]:
         return ["--max_steps", str(max(20, round(num_images / batch))), "--per_device_train_batch_size", str(batch)]
 
     def rate(value: float) -> list[str]:
-        return ["--learning_rate", str(value)]
+        return ["--learning_rate", str(value)] if options.method == "mae" else []  # else by the rules
 
     images, usual = options.num_images, [*steps(options.num_images), *rate(REFERENCE_RATE)]
     timed = ["--time_budget", f"{options.minutes:g}m", "--per_device_train_batch_size", str(REFERENCE_BATCH)]
@@ -53,8 +60,12 @@ def studies(options: argparse.Namespace) -> dict[str, dict[str, list[str]]]:
             for times in (0.25, 0.5, 1, 2, 4)
         },
         "smallest crop": {f"{low:g}": [*usual, "--crop_scale", str(low), "1.0"] for low in (0.08, 0.2, 0.4, 0.6)},
-        "patch": {f"{side} px": [*timed, "--patch_size", str(side)] for side in (4, 8, 16)},
+        "patches on a side": {f"{number}": [*timed, "--patch_size", str(side // number)] for number in (4, 8, 16)},
     }
+    if options.method == "simmim":
+        found["mask unit"] = {
+            f"1/{number} of the image": [*usual, "--mask_unit", str(side // number)] for number in (2, 4, 8)
+        }
     if options.method == "mae":
         found["mask ratio"] = {f"{ratio}": [*usual, "--mask_ratio", str(ratio)] for ratio in (0.4, 0.6, 0.75, 0.85)}
         found["decoder"] = {
@@ -83,17 +94,18 @@ def fashion_folders(source: Path, target: Path) -> Path:
 
 
 def score(
-    folder: Path, data: dict[str, Any], flags: list[str], seed: int, options: argparse.Namespace
+    folder: Path, data: dict[str, Any], flags: list[str], seed: int, options: argparse.Namespace, jobs: Jobs
 ) -> dict[str, float]:
     """Pre-train and return the accuracies on the validation images by name."""
     encoder, frozen = folder / f"encoder-{seed}", folder / f"frozen-{seed}"
-    run(
+    jobs.succeed(
         "run_pretraining.py", "--model", "vit-nano", "--method", options.method, "--image_size", str(data["side"]),
-        *([] if "--patch_size" in flags else ["--patch_size", "8"]), "--dataset", *map(str, data["unlabeled"]),
-        "--validation_fraction", "0.02", "--warmup_steps", "0.05", "--eval_steps", "0.5", "--save_steps", "0.5",
-        "--save_total_limit", "1", "--report_to", "none", "--seed", str(seed), *flags, "--output_dir", str(encoder),
+        *([] if "--patch_size" in flags else ["--patch_size", str(data["side"] // USUAL_NUM_PATCHES)]),
+        "--dataset", *map(str, data["unlabeled"]), "--validation_fraction", "0.02", "--eval_steps", "0.5",
+        "--save_steps", "0.5", "--save_total_limit", "1", "--report_to", "none", "--seed", str(seed), *flags,
+        "--output_dir", str(encoder),
     )  # fmt: skip
-    run(
+    jobs.succeed(
         "run_evaluation.py", "--model", str(encoder), "--dataset", str(data["labeled"]), "--probes", "knn", "logistic",
         "--seed", str(seed), "--output_dir", str(frozen),
     )  # fmt: skip
@@ -102,14 +114,15 @@ def score(
     return {name: found[name] for name in METRICS if name in found}
 
 
-def report(results: dict[str, Any], options: argparse.Namespace) -> str:
+def report(results: dict[str, Any], options: argparse.Namespace, jobs: Jobs) -> str:
     """Return the tables in Markdown."""
     lines = [
         f"# Rules for small data, {options.method}, vit-nano, {TODAY}",
         "",
         f"Command: `{command('small_data_rules')}`",
         f"{hardware()}; {versions('torch', 'transformers')}. Seeds: {', '.join(map(str, options.seeds))}; mean, and "
-        "standard deviation where there are several. Accuracies on validation images.",
+        f"standard deviation where there are several; threads of a run: {jobs.num_threads}. Accuracies on validation "
+        f"images. {options.num_images:,} images per run, or {options.minutes:g} minutes.",
     ]
     for study, by_set in results.items():
         for name, trials in by_set.items():
@@ -131,9 +144,10 @@ def main() -> None:
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
     parser.add_argument("--method", default="mae")
     parser.add_argument("--studies", nargs="*", default=[], help="default: all")
-    parser.add_argument("--num_images", type=int, default=40_000, help="of one pre-training")
+    parser.add_argument("--num_images", type=int, default=24_000, help="of one pre-training")
     parser.add_argument("--minutes", type=float, default=3, help="of one pre-training, where the time is equal")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--num_threads", type=int, help="of each command (default: one command, all cores)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/small_data_rules"))
     options = parser.parse_args()
     tux, fashion = options.tuxstamps, fashion_folders(options.fashion, options.output_dir / "fashion")
@@ -143,16 +157,26 @@ def main() -> None:
         },
         "fashion": {"unlabeled": [fashion / "train"], "labeled": fashion, "side": 32},
     }  # fmt: skip
-    results: dict[str, dict[str, dict[str, list[dict[str, float]]]]] = defaultdict(lambda: defaultdict(dict))
-    stem = ROOT / "benchmarks" / f"small_data_rules_{options.method}_{hardware_slug()}_{TODAY}"
-    for study, trials in studies(options).items():
-        for name, data in sets.items():
-            for trial, flags in trials.items():
-                slug = "".join(letter if letter.isalnum() else "-" for letter in f"{options.method} {study} {trial}")
-                folder = options.output_dir / name / slug
-                scores = [score(folder, data, flags, seed, options) for seed in options.seeds]
-                results[study][name][trial] = scores
-                write_report(stem, results, report(results, options))
+    jobs = Jobs(options.num_threads)
+    trials = [
+        (study, name, trial, flags, seed)
+        for name, data in sets.items()
+        for study, found in studies(options, data["side"]).items()
+        for trial, flags in found.items()
+        for seed in options.seeds
+    ]
+
+    def measure(each: tuple[str, str, str, list[str], int]) -> dict[str, float]:
+        study, name, trial, flags, seed = each
+        slug = "".join(letter if letter.isalnum() else "-" for letter in f"{options.method} {study} {trial}")
+        return score(options.output_dir / name / slug, sets[name], flags, seed, options, jobs)
+
+    results: dict[str, Any] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for (study, name, trial, *_), found in zip(trials, jobs.map(measure, trials), strict=True):
+        results[study][name][trial].append(found)
+    text = report(results, options, jobs)
+    write_report(ROOT / "benchmarks" / f"small_data_rules_{options.method}_{hardware_slug()}_{TODAY}", results, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -15,16 +15,12 @@ benchmarks/time_budgets_<hardware>_<date>.md and .json.
 
 import argparse
 import json
-import os
-import queue
 import re
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
-from benchmarks.resumable import ROOT, Outcome, run
+from benchmarks.resumable import ROOT, Jobs
 
 _SIDE = 8  # patches
 _LOSS = "eval_loss"
@@ -41,25 +37,10 @@ def main() -> None:
     parser.add_argument("--num_threads", type=int, help="of each run (default: one run at a time, on all cores)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/time_budgets"))
     options = parser.parse_args()
-    available = sorted(os.sched_getaffinity(0))
-    num_threads = options.num_threads or len(available)
-    cores: queue.SimpleQueue[Collection[int]] = queue.SimpleQueue()
-    num_jobs = max(1, len(available) // num_threads)
-    for number in range(num_jobs):
-        cores.put(available[number * num_threads : (number + 1) * num_threads])
-    environment = {**os.environ, "OMP_NUM_THREADS": str(num_threads)}
+    jobs = Jobs(options.num_threads)
 
-    def start(script: str, *flags: str) -> Outcome:
-        own = cores.get()
-        try:
-            outcome = run(script, *flags, environment=environment, cores=own)
-        finally:
-            cores.put(own)
-        if outcome.exit_code:
-            raise SystemExit(f"{' '.join(outcome.command)} failed: {outcome.output}")
-        return outcome
-
-    def measure(size: int, method: str) -> dict[str, Any]:
+    def measure(combination: tuple[int, str]) -> dict[str, Any]:
+        size, method = combination
         folder = options.output_dir / f"{method}-{size}"
         flags = [
             "--method", method, "--model", options.model,
@@ -71,18 +52,16 @@ def main() -> None:
         compared = options.sizes if options.compared_sizes is None else options.compared_sizes
         for name in ("budget", "fixed") if size in compared else ("budget",):
             length = ["--time_budget", options.budget] if name == "budget" else ["--max_steps", str(found["steps"])]
-            outcome = start("run_pretraining.py", *flags, *length, "--output_dir", str(folder / name))
+            outcome = jobs.succeed("run_pretraining.py", *flags, *length, "--output_dir", str(folder / name))
             found |= {f"{name} seconds": outcome.seconds, **read_run(folder / name, name)}
             probe = ("--probes", "knn", "--seed", "0", "--dataset", str(options.data / "tuning"))
             out = folder / f"{name}-frozen"
-            start("run_evaluation.py", *probe, "--model", str(folder / name), "--output_dir", str(out))
+            jobs.succeed("run_evaluation.py", *probe, "--model", str(folder / name), "--output_dir", str(out))
             found[f"{name} knn"] = read_knn(out)
         return found
 
     combinations = [(size, method) for size in options.sizes for method in options.methods]
-    with ThreadPoolExecutor(num_jobs) as pool:
-        results = list(pool.map(measure, *zip(*combinations, strict=True)))
-    report(options, num_jobs, num_threads, results)
+    report(options, jobs, jobs.map(measure, combinations))
 
 
 def read_run(folder: Path, name: str) -> dict[str, Any]:
@@ -104,7 +83,7 @@ def read_knn(folder: Path) -> float:
     return float(max(own, key=lambda entry: entry["accuracy_where_chosen"] or 0)["value"])
 
 
-def report(options: argparse.Namespace, num_jobs: int, num_threads: int, results: list[dict[str, Any]]) -> None:
+def report(options: argparse.Namespace, jobs: Jobs, results: list[dict[str, Any]]) -> None:
     rows = "\n".join(
         f"| {each['size']} | {each['method']} | {each['budget seconds'] / 60:.1f} | {each['planned']:,} | "
         f"{each['steps']:,} | {each['budget loss']:.4f} | {shown(each, 'fixed loss', '.4f')} | "
@@ -117,7 +96,7 @@ def report(options: argparse.Namespace, num_jobs: int, num_threads: int, results
 
 {hardware()}; {versions("torch", "transformers", "datasets")}
 
-{options.model}, {_SIDE} x {_SIDE} patches; threads of a run: {num_threads}, runs at a time: {num_jobs}.
+{options.model}, {_SIDE} x {_SIDE} patches; threads of a run: {jobs.num_threads}, runs at a time: {jobs.num_jobs}.
 Minutes are those from the start of Python to its end. Planned are the steps of the measured speed, made those that fit
 as the speed changed; "fixed" is a run with so many steps as `--max_steps`. kNN on tuning/val, one seed.
 
