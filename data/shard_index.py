@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 LABEL_FILES = ("cls", "json", "txt")  # beside an image, by priority
 
-_VERSION = b"1"  # another number for another content of an index
+_VERSION = b"2"  # another number for another content of an index
 _IMAGE_EXTENSIONS = frozenset(name[1:] for names in EXTENSIONS.values() for name in names)
 _RECORD = 512
 _CHUNK, _SMALL_CHUNK = 1 << 22, 1 << 14  # bytes of a request for headers: many small files, or few large ones
@@ -190,13 +190,17 @@ def _index_tar(file: ShardFile) -> pa.Table:
 
 def _walk_tar(read: Callable[[int, int], bytes], size: int, samples: _Samples) -> str:
     """Add all files of a tar; returns what is wrong with it."""
-    position, long_name, pax_size = 0, None, None
+    position, long_name, pax_size, has_ended = 0, None, None, False
     while position + _RECORD <= size:
         header = read(position, _RECORD)
-        if header.count(0) == _RECORD:
-            return ""  # the end mark
+        if header.count(0) == _RECORD:  # the end mark; another tar may have been appended
+            position, has_ended = position + _RECORD, True
+            continue
         if not _has_checksum(header):
+            if has_ended:
+                break
             return f"no tar header at byte {position:,}, after {samples.num_images:,} images: what follows is lost"
+        has_ended = False
         kind, start = header[156:157], position + _RECORD
         try:
             length = _number(header[124:136])
@@ -222,6 +226,8 @@ def _walk_tar(read: Callable[[int, int], bytes], size: int, samples: _Samples) -
             samples.add_link(name.decode("utf-8", "surrogateescape"))
         if kind != b"g":
             long_name = pax_size = None
+    if has_ended:
+        return ""
     return f"truncated: it ends at byte {size:,} without an end mark, after {samples.num_images:,} images"
 
 

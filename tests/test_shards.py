@@ -125,6 +125,15 @@ def test_tar__is_read_in_the_order_of_the_shards(tmp_path: Path) -> None:
     assert "12 images in 3 shards" in source.describe()
 
 
+@pytest.mark.parametrize("tail", [b"", b"\0" * 700, b"no tar" * 200])
+def test_tar__of_tars_that_were_written_one_after_the_other_has_all_images(tmp_path: Path, tail: bytes) -> None:
+    images = write_shards(tmp_path)
+    parts = [path.read_bytes() for path in sorted(tmp_path.glob("*.tar"))]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts) + tail)
+    source = open_source(str(tmp_path / "all.tar"))
+    assert contents(source) == images
+
+
 def test_folder__may_have_a_question_mark_in_its_name(tmp_path: Path) -> None:
     images = write_shards(tmp_path / "who?", 2)
     assert contents(open_source(str(tmp_path / "who?"))) == images
