@@ -152,10 +152,10 @@ def main() -> None:
     options = parser.parse_args()
     tux, fashion = options.tuxstamps, fashion_folders(options.fashion, options.output_dir / "fashion")
     sets: dict[str, dict[str, Any]] = {
+        "fashion": {"unlabeled": [fashion / "train"], "labeled": fashion, "side": 32},
         "tuxstamps": {
             "unlabeled": [tux / "photographs", tux / "tuning/train"], "labeled": tux / "tuning", "side": 64
         },
-        "fashion": {"unlabeled": [fashion / "train"], "labeled": fashion, "side": 32},
     }  # fmt: skip
     jobs = Jobs(options.num_threads)
     trials = [
