@@ -106,7 +106,7 @@ def score(
         "--output_dir", str(encoder),
     )  # fmt: skip
     jobs.succeed(
-        "run_evaluation.py", "--model", str(encoder), "--dataset", str(data["labeled"]), "--probes", "knn", "logistic",
+        "run_evaluation.py", "--model", str(encoder), "--dataset", *data["labeled"], "--probes", "knn", "logistic",
         "--seed", str(seed), "--output_dir", str(frozen),
     )  # fmt: skip
     entries = json.loads((frozen / "metrics.json").read_text())["results"]
@@ -152,9 +152,9 @@ def main() -> None:
     options = parser.parse_args()
     tux, fashion = options.tuxstamps, fashion_folders(options.fashion, options.output_dir / "fashion")
     sets: dict[str, dict[str, Any]] = {
-        "fashion": {"unlabeled": [fashion / "train"], "labeled": fashion, "side": 32},
+        "fashion": {"unlabeled": [fashion / "train"], "labeled": (str(fashion), "--labels_per_class", "50"), "side": 32},
         "tuxstamps": {
-            "unlabeled": [tux / "photographs", tux / "tuning/train"], "labeled": tux / "tuning", "side": 64
+            "unlabeled": [tux / "photographs", tux / "tuning/train"], "labeled": (str(tux / "tuning"),), "side": 64
         },
     }  # fmt: skip
     jobs = Jobs(options.num_threads)
