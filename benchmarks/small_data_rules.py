@@ -152,11 +152,17 @@ def main() -> None:
     options = parser.parse_args()
     tux, fashion = options.tuxstamps, fashion_folders(options.fashion, options.output_dir / "fashion")
     sets: dict[str, dict[str, Any]] = {
-        "fashion": {"unlabeled": [fashion / "train"], "labeled": (str(fashion), "--labels_per_class", "50"), "side": 32},
-        "tuxstamps": {
-            "unlabeled": [tux / "photographs", tux / "tuning/train"], "labeled": (str(tux / "tuning"),), "side": 64
+        "fashion": {
+            "unlabeled": [fashion / "train"],
+            "labeled": (str(fashion), "--labels_per_class", "50"),
+            "side": 32,
         },
-    }  # fmt: skip
+        "tuxstamps": {
+            "unlabeled": [tux / "photographs", tux / "tuning/train"],
+            "labeled": (str(tux / "tuning"),),
+            "side": 64,
+        },
+    }
     jobs = Jobs(options.num_threads)
     trials = [
         (study, name, trial, flags, seed)
