@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--tuxstamps", type=Path, default=Path("outputs/tuxstamps-96"), help="what tuxstamps wrote")
     parser.add_argument("--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"), help="idx files")
     parser.add_argument("--method", default="mae")
+    parser.add_argument("--sets", nargs="+", default=["fashion", "tuxstamps"], choices=["fashion", "tuxstamps"])
     parser.add_argument("--studies", nargs="*", default=[], help="default: all")
     parser.add_argument("--num_images", type=int, default=24_000, help="of one pre-training")
     parser.add_argument("--minutes", type=float, default=3, help="of one pre-training, where the time is equal")
@@ -167,6 +168,7 @@ def main() -> None:
     trials = [
         (study, name, trial, flags, seed)
         for name, data in sets.items()
+        if name in options.sets
         for study, found in studies(options, data["side"]).items()
         for trial, flags in found.items()
         for seed in options.seeds
