@@ -328,7 +328,7 @@ def test_help__has_every_default_that_is_ours(capsys):
     with pytest.raises(SystemExit):
         load("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "from swin-nano to swin-large (default: vit-base)" in text
+    assert "from swin-nano to swin-large (default: vit-base; with --time_budget" in text
     assert "seed of all random numbers: data order, crops, masks, weights (default: 0)" in text
     assert "of hybrid, mae, simmim-asymmetric (default: 512)" in text
     assert "0 for an average over the last 2% of the steps" in text
