@@ -9,8 +9,8 @@ from commands.pretraining_settings import PretrainingSettings
 from data.image_checks import Summary
 
 _SHARE_OF_TRAINING = 0.85  # of the time
-_ENOUGH_IMAGES, _ENOUGH_EPOCHS = 128_000, 20  # that a run should see: 2,000 steps of 64
-_MOST_IMAGES = 10 * _ENOUGH_IMAGES
+_ENOUGH_IMAGES, _ENOUGH_EPOCHS = 128_000, 20  # that a run should see, the larger one of both
+_MOST_IMAGES = 10 * _ENOUGH_IMAGES  # of so many epochs
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Encoder:
 
     @property
     def sizes(self) -> dict[str, Any]:
+        """The flags of a run with this encoder."""
         return {"model": self.model, "image_size": self.image_size, "patch_size": self.patch_size}
 
 

@@ -1,16 +1,12 @@
 """Shards as a data set: what is read, what is refused, and what is drawn from them."""
 
 import io
-import itertools
 import os
 import pickle
-import queue
-import sys
 import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import ROOT
+from photograph_shards import PHOTOGRAPHS, contents, quick_requests, write_shards, write_tar  # noqa: F401 - a fixture for all tests
 
 from benchmarks.range_server import RangeServer
 from data import shard_files
@@ -28,49 +24,10 @@ from data.decoding import BadImage
 from data.images import ImageDataset, SourceSamples, measure_image_stats
 from data.label_columns import read_labels
 from data.runs import Runs, cut_into_runs
-from data.shard_blocks import DEFAULT_BYTES, BlockCache, limit_cache
 from data.shard_files import ShardError, expand_braces
 from data.shards import ShardSource
 from data.sources import open_source, open_validation, split_names
 from data.splits import open_pretraining_splits
-
-PHOTOGRAPHS = [path.read_bytes() for path in sorted((ROOT / "data/samples/photographs/train").glob("*.jpg"))[:12]]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(shard_files, "_FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(shard_files, "_LONGEST_PAUSE", 0.01)
-    monkeypatch.setenv("HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    shard_files.find_shards.cache_clear()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]], kind: int = tarfile.USTAR_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=kind) as archive:
-        for name, content in members:
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            archive.addfile(entry, io.BytesIO(content))
-    return path
-
-
-def write_shards(folder: Path, num_shards: int = 3, num_images: int = 4, first: str = "train") -> list[bytes]:
-    """Tars of photographs with classes 0 and 1; returns their images in order."""
-    images = list(itertools.islice(itertools.cycle(PHOTOGRAPHS), num_shards * num_images))
-    for shard in range(num_shards):
-        some = range(shard * num_images, (shard + 1) * num_images)
-        members = [
-            (f"{i:04}.{kind}", data) for i in some for kind, data in (("jpg", images[i]), ("cls", b"%d" % (i % 2)))
-        ]
-        write_tar(folder / f"{first}-{shard:03}.tar", members)
-    return images
-
-
-def contents(source: object) -> list[bytes]:
-    return [source.read(index) for index in range(len(source))]  # type: ignore[attr-defined]
-
 
 # ---- patterns ----
 
@@ -398,73 +355,6 @@ def test_damaged_header__ends_the_tar_with_a_problem(tmp_path: Path, fields: byt
     source = open_source(str(path))
     assert contents(source) == PHOTOGRAPHS[:1]
     assert f"damaged tar header at byte {middle:,}, after 1 images" in source.problems[str(path)]
-
-
-# ---- the network ----
-
-
-def test_server_with_errors__loses_and_repeats_nothing(tmp_path: Path) -> None:
-    images = write_shards(tmp_path)
-    with RangeServer(tmp_path, errors=0.4, resets=0.25, delays=0.2, seconds=0.01) as server:
-        source = open_source(f"{server.url}/train-{{000..002}}.tar")
-        source.prefetch(range(12))
-        assert contents(source) == images
-        assert all(server.counts[kind] for kind in ("errors", "resets", "delays")), server.counts
-        num_requests = server.counts.total()
-        assert contents(pickle.loads(pickle.dumps(source))) == images  # from the cache
-        assert server.counts.total() == num_requests
-
-
-def test_server_that_fails__is_named_after_some_tries(tmp_path: Path) -> None:
-    write_shards(tmp_path, 1)
-    with RangeServer(tmp_path) as server:
-        source = open_source(f"{server.url}/train-{{000..000}}.tar")
-        server.errors = 1.0
-        with pytest.raises(ShardError, match=r"train-000\.tar cannot be read after 8 tries: 500"):
-            source.read(0)
-    with RangeServer(tmp_path, ignores_ranges=True) as server, pytest.raises(ShardError, match="ignores the range"):
-        open_source(f"{server.url}/train-{{000..000}}.tar").read(0)
-    shard_files.find_shards.cache_clear()
-    with RangeServer(tmp_path) as server, pytest.raises(ValueError, match="are missing"):
-        open_source(f"{server.url}/train-{{000..001}}.tar")
-
-
-def test_cache__keeps_no_more_than_its_limit(tmp_path: Path) -> None:
-    images = write_shards(tmp_path, 6, 2)
-    size = sum(map(len, images))
-    with RangeServer(tmp_path) as server:
-        pattern = f"{server.url}/train-{{000..005}}.tar"
-        limit_cache(size // 2)
-        try:
-            with pytest.raises(ValueError, match="shard_cache_gb is"):
-                open_source(pattern)
-            limit_cache(10 * size)
-            source = open_source(pattern)
-        finally:
-            limit_cache(DEFAULT_BYTES)
-        source.cache.limit = size // 2
-        assert contents(source) == images
-        assert sum(path.stat().st_size for path in source.cache.folder.glob("*.block")) <= size // 2
-        assert contents(source) == images
-
-
-def test_blocks__are_fetched_ahead_for_several_threads() -> None:
-    interval, fetched = sys.getswitchinterval(), queue.SimpleQueue[int]()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            for attempt in range(3):
-                cache = BlockCache()
-                blocks = [(f"{attempt}-{number}", partial(_put, fetched, number)) for number in range(8)]
-                assert list(pool.map(cache.add_later, [[block] for block in blocks])) == [None] * 8
-                assert sorted(fetched.get(timeout=10) for _ in range(8)) == list(range(8))
-    finally:
-        sys.setswitchinterval(interval)
-
-
-def _put(fetched: "queue.SimpleQueue[int]", number: int) -> bytes:
-    fetched.put(number)
-    return b"content"
 
 
 # ---- statistics and splits ----

@@ -236,8 +236,8 @@ def test_advice__for_few_images_starts_with_a_frozen_encoder_then_continues_one(
 
 def test_advice__for_many_images_and_a_fast_device_is_a_large_encoder_of_ones_own():
     text = advice(500_000, 1 / 3000, GPU)
-    assert "1. python run_pretraining.py --method mae --model vit-base --image_size 224" in text
-    assert "--dataset 'my photos' --time_budget 2h" in text
+    sizes = "--model vit-base --image_size 224 --patch_size 16"
+    assert f"1. python run_pretraining.py --method mae {sizes} --dataset 'my photos' --time_budget 2h" in text
 
 
 def test_advice__small_images_have_a_small_encoder():

@@ -10,8 +10,8 @@ import datasets
 import pytest
 import torch
 from conftest import SIZE, tiny_arguments, tiny_collator, tiny_model, train_whole_and_resumed
+from photograph_shards import PHOTOGRAPHS, write_shards, write_tar
 from pretraining_command import pretrain
-from test_shards import PHOTOGRAPHS, write_shards, write_tar
 from test_shards_training import HALF_BATCHES
 from transformers import TrainerCallback
 
