@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from conftest import ROOT, SIZE, tiny_arguments, tiny_collator, tiny_model, train_whole_and_resumed
 from forked import run_forked
+from photograph_shards import quick_requests, write_shards  # noqa: F401 - a fixture for all tests
 from pretraining_command import pretrain
-from test_shards import _quick as _quick
-from test_shards import write_shards
 from transformers import TrainerCallback
 
 from benchmarks.range_server import RangeServer
