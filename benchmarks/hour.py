@@ -22,8 +22,8 @@ training images, or of test images with --test. References: raw pixels, the enco
 fine-tuning, and the features of an EfficientNet-Lite0 that was trained on ImageNet with labels.
 
 Every finished command is kept in --output_dir, so that an interrupted benchmark continues, and later commands add
-rows, seeds and sets; a command that failed is in the table with its exit code. Writes results.json there, and
-benchmarks/hour_<hardware>_<date>.json, .md and .png with all results.
+rows, seeds, sets and, after --finetuning none, fine-tuning; a command that failed is in the table with its exit code.
+Writes results.json there, and benchmarks/hour_<hardware>_<date>.json, .md and .png with all results.
 """
 
 import argparse
@@ -77,6 +77,8 @@ class Bench:
         self.results: dict[str, Any] = {"settings": settings, "hardware": hardware(), "sets": {}}
         if self.results_file.exists():
             self.results = json.loads(self.results_file.read_text())
+        if self.results["settings"]["finetuning"] == "none":  # a later command may add it
+            self.results["settings"]["finetuning"] = options.finetuning
         if self.results["settings"] != settings:
             raise SystemExit(f"{self.results_file} has other settings, {self.results['settings']}: use --output_dir")
         self.sets = [self.open_set(name) for name in options.sets]
