@@ -6,18 +6,16 @@
 
 The weights are those of the encoder inside an ONNX file of saliency, which fine-tuned it. They are converted to a
 Dinov2Model, whose features are compared with those of onnxruntime, or of onnx's reference if that is not installed.
-Each arm of `ARMS` has the same minutes of training, by the seconds per step that a dry run measures. Its first
-checkpoint is compared with the source, and the encoder that users get is evaluated on the test split of the stamps. A
-run that was stopped continues with the same command. Writes benchmarks/continue_dinov2_<hardware>_<date>.json and .md.
+Each arm of `ARMS` makes the steps that fit into the same minutes, by the speed of a few steps. Its first checkpoint is
+compared with the source, and the encoder that users get is evaluated on the test split of the stamps. With
+--num_threads, several arms run at a time, each on so many cores, also while speeds are measured. A run that was
+stopped continues with the same command. Writes benchmarks/continue_dinov2_<hardware>_<date>.json and .md.
 """
 
 import argparse
 import importlib.util
 import json
-import os
-import re
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,9 @@ import torch
 from PIL import Image
 from transformers import AutoModel, Dinov2Config, Dinov2Model
 
-from benchmarks.few_label import run
+from benchmarks.hour import MEASURED_STEPS, read_frozen, read_speed, steps_of
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
-from benchmarks.resumable import ROOT
+from benchmarks.resumable import ROOT, Jobs
 from evaluation.online_history import OnlineHistory
 from hub.export.native import write_image_processor
 from modeling import MODELS
@@ -58,23 +56,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0, help="of training, for each arm")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--num_threads", type=int, default=0, help="of each command (default: one command, all cores)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/continue_dinov2"))
     options = parser.parse_args()
     source = options.output_dir / "source"
     file = find_onnx()
     if not (source / "config.json").is_file():
         convert(file, source)
-    report: dict[str, Any] = {"conversion": compare_with_onnx(file, source, options.data), "arms": {}}
-    report["start"] = knn(source, options)
-    for arm in options.arms:
-        if f"--method {arm}".split()[1] not in MODELS:
-            report["arms"][arm] = {"failure": "no such method"}
-            continue
-        try:
-            report["arms"][arm] = continued(arm, source, options)
-        except SystemExit as error:  # of one arm
-            report["arms"][arm] = {"failure": str(error).strip().splitlines()[-1]}
-        print(arm, report["arms"][arm], flush=True)
+    bench = Bench(source, options)
+    report: dict[str, Any] = {
+        "conversion": compare_with_onnx(file, source, options.data),
+        "start": bench.scores_of(source),
+        "arms": dict(zip(options.arms, bench.scores(options.arms), strict=True)),
+    }
     stem = ROOT / "benchmarks" / f"continue_dinov2_{hardware_slug()}_{TODAY}"
     write_report(stem, report, as_markdown(report, options))
 
@@ -149,49 +143,77 @@ def compare_with_onnx(file: Path, source: Path, data: Path) -> dict[str, Any]:
 # ---- training ----
 
 
-def continued(arm: str, source: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train one arm for the minutes; return its first features' difference from the source, and kNN over time."""
-    out = options.output_dir / f"{arm.replace(' ', '-')}-{options.minutes:g}m"
-    record = out.parent / f"{out.name}.steps.json"
-    flags = [
-        *("--init_from", str(source), "--dataset", str(options.data / "photographs"), "--image_size", str(IMAGE_SIZE)),
-        *("--per_device_train_batch_size", str(options.batch_size), "--gradient_accumulation_steps", "1"),
-        *("--eval_dataset", str(options.data / "tuning"), "--eval_steps", "0.2", "--save_steps", "0.5"),
-    ]
-    if not record.is_file():
-        trial = ARMS[arm].format(head_epochs=0, source=source).split()
-        seconds = seconds_per_step([*flags, *trial, "--output_dir", str(out), "--max_steps", "1000"])
-        num_images = len(list((options.data / "photographs").glob("*.jpg")))
-        num_steps = max(20, round(60 * options.minutes / seconds))
-        head_epochs = _HEAD_SHARE * num_steps * options.batch_size / num_images
-        record.write_text(json.dumps({"num_steps": num_steps, "head_epochs": head_epochs, "seconds": seconds}))
-    plan = json.loads(record.read_text())
-    own = ARMS[arm].format(head_epochs=f"{plan['head_epochs']:.4f}", source=source).split()
-    spent = run("run_pretraining.py", *flags, *own, "--output_dir", str(out), "--max_steps", str(plan["num_steps"]))
-    history = OnlineHistory.of(json.loads((out / "trainer_state.json").read_text())["log_history"])
-    online = dict(zip(*history.series(history.knn), strict=True))
-    return {
-        "flags": " ".join(own),
-        "steps": plan["num_steps"],
-        "minutes": spent / 60,
-        "difference before the first step": first_difference(out, source, options.data),
-        "online kNN": online,
-        "kNN": knn(out, options),
-    }
+class Bench:
+    """The commands of the arms, each on cores of its own."""
 
+    def __init__(self, source: Path, options: argparse.Namespace) -> None:
+        self.source, self.options, self.jobs = source, options, Jobs(options.num_threads)
 
-def seconds_per_step(flags: list[str]) -> float:
-    """Return what a dry run measures."""
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "run_pretraining.py"), *flags, "--dry_run"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )
-    found = re.search(r"\(([\d.e-]+) s per step\)", result.stdout + result.stderr)
-    if found is None:
-        raise SystemExit(f"the dry run failed: {result.stderr[-2000:]}")
-    return float(found[1])
+    def scores(self, arms: Sequence[str]) -> list[dict[str, Any]]:
+        """Return what each arm has become: first all speeds are measured, then all arms trained."""
+        speeds = self.jobs.map(self.speed_of, arms)
+        return self.jobs.map(self.continued, list(zip(arms, speeds, strict=True)))
+
+    def train(self, arm: str, out: Path, num_steps: int, head_epochs: float, *extra: str) -> None:
+        options = self.options
+        self.jobs.succeed(
+            "run_pretraining.py", "--init_from", str(self.source), "--dataset", str(options.data / "photographs"),
+            "--image_size", str(IMAGE_SIZE), "--per_device_train_batch_size", str(options.batch_size),
+            "--gradient_accumulation_steps", "1", "--report_to", "none",
+            *ARMS[arm].format(head_epochs=f"{head_epochs:.4f}", source=self.source).split(), *extra,
+            "--max_steps", str(num_steps), "--output_dir", str(out),
+        )  # fmt: skip
+
+    def folder(self, arm: str) -> Path:
+        return Path(self.options.output_dir / f"{arm.replace(' ', '-')}-{self.options.minutes:g}m")
+
+    def speed_of(self, arm: str) -> dict[str, float]:
+        out = self.folder(arm).with_name(f"{self.folder(arm).name}-speed")
+        self.train(
+            arm, out, MEASURED_STEPS, 0.0, "--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"
+        )
+        return read_speed(out)
+
+    def continued(self, job: tuple[str, dict[str, float]]) -> dict[str, Any]:
+        """Train one arm for the minutes; return its first features' difference from the source, and kNN over time."""
+        (arm, speed), out = job, self.folder(job[0])
+        num_steps = steps_of(self.options.minutes, speed)
+        num_images = len(list((self.options.data / "photographs").glob("*.jpg")))
+        head_epochs = _HEAD_SHARE * num_steps * self.options.batch_size / num_images
+        evaluations = (
+            "--eval_dataset",
+            str(self.options.data / "tuning"),
+            "--eval_steps",
+            "0.2",
+            "--save_steps",
+            "0.5",
+        )
+        self.train(arm, out, num_steps, head_epochs, *evaluations)
+        history = OnlineHistory.of(json.loads((out / "trainer_state.json").read_text())["log_history"])
+        return {
+            "flags": ARMS[arm].format(head_epochs=f"{head_epochs:.4f}", source="SOURCE"),
+            "steps": num_steps,
+            "difference before the first step": first_difference(out, self.source, self.options.data),
+            "online kNN": dict(zip(*history.series(history.knn), strict=True)),
+            **self.scores_of(out),
+        }
+
+    def scores_of(self, model: Path) -> dict[str, Any]:
+        """Return the accuracies on the stamps' test split, with the features that are best on training images."""
+        out = self.options.output_dir / f"{model.name}-frozen"
+        stamps = ("--dataset", str(self.options.data / "stamps"))
+        self.jobs.succeed(
+            "run_evaluation.py",
+            "--model",
+            str(model),
+            *stamps,
+            "--probes",
+            "knn",
+            "logistic",
+            "--output_dir",
+            str(out),
+        )
+        return read_frozen(out)
 
 
 @torch.no_grad()
@@ -204,21 +226,9 @@ def first_difference(out: Path, source: Path, data: Path) -> float:
     return float((model.encoder(images).last_hidden_state - expected).abs().max())
 
 
-def knn(model: Path, options: argparse.Namespace) -> float:
-    """Return the best accuracy of kNN on the stamps' test split."""
-    out = options.output_dir / f"{model.name}-knn"
-    run(
-        "run_evaluation.py", "--model", str(model), "--dataset", str(options.data / "stamps"),
-        "--probes", "knn", "--output_dir", str(out),
-    )  # fmt: skip
-    results = json.loads((out / "metrics.json").read_text())["results"]
-    return max(
-        entry["value"] for entry in results if "accuracy" in entry["metric"] and not entry.get("reference", False)
-    )
-
-
 def as_markdown(report: dict[str, Any], options: argparse.Namespace) -> str:
-    conversion = report["conversion"]
+    conversion, number = report["conversion"], options.num_threads
+    threads = f"{number} thread{'s' if number > 1 else ''}" if number else "all cores"
     lines = [
         f"# DINOv2 ViT-S/14 continued on photographs, {TODAY}",
         "",
@@ -228,21 +238,19 @@ def as_markdown(report: dict[str, Any], options: argparse.Namespace) -> str:
         f"{conversion['by']} by at most {conversion['largest difference']:.1e} (the largest is "
         f"{conversion['largest feature']:.1f}).",
         f"Training: {options.minutes:g} minutes an arm, {options.batch_size} photographs of {IMAGE_SIZE} pixels a "
-        f"step, the first {_HEAD_SHARE:.0%} of the steps on the frozen encoder. kNN: 16 classes of stamps, test "
-        "split.",
+        f"step, {threads}, the first {_HEAD_SHARE:.0%} of the steps on the frozen encoder. Accuracy on 16 classes of "
+        "stamps, test split; features are chosen on training images.",
         "",
-        "| | kNN | validation split, during | steps | first features differ by |",
-        "|---|---|---|---|---|",
-        f"| source | {report['start']:.3f} | | | |",
+        "| | kNN | logistic regression | kNN on validation images, during | steps | first features differ by |",
+        "|---|---|---|---|---|---|",
+        f"| source | {report['start']['knn']:.3f} | {report['start']['logistic']:.3f} | | | |",
     ]
     for arm, result in report["arms"].items():
-        if "failure" in result:
-            lines.append(f"| {arm} | failed: {result['failure']} | | | |")
-            continue
         online = ", ".join(f"{value:.3f}" for value in result["online kNN"].values())
         difference = f"{result['difference before the first step']:.1e}"
-        lines.append(f"| {arm} | {result['kNN']:.3f} | {online} | {result['steps']:,} | {difference} |")
-    settings = [f"- {arm}: `{result['flags']}`" for arm, result in report["arms"].items() if "flags" in result]
+        accuracies = f"{result['knn']:.3f} | {result['logistic']:.3f}"
+        lines.append(f"| {arm} | {accuracies} | {online} | {result['steps']:,} | {difference} |")
+    settings = [f"- {arm}: `{result['flags']}`" for arm, result in report["arms"].items()]
     return "\n".join([*lines, "", *settings])
 
 

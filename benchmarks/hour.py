@@ -46,7 +46,7 @@ from benchmarks.image_sets import ImageSet
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
 from benchmarks.resumable import ROOT, Jobs, Outcome
 
-_MEASURED_STEPS, _WARM_UP = 14, 2  # each is a line of the log; the first ones do not count
+MEASURED_STEPS, _WARM_UP = 14, 2  # each is a line of the log; the first ones do not count
 SETS = ("tuxstamps", "fashion-mnist")
 _NON_FINITE, _COLLAPSED = 3, 5  # exit codes; the same command would end so again
 
@@ -153,7 +153,7 @@ class Bench:
         found: dict[str, list[Any]] = {row: [] for row in trials}
 
         def one(row: str, number: int) -> Any:
-            steps = [_MEASURED_STEPS] * len(TRAINED[row])
+            steps = [MEASURED_STEPS] * len(TRAINED[row])
             extra = ("--logging_steps", "1", "--eval_strategy", "no", "--save_strategy", "no")
             out = folder / f"{row}-{len(speeds)}-{number}"
             try:
