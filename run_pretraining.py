@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
@@ -355,8 +354,8 @@ def build_trainer(
         keep_anchor(targets, output_dir)
     if targets is not None and settings.cache_tokens and not settings.dry_run:
         state = PartialState()
-        file = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
-        samples = SamplesWithTargets(samples, targets.output, np.load(file, mmap_mode="r"))  # shared by the workers
+        files = first_on_main(state, lambda: cached_targets(central, targets, output_dir, printer(state)))
+        samples = SamplesWithTargets(samples, files)
         train_transform = transform_of(settings, config, None, train=False)
     validation = dataset(splits.validation, fixed) if len(splits.validation) else None
     train_dataset: Any

@@ -38,12 +38,12 @@ SHAPES = (
 WRITTEN_FOLDERS = ("checkpoint-*", "pretraining", "text", PANELS, ANCHOR, STREAM, "runs", ".hub")
 WRITTEN_FILES = (
     *("README.md", "config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"),
-    *("trainer_state.json", "codebook.json", "tokens-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),
+    *("trainer_state.json", "codebook.json", "targets-*.npy", CURVE_FILE, PANEL_FILE, BAD_IMAGES_FILE),
     *(SUBSET_FILE, METRICS_FILE, CONFUSION_FILE, "retrieved.png", "segments.png", "detections.png"),
     *("tokenizer.json", "tokenizer_config.json"),
 )
 # What a run that was killed may have left behind.
-LEFT_BEHIND = (f"{UNFINISHED_EXPORT}*", ".export", "tokens-*.part.npy")
+LEFT_BEHIND = (f"{UNFINISHED_EXPORT}*", ".export", "targets-*.part.npy")
 # What run_evaluation.py writes besides METRICS_FILE; deleted only if it wrote that, as users may have such files.
 _OF_AN_EVALUATION = ("report.html", "feature_maps.png", "labels.txt", "patch_similarity.png", "segmentation.png")
 

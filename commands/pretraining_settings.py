@@ -126,8 +126,8 @@ class PretrainingDataFlags(CachedImageFlags):
     )
     cache_tokens: bool = flag(
         False,
-        "with --tokenizer: compute the tokens of every image once, before training. Each image is then its central "
-        "crop, never mirrored: for images that have the right size already",
+        "compute the tokens of --tokenizer, or the features of --teacher, of every image once, before training. Each "
+        "image is then its central crop, never mirrored: for images that have the right size already",
     )
 
 
@@ -233,7 +233,7 @@ class PretrainingSettings(
         changing = [name for name in ("crop_scale", "color_jitter") if self.is_users(name) and self.values[name]]
         if self.cache_tokens and changing:
             raise SettingsError(
-                f"--cache_tokens keeps the tokens of each image's central crop: leave out --{changing[0]}, which "
+                f"--cache_tokens keeps the targets of each image's central crop: leave out --{changing[0]}, which "
                 "would show another crop every time"
             )
         if self.cache_tokens and self.repeated_aug > 1:

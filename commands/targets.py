@@ -41,7 +41,7 @@ _LARGEST_STRIDE = 32  # of convolutional networks: pixels for each feature of th
 # Flags of each kind of `MimPreTrainedModel.targets`.
 _FLAGS = {
     "tokenizer": ("tokenizer", "trust_remote_code", "cache_tokens"),
-    "teacher": ("teacher", "teacher_image_size"),
+    "teacher": ("teacher", "teacher_image_size", "cache_tokens"),
 }
 
 
@@ -51,7 +51,7 @@ def open_targets(
     """Return the targets that the method needs, or None; raises ValueError if their source is missing or unfit."""
     for kind, flags in _FLAGS.items():
         for flag in flags if kind != model_class.targets else ():
-            if getattr(settings, flag):
+            if getattr(settings, flag) and flag not in _FLAGS.get(model_class.targets or "", ()):
                 raise ValueError(f"--{flag} has no effect with --method {settings.method}; leave it out")
     return None if model_class.targets is None else _OPENERS[model_class.targets](settings, grid)
 
@@ -81,8 +81,9 @@ def _open_teacher(settings: Any, grid: Any) -> Targets | None:
     if not name:
         raise ValueError(TEACHERS.format(method=settings.method))
     if name == HOG:
-        if settings.teacher_image_size:
-            raise ValueError(f"--teacher_image_size has no effect with --teacher {HOG}; leave it out")
+        for flag in ("teacher_image_size", "cache_tokens"):
+            if getattr(settings, flag):
+                raise ValueError(f"--{flag} has no effect with --teacher {HOG}; leave it out")
         return None
     log = printer(PartialState())
     config = open_config(name, "teacher")

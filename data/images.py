@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
@@ -97,19 +98,31 @@ class SourceSamples:
 
 @dataclass(frozen=True)
 class SamplesWithTargets:
-    """Samples with targets that were computed before: `values` (images, N), -1 where an image could not be read."""
+    """Samples with targets that were computed before, by `training.token_cache`: files (images, ...) by their key."""
 
     samples: Samples
-    key: str
-    values: np.ndarray
+    files: Mapping[str, Path]
+
+    @cached_property
+    def values(self) -> dict[str, np.ndarray]:
+        """The content of the files, which stays on the disk and is shared by all processes."""
+        return {key: np.load(file, mmap_mode="r") for key, file in self.files.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "values"}  # else a copy is sent
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def sample(self, index: int) -> dict[str, Any]:
-        if self.values[index][0] < 0:
+        targets = {key: np.array(values[index]) for key, values in self.values.items()}
+        if any(map(no_target, targets.values())):
             raise BadImage("could not be read when its targets were computed")
-        return {**self.samples.sample(index), self.key: torch.from_numpy(self.values[index].astype(np.int64))}
+        tensors = {
+            key: torch.from_numpy(values.astype(np.int64) if values.dtype == np.int32 else values)
+            for key, values in targets.items()
+        }
+        return {**self.samples.sample(index), **tensors}
 
     def name(self, index: int) -> str:
         return self.samples.name(index)
@@ -121,6 +134,12 @@ class SamplesWithTargets:
     def prefetch(self, positions: Sequence[int], wait: bool = True) -> None:
         if prefetch := getattr(self.samples, "prefetch", None):
             prefetch(positions, wait)
+
+
+def no_target(values: np.ndarray) -> bool:
+    """Return whether these are not the targets of an image, as it could not be read."""
+    first = values.flat[0]
+    return bool(first == -1 if np.issubdtype(values.dtype, np.integer) else np.isnan(first))
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

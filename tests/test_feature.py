@@ -180,7 +180,11 @@ def teachers(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("teacher", "flags", "width"),
-    [("hog", [], 27), ("clip", ["--distill_visible", "true"], 16), ("cnn", ["--teacher_image_size", "40"], 16)],
+    [
+        ("hog", [], 27),
+        ("clip", ["--distill_visible", "true"], 16),
+        ("cnn", ["--teacher_image_size", "40", "--cache_tokens"], 16),
+    ],
 )
 def test_run__trains_on_every_kind_of_teacher_and_leaves_it_out_of_the_weights(
     teacher, flags, width, teachers, tmp_path, capsys
@@ -197,6 +201,7 @@ def test_run__trains_on_every_kind_of_teacher_and_leaves_it_out_of_the_weights(
     assert hasattr(whole, "class_token_head") == (teacher == "clip")
     assert not [key for key in whole.state_dict() if "teacher" in key]
     assert list(folder.glob("panels/step-*.png"))
+    assert len(list(folder.glob("targets-*-teacher_features.npy"))) == ("--cache_tokens" in flags)
 
 
 def test_refusals__say_what_to_do(teachers, tmp_path, capsys):
@@ -212,7 +217,7 @@ def test_refusals__say_what_to_do(teachers, tmp_path, capsys):
     assert "has a grid of 1 x 1 for images of 8 x 8 pixels" in small
     assert "gives no grid of features" in refusal("--teacher", str(teachers / "clip"), "--teacher_image_size", "6")
     assert "--teacher_image_size has no effect" in refusal("--teacher", "hog", "--teacher_image_size", "32")
-    assert "--cache_tokens has no effect with --method feature" in refusal("--teacher", "hog", "--cache_tokens")
+    assert "--cache_tokens has no effect with --teacher hog" in refusal("--teacher", "hog", "--cache_tokens")
     assert "--teacher has no effect with --method mae" in refusal("--method", "mae", "--teacher", "hog")
 
 

@@ -51,7 +51,7 @@ def test_run__writes_an_encoder_a_panel_and_the_accuracy(tokenizer, tmp_path, fl
     assert type(AutoModel.from_pretrained(folder)).__name__ == "BeitModel"
     assert json.loads((folder / "pretraining" / "config.json").read_text())["vocab_size"] == 32
     assert list(folder.glob("panels/step-*.png"))
-    assert len(list(folder.glob("tokens-*.npy"))) == ("--cache_tokens" in flags)
+    assert len(list(folder.glob("targets-*-labels.npy"))) == ("--cache_tokens" in flags)
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert any("accuracy" in entry for entry in history)
 

@@ -10,6 +10,7 @@ width, N = h * w patches.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import FlavaImageCodebook, PreTrainedModel
@@ -36,8 +37,9 @@ class Targets:
         model: The frozen model that computes them, whose weights identify a cache.
         view: The view that they are computed from beside `pixel_values`, if any.
         output: Key of the targets in the batch. A batch that already has it, from a cache, is returned as it is.
+        cached: Keys in the batch of what can be computed once for a fixed crop, with the types of it in files.
+        cache_key: What the values in a cache depend on beside the model's weights and the crop.
         config_settings: Settings of the method's config that follow from the source of the targets.
-        is_cacheable: Whether the targets of a fixed crop can be computed once and stored.
         can_decode: Whether `decode` turns targets into images.
     """
 
@@ -45,7 +47,8 @@ class Targets:
     view: ExtraView | None = None
     output = "labels"
     config_settings: Mapping[str, Any] = {}
-    is_cacheable = False
+    cached: Mapping[str, type[np.number[Any]]] = {}
+    cache_key = ""
     can_decode = False
 
     def to(self, device: torch.device) -> "Targets":
@@ -68,7 +71,7 @@ class TokenizerTargets(Targets):
         ValueError: If the model is not an image tokenizer, or its image size gives another grid than the patches.
     """
 
-    is_cacheable = True
+    cached = {"labels": np.int32}  # noqa: RUF012 - as in the base class
 
     def __init__(self, tokenizer: PreTrainedModel, grid: tuple[int, int], name: str = "this model") -> None:
         if not hasattr(tokenizer, "get_codebook_indices"):
@@ -135,6 +138,10 @@ class TeacherTargets(Targets):
 
     def __init__(self, teacher: Any, image_size: tuple[int, int], num_channels: int) -> None:
         self.model = teacher
+        self.cached = {self.output: np.float16}
+        if teacher.has_class_token:
+            self.cached["teacher_class_token"] = np.float16
+        self.cache_key = repr((teacher.image_size, teacher.image_mean, teacher.image_std))
         if min(teacher.grid) < 2:
             height, width = teacher.image_size
             raise ValueError(
