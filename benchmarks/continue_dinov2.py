@@ -6,10 +6,10 @@
 
 The weights are those of the encoder inside an ONNX file of saliency, which fine-tuned it. They are converted to a
 Dinov2Model, whose features are compared with those of onnxruntime, or of onnx's reference if that is not installed.
-Each arm of `ARMS` makes the steps that fit into the same minutes, by the speed of a few steps. Its first checkpoint is
-compared with the source, and the encoder that users get is evaluated on the test split of the stamps. With
---num_threads, several arms run at a time, each on so many cores, also while speeds are measured. A run that was
-stopped continues with the same command. Writes benchmarks/continue_dinov2_<hardware>_<date>.json and .md.
+Each arm of `ARMS` makes the steps that fit into the same minutes, by the speed of a few steps. The checkpoint before
+its first step is compared with the source, and the encoder that users get is evaluated on the test split of the
+stamps. With --num_threads, several arms run at a time, each on so many cores, also while speeds are measured. A run
+that was stopped continues with the same command. Writes benchmarks/continue_dinov2_<hardware>_<date>.json and .md.
 """
 
 import argparse
@@ -189,11 +189,13 @@ class Bench:
             "0.5",
         )
         self.train(arm, out, num_steps, head_epochs, *evaluations)
+        first = out.with_name(f"{out.name}-first")  # has checkpoint-0; that of the run may be deleted for later ones
+        self.train(arm, first, 1, 0.0, "--eval_strategy", "no", "--save_steps", "1")
         history = OnlineHistory.of(json.loads((out / "trainer_state.json").read_text())["log_history"])
         return {
             "flags": ARMS[arm].format(head_epochs=f"{head_epochs:.4f}", source="SOURCE"),
             "steps": num_steps,
-            "difference before the first step": first_difference(out, self.source, self.options.data),
+            "difference before the first step": first_difference(first, self.source, self.options.data),
             "online kNN": dict(zip(*history.series(history.knn), strict=True)),
             **self.scores_of(out),
         }
