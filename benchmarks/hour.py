@@ -218,10 +218,13 @@ class Bench:
         data = images.finetune_test if split == "test" else labeled
         recipe = ("--config", images.finetuning) if self.options.finetuning == "recipe" else ()
         scratch = ("--from_scratch",) if row == UNTRAINED else ()
-        self.run(
-            "run_finetune.py", *recipe, "--model", str(encoder), *data, *scratch, "--report_to", "none",
-            "--seed", str(seed), "--output_dir", str(out),
-        )  # fmt: skip
+        try:
+            self.run(
+                "run_finetune.py", *recipe, "--model", str(encoder), *data, *scratch, "--report_to", "none",
+                "--seed", str(seed), "--output_dir", str(out),
+            )  # fmt: skip
+        except CommandError as failure:  # the frozen features have their scores
+            return found | {"fine-tuning failed": str(failure)}
         return found | {"fine-tuned": read_finetuned(out, split)}
 
 

@@ -53,7 +53,12 @@ def table(found: Mapping[str, Any], split: str, order: Mapping[str, Sequence[str
     failures = []
     for row, scores in rows:
         good = {seed: each for seed, each in scores.items() if "failed" not in each}
-        failures += [f"- {row}, seed {seed}: {each['failed']}" for seed, each in scores.items() if "failed" in each]
+        failures += [
+            f"- {row}, seed {seed}: {each[kind]}"
+            for seed, each in scores.items()
+            for kind in ("failed", "fine-tuning failed")
+            if kind in each
+        ]
         speed = found["speeds"].get(row, {}).get("stages", [])
         cells = [" + ".join(f"{stage['images_per_second']:.1f}" for stage in speed)]
         cells.append(" + ".join(f"{stage['images_per_step']:g}" for stage in speed))

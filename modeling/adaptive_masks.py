@@ -102,7 +102,7 @@ class AttentionMasksConfig(MimConfig):
 
     Args:
         attention_masks: Mask the patches to which the teacher's class token attends most (AttMask); no gain measured
-            yet.
+            (README).
         attention_hint_share: Hints for each masked patch, which stay visible, and the share of all patches, the most
             attended ones, among which they are drawn; 0 for none.
     """
@@ -181,7 +181,7 @@ class HardPatchesConfig(MimConfig):
 
     Args:
         hard_patch_share: Share of the masked patches, at the end of the training, that are those of the largest
-            predicted loss (HPM: 0.5); it rises from 0; no gain measured yet.
+            predicted loss (HPM: 0.5); it rises from 0; no gain measured (README).
     """
 
     hard_patch_share: float = 0.0

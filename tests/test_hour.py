@@ -72,16 +72,21 @@ def test_features__are_chosen_on_training_images(tmp_path):
 def test_table__has_means_over_the_seeds_and_names_failures(tmp_path):
     scores = frozen(tmp_path) | {"fine-tuned": 0.7, "steps": [500]}
     speeds = {"dino": {"stages": [{"images_per_second": 80.0, "images_per_step": 8.0}]}}
-    of_dino = {"0": scores, "1": scores | {"knn": 0.6}, "2": {"failed": "run_pretraining.py: exit code 5"}}
+    half = {key: value for key, value in scores.items() if key != "fine-tuned"} | {
+        "knn": 0.6,
+        "fine-tuning failed": "2",
+    }
+    of_dino = {"0": scores, "1": half, "2": {"failed": "run_pretraining.py: exit code 5"}}
     found = {
         "speeds": speeds,
         "scores": {"dino": {"test": of_dino}, "mae": {"test": {"0": {"failed": "exit code 2"}}}},
     }
     lines = hour_report.table(found, "test", {"ours": ["mae", "dino"], "references": []})
-    assert "| dino | 80.0 | 8 | 4 | 0.550 +- 0.071 | 0.500 +- 0.000 | 0.700 +- 0.000 | 7.0 +- 0.0 | 0, 1 |" in lines
+    assert "| dino | 80.0 | 8 | 4 | 0.550 +- 0.071 | 0.500 +- 0.000 | 0.700 | 7.0 +- 0.0 | 0, 1 |" in lines
     assert "| mae |  |  |  |  |  |  |  | failed |" in lines
     assert "| raw pixels |  |  |  | 0.200 +- 0.000 | 0.200 +- 0.000 |  |  | 0, 1 |" in lines
-    assert lines[-2:] == ["- mae, seed 0: exit code 2", "- dino, seed 2: run_pretraining.py: exit code 5"]
+    failures = ["mae, seed 0: exit code 2", "dino, seed 1: 2", "dino, seed 2: run_pretraining.py: exit code 5"]
+    assert lines[-3:] == [f"- {failure}" for failure in failures]
 
 
 def test_fashion_mnist__holds_back_training_images_of_each_class(tmp_path, monkeypatch):
