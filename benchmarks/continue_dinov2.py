@@ -183,10 +183,7 @@ class Bench:
         evaluations = (
             "--eval_dataset",
             str(self.options.data / "tuning"),
-            "--eval_steps",
-            "0.2",
-            "--save_steps",
-            "0.5",
+            *"--eval_steps 0.2 --save_steps 0.5".split(),
         )
         self.train(arm, out, num_steps, head_epochs, *evaluations)
         first = out.with_name(f"{out.name}-first")  # has checkpoint-0; that of the run may be deleted for later ones
@@ -203,18 +200,10 @@ class Bench:
     def scores_of(self, model: Path) -> dict[str, Any]:
         """Return the accuracies on the stamps' test split, with the features that are best on training images."""
         out = self.options.output_dir / f"{model.name}-frozen"
-        stamps = ("--dataset", str(self.options.data / "stamps"))
         self.jobs.succeed(
-            "run_evaluation.py",
-            "--model",
-            str(model),
-            *stamps,
-            "--probes",
-            "knn",
-            "logistic",
-            "--output_dir",
-            str(out),
-        )
+            "run_evaluation.py", "--model", str(model), "--dataset", str(self.options.data / "stamps"),
+            "--probes", "knn", "logistic", "--output_dir", str(out),
+        )  # fmt: skip
         return read_frozen(out)
 
 

@@ -116,7 +116,7 @@ class SamplesWithTargets:
 
     def sample(self, index: int) -> dict[str, Any]:
         targets = {key: np.array(values[index]) for key, values in self.values.items()}
-        if any(map(no_target, targets.values())):
+        if any(no_target(values.flat[:1]).item() for values in targets.values()):
             raise BadImage("could not be read when its targets were computed")
         tensors = {
             key: torch.from_numpy(values.astype(np.int64) if values.dtype == np.int32 else values)
@@ -136,10 +136,10 @@ class SamplesWithTargets:
             prefetch(positions, wait)
 
 
-def no_target(values: np.ndarray) -> bool:
-    """Return whether these are not the targets of an image, as it could not be read."""
-    first = values.flat[0]
-    return bool(first == -1 if np.issubdtype(values.dtype, np.integer) else np.isnan(first))
+def no_target(first: np.ndarray) -> np.ndarray:
+    """Return where the first values of the targets of images say that an image could not be read."""
+    missing: np.ndarray = first == -1 if np.issubdtype(first.dtype, np.integer) else np.isnan(first)
+    return missing
 
 
 class ImageDataset(Dataset[dict[str, Any]]):

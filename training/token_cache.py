@@ -41,7 +41,7 @@ def cached_targets(
         _write(files, images, targets)
     for key, file in files.items():
         values = np.load(file, mmap_mode="r")
-        num_without = sum(no_target(values[index]) for index in range(len(values)))
+        num_without = int(no_target(values.reshape(len(values), -1)[:, 0]).sum())
         what = f"{math.prod(values.shape[1:]):,} {'tokens' if key == 'labels' else 'numbers'}"
         log(f"{file.name}: {what} for each of {len(values) - num_without:,} images, {values.nbytes / 1e6:,.1f} MB")
     return files
