@@ -180,11 +180,8 @@ class Bench:
         num_steps = steps_of(self.options.minutes, speed)
         num_images = len(list((self.options.data / "photographs").glob("*.jpg")))
         head_epochs = _HEAD_SHARE * num_steps * self.options.batch_size / num_images
-        evaluations = (
-            "--eval_dataset",
-            str(self.options.data / "tuning"),
-            *"--eval_steps 0.2 --save_steps 0.5".split(),
-        )
+        labeled = str(self.options.data / "tuning")
+        evaluations = ("--eval_dataset", labeled, "--eval_steps", "0.2", "--save_steps", "0.5")
         self.train(arm, out, num_steps, head_epochs, *evaluations)
         first = out.with_name(f"{out.name}-first")  # has checkpoint-0; that of the run may be deleted for later ones
         self.train(arm, first, 1, 0.0, "--eval_strategy", "no", "--save_steps", "1")
