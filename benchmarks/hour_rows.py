@@ -41,6 +41,7 @@ OURS: dict[str, tuple[Stage, ...]] = {
     "ibot": method("ibot"),
     "dinov2": method("dinov2"),
     "feature": method("feature", "--teacher", "{reference}"),
+    "feature-cached": method("feature", "--teacher", "{reference}", "--cache_tokens", "true"),
     "feature-hog": method("feature", "--teacher", "hog"),
     "hybrid": method("hybrid"),
     "mae-hard-patches": method("mae", "--hard_patch_share", "0.5"),
