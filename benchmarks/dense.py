@@ -4,11 +4,12 @@
     python -m benchmarks.dense --reference outputs/efficientnet-lite0
     python -m benchmarks.dense --encoders mae=FOLDER dino=FOLDER      # trained elsewhere, for images of --image_size
 
-Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels, then for each
-of three seeds: a UPerNet on every encoder and on random weights of the first one, and a linear layer on the frozen
-patches; for the first seed a detector. All runs of a kind have the same time (--minutes) and settings. Frozen patches
-of every encoder, of an EfficientNet-Lite0 if it is given as --reference, and raw pixels are measured by the same
-linear probe (`run_evaluation.py --dense`). Test scenes have other stamps and photographs. Writes
+Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels (`feature` with
+--reference as its teacher), then for each of three seeds: a UPerNet on every encoder and on random weights of the
+first one, and a linear layer on the frozen patches; for the first seed a detector. All runs of a kind have the same
+time (--minutes) and settings, and with --num_threads several run beside each other, on cores of their own. Frozen
+patches of every encoder, of the EfficientNet-Lite0 that is given as --reference, and raw pixels are measured by the
+same linear probe (`run_evaluation.py --dense`). Test scenes have other stamps and photographs. Writes
 benchmarks/<name>_<hardware>_<date>.md and .json. An interrupted benchmark continues.
 """
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.provenance import TODAY, command, hardware, hardware_slug, versions, write_report
-from benchmarks.resumable import ROOT, Outcome, run
+from benchmarks.resumable import ROOT, Jobs
 
 RANDOM = "random weights"
 PROBED = "frozen linear probe"
@@ -36,7 +37,7 @@ _KINDS = {  # name: flags, and the metrics that are reported
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("outputs/scenes"), help="what benchmarks.scenes wrote")
-    parser.add_argument("--methods", nargs="+", default=["mae", "dino"], help="of pre-training")
+    parser.add_argument("--methods", nargs="+", help="of pre-training (default: mae and, with --reference, feature)")
     parser.add_argument("--encoders", nargs="*", default=[], metavar="NAME=FOLDER", help="instead of --methods")
     parser.add_argument("--reference", type=Path, help="an encoder whose frozen patches are probed as well")
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=list(_KINDS))
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--pretraining_minutes", type=float, default=20.0)
     parser.add_argument("--minutes", type=float, default=4.0, help="of each fine-tuning")
     parser.add_argument("--steps", type=int, help="of every training instead of the times, for a trial")
+    parser.add_argument("--num_threads", type=int, help="of each command (default: one command, all cores)")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="of the head; encoders have a part of it")
     parser.add_argument("--linear_learning_rate", type=float, default=1e-2)
@@ -55,30 +57,39 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks", help="where the report goes")
     parser.add_argument("--name", default="dense", help="of the report")
     options = parser.parse_args()
+    methods = options.methods or (["mae", "feature"] if options.reference else ["mae"])
+    if "feature" in methods and not options.reference:
+        parser.error("feature needs --reference, its teacher: see --help")
+    jobs = Jobs(options.num_threads)
     encoders = dict(each.split("=", 1) for each in options.encoders)
-    encoders = encoders or {method: str(pretrain(method, options)) for method in options.methods}
+    if not encoders:
+        folders = jobs.map(lambda method: pretrain(method, options, jobs), methods)
+        encoders = {method: str(folder) for method, folder in zip(methods, folders, strict=True)}
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for kind in options.kinds:
         seeds = options.seeds if kind != "detection" else options.seeds[:1]
         rows = {**encoders, RANDOM: next(iter(encoders.values()))}
-        results[kind] = {row: [tune(kind, row, rows[row], seed, options) for seed in seeds] for row in rows}
+        runs = [(kind, row, rows[row], seed) for row in rows for seed in seeds]
+        found = iter(jobs.map(lambda each: tune(*each, options, jobs), runs))
+        results[kind] = {row: [next(found) for _ in seeds] for row in rows}
         write(options, results)
     probed = encoders | ({"EfficientNet-Lite0": str(options.reference)} if options.reference else {})
-    results[PROBED] = {row: [probe(row, folder, options)] for row, folder in probed.items()}
+    frozen = jobs.map(lambda each: probe(*each, options, jobs), probed.items())
+    results[PROBED] = {row: [metrics] for row, metrics in zip(probed, frozen, strict=True)}
     write(options, results)
 
 
-def pretrain(method: str, options: argparse.Namespace) -> Path:
+def pretrain(method: str, options: argparse.Namespace, jobs: Jobs) -> Path:
     folder: Path = options.output_dir / f"encoder-{method}"
     images = [str(options.data / "photographs"), str(options.data / "train" / "images")]
     sizes = ["--image_size", str(options.image_size), "--patch_size", str(options.patch_size)]
     flags = ["--method", method, "--model", options.model, *sizes, "--dataset", *images]
-    flags += ["--validation_fraction", "0.02"]
-    _checked(run("run_pretraining.py", *flags, *_length(options.pretraining_minutes, options), *_common(folder)))
+    flags += ["--validation_fraction", "0.02", *(["--teacher", str(options.reference)] if method == "feature" else [])]
+    jobs.succeed("run_pretraining.py", *flags, *_length(options.pretraining_minutes, options), *_common(folder))
     return folder
 
 
-def tune(kind: str, row: str, encoder: str, seed: int, options: argparse.Namespace) -> dict[str, float]:
+def tune(kind: str, row: str, encoder: str, seed: int, options: argparse.Namespace, jobs: Jobs) -> dict[str, float]:
     """Return the metrics of a fine-tuned model on the test scenes."""
     flags, wanted = _KINDS[kind]
     folder: Path = options.output_dir / f"{kind}-{row.replace(' ', '-')}-{seed}"
@@ -88,15 +99,15 @@ def tune(kind: str, row: str, encoder: str, seed: int, options: argparse.Namespa
     flags = (*flags, "--model", encoder, "--dataset", str(options.data), *scratch, *rates, "--seed", str(seed))
     size = ("--image_size", str(options.image_size), "--per_device_train_batch_size", str(options.batch_size))
     length = _length(options.minutes, options)
-    _checked(run("run_finetune.py", *flags, *size, *length, "--eval_steps", "0.25", *_common(folder)))
+    jobs.succeed("run_finetune.py", *flags, *size, *length, "--eval_steps", "0.25", *_common(folder))
     return {name: value for name, value in _metrics(folder).items() if name in wanted}
 
 
-def probe(row: str, encoder: str, options: argparse.Namespace) -> dict[str, float]:
+def probe(row: str, encoder: str, options: argparse.Namespace, jobs: Jobs) -> dict[str, float]:
     """Return the mean IoU of a linear probe of frozen patches."""
     folder: Path = options.output_dir / f"probe-{row.replace(' ', '-')}"
     flags = ["--dense", "--model", encoder, "--dataset", str(options.data), "--output_dir", str(folder)]
-    _checked(run("run_evaluation.py", *flags))
+    jobs.succeed("run_evaluation.py", *flags)
     entries = json.loads((folder / "metrics.json").read_text())["results"]
     return {entry["name"]: entry["value"] for entry in entries if entry["metric"] == "mean_iou"}
 
@@ -142,11 +153,6 @@ def _common(folder: Path) -> list[str]:
 def _metrics(folder: Path) -> dict[str, Any]:
     entries = json.loads((folder / "metrics.json").read_text())["results"]
     return {entry["metric"]: entry["value"] for entry in entries}
-
-
-def _checked(outcome: Outcome) -> None:
-    if outcome.exit_code:
-        raise SystemExit(f"{' '.join(outcome.command)} ended with {outcome.exit_code}:\n{outcome.output}")
 
 
 if __name__ == "__main__":

@@ -78,7 +78,9 @@ def advise(
         f"an encoder of your own, from nothing: the largest that sees enough images in {budget} here (about "
         f"{best.images_per_second:,.3g} images/s, {best.num_seen:,.0f} images, {best.num_seen / num_images:,.0f} "
         "epochs). Expect a gain over training from random weights with few labels (Fashion-MNIST, 20 a class: 0.775 "
-        f"against 0.707), not over a pretrained encoder. Then: {shlex.join(tune)}",
+        "against 0.707), not over a pretrained encoder. For frozen features try --method simdino as well: after 24 "
+        "minutes on one core its accuracy of kNN is 0.699 on Fashion-MNIST, MAE's 0.654, and 0.193 and 0.163 on the "
+        f"photographs of objects, where the difference is within the error. Then: {shlex.join(tune)}",
     )
     if num_images < _FEW:
         chosen, why = (
