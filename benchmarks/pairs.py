@@ -8,8 +8,8 @@ Pairs: views of Tux Paint's stamps and scenes of two of them, with their English
 with their file names; emoji, with their Unicode names. No stamp or drawing of a training pair is in a held-out one.
 Steps, each of which is skipped if its result exists, so that an interrupted run continues: an image tokenizer, BEiT-3
 with a tokenizer trained on the captions, the accuracy of masked words on held-out pairs with the image, a gray one and
-that of another pair, and fine-tuning to retrieval. `--minutes` bounds the time of the training steps together, for each
-seed.
+that of another pair, and fine-tuning to retrieval. `--minutes` bounds the time of the training steps together, for
+each seed.
 
 Baselines of retrieval: chance, and a bag of colors: the words of the training images with the closest color histogram.
 Writes benchmarks/pairs_<hardware>_<date>.md.
