@@ -95,7 +95,7 @@ def tokenizer_flags(name: str, options: argparse.Namespace) -> list[str]:
         "dvae": ["--config", "dvae_nano_sample"],
         "vqkd": [
             *("--method", "vqkd", "--teacher", str(options.teacher), "--model", options.model),
-            *("--teacher_image_size", "224", "--patch_size", str(options.patch_size)),
+            *("--patch_size", str(options.patch_size)),
         ],
     }[name]
     dataset = ["--dataset", str(options.data / "photographs"), "--vocab_size", str(options.vocab_size)]
