@@ -94,8 +94,8 @@ def tokenizer_flags(name: str, options: argparse.Namespace) -> list[str]:
         # Chosen for the bundled photographs, see its header.
         "dvae": ["--config", "dvae_nano_sample"],
         "vqkd": [
-            *("--method", "vqkd", "--teacher", str(options.teacher), "--model", options.model),
-            *("--patch_size", str(options.patch_size)),
+            *("--method", "vqkd", "--teacher", str(options.teacher)),
+            *("--model", options.model, "--patch_size", str(options.patch_size)),
         ],
     }[name]
     dataset = ["--dataset", str(options.data / "photographs"), "--vocab_size", str(options.vocab_size)]

@@ -35,8 +35,8 @@ class HybridConfig(MaeConfig):
     """Configuration of an MAE with self-distillation, with the settings of `MaeConfig`.
 
     Args:
-        distill_weight: Weight of the class token's loss beside that of the pixels; in short runs a loss was measured
-            (README).
+        distill_weight: Weight of the class token's loss beside that of the pixels; short runs gained on one set of
+            images and lost on another (docs/small-data.md).
         coding_rate_weight: Weight in the class token's loss of the coding rate, which keeps images apart.
         head_hidden_size, head_bottleneck_size: Sizes of the projection head.
         teacher_momentum_start: Momentum of the teacher's average, which rises to 1; 0 for an average over 2% of the
