@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedConfig, TrainingArguments, set_seed
 
@@ -44,6 +45,7 @@ from modeling import TOKENIZERS
 from modeling.dvae import CodebookUse, map_pixels
 from training.callbacks import show_panels, show_progress
 from training.codebook_start import NUM_IMAGES, start_from_images
+from training.collapse import describe_collapse
 from training.evaluation_guard import describe_non_finite
 from training.targets import Targets
 from training.trainer import MimTrainer
@@ -156,8 +158,13 @@ def build_trainer(
         generator = seeded_generator(settings.seed, "codebook_start")
         if hasattr(tokenizer, "start_from_images"):
             step = max(1, len(train) // num_images)  # neighbors may be alike
-            some = [train[index]["pixel_values"] for index in range(0, step * num_images, step)]
-            tokenizer.to(arguments.device).start_from_images(torch.stack(some), generator)
+            some, size = range(0, step * num_images, step), arguments.per_device_train_batch_size
+            parts = (some[start : start + size] for start in range(0, num_images, size))
+            batches = (stack_items([train[index] for index in part]) for part in parts)
+            batches = (send_to_device(batch, arguments.device) for batch in batches)
+            if targets is not None:
+                batches = map(targets, batches)
+            tokenizer.to(arguments.device).start_from_images(batches, generator)
         else:
             some = [train[index]["pixel_values"] for index in range(num_images)]
             start_from_images(tokenizer, map_pixels(torch.stack(some)), generator)
@@ -276,8 +283,8 @@ def tokenizer_card(trainer: MimTrainer, settings: TokenizerSettings, facts: dict
             f"{facts['num_images']:,} images) {facts['num_alive']:,} of {facts['vocab_size']:,} codes occur; the "
             f"perplexity of their frequencies is {facts['perplexity']:.1f}.\n"
         )
-    if problem := describe_non_finite(trainer.state.log_history):
-        parts.append(f"**Warning: {problem}.**\n")
+    problems = describe_non_finite(trainer.state.log_history), describe_collapse(trainer)
+    parts += [f"**Warning: {problem}.**\n" for problem in problems if problem]
     if losses := [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]:
         parts.append(model.loss_in_words.format(f"{losses[-1]:.4g}") + "\n")
     if panel := copy_panel(output_dir, output_dir):

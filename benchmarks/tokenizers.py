@@ -96,10 +96,12 @@ def tokenizer_flags(name: str, options: argparse.Namespace) -> list[str]:
         "vqkd": [
             *("--method", "vqkd", "--teacher", str(options.teacher)),
             *("--model", options.model, "--patch_size", str(options.patch_size)),
+            # The paper's codebook is too slow for some hundred steps, see docs/small-data.md.
+            *("--learning_rate", "5e-4", "--codebook_decay", "0.9", "--restarts_dead_codes", "true"),
         ],
     }[name]
     dataset = ["--dataset", str(options.data / "photographs"), "--vocab_size", str(options.vocab_size)]
-    return [*own, *dataset, *common_flags(options)]
+    return [*common_flags(options), *own, *dataset]
 
 
 def train_tokenizer(name: str, images_per_second: float, options: argparse.Namespace) -> dict[str, float]:

@@ -24,6 +24,7 @@ from transformers.utils.generic import ModelOutput
 PIXEL_EPSILON = (
     0.1  # pixels in [0, 1] are mapped to [0.1, 0.9], because the logit-Laplace density is defined on (0, 1)
 )
+_COLLAPSED_SHARE = 0.05  # of the codes, that the perplexity is when tokens no longer say much about an image
 
 
 @strict
@@ -104,6 +105,19 @@ class CodebookUse:
         frequencies = histogram[histogram > 0].double() / num_tokens
         entropy = -(frequencies * frequencies.log()).sum().item()
         return cls(num_tokens, len(frequencies), math.exp(entropy))
+
+    @staticmethod
+    def signs_of_collapse(logs: Mapping[str, float], vocab_size: int) -> str | None:
+        """Return that the tokens of an evaluation say little about an image, in words; None if they say enough."""
+        if "perplexity" not in logs:
+            return None
+        perplexity, num_tokens, num_alive = logs["perplexity"], int(logs["num_tokens"]), int(logs["num_alive"])
+        if perplexity >= _COLLAPSED_SHARE * min(vocab_size, num_tokens):
+            return None
+        return (
+            f"{num_alive:,} of {vocab_size:,} codes occur in {num_tokens:,} tokens, with a perplexity of only "
+            f"{perplexity:.1f}, so that tokens say little about an image"
+        )
 
 
 class DvaeBlock(nn.Module):
@@ -206,6 +220,11 @@ class DvaeModel(PreTrainedModel):
         if "code_counts" in sums:
             return {"kl": kl / count, **asdict(CodebookUse.of(sums["code_counts"]))}
         return {"reconstruction_loss": reconstruction_loss / count, "kl": kl / count}
+
+    def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
+        """Return whether few codes occur, and what to change."""
+        signs = CodebookUse.signs_of_collapse(logs, self.vocab_size)
+        return signs and f"{signs}: set `start_from_images`, or raise `usage_weight`."
 
     def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
         """Return phrases about the schedules and the use of the codebook."""

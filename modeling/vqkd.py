@@ -4,13 +4,13 @@ Paper: Peng et al. 2022, "BEiT v2: Masked Image Modeling with Vector-Quantized V
 Sec. 2.2 and App. B.
 Code: microsoft/unilm/beit2 (modeling_vqkd.py, norm_ema_quantizer.py) at 768a3c8.
 Differs: the teacher is not part of the model: `training.targets` runs it, or the batch contains its features, of any
-encoder, interpolated to the grid of the tokenizer.
+encoder, interpolated to the grid of the tokenizer. The last bias starts at the mean of these features, not at 0.
 Shapes: B images, C channels, H W pixels, h w patches per column and row (N = h * w), D width, E width of a code, K
 codes, F width of the teacher.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -297,14 +297,26 @@ class VqkdModel(InitializesEveryModule, PreTrainedModel):
     # ---- training ----
 
     @torch.no_grad()
-    def start_from_images(self, pixel_values: torch.Tensor, generator: torch.Generator) -> None:
-        """Start the codebook from the k-means of images (B, C, H, W).
+    def start_from_images(self, batches: Iterable[Mapping[str, torch.Tensor]], generator: torch.Generator) -> None:
+        """Start the codebook from the k-means of images, and the last bias from the mean of the teacher's features.
+
+        A decoder that has to learn this mean first moves all features of the encoder the same way, to a few codes, from
+        which a short run does not recover.
+
+        Args:
+            batches: With `pixel_values` and `teacher_features`, as in `forward`.
 
         Raises:
             ValueError: If the images have fewer patches than there are codes.
         """
-        parts = [self.encode(part.to(self.device)).flatten(0, 1) for part in pixel_values.split(16)]
-        self.codebook.start(torch.cat(parts), generator)
+        patches, means = [], []
+        for batch in batches:
+            patches.append(self.encode(batch["pixel_values"]).flatten(0, 1))
+            features = F.normalize(match_grid(batch["teacher_features"], self.config.grid), dim=-1)
+            means.append(features.flatten(0, 1).mean(0))
+        self.codebook.start(torch.cat(patches), generator)
+        bias: torch.Tensor = self.to_features[-1].bias  # type: ignore[assignment]
+        bias.copy_(torch.stack(means).mean(0) * math.sqrt(len(bias)))
 
     @property
     def num_images_to_start_from(self) -> int:
@@ -325,6 +337,11 @@ class VqkdModel(InitializesEveryModule, PreTrainedModel):
         """Return the mean losses and the use of the codebook."""
         means = summarize_means({name: total for name, total in sums.items() if name.endswith("_loss")})
         return {**means, **asdict(CodebookUse.of(sums["code_counts"]))}
+
+    def collapse_signs(self, logs: Mapping[str, float]) -> str | None:
+        """Return whether few codes occur, and what to change."""
+        signs = CodebookUse.signs_of_collapse(logs, self.vocab_size)
+        return signs and f"{signs}: lower `learning_rate` and `codebook_decay`, and set `restarts_dead_codes`."
 
     def describe_metrics(self, logs: Mapping[str, float]) -> list[str]:
         """Return phrases about the losses and the use of the codebook."""

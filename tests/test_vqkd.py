@@ -10,14 +10,16 @@ import torch
 from conftest import ROOT, tiny_arguments, tiny_images, train_whole_and_resumed
 from forked import run_forked
 from published_beit2 import CODE_SIZE, CODES, FEATURES, PIXELS, SIDE, moved_codebook, vqkd, vqkd_weights
+from test_dvae import tiny_dvae
 from torch.nn import functional as F
 from torch.testing import assert_close
-from train_tokenizers import tiny_vqkd, vqkd_batches, vqkd_trainer
+from train_tokenizers import add_features, tiny_vqkd, vqkd_batches, vqkd_trainer
 from transformers import AutoModel
 
 from data.seeds import seeded_generator
 from hub.convert import __main__ as convert
 from modeling.codebook import EmaCodebook, spherical_kmeans
+from modeling.frozen_teacher import match_grid
 from modeling.schedules import Progress
 from modeling.vqkd import VqkdConfig, VqkdModel
 from training.targets import TokenizerTargets
@@ -162,12 +164,37 @@ def test_start_from_images__uses_more_codes_than_random_ones_and_refuses_fewer_p
     for starts in (False, True):
         model = tiny_vqkd().eval()
         if starts:
-            model.start_from_images(pixels, seeded_generator(0))
+            model.start_from_images([add_features({"pixel_values": pixels})], seeded_generator(0))
         used.append(len(model.get_codebook_indices(pixels).unique()))
     assert used[1] > 2 * used[0]
     assert model.num_images_to_start_from == 16
     with pytest.raises(ValueError, match=r"only 48 patches to start 64 codes from: .* lower vocab_size"):
-        model.start_from_images(pixels[:3], seeded_generator(0))
+        model.start_from_images([add_features({"pixel_values": pixels[:3]})], seeded_generator(0))
+
+
+def test_start_from_images__rebuilds_the_mean_of_the_teacher_at_first():
+    batches = vqkd_batches()
+    features = match_grid(batches[0]["teacher_features"], (4, 4))
+    mean = F.normalize(features, dim=-1).flatten(0, 1).mean(0)
+    constant = (1 - F.cosine_similarity(features, mean, dim=-1)).mean()
+    losses = []
+    for starts in (False, True):
+        model = tiny_vqkd().eval()
+        if starts:
+            model.start_from_images(batches, seeded_generator(0))
+        losses.append(model(**batches[0]).feature_loss.item())
+    assert losses[1] == pytest.approx(constant.item(), abs=0.03)
+    assert losses[0] > losses[1] + 0.1
+
+
+def test_collapse_signs__say_how_few_codes_occur_and_what_to_do():
+    logs = {"perplexity": 3.1, "num_alive": 4, "num_tokens": 12800, "loss": 0.6}
+    for model, remedy in ((tiny_vqkd(), "restarts_dead_codes"), (tiny_dvae(vocab_size=64), "usage_weight")):
+        sign = model.collapse_signs(logs)
+        assert sign.startswith("4 of 64 codes occur in 12,800 tokens, with a perplexity of only 3.1")
+        assert remedy in sign
+        assert model.collapse_signs(logs | {"perplexity": 3.2}) is None  # 5% of 64
+        assert model.collapse_signs({"loss": 0.6}) is None
 
 
 # ---- the tokenizer's interface ----

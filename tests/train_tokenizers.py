@@ -43,8 +43,8 @@ def vqkd_batches(num_images: int = NUM_IMAGES) -> list[dict[str, Any]]:
 def vqkd_trainer(arguments: TrainingArguments, callbacks: Any = (), **changes: Any) -> MimTrainer:
     """A trainer of a VQ-KD whose codebook started from images."""
     images, model = tiny_images(images_per_step=NUM_IMAGES), tiny_vqkd(**changes)
-    some = torch.stack([images[index]["pixel_values"] for index in range(16)])
-    model.to(arguments.device).start_from_images(some, seeded_generator(0))
+    some = stack_items([images[index] for index in range(16)])
+    model.to(arguments.device).start_from_images([add_features(some)], seeded_generator(0))
     return MimTrainer(
         model=model,
         args=arguments,
