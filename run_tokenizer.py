@@ -158,13 +158,11 @@ def build_trainer(
         generator = seeded_generator(settings.seed, "codebook_start")
         if hasattr(tokenizer, "start_from_images"):
             step = max(1, len(train) // num_images)  # neighbors may be alike
-            some, size = range(0, step * num_images, step), arguments.per_device_train_batch_size
-            parts = (some[start : start + size] for start in range(0, num_images, size))
-            batches = (stack_items([train[index] for index in part]) for part in parts)
-            batches = (send_to_device(batch, arguments.device) for batch in batches)
-            if targets is not None:
-                batches = map(targets, batches)
-            tokenizer.to(arguments.device).start_from_images(batches, generator)
+            chosen, size = range(0, step * num_images, step), arguments.per_device_train_batch_size
+            parts = (chosen[start : start + size] for start in range(0, num_images, size))
+            batches = (send_to_device(stack_items([train[i] for i in part]), arguments.device) for part in parts)
+            with_targets = batches if targets is None else map(targets, batches)
+            tokenizer.to(arguments.device).start_from_images(with_targets, generator)
         else:
             some = [train[index]["pixel_values"] for index in range(num_images)]
             start_from_images(tokenizer, map_pixels(torch.stack(some)), generator)

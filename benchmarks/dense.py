@@ -5,8 +5,8 @@
     python -m benchmarks.dense --encoders mae=FOLDER dino=FOLDER      # trained elsewhere, for images of --image_size
 
 Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels (`feature` with
---reference as its teacher), then for each of three seeds: a UPerNet on every encoder and on random weights of the
-first one, and a linear layer on the frozen patches; for the first seed a detector. All runs of a kind have the same
+--reference as its teacher), then for each of three seeds a UPerNet on every encoder and on random weights of the
+first one, and for the first seed a linear layer on the frozen patches and a detector. All runs of a kind have the same
 time (--minutes) and settings, and with --num_threads several run beside each other, on cores of their own. Frozen
 patches of every encoder, of the EfficientNet-Lite0 that is given as --reference, and raw pixels are measured by the
 same linear probe (`run_evaluation.py --dense`). Test scenes have other stamps and photographs. Writes
@@ -67,7 +67,7 @@ def main() -> None:
         encoders = {method: str(folder) for method, folder in zip(methods, folders, strict=True)}
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for kind in options.kinds:
-        seeds = options.seeds if kind != "detection" else options.seeds[:1]
+        seeds = options.seeds if kind == "UPerNet" else options.seeds[:1]
         rows = {**encoders, RANDOM: next(iter(encoders.values()))}
         runs = [(kind, row, rows[row], seed) for row in rows for seed in seeds]
         found = iter(jobs.map(lambda each: tune(*each, options, jobs), runs))

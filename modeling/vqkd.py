@@ -300,8 +300,8 @@ class VqkdModel(InitializesEveryModule, PreTrainedModel):
     def start_from_images(self, batches: Iterable[Mapping[str, torch.Tensor]], generator: torch.Generator) -> None:
         """Start the codebook from the k-means of images, and the last bias from the mean of the teacher's features.
 
-        A decoder that has to learn this mean first moves all features of the encoder the same way, to a few codes, from
-        which a short run does not recover.
+        A decoder that has to learn this mean first moves all features of the encoder the same way, to a few codes, and
+        a short run stays there.
 
         Args:
             batches: With `pixel_values` and `teacher_features`, as in `forward`.
@@ -309,14 +309,15 @@ class VqkdModel(InitializesEveryModule, PreTrainedModel):
         Raises:
             ValueError: If the images have fewer patches than there are codes.
         """
-        patches, means = [], []
+        patches, sums = [], []
         for batch in batches:
             patches.append(self.encode(batch["pixel_values"]).flatten(0, 1))
             features = F.normalize(match_grid(batch["teacher_features"], self.config.grid), dim=-1)
-            means.append(features.flatten(0, 1).mean(0))
+            sums.append(features.sum((0, 1)))
         self.codebook.start(torch.cat(patches), generator)
         bias: torch.Tensor = self.to_features[-1].bias  # type: ignore[assignment]
-        bias.copy_(torch.stack(means).mean(0) * math.sqrt(len(bias)))
+        mean = torch.stack(sums).sum(0) / sum(map(len, patches))  # of unit length each
+        bias.copy_(mean * math.sqrt(len(bias)))
 
     @property
     def num_images_to_start_from(self) -> int:
