@@ -28,6 +28,7 @@ _FEWEST_STEPS = 20  # that are worth a run
 _MEASURED_SHARE, _MEASURED_SECONDS = 0.02, 20.0  # of the budget, spent on the measurement
 _END_SHARE, _END_SECONDS = 0.03, 10.0  # of the budget, for the export, the figures and the model card
 _PROVISIONAL_STEPS = 1000
+_INTERVALS = ("eval_steps", "save_steps")
 
 S = TypeVar("S", bound=TrainingSettings)
 
@@ -62,8 +63,9 @@ def fit_to_budget(
         return Fitted(settings)
     state = PartialState()
     saved = first_on_main(state, partial(settings_of_interrupted_run, settings))
-    ours = ["max_steps", *(name for name in ("eval_steps", "save_steps") if not settings.is_users(name))]
-    kept = {name: int(saved[name]) for name in ours if saved.get(name, 0) >= 1}
+    given = [name for name in _INTERVALS if settings.is_users(name)]
+    ours = ["max_steps", *(name for name in _INTERVALS if name not in given)]
+    kept = {name: int(value) if value >= 1 else value for name in ours if (value := saved.get(name, 0)) > 0}
     if "max_steps" in kept:
         step = GOAL * seconds / kept["max_steps"]  # until it is read from the checkpoint
         budget = partial(TimeBudget, seconds=seconds, started=commands.STARTED, speed=Speed(step, 0.0, 0.0))
@@ -74,8 +76,9 @@ def fit_to_budget(
     plan = make_plan(settings.derived(Origin.MEASURED, "to be measured", **provisional))
     measured = measure_speed(plan, seconds, build_trainer, callbacks)
     speed, num_steps, interval = first_on_main(state, partial(_choose, settings, seconds, *measured))
-    values = {"max_steps": num_steps, "eval_steps": interval, "save_steps": interval}
-    values = {name: value for name, value in values.items() if name == "max_steps" or not settings.is_users(name)}
+    # Checkpoints come with evaluations, as fine-tuning ends with the best of them.
+    both = settings.values[given[0]] if given else interval
+    values = {name: num_steps if name == "max_steps" else both for name in ours}
     notes = [
         f"--time_budget {settings.time_budget}: {num_steps:,} steps of {speed.step:.2g} s, and {speed.interval:.2g} s "
         "for an evaluation with a checkpoint; when the speed changes, so does the number of steps"

@@ -159,6 +159,14 @@ def test_evaluations__that_take_long_are_few(monkeypatch):
     assert plan.settings.values["eval_steps"] == math.ceil(plan.settings.values["max_steps"] / 2)
 
 
+@pytest.mark.parametrize("given", ["eval_steps", "save_steps"])
+def test_evaluations_and_checkpoints__come_together_when_the_interval_of_one_is_given(given, monkeypatch):
+    plan = fitted(monkeypatch, Speed(0.5, 2.0, 12.0), "10m", f"--{given}", "0.25")
+    values = plan.settings.values
+    assert values["eval_steps"] == values["save_steps"] == 0.25
+    assert plan.settings.is_users(given)
+
+
 def test_budget_for_a_few_steps__is_an_error_that_says_what_would_be_enough(monkeypatch):
     with pytest.raises(
         ValueError, match=r"--time_budget 1m is enough for 4 steps of 5 s.*at least 20: give 3m or more"
