@@ -122,9 +122,17 @@ def enlarged(logits: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def build_segmenter(
-    encoder: PreTrainedModel, labels: Sequence[str], *, image_size: int, drop_path_rate: float
+    encoder: PreTrainedModel,
+    labels: Sequence[str],
+    *,
+    image_size: int,
+    drop_path_rate: float,
+    head_hidden_size: int | None = None,
 ) -> Segmenter:
     """Return a UPerNet of square color images with the encoder's weights and a new head.
+
+    Args:
+        head_hidden_size: Channels of the head; none: the published number.
 
     Raises:
         ValueError: If no native backbone computes the encoder's features, or it is too shallow.
@@ -142,7 +150,7 @@ def build_segmenter(
         width = config.hidden_size
     upernet = UperNetConfig(
         backbone_config=config,
-        hidden_size=width,
+        hidden_size=head_hidden_size or width,
         auxiliary_loss_weight=_AUXILIARY_WEIGHT,
         use_auxiliary_head=not is_swin or len(config.depths) > 2,
         **label_names(labels),

@@ -21,6 +21,7 @@ from transformers import AutoModelForSemanticSegmentation, PreTrainedConfig, Pre
 from commands.dense_settings import DenseSettings
 from commands.flags import COUNT, Range, flag
 from commands.launch import set_by
+from commands.settings import SettingsError
 from data.dense_views import RandomPlacement
 from data.images import ImageDataset
 from data.mask_codes import IGNORED
@@ -96,6 +97,12 @@ class SegmentationFlags:
         "each side, at scale 1 (default: the short side of the image)",
         COUNT,
     )
+    head_hidden_size: int | None = flag(
+        None,
+        "channels of the UPerNet; a narrow one suits a small encoder, which is else the smaller part of the work "
+        "(default: the published width, which is the encoder's, and at most 512 for Swin)",
+        COUNT,
+    )
     class_weights: Literal["none", "balanced"] = flag(
         "none", "none, or balanced: a pixel of a rare class has a larger weight, by the root of its class's share"
     )
@@ -111,6 +118,11 @@ class SegmentationSettings(DenseSettings, SegmentationFlags):
         "without), COCO json, or a table or Hub id with a column of images and one of masks",
     )
     metric_for_best_model: str = flag("mean_iou", "mean_iou, pixel_accuracy, mean_accuracy or loss")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode == "linear" and self.head_hidden_size is not None:
+            raise SettingsError("--head_hidden_size has no effect with --mode linear, which has no UPerNet")
 
     @classmethod
     def recipe_for(cls, encoder_config: PreTrainedConfig, mode: str) -> str:
@@ -178,7 +190,13 @@ class SegmentationTask(Task):
         if encoder.config.model_type in _OTHER_FAMILIES:
             encoder = as_beit_model(encoder)
         with set_by(drop_path_rate="drop_path"):
-            return build_segmenter(encoder, self.class_names, image_size=side, drop_path_rate=settings.drop_path)
+            return build_segmenter(
+                encoder,
+                self.class_names,
+                image_size=side,
+                drop_path_rate=settings.drop_path,
+                head_hidden_size=settings.head_hidden_size,
+            )
 
     def fit_head(self, model: Any, device: torch.device) -> str | None:
         images = ImageDataset(self.splits.by_name["train"], self.transform(train=True), seed=self.settings.seed)

@@ -357,6 +357,7 @@ def test_segmentation__linear_settings_are_those_of_dinov2():
         (["--crop_scale", "0.5", "1"], "--crop_scale has no effect with masks or boxes; --resize_scale"),
         (["--resize_scale", "2", "1"], "--resize_scale"),
         (["--ignore_index", "-1"], "--ignore_index"),
+        (["--mode", "linear", "--head_hidden_size", "64"], "--head_hidden_size has no effect with --mode linear"),
     ],
 )
 def test_segmentation__refuses_settings_without_effect_or_sense(flags, message):

@@ -200,6 +200,19 @@ def test_gradient_checkpointing__gives_the_same_gradients(images):
     assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_head_hidden_size__changes_the_head_only(kind, images):
+    encoder = encoder_of(kind)
+    whole, narrow = (
+        build_segmenter(encoder, CLASSES, image_size=32, drop_path_rate=0.0, head_hidden_size=size).eval()
+        for size in (None, 4)
+    )
+    assert narrow.decode_head.classifier.in_channels == narrow.config.hidden_size == 4
+    assert narrow(images)["logits"].shape == whole(images)["logits"].shape
+    for name, weight in whole.backbone.base_model.state_dict().items():
+        assert torch.equal(narrow.backbone.base_model.state_dict()[name], weight), name
+
+
 def test_taps__are_those_of_the_papers():
     assert taps(12) == [4, 6, 8, 12]
     assert taps(24) == [8, 12, 16, 24]
