@@ -146,7 +146,8 @@ def train(
             trainer.add_callback(make_callback(trainer))
 
         def report(seconds_per_step: float) -> None:
-            log(describe_duration(seconds_per_step, trainer.state.max_steps - trainer.state.global_step, shorter))
+            if num_left := trainer.state.max_steps - trainer.state.global_step:
+                log(describe_duration(seconds_per_step, num_left, shorter))
 
         trainer.add_callback(DurationEstimate(report))
         try:

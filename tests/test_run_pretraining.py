@@ -82,7 +82,7 @@ def test_run__a_finished_folder_is_not_touched_without_overwrite(finished, capsy
 
 
 @pytest.mark.parametrize("was_evaluated", [True, False])
-def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path, was_evaluated):
+def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path, capsys, was_evaluated):
     folder = tmp_path / "out"
     shutil.copytree(finished, folder)
     for name in ("notes.txt", "labels.txt"):
@@ -94,6 +94,7 @@ def test_run__overwrite_keeps_files_that_are_not_ours(finished, tmp_path, was_ev
     assert (folder / "labels.txt").exists() != was_evaluated  # then it was the evaluation's
     assert not (folder / "checkpoint-2").exists()
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 1
+    assert "for 0 steps" not in capsys.readouterr().out
 
 
 def test_run__an_interrupted_one_continues_by_itself_and_ends_like_an_undisturbed_one(finished, tmp_path, capsys):
