@@ -28,7 +28,9 @@ from data.mask_codes import IGNORED
 from data.masked_images import MaskedSplits, open_masked_splits
 from data.segmentation import EvalViews, TrainViews, collate_padded, window_boxes
 from data.size_schedule import Transform
-from evaluation.iou import class_areas, ious_of_areas, mean_of_areas, pixel_confusion
+from evaluation.boundaries import boundary_counts
+from evaluation.iou import class_areas, mean_of_areas, pixel_confusion
+from evaluation.segmentation import rows_of_classes, segmentation_metrics
 from evaluation.segmentation_pictures import Segmentation, draw_segmentations, ranked
 from hub.encoder_states import as_beit_model
 from hub.export.dense import export_dense, stretched
@@ -97,6 +99,11 @@ class SegmentationFlags:
         "each side, at scale 1 (default: the short side of the image)",
         COUNT,
     )
+    boundary_f: bool = flag(
+        False,
+        "also measure the boundaries of each class (mean_boundary_f): right if another is at most 0.8% of the "
+        "image's diagonal away",
+    )
     head_hidden_size: int | None = flag(
         None,
         "channels of the UPerNet; a narrow one suits a small encoder, which is else the smaller part of the work "
@@ -117,7 +124,7 @@ class SegmentationSettings(DenseSettings, SegmentationFlags):
         "a folder of images/ and masks/ with the same file names (with train/ and val/ above or below them, or "
         "without), COCO json, or a table or Hub id with a column of images and one of masks",
     )
-    metric_for_best_model: str = flag("mean_iou", "mean_iou, pixel_accuracy, mean_accuracy or loss")
+    metric_for_best_model: str = flag("mean_iou", "mean_iou, pixel_accuracy, mean_accuracy, mean_boundary_f or loss")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -236,7 +243,10 @@ class SegmentationTask(Task):
         return class_weights(self.splits.pixels) if self.settings.class_weights == "balanced" else None
 
     def _evaluate(self, model: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-        """Return the mean over the images of their loss per pixel, and their `class_areas` int32 (B, 3, K)."""
+        """Return the mean over the images of their loss per pixel, and their `class_areas` int32 (B, 3, K).
+
+        With `boundary_f`, four rows of `boundary_counts` follow: (B, 7, K).
+        """
         losses, areas, images = [], [], batch["pixel_values"]
         has_one_window = bool((batch["sizes"] == self.settings.image_size).all())
         together = model(images)["logits"].float() if has_one_window else None  # (B, K, S, S)
@@ -252,7 +262,10 @@ class SegmentationTask(Task):
             # Without checks of all masks, one may have no pixel that counts, whose mean would not be a number.
             losses.append(loss if (labels != IGNORED).any() else torch.zeros_like(loss))
             found = logits.argmax(0).cpu().numpy()
-            areas.append(class_areas(pixel_confusion(labels.cpu().numpy(), found, len(self.class_names))))
+            pair = labels.cpu().numpy(), found, len(self.class_names)
+            rows_of_image = [class_areas(pixel_confusion(*pair))]
+            rows_of_image += [boundary_counts(*pair)] if self.settings.boundary_f else []
+            areas.append(np.concatenate(rows_of_image))
         # Not the confusions, which would be large: those of all images are gathered.
         stacked = torch.from_numpy(np.stack(areas).astype(np.int32)).to(batch["pixel_values"].device)
         return torch.stack(losses).mean(), {"areas": stacked}
@@ -306,7 +319,8 @@ class SegmentationTask(Task):
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        return ("mean_iou", "pixel_accuracy", "mean_accuracy", "loss")
+        own = ("mean_boundary_f",) if self.settings.boundary_f else ()
+        return ("mean_iou", "pixel_accuracy", "mean_accuracy", *own, "loss")
 
     def compute_metrics(self, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return segmentation_metrics(predictions.sum(0, dtype=np.int64))
@@ -315,7 +329,7 @@ class SegmentationTask(Task):
         self, predictions: np.ndarray, labels: np.ndarray, dataset: Any, folder: Path, title: str, model: Any
     ) -> str:
         self._write_class_ious(predictions.sum(0, dtype=np.int64), folder)
-        scores = mean_of_areas(predictions)
+        scores = mean_of_areas(predictions[:, :3])
         rows = [
             self._segmentation(dataset, position, model, f"{name}: mean IoU {scores[position]:.2f}")
             for name, position in ranked(scores)
@@ -324,11 +338,7 @@ class SegmentationTask(Task):
         return FIGURE_FILE
 
     def _write_class_ious(self, areas: np.ndarray, folder: Path) -> None:
-        ious, pixels = ious_of_areas(areas), areas[1]
-        rows = [
-            {"class": name, "iou": None if np.isnan(iou) else round(float(iou), 5), "pixels": int(number)}
-            for name, iou, number in zip(self.class_names, ious, pixels, strict=True)
-        ]
+        rows = rows_of_classes(areas, self.class_names)
         (folder / CLASSES_FILE).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
     @torch.no_grad()
@@ -391,14 +401,3 @@ def class_weights(pixels: np.ndarray) -> Tensor:
     weights = np.where(pixels > 0, np.maximum(pixels, 1) ** -0.5, 0.0)
     weights /= (weights * pixels).sum() / pixels.sum()
     return torch.tensor(weights.clip(max=_MOST_WEIGHT), dtype=torch.float32)
-
-
-def segmentation_metrics(areas: np.ndarray) -> dict[str, float]:
-    """Return the metrics of the areas (3, K) of `evaluation.iou`."""
-    correct, true, _ = areas
-    occurs = true > 0
-    return {
-        "mean_iou": float(mean_of_areas(areas)),
-        "pixel_accuracy": float(correct.sum() / max(true.sum(), 1)),
-        "mean_accuracy": float((correct[occurs] / true[occurs]).mean()) if occurs.any() else 0.0,
-    }

@@ -25,11 +25,12 @@ from data.decoding import decode
 from data.dense_views import whole
 from data.mask_codes import IGNORED
 from evaluation.iou import class_areas, pixel_confusion
+from evaluation.segmentation import segmentation_metrics
 from evaluation.segmentation_pictures import ranked
 from hub.export.native import export_native
 from modeling.mae import MaeEncoder
 from modeling.patches import standardize
-from tasks.segmentation import SegmentationTask, class_weights, segmentation_metrics
+from tasks.segmentation import SegmentationTask, class_weights
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 STATS = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
@@ -68,6 +69,16 @@ def test_result__has_metrics_figures_and_a_card(workspace):
         card = (out / "README.md").read_text()
         assert "image-segmentation" in card
         assert "Classes: rest, red, blue." in card
+
+
+def test_boundary_f__is_measured_when_it_is_asked_for(workspace, tmp_path):
+    out = tmp_path / "out"
+    finetune(workspace / "encoder", workspace / "labeled", out, *FLAGS, "--boundary_f", "--max_steps", "1")
+    values = {entry["metric"]: entry["value"] for entry in json.loads((out / "metrics.json").read_text())["results"]}
+    rows = json.loads((out / "class_iou.json").read_text())
+    present = [row["boundary_f"] for row in rows if row["boundary_f"] is not None]
+    assert values["mean_boundary_f"] == pytest.approx(np.mean(present), abs=1e-4)
+    assert 0 < values["mean_boundary_f"] < 1
 
 
 PIPELINE = """
@@ -181,7 +192,7 @@ def test_metrics__equal_a_case_by_hand_and_scikit_learn():
 
 def test_windows__are_stitched_and_images_of_one_window_are_evaluated_together():
     """A model whose scores depend on a pixel only: stitched windows are the scores of the whole image."""
-    settings = SimpleNamespace(image_size=16)
+    settings = SimpleNamespace(image_size=16, boundary_f=False)
     splits = SimpleNamespace(class_names=("a", "b", "c"))
     task = SegmentationTask(settings, SimpleNamespace(), {}, splits)
 
@@ -205,7 +216,8 @@ def test_windows__are_stitched_and_images_of_one_window_are_evaluated_together()
 
 
 def test_evaluation__of_a_mask_without_a_pixel_that_counts_has_no_loss():
-    task = SegmentationTask(SimpleNamespace(image_size=8), SimpleNamespace(), {}, SimpleNamespace(class_names="ab"))
+    settings = SimpleNamespace(image_size=8, boundary_f=False)
+    task = SegmentationTask(settings, SimpleNamespace(), {}, SimpleNamespace(class_names="ab"))
     labels = torch.zeros(2, 8, 8, dtype=torch.uint8)
     labels[0] = IGNORED
     sizes = torch.tensor([[8, 8]] * 2)
