@@ -265,11 +265,14 @@ class RetrievalTask(Task):
             (vision, settings.model, ("pixel_values",)),
             (text, settings.text_encoder, ("input_ids", "attention_mask")),
         ):
-            if not pools(encoder, {key: batch[key] for key in inputs}):
-                raise ValueError(
-                    f"{name} is a {type(encoder).__name__}, which gives no output of the class token; expected an "
-                    "encoder such as a ViT or a BEiT, and for texts a BERT or a RoBERTa"
-                )
+            problem = None
+            if not hasattr(encoder.config, "hidden_size"):
+                problem = "whose config has no hidden_size"
+            elif not pools(encoder, {key: batch[key] for key in inputs}):
+                problem = "which gives no output of the class token"
+            if problem:
+                what = "an encoder such as a ViT or a BEiT, and for texts a BERT or a RoBERTa"
+                raise ValueError(f"{name} is a {type(encoder).__name__}, {problem}; expected {what}")
         return build_dual_encoder(vision, text, settings.projection_size)
 
     def black_batch(self, num_images: int) -> dict[str, Any]:

@@ -22,11 +22,14 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    EfficientNetConfig,
+    EfficientNetModel,
     RobertaConfig,
     RobertaModel,
     VisionTextDualEncoderConfig,
     VisionTextDualEncoderModel,
     ViTConfig,
+    ViTImageProcessorPil,
     ViTModel,
 )
 
@@ -148,6 +151,17 @@ def test_retrieval__refuses_an_encoder_without_an_output_of_the_whole_text(
     flags = ["--task", "retrieval", "--text_model", str(native_encoders / "distilbert"), "--max_text_length", "16"]
     finetune(native_encoders / "vit", workspace / "pairs", tmp_path / "out", *flags, *SMALL, code=2)
     assert "is a DistilBertModel, which gives no output of the class token" in capsys.readouterr().err
+
+
+def test_retrieval__refuses_a_convolutional_network(workspace, native_encoders, tmp_path, capsys):
+    sizes = {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128, "image_size": 32}
+    network = EfficientNetModel(EfficientNetConfig(**sizes))
+    network.save_pretrained(tmp_path / "network")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "network")
+    flags = ["--task", "retrieval", "--text_model", str(native_encoders / "bert"), "--max_text_length", "16"]
+    finetune(tmp_path / "network", workspace / "pairs", tmp_path / "out", *flags, *SMALL, code=2)
+    error = capsys.readouterr().err
+    assert "is a EfficientNetModel, whose config has no hidden_size; expected an encoder such as a ViT" in error
 
 
 def test_retrieval__refuses_the_tokenizer_of_another_text_encoder(workspace, native_encoders, tmp_path, capsys):
