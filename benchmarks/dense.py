@@ -2,7 +2,7 @@
 
     python -m benchmarks.scenes && python -m benchmarks.efficientnet_lite0 outputs/efficientnet-lite0
     python -m benchmarks.dense --reference outputs/efficientnet-lite0
-    python -m benchmarks.dense --encoders mae=FOLDER dino=FOLDER      # trained elsewhere, for images of --image_size
+    python -m benchmarks.dense --encoders mae=FOLDER dino=FOLDER      # trained elsewhere; all see --image_size
 
 Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels (`feature` with
 --reference as its teacher), then for each of three seeds a UPerNet on every encoder and on random weights of the
@@ -115,7 +115,9 @@ def probe(row: str, encoder: str, options: argparse.Namespace, jobs: Jobs) -> di
 
 def write(options: argparse.Namespace, results: dict[str, dict[str, list[dict[str, float]]]]) -> None:
     """Write the report, of what is finished so far."""
-    lengths = f"{options.minutes:g} minutes for each fine-tuning, {options.pretraining_minutes:g} for a pre-training"
+    lengths = f"{options.minutes:g} minutes for each fine-tuning"
+    if not options.encoders:
+        lengths += f", {options.pretraining_minutes:g} for a pre-training"
     if options.steps:
         lengths = f"A trial of {options.steps} steps"
     lines = [
