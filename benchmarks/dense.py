@@ -132,7 +132,8 @@ def write(options: argparse.Namespace, results: dict[str, dict[str, list[dict[st
             cells = [_spread([each[name] for each in found if name in each]) for name in names]
             lines.append(f"| {row} | {' | '.join(cells)} |")
     stem = options.results / f"{options.name}_{hardware_slug()}_{TODAY}"
-    report = {"options": {name: str(value) for name, value in vars(options).items()}, "results": results}
+    shown = {name: str(value) for name, value in vars(options).items() if name != "results"}
+    report = {"options": shown, "results": results}
     write_report(stem, report, "\n".join(lines))
 
 
