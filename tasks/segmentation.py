@@ -106,8 +106,8 @@ class SegmentationFlags:
     )
     head_hidden_size: int | None = flag(
         None,
-        "channels of the UPerNet; a narrow one suits a small encoder, which is else the smaller part of the work "
-        "(default: the published width, which is the encoder's, and at most 512 for Swin)",
+        "channels of the UPerNet; fewer suit a small encoder, which otherwise does less of the work than the head "
+        "(default: the published number, the encoder's width, at most 512 for Swin)",
         COUNT,
     )
     class_weights: Literal["none", "balanced"] = flag(
