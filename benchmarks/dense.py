@@ -123,7 +123,7 @@ def write(options: argparse.Namespace, results: dict[str, dict[str, list[dict[st
     lines = [
         f"# Segmentation and detection of scenes, {TODAY}\n",
         f"{hardware()}; {versions('torch', 'transformers')}. `{command('dense')}`\n",
-        f"{lengths}. Mean ± standard deviation over seeds, on {options.data.name}'s test split, in percent.\n",
+        f"{lengths}. Mean ± standard deviation over seeds, on the test split of {options.data.name}, in percent.\n",
     ]
     for kind, rows in results.items():
         names = list(dict.fromkeys(name for found in rows.values() for each in found for name in each))
