@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.pairs import Pair, bag_of_colors, caption, chance_of_images, is_test, on_white, write
+from benchmarks.pairs import Pair, bag_of_words, caption, chance_of_images, histogram, is_test, on_white, write
 from benchmarks.tuxstamps import Stamp
 
 
@@ -14,14 +14,14 @@ def squares(colors) -> list[Pair]:
     return [Pair(Image.new("RGB", (8, 8), color), f"a {color} square", "squares") for color in colors]
 
 
-def test_bag_of_colors__finds_colors_and_nothing_else(tmp_path):
+def test_bag_of_words__of_histograms_finds_colors_and_nothing_else(tmp_path):
     colors = ["red", "lime", "blue", "white", "black", "yellow", "cyan", "magenta"]
-    write(tmp_path / "stamps" / "train", squares(colors * 10))
-    write(tmp_path / "stamps" / "test", squares(colors))
-    found = bag_of_colors(tmp_path)
+    write(tmp_path / "retrieval" / "train", squares(colors * 10))
+    write(tmp_path / "retrieval" / "test", squares(colors))
+    found = bag_of_words(tmp_path, histogram)
     assert found["text_recall_at_1"] == found["image_recall_at_1"] == 1
-    write(tmp_path / "stamps" / "train", [Pair(each.image, "nothing", "") for each in squares(colors * 10)])
-    assert bag_of_colors(tmp_path)["text_recall_at_1"] < 0.5
+    write(tmp_path / "retrieval" / "train", [Pair(each.image, "nothing", "") for each in squares(colors * 10)])
+    assert bag_of_words(tmp_path, histogram)["text_recall_at_1"] < 0.5
 
 
 def test_chance__counts_all_images_of_a_text():
