@@ -115,8 +115,8 @@ class CodebookUse:
         if perplexity >= _COLLAPSED_SHARE * min(vocab_size, num_tokens):
             return None
         return (
-            f"{num_alive:,} of {vocab_size:,} codes occur in {num_tokens:,} tokens, with a perplexity of only "
-            f"{perplexity:.1f}, so that tokens say little about an image"
+            f"the perplexity of the codes is only {perplexity:.1f} ({num_alive:,} of {vocab_size:,} occur in "
+            f"{num_tokens:,} tokens), so that tokens say little about an image"
         )
 
 

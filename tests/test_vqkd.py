@@ -191,7 +191,7 @@ def test_collapse_signs__say_how_few_codes_occur_and_what_to_do():
     logs = {"perplexity": 3.1, "num_alive": 4, "num_tokens": 12800, "loss": 0.6}
     for model, remedy in ((tiny_vqkd(), "restarts_dead_codes"), (tiny_dvae(vocab_size=64), "usage_weight")):
         sign = model.collapse_signs(logs)
-        assert sign.startswith("4 of 64 codes occur in 12,800 tokens, with a perplexity of only 3.1")
+        assert sign.startswith("the perplexity of the codes is only 3.1 (4 of 64 occur in 12,800 tokens)")
         assert remedy in sign
         assert model.collapse_signs(logs | {"perplexity": 3.2}) is None  # 5% of 64
         assert model.collapse_signs({"loss": 0.6}) is None
