@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from benchmarks.pairs import Pair, bag_of_words, caption, chance_of_images, histogram, is_test, on_white, write
+from benchmarks.pair_sets import Pair, caption, is_test, on_white, write
+from benchmarks.pairs import bag_of_words, chance_of_images, histogram
 from benchmarks.tuxstamps import Stamp
 
 
