@@ -5,11 +5,11 @@
     python -m benchmarks.dense --encoders mae=FOLDER dino=FOLDER      # trained elsewhere; all see --image_size
 
 Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels (`feature` with
---reference as its teacher), then for each of three seeds a UPerNet on every encoder and on random weights of the
-first one, and for the first seed a linear layer on the frozen patches and a detector. All runs of a kind have the same
-time (--minutes) and settings, and with --num_threads several run beside each other, on cores of their own. Frozen
-patches of every encoder, of the EfficientNet-Lite0 that is given as --reference, and raw pixels are measured by the
-same linear probe (`run_evaluation.py --dense`). Test scenes have other stamps and photographs. Writes
+--teacher, or --reference, as its teacher), then for each of three seeds a UPerNet on every encoder and on random
+weights of the first one, and for the first seed a linear layer on the frozen patches and a detector. All runs of a
+kind have the same time (--minutes) and settings, and with --num_threads several run beside each other, on cores of
+their own. Frozen patches of every encoder, of the EfficientNet-Lite0 that is given as --reference, and raw pixels are
+measured by the same linear probe (`run_evaluation.py --dense`). Test scenes have other stamps and photographs. Writes
 benchmarks/<name>_<hardware>_<date>.md and .json. An interrupted benchmark continues.
 """
 
@@ -27,6 +27,8 @@ RANDOM = "random weights"
 PROBED = "frozen linear probe"
 # Most pixels are background.
 _SEGMENTATION = ("--task", "segmentation", "--class_weights", "balanced", "--resize_scale", "0.75", "1.5")
+# The teacher sees every image once; a small encoder learns most from all patches.
+_FEATURE = ("--cache_tokens", "true", "--distill_visible", "true")
 _KINDS = {  # name: flags, and the metrics that are reported
     # A head of the published width would be 11 times the work of the encoder.
     "UPerNet": ((*_SEGMENTATION, "--head_hidden_size", "64"), ("mean_iou", "pixel_accuracy")),
@@ -38,7 +40,9 @@ _KINDS = {  # name: flags, and the metrics that are reported
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("outputs/scenes"), help="what benchmarks.scenes wrote")
-    parser.add_argument("--methods", nargs="+", help="of pre-training (default: mae and, with --reference, feature)")
+    parser.add_argument("--methods", nargs="+", help="of pre-training (default: mae and, with a teacher, feature)")
+    parser.add_argument("--teacher", help="of feature (default: --reference)")
+    parser.add_argument("--teacher_image_size", type=int, help="as of run_pretraining.py")
     parser.add_argument("--encoders", nargs="*", default=[], metavar="NAME=FOLDER", help="instead of --methods")
     parser.add_argument("--reference", type=Path, help="an encoder whose frozen patches are probed as well")
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=list(_KINDS))
@@ -58,9 +62,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks", help="where the report goes")
     parser.add_argument("--name", default="dense", help="of the report")
     options = parser.parse_args()
-    methods = options.methods or (["mae", "feature"] if options.reference else ["mae"])
-    if "feature" in methods and not options.reference:
-        parser.error("feature needs --reference, its teacher: see --help")
+    options.teacher = options.teacher or options.reference
+    methods = options.methods or (["mae", "feature"] if options.teacher else ["mae"])
+    if "feature" in methods and not options.teacher:
+        parser.error("feature needs a --teacher, or --reference as its teacher: see --help")
     jobs = Jobs(options.num_threads)
     encoders = dict(each.split("=", 1) for each in options.encoders)
     if not encoders:
@@ -85,7 +90,11 @@ def pretrain(method: str, options: argparse.Namespace, jobs: Jobs) -> Path:
     images = [str(options.data / "photographs"), str(options.data / "train" / "images")]
     sizes = ["--image_size", str(options.image_size), "--patch_size", str(options.patch_size)]
     flags = ["--method", method, "--model", options.model, *sizes, "--dataset", *images]
-    flags += ["--validation_fraction", "0.02", *(["--teacher", str(options.reference)] if method == "feature" else [])]
+    flags += ["--validation_fraction", "0.02"]
+    if method == "feature":
+        flags += ["--teacher", str(options.teacher), *_FEATURE]
+        if options.teacher_image_size:
+            flags += ["--teacher_image_size", str(options.teacher_image_size)]
     jobs.succeed("run_pretraining.py", *flags, *_length(options.pretraining_minutes, options), *_common(folder))
     return folder
 

@@ -174,6 +174,27 @@ def test_resume__after_a_kill_gives_the_undisturbed_weights_bit_by_bit(encoder, 
     assert (tmp_path / "metrics.json").read_text() == (finished / "metrics.json").read_text()
 
 
+def test_step__gives_the_same_weights_however_its_images_are_spread(encoder, dataset, tmp_path):
+    """Over micro-batches or processes."""
+    flags = ["--optim", "sgd", "--lr_scheduler_type", "constant", "--load_best_model_at_end", "false"]
+    one = finetune(encoder, dataset, tmp_path / "one", *flags)
+    parts = ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2"]
+    accumulated = finetune(encoder, dataset, tmp_path / "accumulated", *flags, *parts)
+    words = [ROOT / "run_finetune.py", "--task", "instance", "--model", encoder, "--dataset", dataset]
+    words += [*SHORT, *flags, "--per_device_train_batch_size", "1", "--max_steps", "4"]
+    two = tmp_path / "two"
+    done = run_forked(
+        [*words, "--output_dir", two], os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, num_processes=2
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    start, expected = (load_file(folder / "model.safetensors") for folder in (one / "checkpoint-2", one))
+    assert any(not torch.equal(start[name], expected[name]) for name in expected if name in start)
+    for folder in (accumulated, two):
+        weights = load_file(folder / "model.safetensors")
+        for name, tensor in expected.items():
+            torch.testing.assert_close(weights[name], tensor, rtol=1e-4, atol=1e-5)
+
+
 # ---- views ----
 
 
