@@ -10,6 +10,7 @@ import commands  # noqa: F401  # isort: skip  (before torch: it chooses how thre
 import copy
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from accelerate import PartialState
@@ -23,8 +24,8 @@ from commands.finetune_plan import FinetunePlan
 from commands.finetune_settings import chosen_task, load_finetune_settings
 from commands.job import train
 from commands.launch import find_hardware, first_on_main, join, limit_shard_cache, run
-from commands.memory import Footprint, measure_footprint
-from commands.output_folder import BAD_IMAGES_FILE
+from commands.memory import Footprint, in_training, measure_footprint
+from commands.output_folder import BAD_IMAGES_FILE, refuse_finished
 from commands.parsing import make_parser
 from commands.time_budget import fit_to_budget
 from hub.image_stats import image_stats
@@ -41,6 +42,7 @@ _SHORTER = "--max_steps with a smaller number, a smaller encoder, or --mode line
 def main(argv: list[str]) -> None:
     settings = load_finetune_settings(argv, SETTINGS, encoder_config)
     state, log = join(settings.use_cpu)
+    first_on_main(state, partial(refuse_finished, settings, _WRITTEN_LAST))
     limit_shard_cache(settings)
 
     # The encoder and the labeled images make the task, which makes the model.
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
     model = task.build_model()
     freeze(model, settings.mode, settings.num_trained_blocks)
 
-    hardware, footprint = find_hardware(state), measure_footprint(model.eval(), task.black_batch(1))
+    hardware, footprint = find_hardware(state), measure_footprint(in_training(model), task.black_batch(1))
     trial = TrialStep(lambda: model, task.black_batch)
     settings, size_notes = with_batch_size(settings, hardware, len(splits.by_name["train"]), footprint, trial)
     plan = plan_run(replace(task, settings=settings), footprint, hardware, [])

@@ -26,7 +26,14 @@ from commands.channels import describe_values, shown_channels
 from commands.encoder_choice import choose_encoder, shortest_side
 from commands.job import open_images, train
 from commands.launch import find_hardware, first_on_main, join, printer, run, set_by
-from commands.output_folder import BAD_IMAGES_FILE, PANELS, STREAM, interrupted_run, settings_of_interrupted_run
+from commands.output_folder import (
+    BAD_IMAGES_FILE,
+    PANELS,
+    STREAM,
+    interrupted_run,
+    refuse_finished,
+    settings_of_interrupted_run,
+)
 from commands.parsing import make_parser
 from commands.pretraining_model import (
     black_images,
@@ -80,6 +87,7 @@ def main(argv: list[str]) -> None:
         check_advisable(settings)
         printer(state)(advice_for(settings, state))
         return
+    first_on_main(state, partial(refuse_finished, settings, WRITTEN_LAST))
     settings = keep_schedule(settings)
     targets = open_targets(settings, MODELS[settings.method], settings.grid)
     splits, texts = open_images(settings, state), open_text_splits(settings, state)

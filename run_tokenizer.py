@@ -24,9 +24,9 @@ from commands.artifacts import copy_panel, draw_curve
 from commands.batch_size import TrialStep, with_batch_size
 from commands.cache import describe_cache, with_cache
 from commands.job import open_images, train
-from commands.launch import find_hardware, join, run
+from commands.launch import find_hardware, first_on_main, join, run
 from commands.memory import measure_footprint
-from commands.output_folder import BAD_IMAGES_FILE, PANELS
+from commands.output_folder import BAD_IMAGES_FILE, PANELS, refuse_finished
 from commands.parsing import make_parser
 from commands.targets import open_tokenizer_targets
 from commands.time_budget import fit_to_budget
@@ -83,6 +83,7 @@ images = tokenizer.decode(codes)  # {decodes}
 def main(argv: list[str]) -> None:
     settings = load_tokenizer_settings(argv)
     state, _ = join(settings.use_cpu)
+    first_on_main(state, partial(refuse_finished, settings, _WRITTEN_LAST))
     model_class: Any = TOKENIZERS[settings.method]
     targets = open_tokenizer_targets(settings, model_class)
     features = {} if targets is None else {"feature_size": targets.config_settings["feature_size"]}

@@ -33,7 +33,8 @@ _KINDS = {  # name: flags, and the metrics that are reported
     # A head of the published width would be 11 times the work of the encoder.
     "UPerNet": ((*_SEGMENTATION, "--head_hidden_size", "64"), ("mean_iou", "pixel_accuracy")),
     "linear": ((*_SEGMENTATION, "--mode", "linear"), ("mean_iou", "pixel_accuracy")),
-    "detection": (("--task", "detection"), ("ap", "ap50")),
+    # A scene has at most three objects, and every query is trained in all groups.
+    "detection": (("--task", "detection", "--num_queries", "12"), ("ap", "ap50")),
 }
 
 

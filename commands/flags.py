@@ -49,6 +49,7 @@ def flag(
     choices: Collection[str] | None = None,
     refused: Mapping[str, str] = MappingProxyType({}),
     words: Collection[str] = (),
+    otherwise: str = "",
 ) -> Any:
     """Declare a setting that is a flag of the command line and a line of a recipe.
 
@@ -58,8 +59,10 @@ def flag(
         help: For a field of TrainingArguments without it, --help_all shows the text of transformers.
         refused: Values that users may expect but that do not exist, each with an explanation.
         words: Values of a number that are words.
+        otherwise: What is said of a value that resembles none of the choices.
     """
-    metadata = {"help": help, "within": within, "choices": choices, "refused": refused, "words": words}
+    metadata = {"help": help, "within": within, "choices": choices}
+    metadata |= {"refused": refused, "words": words, "otherwise": otherwise}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

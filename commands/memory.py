@@ -8,6 +8,7 @@ import psutil
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
@@ -45,6 +46,15 @@ def free_bytes(device: torch.device) -> int:
     """Return how much memory a program can still get on a device."""
     free: int = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return free
+
+
+def in_training(model: nn.Module) -> nn.Module:
+    """Set the training mode, in which a detector has more queries, but for BatchNorm: one image has no statistics."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
+    return model
 
 
 def measure_footprint(model: nn.Module, batch: Mapping[str, Any]) -> Footprint:

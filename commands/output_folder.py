@@ -60,6 +60,12 @@ def check_output_dir(folder: Path) -> None:
         )
 
 
+def refuse_finished(settings: TrainingSettings, written_last: str) -> None:
+    """Raise ValueError if --output_dir holds a finished run that stays, before images are opened for nothing."""
+    if settings.output_dir and not (settings.overwrite or settings.dry_run):
+        _check_unfinished(Path(settings.output_dir), written_last)
+
+
 def prepare_output_dir(
     output_dir: Path,
     settings: TrainingSettings,
@@ -79,11 +85,7 @@ def prepare_output_dir(
     """
     if settings.overwrite:
         _delete_old_run(output_dir)
-    if (output_dir / written_last).exists():
-        raise ValueError(
-            f"{output_dir} holds a finished run, which is not changed: add --overwrite to replace it, or give another "
-            "--output_dir"
-        )
+    _check_unfinished(output_dir, written_last)
     checkpoint, skipped = last_whole_checkpoint(output_dir)
     for name, problem in skipped.items():
         log(f"warning: {output_dir / name} is skipped: {problem}")
@@ -158,6 +160,14 @@ def _compare_settings(saved_file: Path, settings: TrainingSettings, log: Callabl
         )
     if changed:
         log(f"warning: continuing with other settings than before: {shown}")
+
+
+def _check_unfinished(output_dir: Path, written_last: str) -> None:
+    if (output_dir / written_last).exists():
+        raise ValueError(
+            f"{output_dir} holds a finished run, which is not changed: add --overwrite to replace it, or give another "
+            "--output_dir"
+        )
 
 
 def _delete_old_run(output_dir: Path) -> None:

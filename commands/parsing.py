@@ -34,6 +34,7 @@ class _TransformersFlags(TrainingArguments):
 
 
 _MOST_CHOICES_SHOWN = 8  # in --help, instead of X
+_SAID_OF_VALUES = ("refused", "words", "otherwise")
 _EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 
@@ -174,13 +175,17 @@ def _refine(action: argparse.Action, declared: Any | None) -> None:
     if action.type is string_to_bool:  # also those that transformers lets be None and so wants a value for
         action.nargs, action.const = "?", True
     if action.type is not None:
-        refused, words = ({}, ()) if declared is None else (declared.metadata[name] for name in ("refused", "words"))
-        action.type = _strict(action.type, action.choices, refused, words)  # type: ignore[arg-type]
+        said = {} if declared is None else {name: declared.metadata[name] for name in _SAID_OF_VALUES}
+        action.type = _strict(action.type, action.choices, **said)  # type: ignore[arg-type]
     action.default = argparse.SUPPRESS
 
 
 def _strict(
-    convert: Callable[[str], Any], choices: Iterable[Any] | None, refused: Mapping[str, str], words: Collection[str]
+    convert: Callable[[str], Any],
+    choices: Iterable[Any] | None,
+    refused: Mapping[str, str] = MappingProxyType({}),
+    words: Collection[str] = (),
+    otherwise: str = "",
 ) -> Callable[[str], Any]:
     def typed(text: str) -> Any:
         if text in words:
@@ -195,8 +200,9 @@ def _strict(
             raise argparse.ArgumentTypeError(f"got {text!r}, expected {expected}") from None
         if choices is not None and value not in choices:
             close = nearest(text, map(str, choices))
-            hint = f"; did you mean {close}?" if close else ""
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected one of {', '.join(map(str, choices))}{hint}")
+            hint = f"did you mean {close}?" if close else otherwise
+            expected = f"expected one of {', '.join(map(str, choices))}"
+            raise argparse.ArgumentTypeError("; ".join(filter(None, [f"got {text!r}, {expected}", hint])))
         return value
 
     return typed

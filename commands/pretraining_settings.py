@@ -55,6 +55,7 @@ class ModelFlags:
         "size of the encoder, from vit-nano to vit-huge or from swin-nano to swin-large (default: vit-base; with "
         "--time_budget, for methods without --tokenizer and --teacher, the largest that sees enough images in it)",
         choices=ENCODER_SIZES,
+        otherwise="to start from trained weights, use --init_from",
     )
     method: str = flag("mae", "pre-training method; its published settings are in recipes/<method>.yaml")
     image_size: tuple[int, int] = flag(None, "one side, or height and width, in pixels (default: the model's)", SIDES)

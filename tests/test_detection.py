@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from commands.finetune_settings import load_finetune_settings
+from commands.memory import in_training, measure_footprint
 from evaluation.detection import PADDING, as_coco, detection_metrics
 from hub.export.native import export
 from modeling.detection import best_boxes, build_detector, check_encoder, native_detector
@@ -161,6 +162,16 @@ def test_loss__does_not_depend_on_how_images_are_batched():
     detector.eval()
     each = [detector(pixels[[i]], labels=[labels[i]]).loss for i in range(4)]
     assert_close(detector(pixels, labels=labels).loss, torch.stack(each).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_plan__counts_the_queries_of_all_groups():
+    detector, batch = tiny_detector(), {"pixel_values": torch.zeros(1, 3, SIDE, SIDE)}
+    config = detector.config
+    for_an_image = measure_footprint(detector.eval(), batch).flops_per_image
+    trained = measure_footprint(in_training(detector), batch).flops_per_image
+    feed_forward = 2 * config.d_model * config.decoder_ffn_dim * config.decoder_layers
+    more_queries = (config.group_detr - 1) * config.num_queries
+    assert trained > for_an_image + 3 * 2 * feed_forward * more_queries
 
 
 def test_loss__of_certain_and_wrong_predictions_is_finite():

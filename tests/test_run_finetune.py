@@ -331,7 +331,7 @@ def test_finished__folder_is_not_touched_and_a_label_count_too_large_names_the_c
 ):
     out = finetune(encoders["mae"], labeled, tmp_path / "out", "--max_steps", "1")
     argv = ("--model", str(encoders["mae"]), "--dataset", str(labeled))
-    assert "--overwrite" in refusal(capsys, *argv, "--output_dir", str(out))
+    assert "--overwrite" in refusal(capsys, *argv[:2], "--dataset", "nowhere", "--output_dir", str(out))
     message = refusal(capsys, *argv, "--output_dir", str(tmp_path / "more"), "--labels_per_class", "9")
     assert "labels_per_class is 9, but class 'small' has only 8 training images" in message
 

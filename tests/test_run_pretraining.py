@@ -77,7 +77,8 @@ def test_run__the_encoder_opens_and_its_processor_feeds_it(finished):
 
 def test_run__a_finished_folder_is_not_touched_without_overwrite(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert "--overwrite" in refusal(capsys, *SMALL, "--output_dir", str(finished))
+    flags = ("--output_dir", str(finished), "--dataset", "nowhere")  # refused before its images are looked for
+    assert "--overwrite" in refusal(capsys, *SMALL, *flags)
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 

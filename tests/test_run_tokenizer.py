@@ -73,6 +73,10 @@ def test_run__writes_the_layout(finished):
     assert {name for name in files if not name.startswith(("checkpoint-", "runs/"))} == LAYOUT
 
 
+def test_run__a_finished_folder_is_refused_before_images_are_looked_for(finished, capsys):
+    assert "--overwrite" in refusal(capsys, "--output_dir", str(finished), "--dataset", "nowhere")
+
+
 def test_run__counts_the_codes_of_enough_held_out_tokens(finished):
     facts = json.loads((finished / "codebook.json").read_text())
     assert facts["num_tokens"] == facts["num_crops"] * 16 >= 1000

@@ -226,6 +226,7 @@ def test_debug__bare_shows_tracebacks_and_keeps_the_options_of_transformers():
         (["--patch_size"], "--patch_size: expected one argument"),
         (["--model", "vit-bass"], "did you mean vit-base?"),
         (["--model", "resnet"], "one of vit-nano, vit-tiny, vit-small, vit-base, vit-large, vit-huge"),
+        (["--model", "facebook/vit-mae-base"], "; to start from trained weights, use --init_from"),
         (
             ["--method", "moe"],
             "--method: got 'moe', expected one of beit, beit2, beit3, data2vec, data2vec2, dino, dinov2, feature",
