@@ -92,6 +92,12 @@ class BoxSamples(SourceSamples):
         return int(np.bincount(self.raw.images[np.isin(self.raw.images, self.indices)], minlength=1).max())
 
     @property
+    def median_size(self) -> tuple[float, float]:
+        """Median width and height of the boxes, as fractions of their image."""
+        left, top, right, bottom = self.raw.boxes[np.isin(self.raw.images, self.indices)].T
+        return float(np.median(right - left)), float(np.median(bottom - top))
+
+    @property
     def num_empty(self) -> int:
         """Number of images without a box."""
         return len(self.indices) - int(np.isin(self.indices, self.raw.images).sum())

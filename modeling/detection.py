@@ -32,6 +32,7 @@ NUM_BEST = 100  # boxes that are kept of an image, as by the image processor
 _NUM_TAPS = 4  # quarters of the encoder; the last block of each is global, and the detector reads its output
 _SIDES = (4, 2)  # windows per side of an image that transformers allows
 _BIAS = -math.log(99)  # of the classifiers: a probability of 1%
+_SIDE_OF_PROPOSALS = 0.05  # of the image, before it is refined; LwDetrModel.gen_encoder_output_proposals
 _MOMENTUM = 0.1  # PyTorch's
 _LARGEST_LOGIT = 15.0  # in the loss: a float32 sigmoid of more than 16 is 1, whose loss would be infinite
 _SMALLEST_VARIANCE = (
@@ -135,11 +136,14 @@ def _count(targets: Sequence[Mapping[str, Tensor]]) -> int:
     return sum(max(1, len(target["class_labels"])) for target in targets)
 
 
-def build_detector(encoder: Any, labels: Sequence[str], *, image_size: int, num_queries: int) -> Detector:
+def build_detector(
+    encoder: Any, labels: Sequence[str], *, image_size: int, num_queries: int, box_size: tuple[float, float]
+) -> Detector:
     """Return a detector for square color images with the encoder's weights and everything else new.
 
     Args:
         num_queries: The largest number of objects that can be found in an image; at most the number of places.
+        box_size: Width and height of the boxes before any training, as fractions of the image.
 
     Raises:
         ValueError: If the ViT of transformers' detector cannot hold the encoder, or the image size does not fit.
@@ -154,6 +158,9 @@ def build_detector(encoder: Any, labels: Sequence[str], *, image_size: int, num_
     for mlp in (detector.bbox_embed, *detector.model.enc_out_bbox_embed):  # boxes start as the proposals
         nn.init.zeros_(mlp.layers[-1].weight)
         nn.init.zeros_(mlp.layers[-1].bias)
+    for mlp in detector.model.enc_out_bbox_embed:  # at each place, which are far smaller than objects of small images
+        with torch.no_grad():
+            mlp.layers[-1].bias[2:] = torch.log(torch.tensor(box_size) / _proposal_side(config))
     nn.init.zeros_(detector.model.reference_point_embed.weight)
     _copy_weights(detector.base_model, encoder)
     return detector
@@ -245,6 +252,11 @@ def _config(encoder_config: Any, image_size: int, num_queries: int) -> LwDetrCon
         decoder_n_points=num_points,
         num_queries=min(num_queries, num_places),
     )
+
+
+def _proposal_side(config: LwDetrConfig) -> float:
+    """Return the side of a proposal of transformers, doubled from each scale to the next: the middle of them."""
+    return float(_SIDE_OF_PROPOSALS * 2 ** ((len(config.projector_scale_factors) - 1) / 2))
 
 
 def _mlp_ratio(config: Any) -> float:

@@ -167,8 +167,13 @@ class DetectionTask(Task):
     # ---- model ----
 
     def build_model(self) -> PreTrainedModel:
-        side = self.settings.image_size
-        return build_detector(self.open_encoder(), self.class_names, image_size=side, num_queries=self.num_queries)
+        return build_detector(
+            self.open_encoder(),
+            self.class_names,
+            image_size=self.settings.image_size,
+            num_queries=self.num_queries,
+            box_size=self.splits.samples["train"].median_size,
+        )
 
     def fit_head(self, model: Any, device: torch.device) -> str | None:
         images = ImageDataset(self.splits.by_name["train"], self.transform(train=False), seed=self.settings.seed)

@@ -109,6 +109,16 @@ def test_validation_split__is_taken_from_the_training_images_beside_a_test_split
     assert {name: len(split) for name, split in splits.by_name.items()} == {"train": 2, "validation": 1, "test": 3}
 
 
+def test_median_size__is_that_of_the_images_of_the_split(tmp_path):
+    folder = write(tmp_path / "data", coco([*GOOD, (1, 3, [1, 1, 5, 5])]))
+    splits = open_all(folder, validation_fraction=0.3)
+    sizes = {index: Image.open(file).size for index, file in enumerate(PHOTOGRAPHS)}
+    boxes = {0: [(30, 40), (50, 50)], 1: [(5, 5)], 2: [(10, 10)]}
+    for split in splits.by_name.values():
+        expected = [(w / sizes[image][0], h / sizes[image][1]) for image in split.indices for w, h in boxes[image]]
+        assert split.median_size == pytest.approx(np.median(expected, axis=0))
+
+
 BAD = [
     (5, 3, [1, 1, 5, 5]),  # no such image
     (0, 9, [1, 1, 5, 5]),  # no such class

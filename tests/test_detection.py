@@ -88,7 +88,7 @@ def test_carrier__equals_the_patch_features_of_the_encoder(kind):
     encoder = ENCODERS[kind]().eval()
     for parameter in encoder.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    vit = build_detector(encoder, ["a", "b"], image_size=SIDE, num_queries=4).eval().base_model
+    vit = build_detector(encoder, ["a", "b"], image_size=SIDE, num_queries=4, box_size=(0.25, 0.5)).eval().base_model
     pixels = torch.randn(2, 3, SIDE, SIDE)
     expected = patch_features(encoder, pixels.mean(1, keepdim=True) if kind == "gray" else pixels)
     if kind == "gray":  # as ITU-R 601 weighs the channels
@@ -104,7 +104,9 @@ def test_carrier__equals_the_patch_features_of_the_encoder(kind):
 def test_carrier__of_a_larger_image_has_windows_as_large_as_the_images_of_the_encoder():
     torch.manual_seed(0)
     encoder = ENCODERS["vit"]().eval()
-    vit = build_detector(encoder, ["a", "b"], image_size=2 * SIDE, num_queries=4).eval().base_model
+    vit = (
+        build_detector(encoder, ["a", "b"], image_size=2 * SIDE, num_queries=4, box_size=(0.25, 0.5)).eval().base_model
+    )
     assert (vit.config.num_windows, vit.config.window_block_indices) == (4, [0])
     pixels = torch.randn(2, 3, 2 * SIDE, 2 * SIDE)
     expected = patch_features(encoder, pixels, num_windows=2, windowed=[0])
@@ -134,6 +136,19 @@ def targets(*numbers: int) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     boxes = [0.2 + 0.3 * torch.rand(number, 4, generator=generator) for number in numbers]
     return [{"class_labels": torch.arange(len(each)) % 2, "boxes": each} for each in boxes]
+
+
+@pytest.mark.parametrize("width", [32, 768])  # one scale of features, two
+def test_boxes__of_an_untrained_detector_are_as_large_as_asked_for(width):
+    config = ViTConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=width)
+    config.image_size, config.patch_size = SIDE, PATCH
+    detector = build_detector(ViTModel(config), ["a", "b"], image_size=SIDE, num_queries=4, box_size=(0.3, 0.4))
+    sizes = detector.eval()(torch.randn(3, 3, SIDE, SIDE)).pred_boxes[..., 2:]
+    if width < 768:
+        assert_close(sizes, torch.tensor([0.3, 0.4]).expand_as(sizes))
+    else:  # the boxes of the coarser scale are twice as large as those of the finer one
+        factors = sizes / torch.tensor([0.3, 0.4])
+        assert {round(value, 3) for value in factors.flatten().tolist()} <= {0.707, 1.414}
 
 
 def test_loss__equals_that_of_transformers_where_every_image_has_boxes():

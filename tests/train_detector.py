@@ -42,7 +42,7 @@ def tiny_detector(config: LwDetrConfig | None = None) -> Detector:
     torch.manual_seed(0)
     if config is not None:
         return Detector(config)
-    return build_detector(small_encoder(), NAMES, image_size=SIDE, num_queries=6)
+    return build_detector(small_encoder(), NAMES, image_size=SIDE, num_queries=6, box_size=(0.3, 0.4))
 
 
 def write_scenes(folder: Path) -> Path:
