@@ -9,8 +9,8 @@ Pre-trains an encoder with each of --methods, on the crops and the training scen
 weights of the first one, and for the first seed a linear layer on the frozen patches and a detector. All runs of a
 kind have the same time (--minutes) and settings, and with --num_threads several run beside each other, on cores of
 their own. Frozen patches of every encoder, of the EfficientNet-Lite0 that is given as --reference, and raw pixels are
-measured by the same linear probe (`run_evaluation.py --dense`). Test scenes have other stamps and photographs. Writes
-benchmarks/<name>_<hardware>_<date>.md and .json. An interrupted benchmark continues.
+measured by the same linear probe (`run_evaluation.py --dense`), but not for detection alone. Test scenes have other
+stamps and photographs. Writes benchmarks/<name>_<hardware>_<date>.md and .json. An interrupted benchmark continues.
 """
 
 import argparse
@@ -80,6 +80,8 @@ def main() -> None:
         found = iter(jobs.map(lambda each: tune(*each, options, jobs), runs))
         results[kind] = {row: [next(found) for _ in seeds] for row in rows}
         write(options, results)
+    if options.kinds == ["detection"]:
+        return
     probed = encoders | ({"EfficientNet-Lite0": str(options.reference)} if options.reference else {})
     frozen = jobs.map(lambda each: probe(*each, options, jobs), probed.items())
     results[PROBED] = {row: [metrics] for row, metrics in zip(probed, frozen, strict=True)}
