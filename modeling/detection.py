@@ -9,7 +9,8 @@ image processor needs no torchvision, and its attention no compiled code. With o
 any image of whole patches, so that small images need no other class.
 Differs: The ViT has no class token and no final norm: features equal those of the encoder's patches without its class
 token (ViTDet leaves it out too). There is no drop path. BatchNorm keeps statistics that are measured once, before
-training: those of a batch would depend on gradient accumulation and on the number of processes.
+training: those of a batch would depend on gradient accumulation and on the number of processes. The first boxes are as
+large as the median box of the training images, there a twentieth of the image.
 Shapes: B images, Q queries, G groups of them in training, L layers, K classes, C channels, H W pixels.
 """
 
@@ -158,7 +159,8 @@ def build_detector(
     for mlp in (detector.bbox_embed, *detector.model.enc_out_bbox_embed):  # boxes start as the proposals
         nn.init.zeros_(mlp.layers[-1].weight)
         nn.init.zeros_(mlp.layers[-1].bias)
-    for mlp in detector.model.enc_out_bbox_embed:  # at each place, which are far smaller than objects of small images
+    # Boxes that have to grow from a twentieth of the image to half of it overshoot to several times the image.
+    for mlp in detector.model.enc_out_bbox_embed:
         with torch.no_grad():
             mlp.layers[-1].bias[2:] = torch.log(torch.tensor(box_size) / _proposal_side(config))
     nn.init.zeros_(detector.model.reference_point_embed.weight)
