@@ -133,7 +133,8 @@ def test_finetune__of_an_encoder_without_its_range_is_one_message(tmp_path, caps
     config = ViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
     config.mim_value_range = [[0, 5000]] * 3
     ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    arguments = ["--model", str(tmp_path), "--dataset", str(tmp_path), "--use_cpu", "--output_dir", str(tmp_path)]
+    arguments = ["--model", str(tmp_path), "--dataset", str(tmp_path), "--use_cpu"]
+    arguments += ["--output_dir", str(tmp_path / "out")]
     parser = partial(make_parser, SETTINGS["classification"])
     assert run_finetune.run(arguments, run_finetune.main, parser) == 2
     expected = f"--model {tmp_path} takes measurements, but has no preprocessor_config.json with their value_range"
