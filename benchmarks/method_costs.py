@@ -34,11 +34,11 @@ from benchmarks.provenance import (
     versions,
     write_report,
 )
+from commands.pretraining_batches import build_collator, transform_of
 from commands.pretraining_settings import load_pretraining_settings
 from data.images import ImageDataset, SourceSamples
 from data.sources import open_source
 from modeling import CONFIGS, MODELS
-from run_pretraining import build_collator, transform_of
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = [method for method, model in MODELS.items() if model.targets is None]

@@ -34,7 +34,7 @@ class _TransformersFlags(TrainingArguments):
 
 
 _MOST_CHOICES_SHOWN = 8  # in --help, instead of X
-_SAID_OF_VALUES = ("refused", "words", "otherwise")
+_SAID_OF_VALUES = ("refused", "words", "otherwise")  # by the metadata of a flag
 _EXPECTED = {"int": "a whole number", "float": "a number", "string_to_bool": "true or false"}
 
 

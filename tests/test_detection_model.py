@@ -34,7 +34,7 @@ ENCODERS = {
     ),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=2, layerscale_value=0.3)),
 }
-SIZE = (0.25, 0.5)  # of the first boxes
+BOX_SIZE = (0.25, 0.5)
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def test_carrier__equals_the_patch_features_of_the_encoder(kind):
     encoder = ENCODERS[kind]().eval()
     for parameter in encoder.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    vit = build_detector(encoder, ["a", "b"], image_size=SIDE, num_queries=4, box_size=SIZE).eval().base_model
+    vit = build_detector(encoder, ["a", "b"], image_size=SIDE, num_queries=4, box_size=BOX_SIZE).eval().base_model
     pixels = torch.randn(2, 3, SIDE, SIDE)
     expected = patch_features(encoder, pixels.mean(1, keepdim=True) if kind == "gray" else pixels)
     if kind == "gray":  # as ITU-R 601 weighs the channels
@@ -84,7 +84,7 @@ def test_carrier__equals_the_patch_features_of_the_encoder(kind):
 def test_carrier__of_a_larger_image_has_windows_as_large_as_the_images_of_the_encoder():
     torch.manual_seed(0)
     encoder = ENCODERS["vit"]().eval()
-    vit = build_detector(encoder, ["a", "b"], image_size=2 * SIDE, num_queries=4, box_size=SIZE).eval().base_model
+    vit = build_detector(encoder, ["a", "b"], image_size=2 * SIDE, num_queries=4, box_size=BOX_SIZE).eval().base_model
     assert (vit.config.num_windows, vit.config.window_block_indices) == (4, [0])
     pixels = torch.randn(2, 3, 2 * SIDE, 2 * SIDE)
     expected = patch_features(encoder, pixels, num_windows=2, windowed=[0])

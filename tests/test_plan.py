@@ -8,6 +8,7 @@ from transformers import Trainer, TrainingArguments
 import run_pretraining
 from commands.arithmetic import Hardware
 from commands.memory import Footprint, measure_footprint
+from commands.pretraining_batches import build_collator, transform_of
 from commands.pretraining_plan import PretrainingPlan
 from commands.pretraining_settings import load_pretraining_settings
 from commands.texts import TextSplits
@@ -35,7 +36,7 @@ def plan_of_real_model(*argv: str) -> PretrainingPlan:
     """With one image a device, and the memory of the model itself."""
     settings = load_pretraining_settings([*argv, "--per_device_train_batch_size", "1"], CONFIGS)
     config = CONFIGS[settings.method](encoder_config=settings.encoder_settings(), **settings.method_settings)
-    footprint = run_pretraining.model_footprint(settings, config, run_pretraining.build_collator(settings, config))
+    footprint = run_pretraining.model_footprint(settings, config, build_collator(settings, config))
     return PretrainingPlan.make(settings, LAPTOP, (1000, 50), footprint, "folder photos", settings.grid)
 
 
@@ -347,7 +348,7 @@ def test_mask__is_that_of_the_method(method, mask):
 def test_color_jitter__is_refused_by_methods_with_their_own_colors():
     settings = load_pretraining_settings(["--method", "dino", "--color_jitter", "0.2"], CONFIGS)
     with pytest.raises(ValueError, match="--color_jitter has no effect with dino"):
-        run_pretraining.transform_of(settings, CONFIGS["dino"](), None, train=True)
+        transform_of(settings, CONFIGS["dino"](), None, train=True)
 
 
 def test_plan__counts_the_texts_and_pairs_of_a_step():
@@ -359,7 +360,7 @@ def test_plan__counts_the_texts_and_pairs_of_a_step():
         method_settings = {**settings.method_settings, **settings_of_texts}
         config = CONFIGS["beit3"](encoder_config=settings.encoder_settings(), **method_settings)
         texts = TextSplits(tokens, (None, None), None, BadImages(), ()) if flags else None
-        collator = run_pretraining.build_collator(settings, config, texts)
+        collator = build_collator(settings, config, texts)
         return run_pretraining.model_footprint(settings, config, collator).flops_per_image
 
     images, with_texts = flops(), flops("--text_dataset", "texts")
