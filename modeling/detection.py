@@ -1,58 +1,54 @@
-"""An object detector on a pre-trained ViT, exported as LwDetrForObjectDetection of transformers.
+"""An object detector on a pre-trained ViT, exported as RfDetrForObjectDetection of transformers.
 
-Papers: Chen et al. 2024 (LW-DETR), arXiv:2406.03459; Li et al. 2022 (ViTDet), arXiv:2203.16527, Sec. 3: a plain ViT
-with windows and a few global blocks; Chen et al. 2022 (Group DETR), arXiv:2207.13085.
-Code: Atten4Vis/LW-DETR at d5e6e6c, scripts/ (sizes of the detector); facebookresearch/detectron2/projects/ViTDet at
-02b5c4e (global blocks).
-Why this class: it contains a windowed pre-norm ViT, so that the blocks of the encoder are carried over exactly, its
-image processor needs no torchvision, and its attention no compiled code. With one window it takes any patch size and
-any image of whole patches, so that small images need no other class.
-Differs: The ViT has no class token and no final norm: features equal those of the encoder's patches without its class
-token (ViTDet leaves it out too). There is no drop path. BatchNorm keeps statistics that are measured once, before
-training: those of a batch would depend on gradient accumulation and on the number of processes. The first boxes are as
+Papers: Robinson et al. 2025 (RF-DETR), arXiv:2511.09554: the detector of LW-DETR on a DINOv2; Chen et al. 2024
+(LW-DETR), arXiv:2406.03459; Li et al. 2022 (ViTDet), arXiv:2203.16527, Sec. 3: a plain ViT with windows and a few
+global blocks; Chen et al. 2022 (Group DETR), arXiv:2207.13085.
+Code: roboflow/rf-detr at 35ac6ab, rfdetr/config.py (sizes of the detector, windows, outputs of four blocks).
+Why this class: it contains a pre-norm ViT with its class token, which DINOv2 and others need (without it, a linear
+classifier of the patches of a DINOv2 finds half as many classes), so that the encoder is carried over exactly; its
+attention needs no compiled code. With one window it takes any patch size and any image of whole patches, so that small
+images need no other class.
+Differs: Nothing is dropped in training (dropout 0.1 in transformers' defaults, no drop path). The first boxes are as
 large as the median box of the training images, there a twentieth of the image.
 Shapes: B images, Q queries, G groups of them in training, L layers, K classes, C channels, H W pixels.
 """
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LwDetrConfig, LwDetrForObjectDetection, LwDetrViTConfig, PreTrainedConfig
+from transformers import PreTrainedConfig, RfDetrConfig, RfDetrForObjectDetection
 from transformers.loss.loss_lw_detr import LwDetrHungarianMatcher, LwDetrImageLoss
+from transformers.models.rf_detr.configuration_rf_detr import RfDetrDinov2Config
 
 from .patches import gray_to_rgb, patch_grid
 from .positions import resize_positions
 
-MODEL_TYPES = ("vit", "vit_mae", "deit", "beit", "data2vec-vision", "dinov2")
+MODEL_TYPES = ("vit", "vit_mae", "beit", "data2vec-vision", "dinov2")
 NUM_BEST = 100  # boxes that are kept of an image, as by the image processor
 
-_NUM_TAPS = 4  # quarters of the encoder; the last block of each is global, and the detector reads its output
-_SIDES = (4, 2)  # windows per side of an image that transformers allows
+_NUM_TAPS = 4  # quarters of the encoder; the detector reads the output of the last block of each
+_SIDES = (4, 2)  # windows per side of an image: RF-DETR base and those after it
 _BIAS = -math.log(99)  # of the classifiers: a probability of 1%
-_SIDE_OF_PROPOSALS = 0.05  # of the image, before it is refined; LwDetrModel.gen_encoder_output_proposals
-_MOMENTUM = 0.1  # PyTorch's
+_SIDE_OF_PROPOSALS = 0.05  # of the image, before it is refined; RfDetrModel.gen_encoder_output_proposals
 _LARGEST_LOGIT = 15.0  # in the loss: a float32 sigmoid of more than 16 is 1, whose loss would be infinite
-_SMALLEST_VARIANCE = (
-    0.01  # of a channel, as a fraction of the mean: one that is constant at the start is not amplified
-)
-_NAMES = (  # of transformers' ViT, BEiT and DINOv2, and of the ViT in the detector
-    (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.projection."),
+_NAMES = (  # those of transformers' ViT, BEiT and DINOv2, and of RF-DETR before 5.23, as RF-DETR has them today
     (r"^(?:encoder\.)?layers?\.(\d+)\.", r"encoder.layer.\1."),
-    (r"\.attention\.attention\.(\w)\w+\.", r".attention.\1_proj."),  # of DINOv2 before 5.23
+    (r"\.attention\.attention\.(\w)\w+\.", r".attention.\1_proj."),
     (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.mlp\.", ".intermediate."),
-    (r"\.(?:lambda_|layer_scale)(\d)(?:\.lambda1)?$", r".gamma_\1"),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"\.lambda_(\d)$", r".layer_scale\1.lambda1"),
 )
 
 
-class Detector(LwDetrForObjectDetection):
-    """A LwDetrForObjectDetection with the same parameter names, whose loss does not depend on how images are batched.
+class Detector(RfDetrForObjectDetection):
+    """A RfDetrForObjectDetection with the same parameter names, whose loss does not depend on how images are batched.
 
     Its `base_model` is the ViT. Differs from transformers, whose loss is a sum that is divided by the number of boxes
     of a micro-batch: it is divided by that of a step, where an image without boxes counts as one. In evaluation it is
@@ -61,38 +57,15 @@ class Detector(LwDetrForObjectDetection):
 
     base_model_prefix = "model.backbone.backbone"
 
+    def __init__(self, config: RfDetrConfig):
+        super().__init__(config)
+        if not self.base_model.config.apply_layernorm:  # every trained parameter needs a gradient on many processes
+            self.base_model.layernorm.requires_grad_(False)
+
     @property
-    def base_model(self) -> nn.Module:
+    def base_model(self) -> Any:
         """The encoder, without the layers between it and the decoder."""
-        model: Any = self.model
-        encoder: nn.Module = model.backbone.backbone
-        return encoder
-
-    def train(self, mode: bool = True) -> "Detector":
-        super().train(mode)
-        for norm in self._norms():
-            norm.eval()
-        return self
-
-    @torch.no_grad()
-    def calibrate(self, batches: Iterable[Tensor]) -> None:
-        """Set the statistics of all BatchNorms to those of standardized training images (B, C, H, W)."""
-        self.eval()
-        norms = self._norms()
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over the batches
-            norm.training = True
-        for pixel_values in batches:
-            self(pixel_values)
-        for norm in norms:
-            norm.momentum = _MOMENTUM
-            norm.eval()
-            variance: Any = norm.running_var
-            variance.clamp_(min=_SMALLEST_VARIANCE * variance.mean().item())
-
-    def _norms(self) -> list[nn.BatchNorm2d]:
-        return [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
+        return self.model.backbone.backbone
 
     def loss_counts(self, batch: Mapping[str, Any]) -> dict[str, int]:
         """Return by what the sum over the boxes of a batch is divided."""
@@ -150,7 +123,7 @@ def build_detector(
         ValueError: If the ViT of transformers' detector cannot hold the encoder, or the image size does not fit.
     """
     check_encoder(encoder.config)
-    config = _config(encoder.config, image_size, num_queries)
+    config = _config(encoder, image_size, num_queries)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     detector = Detector(config)
@@ -162,7 +135,7 @@ def build_detector(
     # Boxes that have to grow from a twentieth of the image to half of it overshoot to several times the image.
     for mlp in detector.model.enc_out_bbox_embed:
         with torch.no_grad():
-            mlp.layers[-1].bias[2:] = torch.log(torch.tensor(box_size) / _proposal_side(config))
+            mlp.layers[-1].bias[2:] = torch.log(torch.tensor(box_size) / _SIDE_OF_PROPOSALS)
     nn.init.zeros_(detector.model.reference_point_embed.weight)
     _copy_weights(detector.base_model, encoder)
     return detector
@@ -177,17 +150,15 @@ def check_encoder(config: PreTrainedConfig) -> None:
         config, "use_shared_relative_position_bias", False
     ):
         problem = "has relative position biases, which the detector's ViT has not: use one with absolute positions"
-    elif getattr(config, "use_swiglu_ffn", False):
-        problem = "has gated layers (SwiGLU), which the detector's ViT has not"
     elif _mlp_ratio(config) % 1:
         problem = f"has an MLP {_mlp_ratio(config):g} times as wide as the blocks; expected a whole number"
     if problem:
         raise ValueError(f"`model` {config.name_or_path} {problem}")
 
 
-def native_detector(detector: Detector) -> LwDetrForObjectDetection:
+def native_detector(detector: Detector) -> RfDetrForObjectDetection:
     """Return the same function as a class of transformers."""
-    native: LwDetrForObjectDetection = LwDetrForObjectDetection(detector.config)
+    native: RfDetrForObjectDetection = RfDetrForObjectDetection(detector.config)
     native.load_state_dict({name: tensor.float().cpu() for name, tensor in detector.state_dict().items()}, strict=True)
     native.eval()
     return native
@@ -213,52 +184,44 @@ def num_windows_per_side(image_size: int, encoder_config: Any) -> int:
     """Return into how many windows a side of an image is cut; windows are no smaller than the encoder's own images."""
     side = patch_grid(image_size, encoder_config.patch_size)[0]
     own = max(patch_grid(encoder_config.image_size, encoder_config.patch_size))
-    fits = (n for n in _SIDES if side % n == 0 and side // n >= own and image_size % n**3 == 0)
-    return next(fits, 1)
+    return next((n for n in _SIDES if side % n == 0 and side // n >= own), 1)
 
 
-def _config(encoder_config: Any, image_size: int, num_queries: int) -> LwDetrConfig:
+def _config(encoder: Any, image_size: int, num_queries: int) -> RfDetrConfig:
+    encoder_config = encoder.config
     width, num_blocks = encoder_config.hidden_size, encoder_config.num_hidden_layers
     side = patch_grid(image_size, encoder_config.patch_size)[0]
-    num_sides = num_windows_per_side(image_size, encoder_config)
-    taps = sorted({math.ceil(num_blocks * quarter / _NUM_TAPS) for quarter in range(1, _NUM_TAPS + 1)})  # from 1
-    backbone = LwDetrViTConfig(  # type: ignore[call-arg]
+    backbone = RfDetrDinov2Config(  # type: ignore[call-arg]
         hidden_size=width,
         num_hidden_layers=num_blocks,
         num_attention_heads=encoder_config.num_attention_heads,
         mlp_ratio=int(_mlp_ratio(encoder_config)),
+        use_swiglu_ffn=getattr(encoder_config, "use_swiglu_ffn", False),
         hidden_act=encoder_config.hidden_act,
         layer_norm_eps=encoder_config.layer_norm_eps,
         initializer_range=encoder_config.initializer_range,
-        image_size=image_size,
-        pretrain_image_size=image_size,  # the position table is resized once
+        image_size=image_size,  # the position table is resized once
         patch_size=encoder_config.patch_size,
         num_channels=3,
         qkv_bias=getattr(encoder_config, "qkv_bias", True),
-        window_block_indices=[n for n in range(num_blocks) if num_sides > 1 and n + 1 not in taps],
-        num_windows=num_sides**2,
-        out_indices=taps,
+        use_mask_token=False,
+        apply_layernorm=isinstance(encoder.layernorm, nn.LayerNorm),
+        num_windows=num_windows_per_side(image_size, encoder_config),
+        out_indices=sorted({math.ceil(num_blocks * quarter / _NUM_TAPS) for quarter in range(1, _NUM_TAPS + 1)}),
     )
-    # The sizes of LW-DETR xlarge, of tiny to medium, and for narrower encoders half of these.
+    # The sizes of RF-DETR on a ViT-B, on a ViT-S, and for narrower encoders half of these.
     wide, usual, narrow = (384, 12, 24, 2048), (256, 8, 16, 2048), (128, 4, 8, 512)
     d_model, num_heads, num_cross_heads, ffn_dim = wide if width >= 768 else usual if width >= 384 else narrow
-    scales, num_points = ([2.0, 0.5], 4) if width >= 768 else ([1.0 if side >= 32 else 2.0], 2)
-    num_places = sum(int(side * scale) ** 2 for scale in scales)
-    return LwDetrConfig(
+    return RfDetrConfig(
         backbone_config=backbone,
-        projector_scale_factors=scales,
         d_model=d_model,
         decoder_self_attention_heads=num_heads,
         decoder_cross_attention_heads=num_cross_heads,
         decoder_ffn_dim=ffn_dim,
-        decoder_n_points=num_points,
-        num_queries=min(num_queries, num_places),
+        decoder_n_points=4 if width >= 768 else 2,
+        dropout=0.0,
+        num_queries=min(num_queries, side**2),
     )
-
-
-def _proposal_side(config: LwDetrConfig) -> float:
-    """Return the side of a proposal of transformers, doubled from each scale to the next: the middle of them."""
-    return float(_SIDE_OF_PROPOSALS * 2 ** ((len(config.projector_scale_factors) - 1) / 2))
 
 
 def _mlp_ratio(config: Any) -> float:
@@ -266,26 +229,30 @@ def _mlp_ratio(config: Any) -> float:
 
 
 def _copy_weights(vit: Any, encoder: Any) -> None:
-    """Copy the encoder's weights; a bias of the keys cancels in the softmax, and the detector has none."""
-    state: dict[str, Tensor] = {}
-    dropped = ("embeddings.cls_token", "embeddings.mask_token", "embeddings.distillation_token")
-    for name, tensor in encoder.state_dict().items():
-        for pattern, replacement in _NAMES:
-            name = re.sub(pattern, replacement, name)
-        if not name.startswith((*dropped, "layernorm.", "pooler.")) and not name.endswith(".k_proj.bias"):
-            state[name] = tensor
+    """Copy the encoder's weights."""
+    own = {_canonical(name): tensor for name, tensor in vit.state_dict().items()}
+    state = {_canonical(name): tensor for name, tensor in encoder.state_dict().items()}
     old, new = (patch_grid(config.image_size, config.patch_size) for config in (encoder.config, vit.config))
-    table = state["embeddings.position_embeddings"]
-    if (num_extra := table.shape[1] - old[0] * old[1]) > 1:  # of a DeiT; the detector expects and ignores one
-        table = table[:, num_extra - 1 :]
-    elif not num_extra:
-        table = torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
-    state["embeddings.position_embeddings"] = resize_positions(table, old, new)
-    if state["embeddings.projection.weight"].shape[1] == 1:
-        state["embeddings.projection.weight"] = gray_to_rgb(state["embeddings.projection.weight"])
-    missing, unexpected = vit.load_state_dict(state, strict=False)
-    assert not unexpected, f"the detector's ViT has no parameters for these weights: {unexpected}"
-    scales = [name for name in missing if re.search(r"\.gamma_[12]$", name)]
-    assert scales == missing, f"the encoder lacks these weights: {missing}"
-    for name in scales:  # without LayerScale
-        nn.init.ones_(vit.get_parameter(name))
+    table = "embeddings.position_embeddings"
+    state[table] = resize_positions(state[table], old, new)
+    kernel = "embeddings.patch_embeddings.projection.weight"
+    if state[kernel].shape[1] == 1:
+        state[kernel] = gray_to_rgb(state[kernel])
+    for name, tensor in own.items():
+        if name in state:
+            tensor.copy_(state[name])
+        elif name.endswith(".k_proj.bias"):  # it cancels in the softmax, and BEiT has none
+            tensor.zero_()
+        elif name.endswith(".lambda1"):  # without LayerScale
+            tensor.fill_(1)
+        else:
+            assert name.startswith("layernorm."), f"the encoder lacks {name}"
+    unused = set(state) - set(own) - {"embeddings.mask_token"}
+    unused = {name for name in unused if not name.startswith("pooler.")}
+    assert not unused, f"the detector's ViT has no parameters for these weights: {sorted(unused)}"
+
+
+def _canonical(name: str) -> str:
+    for pattern, replacement in _NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,6 +1,6 @@
-"""Object detection: boxes with classes, by an LW-DETR on the encoder.
+"""Object detection: boxes with classes, by an RF-DETR on the encoder.
 
-Papers: Chen et al. 2024 (LW-DETR), arXiv:2406.03459; Li et al. 2022 (ViTDet), arXiv:2203.16527, App. A.2, for the
+Papers: Robinson et al. 2025 (RF-DETR), arXiv:2511.09554; Li et al. 2022 (ViTDet), arXiv:2203.16527, App. A.2, for the
 optimization and large-scale jitter.
 Shapes: B images of a micro-batch, C channels, S side of a view, N images of a split, P predicted boxes of an image, M
 boxes of the image with the most.
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForObjectDetection, PreTrainedConfig, PreTrainedModel
@@ -22,7 +21,6 @@ from commands.flags import COUNT, flag
 from commands.settings import Origin, SettingsError
 from data.box_datasets import BoxSplits, open_box_splits
 from data.box_views import BoxViews, collate_boxes
-from data.images import ImageDataset
 from data.size_schedule import Transform
 from evaluation.box_pictures import draw_detections
 from evaluation.detection import METRICS, detection_metrics, require_coco_eval
@@ -32,7 +30,7 @@ from hub.model_card import TaskCard
 from modeling.detection import best_boxes, build_detector, check_encoder, native_detector, num_windows_per_side
 from modeling.patches import patch_grid
 
-from .base import NUM_MEASURED, Task, check_same_classes
+from .base import Task, check_same_classes
 
 FIGURE_FILE = "detections.png"
 _FEWEST_QUERIES, _MOST_QUERIES, _QUERIES_PER_BOX = 30, 300, 4  # 300 are the authors', for up to 93 boxes in COCO
@@ -119,13 +117,13 @@ class DetectionSettings(DenseSettings, DetectionFlags):
             raise SettingsError(f"--dataset names {len(self.dataset)} datasets, expected one")
         if self.drop_path:
             raise SettingsError(
-                f"--drop_path {self.drop_path:g}: transformers' LW-DETR has no drop path; leave it out"
+                f"--drop_path {self.drop_path:g}: a detector is trained without drop path; leave it out"
             )
 
 
 @dataclass(frozen=True)
 class DetectionTask(Task):
-    """Object detection with the LW-DETR of transformers."""
+    """Object detection with the RF-DETR of transformers."""
 
     settings_class = DetectionSettings
     has_views_of_one_size = False
@@ -175,12 +173,6 @@ class DetectionTask(Task):
             box_size=self.splits.samples["train"].median_size,
         )
 
-    def fit_head(self, model: Any, device: torch.device) -> str | None:
-        images = ImageDataset(self.splits.by_name["train"], self.transform(train=False), seed=self.settings.seed)
-        chosen = np.random.default_rng(self.settings.seed).permutation(len(images))[:NUM_MEASURED]
-        model.to(device).calibrate(self.standardized_batches(images, chosen, device))
-        return f"the detector's features are standardized by {len(chosen)} training images"
-
     def check_checkpoint(self, checkpoint: Path) -> None:
         check_same_classes(checkpoint, self.class_names)
 
@@ -206,11 +198,11 @@ class DetectionTask(Task):
         settings, size = self.settings, self.settings.image_size
         rows, columns = patch_grid(size, self.encoder_config.patch_size)
         num_sides = num_windows_per_side(size, self.encoder_config)
-        windows = f", {num_sides} x {num_sides} windows in all but four blocks" if num_sides > 1 else ""
+        windows = f", {num_sides} x {num_sides} windows in most blocks" if num_sides > 1 else ""
         low, high = settings.resize_scale
         counts = ", ".join(f"{split.num_boxes:,} {name}" for name, split in self.splits.samples.items())
         return {
-            "input": f"{size} x {size} pixels, {rows} x {columns} patches{windows}; LW-DETR",
+            "input": f"{size} x {size} pixels, {rows} x {columns} patches{windows}; RF-DETR",
             "classes": f"{len(self.class_names):,}",
             "boxes": f"{counts}; at most {self.num_queries:,} are found in an image",
             "views": f"resized by {low:g} to {high:g}, cropped or padded, flipped half the time",

@@ -1,4 +1,4 @@
-"""The detector: the encoder in LW-DETR, its first boxes and its loss."""
+"""The detector: the encoder in RF-DETR, its first boxes and its loss."""
 
 import pytest
 import torch
@@ -8,10 +8,9 @@ from transformers import (
     BeitConfig,
     BeitModel,
     DeiTConfig,
-    DeiTModel,
     Dinov2Config,
     Dinov2Model,
-    LwDetrForObjectDetection,
+    RfDetrForObjectDetection,
     SwinConfig,
     ViTConfig,
     ViTModel,
@@ -28,37 +27,41 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "i
 ENCODERS = {
     "vit": lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=64), add_pooling_layer=False),
     "gray": lambda: ViTModel(ViTConfig(**SIZES, intermediate_size=64, num_channels=1)),
-    "deit": lambda: DeiTModel(DeiTConfig(**SIZES, intermediate_size=64)),
     "beit": lambda: BeitModel(
         BeitConfig(**SIZES, intermediate_size=64, use_absolute_position_embeddings=True, layer_scale_init_value=0.4)
     ),
     "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=2, layerscale_value=0.3)),
+    "swiglu": lambda: Dinov2Model(Dinov2Config(**SIZES, use_swiglu_ffn=True)),
 }
 BOX_SIZE = (0.25, 0.5)
 
 
 @torch.no_grad()
-def patch_features(encoder, pixels, num_windows=1, windowed=()) -> list[torch.Tensor]:
-    """The outputs of all blocks on the patches alone, (B, D, h, w), some with attention inside windows."""
-    config, grid = encoder.config, patch_grid(pixels.shape[-2:], encoder.config.patch_size)
-    table = resize_positions(
-        encoder.embeddings.position_embeddings, patch_grid(config.image_size, config.patch_size), grid
-    )
+def hidden_states(encoder, pixels) -> list[torch.Tensor]:
+    """The outputs of all blocks on the patches, (B, D, h, w), after the encoder's final norm."""
+    height, width = patch_grid(pixels.shape[-2:], encoder.config.patch_size)
+    found = encoder(pixels, output_hidden_states=True).hidden_states[1:]
+    return [encoder.layernorm(tokens)[:, 1:].transpose(1, 2).unflatten(2, (height, width)) for tokens in found]
+
+
+@torch.no_grad()
+def windowed_states(encoder, pixels, num_windows, windowed) -> list[torch.Tensor]:
+    """The same of a larger image, where some blocks see windows, each with a class token of its own."""
+    config, (height, width) = encoder.config, patch_grid(pixels.shape[-2:], encoder.config.patch_size)
+    own = patch_grid(config.image_size, config.patch_size)
+    table = resize_positions(encoder.embeddings.position_embeddings, own, (height, width))
     patches = encoder.embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
-    tokens, features = patches + table[:, -patches.shape[1] :], []
-
-    def cut(tokens):
-        rows = tokens.reshape(-1, num_windows, grid[0] // num_windows, num_windows, grid[1] // num_windows, 32)
-        return rows.transpose(2, 3).reshape(-1, patches.shape[1] // num_windows**2, 32)
-
-    def joined(windows):
-        rows = windows.reshape(-1, num_windows, num_windows, grid[0] // num_windows, grid[1] // num_windows, 32)
-        return rows.transpose(2, 3).reshape(-1, patches.shape[1], 32)
-
-    for number, layer in enumerate(encoder.encoder.layer if hasattr(encoder, "encoder") else encoder.layers):
-        outputs = layer(cut(tokens)) if number in windowed else layer(tokens)
-        tokens = joined(outputs) if number in windowed else outputs
-        features.append(tokens.transpose(1, 2).unflatten(2, grid))
+    first, patches = encoder.embeddings.cls_token + table[:, :1], patches + table[:, 1:]
+    sides = (num_windows, height // num_windows, num_windows, width // num_windows)
+    windows = patches.unflatten(1, sides).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, windows, patches, D)
+    tokens = torch.cat([first[:, None].expand(*windows.shape[:2], 1, -1), windows], dim=2)
+    features = []
+    for number, layer in enumerate(encoder.layers):
+        shape = tokens.shape
+        tokens = layer(tokens.flatten(0, 1) if number in windowed else tokens.flatten(1, 2)).reshape(shape)
+        rows = tokens[:, :, 1:].unflatten(1, (num_windows, num_windows)).unflatten(3, (sides[1], sides[3]))
+        joined = rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, h, w, D)
+        features.append(encoder.layernorm(joined).permute(0, 3, 1, 2))
     return features
 
 
@@ -70,10 +73,11 @@ def test_carrier__equals_the_patch_features_of_the_encoder(kind):
         parameter.data += 0.05 * torch.randn_like(parameter)
     vit = build_detector(encoder, ["a", "b"], image_size=SIDE, num_queries=4, box_size=BOX_SIZE).eval().base_model
     pixels = torch.randn(2, 3, SIDE, SIDE)
-    expected = patch_features(encoder, pixels.mean(1, keepdim=True) if kind == "gray" else pixels)
     if kind == "gray":  # as ITU-R 601 weighs the channels
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        expected = patch_features(encoder, (pixels * weights).sum(1, keepdim=True))
+        expected = hidden_states(encoder, (pixels * weights).sum(1, keepdim=True))
+    else:
+        expected = hidden_states(encoder, pixels)
     with torch.no_grad():
         found = vit(pixels).feature_maps
     assert vit.config.out_indices == [2, 3, 4, 5]
@@ -85,12 +89,21 @@ def test_carrier__of_a_larger_image_has_windows_as_large_as_the_images_of_the_en
     torch.manual_seed(0)
     encoder = ENCODERS["vit"]().eval()
     vit = build_detector(encoder, ["a", "b"], image_size=2 * SIDE, num_queries=4, box_size=BOX_SIZE).eval().base_model
-    assert (vit.config.num_windows, vit.config.window_block_indices) == (4, [0])
+    assert (vit.config.num_windows, vit.config.window_block_indexes) == (2, [0, 1])
     pixels = torch.randn(2, 3, 2 * SIDE, 2 * SIDE)
-    expected = patch_features(encoder, pixels, num_windows=2, windowed=[0])
+    expected = windowed_states(encoder, pixels, num_windows=2, windowed=[0, 1])
     with torch.no_grad():
         for block, features in zip((2, 3, 4, 5), vit(pixels).feature_maps, strict=True):
             assert_close(features, expected[block - 1], atol=1e-5, rtol=0)
+
+
+def test_norm__that_an_encoder_has_not_gets_no_gradient_and_is_not_trained():
+    detector = build_detector(ENCODERS["beit"](), ["a", "b"], image_size=SIDE, num_queries=4, box_size=BOX_SIZE)
+    detector.train()(torch.randn(2, 3, SIDE, SIDE), labels=targets(1, 2)).loss.backward()
+    for name, parameter in detector.named_parameters():
+        if ".backbone.backbone." in name:
+            assert (parameter.grad is not None) == parameter.requires_grad, name
+            assert parameter.requires_grad != (".layernorm." in name)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +111,7 @@ def test_carrier__of_a_larger_image_has_windows_as_large_as_the_images_of_the_en
     [
         (SwinConfig(), "is a swin, expected one of vit"),
         (BeitConfig(use_shared_relative_position_bias=True), "relative position biases"),
-        (Dinov2Config(use_swiglu_ffn=True), "gated layers"),
+        (DeiTConfig(), "is a deit, expected one of vit"),
         (ViTConfig(hidden_size=32, num_attention_heads=2, intermediate_size=48), "MLP 1.5 times as wide"),
     ],
 )
@@ -116,27 +129,16 @@ def targets(*numbers: int) -> list[dict[str, torch.Tensor]]:
     return [{"class_labels": torch.arange(len(each)) % 2, "boxes": each} for each in boxes]
 
 
-@pytest.mark.parametrize("width", [32, 768])  # one scale of features, two
-def test_boxes__of_an_untrained_detector_are_as_large_as_asked_for(width):
-    config = ViTConfig(hidden_size=width, num_hidden_layers=1, num_attention_heads=4, intermediate_size=width)
-    config.image_size, config.patch_size = SIDE, PATCH
-    detector = build_detector(ViTModel(config), ["a", "b"], image_size=SIDE, num_queries=4, box_size=(0.3, 0.4))
-    sizes = detector.eval()(torch.randn(3, 3, SIDE, SIDE)).pred_boxes[..., 2:]
-    if width < 768:
-        assert_close(sizes, torch.tensor([0.3, 0.4]).expand_as(sizes))
-    else:  # the boxes of the coarser scale are twice as large as those of the finer one
-        factors = sizes / torch.tensor([0.3, 0.4])
-        assert {round(value, 3) for value in factors.flatten().tolist()} <= {0.707, 1.414}
+def test_boxes__of_an_untrained_detector_are_as_large_as_asked_for():
+    sizes = tiny_detector().eval()(torch.randn(3, 3, SIDE, SIDE)).pred_boxes[..., 2:]
+    assert_close(sizes, torch.tensor([0.3, 0.4]).expand_as(sizes))
 
 
 def test_loss__equals_that_of_transformers_where_every_image_has_boxes():
     detector, pixels, labels = tiny_detector(), torch.randn(3, 3, SIDE, SIDE), targets(1, 2, 3)
-    native = LwDetrForObjectDetection(detector.config)
+    native = RfDetrForObjectDetection(detector.config)
     native.load_state_dict(detector.state_dict())
-    for module in native.train().modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    expected = native(pixels, labels=labels).loss
+    expected = native.train()(pixels, labels=labels).loss
     assert_close(detector.train()(pixels, labels=labels).loss, expected)
     assert native_detector(detector)(pixels).logits.shape == (3, detector.config.num_queries, 2)
 
@@ -190,7 +192,7 @@ def test_layers__are_numbered_from_the_embeddings_and_a_frozen_encoder_leaves_th
     detector = tiny_detector()
     ids = layer_ids(detector)
     assert ids["model.backbone.backbone.embeddings.position_embeddings"] == 0
-    assert ids["model.backbone.backbone.encoder.layer.1.gamma_1"] == 2
+    assert ids["model.backbone.backbone.encoder.layer.1.layer_scale1.lambda1"] == 2
     last = max(ids.values())
     assert {ids[name] for name in ids if ".backbone.backbone." not in name} == {last}
     freeze(detector, "linear", 4)

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from train_detector import tiny_detector, write_scenes
 from transformers import (
     AutoModelForObjectDetection,
-    LwDetrForObjectDetection,
+    RfDetrForObjectDetection,
     ViTConfig,
     pipeline,
 )
@@ -93,7 +93,7 @@ def test_result__a_pipeline_without_this_project_gives_our_boxes_and_says_nothin
         warnings.simplefilter("error")
         model, info = AutoModelForObjectDetection.from_pretrained(trained, output_loading_info=True)
     assert not any(info.values())
-    assert type(model) is LwDetrForObjectDetection
+    assert type(model) is RfDetrForObjectDetection
     detector = tiny_detector(model.config)
     detector.load_state_dict(model.state_dict())
     inputs = pipeline("object-detection", model=str(trained)).image_processor(
@@ -164,7 +164,7 @@ def test_recipe__has_the_published_settings(size, width, decay, epochs):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--drop_path", "0.1"], "--drop_path 0.1: transformers' LW-DETR has no drop path"),
+        (["--drop_path", "0.1"], "--drop_path 0.1: a detector is trained without drop path"),
         (["--crop_scale", "0.5", "1"], "--crop_scale has no effect with masks or boxes"),
         (["--image_size", "60"], "60"),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LwDetrConfig, TrainingArguments, ViTConfig, ViTModel
+from transformers import RfDetrConfig, TrainingArguments, ViTConfig, ViTModel
 
 from data.box_datasets import open_box_splits
 from data.box_views import BoxViews, collate_boxes
@@ -38,7 +38,7 @@ def small_encoder() -> ViTModel:
     return ViTModel(config).eval()
 
 
-def tiny_detector(config: LwDetrConfig | None = None) -> Detector:
+def tiny_detector(config: RfDetrConfig | None = None) -> Detector:
     torch.manual_seed(0)
     if config is not None:
         return Detector(config)
