@@ -6,11 +6,12 @@
 
 Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels (`feature` with
 --teacher, or --reference, as its teacher), then for each of three seeds a UPerNet on every encoder and on random
-weights of the first one, and for the first seed a linear layer on the frozen patches and a detector. All runs of a
-kind have the same time (--minutes) and settings, and with --num_threads several run beside each other, on cores of
-their own. Frozen patches of every encoder, of the EfficientNet-Lite0 that is given as --reference, and raw pixels are
-measured by the same linear probe (`run_evaluation.py --dense`), but not for detection alone. Test scenes have other
-stamps and photographs. Writes benchmarks/<name>_<hardware>_<date>.md and .json. An interrupted benchmark continues.
+weights of the first one, and for the first seed a linear layer on the frozen patches, a detector, and a detector with
+the encoder frozen. All runs of a kind have the same time (--minutes) and settings, and with --num_threads several run
+beside each other, on cores of their own. Frozen patches of every encoder, of the EfficientNet-Lite0 that is given as
+--reference, and raw pixels are measured by the same linear probe (`run_evaluation.py --dense`), but not for detection
+alone. Test scenes have other stamps and photographs. Writes benchmarks/<name>_<hardware>_<date>.md and .json. An
+interrupted benchmark continues.
 """
 
 import argparse
@@ -29,12 +30,14 @@ PROBED = "frozen linear probe"
 _SEGMENTATION = ("--task", "segmentation", "--class_weights", "balanced", "--resize_scale", "0.75", "1.5")
 # The teacher sees every image once; a small encoder learns most from all patches.
 _FEATURE = ("--cache_tokens", "true", "--distill_visible", "true")
+# A scene has at most three objects, and every query is trained in all groups.
+_DETECTION = ("--task", "detection", "--num_queries", "12")
 _KINDS = {  # name: flags, and the metrics that are reported
     # A head of the published width would be 11 times the work of the encoder.
     "UPerNet": ((*_SEGMENTATION, "--head_hidden_size", "64"), ("mean_iou", "pixel_accuracy")),
     "linear": ((*_SEGMENTATION, "--mode", "linear"), ("mean_iou", "pixel_accuracy")),
-    # A scene has at most three objects, and every query is trained in all groups.
-    "detection": (("--task", "detection", "--num_queries", "12"), ("ap", "ap50")),
+    "detection": (_DETECTION, ("ap", "ap50")),
+    "frozen-detection": ((*_DETECTION, "--mode", "linear"), ("ap", "ap50")),
 }
 
 
@@ -75,12 +78,14 @@ def main() -> None:
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     for kind in options.kinds:
         seeds = options.seeds if kind == "UPerNet" else options.seeds[:1]
-        rows = {**encoders, RANDOM: next(iter(encoders.values()))}
+        rows = dict(encoders)
+        if "frozen" not in kind:
+            rows[RANDOM] = next(iter(encoders.values()))
         runs = [(kind, row, rows[row], seed) for row in rows for seed in seeds]
         found = iter(jobs.map(lambda each: tune(*each, options, jobs), runs))
         results[kind] = {row: [next(found) for _ in seeds] for row in rows}
         write(options, results)
-    if options.kinds == ["detection"]:
+    if all("detection" in kind for kind in options.kinds):
         return
     probed = encoders | ({"EfficientNet-Lite0": str(options.reference)} if options.reference else {})
     frozen = jobs.map(lambda each: probe(*each, options, jobs), probed.items())
