@@ -37,11 +37,14 @@ def draw_detections(
         scale = np.tile(_SIDE / size, 2)
         rows = [(row[:4] * scale, int(row[4]), "") for row in true if row[4] != PADDING]
         views["true"].append(_with_boxes(image, rows, class_names))
-        best = found[(found[:, 5] >= 0) & (found[:, 4] >= _LEAST_SCORE)]
-        best = best[np.argsort(-best[:, 4])][:_MOST_SHOWN]
+        best = found[found[:, 5] >= 0]
+        best = best[np.argsort(-best[:, 4])]
+        num_certain = int((best[:, 4] >= _LEAST_SCORE).sum())
+        best = best[: min(max(num_certain, 1), _MOST_SHOWN)]
         rows = [(row[:4] * scale, int(row[5]), f" {row[4]:.2f}") for row in best]
         views["predicted"].append(_with_boxes(image, rows, class_names))
-    footer = f"{title}; predictions with a score of at least {_LEAST_SCORE:g}; images are stretched to squares"
+    shown = f"predictions with a score of at least {_LEAST_SCORE:g}, or else the best one"
+    footer = f"{title}; {shown}; images are stretched to squares"
     labeled_grid({name: torch.stack(cells) for name, cells in views.items()}, footer).save(path)
 
 

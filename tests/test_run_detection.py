@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from commands.finetune_settings import load_finetune_settings
+from evaluation.box_pictures import draw_detections
 from hub.export.native import export
 from modeling.detection import best_boxes
 from tasks import SETTINGS
@@ -79,6 +81,20 @@ def test_run__writes_metrics_a_figure_and_a_card(trained):
     assert "pipeline_tag: object-detection" in card
     assert "the quality of the features has not been measured" not in card.lower()
     assert "detections.png" in card
+
+
+@pytest.mark.parametrize(("scores", "drawn"), [((0.1, 0.2), [1]), ((0.4, 0.2), [0]), ((0.4, 0.5), [0, 1]), ((), [])])
+def test_figure__has_certain_predictions_or_else_the_best_one(tmp_path, scores, drawn):
+    places = np.array([[8, 8, 24, 24], [40, 40, 56, 56]], dtype=float)  # of an image of 64 pixels
+    predictions = np.full((1, 2, 6), -100.0)
+    for number, score in enumerate(scores):
+        predictions[0, number] = [*places[number], score, number]
+    gray = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    path, sizes = tmp_path / "figure.png", np.array([[64.0, 64.0]])
+    draw_detections([gray], sizes, predictions, np.full((1, 1, 7), -100.0), ["a", "b"], path, "title")
+    found = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    colors = [(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)]
+    assert [number for number, color in enumerate(colors) if (abs(found - color).sum(2) < 9).any()] == drawn
 
 
 @pytest.mark.skipif(OLDEST, reason="5.17 opens no image processor without torchvision")
