@@ -150,8 +150,15 @@ class DetectionTask(Task):
 
     @property
     def num_queries(self) -> int:
+        """Largest number of objects that are found in an image, at most one at each patch."""
         most = self.splits.samples["train"].most_boxes
-        return self.settings.num_queries or min(_MOST_QUERIES, max(_FEWEST_QUERIES, _QUERIES_PER_BOX * most))
+        wanted = self.settings.num_queries or min(_MOST_QUERIES, max(_FEWEST_QUERIES, _QUERIES_PER_BOX * most))
+        return min(wanted, self._num_patches)
+
+    @property
+    def _num_patches(self) -> int:
+        rows, columns = patch_grid(self.settings.image_size, self.encoder_config.patch_size)
+        return rows * columns
 
     def transform(self, train: bool) -> Transform:
         settings, mean = self.settings, self.image_stats["image_mean"]
@@ -190,9 +197,12 @@ class DetectionTask(Task):
 
     def notes(self) -> list[str]:
         most = max(split.most_boxes for split in self.splits.samples.values())
+        notes = []
+        if (self.settings.num_queries or 0) > self._num_patches:
+            notes.append(f"num_queries is {self._num_patches}, the number of patches: --image_size gives more of them")
         if most > self.num_queries:
-            return [f"an image has {most:,} objects, of which at most num_queries {self.num_queries} are found"]
-        return []
+            notes.append(f"an image has {most:,} objects, of which at most num_queries {self.num_queries} are found")
+        return notes
 
     def plan_rows(self) -> dict[str, str]:
         settings, size = self.settings, self.settings.image_size

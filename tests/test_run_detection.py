@@ -188,3 +188,10 @@ def test_recipe__has_the_published_settings(size, width, decay, epochs):
 def test_run__refuses_flags_that_it_cannot_follow(encoder, scenes, tmp_path, capsys, flags, message):
     finetune(encoder, scenes, tmp_path / "out", "--task", "detection", *flags, code=2)
     assert message in capsys.readouterr().err
+
+
+def test_queries__are_no_more_than_the_patches_and_the_plan_says_so(encoder, scenes, tmp_path, capsys):
+    finetune(encoder, scenes, tmp_path / "out", *RUN, "--num_queries", "50", "--dry_run")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "num_queries is 16, the number of patches: --image_size gives more of them" in said
+    assert "at most 16 are found in an image" in said
