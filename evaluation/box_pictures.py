@@ -12,7 +12,8 @@ from evaluation.detection import PADDING
 from evaluation.pictures import labeled_grid
 
 _SIDE, _FONT_SIZE = 256, 11  # pixels
-_COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # Okabe and Ito
+_DARK = ("#D55E00", "#0072B2", "#009E73")
+_COLORS = (*_DARK, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # Okabe and Ito
 _LEAST_SCORE, _MOST_SHOWN = 0.3, 20
 
 
@@ -58,6 +59,6 @@ def _with_boxes(image: Tensor, rows: Sequence[tuple[np.ndarray, int, str]], clas
         left, top, right, bottom = box.clip(0, _SIDE - 1).tolist()
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=color, width=2)
         words, corner = f"{class_names[number]}{text}", (left + 2, max(0.0, top - _FONT_SIZE - 2))
-        draw.rectangle(draw.textbbox(corner, words, font=font), fill="white")
-        draw.text(corner, words, fill=color, font=font)
+        draw.rectangle(draw.textbbox(corner, words, font=font), fill=color)
+        draw.text(corner, words, fill="white" if color in _DARK else "black", font=font)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
