@@ -56,6 +56,7 @@ class Detector(RfDetrForObjectDetection):
     """
 
     base_model_prefix = "model.backbone.backbone"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: RfDetrConfig):
         super().__init__(config)

@@ -159,6 +159,19 @@ def test_loss__does_not_depend_on_how_images_are_batched():
     assert_close(detector(pixels, labels=labels).loss, torch.stack(each).mean(), rtol=1e-5, atol=1e-5)
 
 
+def test_gradient_checkpointing__gives_the_same_gradients():
+    pixels, labels = torch.randn(2, 3, SIDE, SIDE), targets(1, 2)
+    gradients = []
+    for is_checkpointed in (False, True):
+        detector = tiny_detector().train()
+        if is_checkpointed:
+            detector.gradient_checkpointing_enable()
+            assert all(layer.gradient_checkpointing for layer in detector.base_model.encoder.layer)
+        detector(pixels, labels=labels).loss.backward()
+        gradients.append([parameter.grad for parameter in detector.parameters()])
+    assert_close(*gradients)
+
+
 def test_plan__counts_the_queries_of_all_groups():
     detector, batch = tiny_detector(), {"pixel_values": torch.zeros(1, 3, SIDE, SIDE)}
     config = detector.config
