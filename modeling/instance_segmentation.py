@@ -39,6 +39,7 @@ class InstanceSegmenter(EomtForUniversalSegmentation):
     """An EomtForUniversalSegmentation with the same parameter names, for training."""
 
     no_weight_decay = ("cls_token", "register_tokens", "position_embeddings.weight")
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: EomtConfig):
         super().__init__(config)

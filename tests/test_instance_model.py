@@ -63,6 +63,20 @@ def test_features__of_a_larger_image_and_of_a_gray_encoder():
     torch.testing.assert_close(ours, gray.embeddings.patch_embeddings(image), atol=1e-5, rtol=1e-5)
 
 
+def test_gradient_checkpointing__gives_the_same_gradients():
+    segmenter, images = segmenter_of(drawn_encoder()).train(), torch.randn(2, 3, 32, 32)
+    gradients = []
+    for is_on in (False, True):
+        if is_on:
+            (getattr(segmenter, "activation_checkpointing_enable", None) or segmenter.gradient_checkpointing_enable)()
+        segmenter.zero_grad()
+        outputs = segmenter(images)
+        (outputs.masks_queries_logits.square().mean() + outputs.class_queries_logits.square().mean()).backward()
+        gradients.append([layer.mlp.fc1.weight.grad.clone() for layer in segmenter.layers])
+    assert all(layer.gradient_checkpointing for layer in segmenter.layers)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize("probability", [0.0, 0.4, 0.6, 1.0])
 def test_native__computes_the_same(probability):
     segmenter, images = segmenter_of(drawn_encoder()), torch.randn(2, 3, 32, 32)
