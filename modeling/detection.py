@@ -4,10 +4,10 @@ Papers: Robinson et al. 2025 (RF-DETR), arXiv:2511.09554: the detector of LW-DET
 (LW-DETR), arXiv:2406.03459; Li et al. 2022 (ViTDet), arXiv:2203.16527, Sec. 3: a plain ViT with windows and a few
 global blocks; Chen et al. 2022 (Group DETR), arXiv:2207.13085.
 Code: roboflow/rf-detr at 35ac6ab, rfdetr/config.py (sizes of the detector, windows, outputs of four blocks).
-Why this class: it contains a pre-norm ViT with its class token, which DINOv2 and others need (without it, a linear
-classifier of the patches of a DINOv2 finds half as many classes), so that the encoder is carried over exactly; its
-attention needs no compiled code. With one window it takes any patch size and any image of whole patches, so that small
-images need no other class.
+Why this class: it contains a pre-norm ViT with its class token, so that the encoder is carried over exactly. Without
+that token, as in LW-DETR and ViTDet, the patches of a DINOv2 say little about classes, and a detector did not learn
+them. Its attention needs no compiled code. With one window it takes any patch size and any image of whole patches, so
+that small images need no other class.
 Differs: Nothing is dropped in training (dropout 0.1 in transformers' defaults, no drop path). The first boxes are as
 large as the median box of the training images, there a twentieth of the image.
 Shapes: B images, Q queries, G groups of them in training, L layers, K classes, C channels, H W pixels.
