@@ -2,7 +2,7 @@
 
 Papers: Ghiasi et al. 2020 (Simple Copy-Paste), arXiv:2012.07177, Sec. 3: a random scale, then a crop or padding.
 Code: facebookresearch/detectron2/projects/ViTDet/configs/common/coco_loader_lsj.py at 02b5c4e, scales of 0.1 to 2.
-Differs: The sides of an image are stretched to the square, as in LW-DETR's own training and by the image processor of
+Differs: The sides of an image are stretched to the square, as in RF-DETR's own training and by the image processor of
 an exported detector, so that no part of a view in evaluation is padding.
 Shapes: B images, C channels, S side of a view, n boxes of an image, M of the image with the most.
 """

@@ -4,10 +4,10 @@ Papers: Robinson et al. 2025 (RF-DETR), arXiv:2511.09554: the detector of LW-DET
 (LW-DETR), arXiv:2406.03459; Li et al. 2022 (ViTDet), arXiv:2203.16527, Sec. 3: a plain ViT with windows and a few
 global blocks; Chen et al. 2022 (Group DETR), arXiv:2207.13085.
 Code: roboflow/rf-detr at 35ac6ab, rfdetr/config.py (sizes of the detector, windows, outputs of four blocks).
-Why this class: it contains a pre-norm ViT with its class token, so that the encoder is carried over exactly. Without
-that token, as in LW-DETR and ViTDet, the patches of a DINOv2 say little about classes, and a detector did not learn
-them. Its attention needs no compiled code. With one window it takes any patch size and any image of whole patches, so
-that small images need no other class.
+Why this class: it contains a pre-norm ViT with its class token and final norm, so that the encoder is carried over
+exactly. The ViT of LW-DETR has neither, and learned no classes from a DINOv2
+(benchmarks/dense_detection-dinov2_x86_64-cpu2_2026-11-27.md). Its attention needs no compiled code. With one window it
+takes any patch size and any image of whole patches, so that small images need no other class.
 Differs: Nothing is dropped in training (dropout 0.1 in transformers' defaults, no drop path). The first boxes are as
 large as the median box of the training images, there a twentieth of the image.
 Shapes: B images, Q queries, G groups of them in training, L layers, K classes, C channels, H W pixels.
@@ -117,7 +117,7 @@ def build_detector(
     """Return a detector for square color images with the encoder's weights and everything else new.
 
     Args:
-        num_queries: The largest number of objects that can be found in an image; at most the number of places.
+        num_queries: The largest number of objects that can be found in an image; at most the number of patches.
         box_size: Width and height of the boxes before any training, as fractions of the image.
 
     Raises:
@@ -188,6 +188,17 @@ def num_windows_per_side(image_size: int, encoder_config: Any) -> int:
     return next((n for n in _SIDES if side % n == 0 and side // n >= own), 1)
 
 
+def num_windowed_blocks(encoder_config: Any) -> int:
+    """Return how many blocks see windows, where an image has several: all but those that follow an output."""
+    num_blocks: int = encoder_config.num_hidden_layers
+    return num_blocks - len(_taps(num_blocks)) + 1
+
+
+def _taps(num_blocks: int) -> list[int]:
+    """Return the blocks, counted from 1, whose outputs the detector reads: the last one of each quarter."""
+    return sorted({math.ceil(num_blocks * quarter / _NUM_TAPS) for quarter in range(1, _NUM_TAPS + 1)})
+
+
 def _config(encoder: Any, image_size: int, num_queries: int) -> RfDetrConfig:
     encoder_config = encoder.config
     width, num_blocks = encoder_config.hidden_size, encoder_config.num_hidden_layers
@@ -208,9 +219,9 @@ def _config(encoder: Any, image_size: int, num_queries: int) -> RfDetrConfig:
         use_mask_token=False,
         apply_layernorm=isinstance(encoder.layernorm, nn.LayerNorm),
         num_windows=num_windows_per_side(image_size, encoder_config),
-        out_indices=sorted({math.ceil(num_blocks * quarter / _NUM_TAPS) for quarter in range(1, _NUM_TAPS + 1)}),
+        out_indices=_taps(num_blocks),
     )
-    # The sizes of RF-DETR on a ViT-B, on a ViT-S, and for narrower encoders half of these.
+    # The sizes of RF-DETR on a ViT-B, on a ViT-S, and for narrower encoders half of these, with a quarter of the MLP.
     wide, usual, narrow = (384, 12, 24, 2048), (256, 8, 16, 2048), (128, 4, 8, 512)
     d_model, num_heads, num_cross_heads, ffn_dim = wide if width >= 768 else usual if width >= 384 else narrow
     return RfDetrConfig(

@@ -27,7 +27,14 @@ from evaluation.detection import METRICS, detection_metrics, require_coco_eval
 from evaluation.pictures import panel_indices
 from hub.export.dense import export_dense, stretched
 from hub.model_card import TaskCard
-from modeling.detection import best_boxes, build_detector, check_encoder, native_detector, num_windows_per_side
+from modeling.detection import (
+    best_boxes,
+    build_detector,
+    check_encoder,
+    native_detector,
+    num_windowed_blocks,
+    num_windows_per_side,
+)
 from modeling.patches import patch_grid
 
 from .base import Task, check_same_classes
@@ -75,7 +82,7 @@ class DetectionFlags:
     num_queries: int | None = flag(
         None,
         "largest number of objects that can be found in an image (default: four times the number of a training image "
-        "with the most, 30 to 300); fewer are faster to train",
+        "with the most, 30 to 300); no more than the patches; fewer are faster to train",
         COUNT,
     )
 
@@ -150,10 +157,13 @@ class DetectionTask(Task):
 
     @property
     def num_queries(self) -> int:
-        """Largest number of objects that are found in an image, at most one at each patch."""
+        """Largest number of objects that are found in an image, at most one for each patch."""
+        return min(self._wanted_queries, self._num_patches)
+
+    @property
+    def _wanted_queries(self) -> int:
         most = self.splits.samples["train"].most_boxes
-        wanted = self.settings.num_queries or min(_MOST_QUERIES, max(_FEWEST_QUERIES, _QUERIES_PER_BOX * most))
-        return min(wanted, self._num_patches)
+        return self.settings.num_queries or min(_MOST_QUERIES, max(_FEWEST_QUERIES, _QUERIES_PER_BOX * most))
 
     @property
     def _num_patches(self) -> int:
@@ -198,7 +208,8 @@ class DetectionTask(Task):
     def notes(self) -> list[str]:
         most = max(split.most_boxes for split in self.splits.samples.values())
         notes = []
-        if (self.settings.num_queries or 0) > self._num_patches:
+        matters = self.settings.num_queries is not None or most > self.num_queries
+        if matters and self._wanted_queries > self._num_patches:
             notes.append(f"num_queries is {self._num_patches}, the number of patches: --image_size gives more of them")
         if most > self.num_queries:
             notes.append(f"an image has {most:,} objects, of which at most num_queries {self.num_queries} are found")
@@ -207,8 +218,9 @@ class DetectionTask(Task):
     def plan_rows(self) -> dict[str, str]:
         settings, size = self.settings, self.settings.image_size
         rows, columns = patch_grid(size, self.encoder_config.patch_size)
-        num_sides = num_windows_per_side(size, self.encoder_config)
-        windows = f", {num_sides} x {num_sides} windows in most blocks" if num_sides > 1 else ""
+        num_sides, num_blocks = num_windows_per_side(size, self.encoder_config), self.encoder_config.num_hidden_layers
+        in_blocks = f"{num_windowed_blocks(self.encoder_config)} of {num_blocks} blocks"
+        windows = f", {num_sides} x {num_sides} windows in {in_blocks}" if num_sides > 1 else ""
         low, high = settings.resize_scale
         counts = ", ".join(f"{split.num_boxes:,} {name}" for name, split in self.splits.samples.items())
         return {

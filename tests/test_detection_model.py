@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from commands.memory import in_training, measure_footprint
-from modeling.detection import best_boxes, build_detector, check_encoder, native_detector
+from modeling.detection import best_boxes, build_detector, check_encoder, native_detector, num_windowed_blocks
 from modeling.patches import patch_grid
 from modeling.positions import resize_positions
 from training.finetune_trainer import freeze
@@ -90,6 +90,7 @@ def test_carrier__of_a_larger_image_has_windows_as_large_as_the_images_of_the_en
     encoder = ENCODERS["vit"]().eval()
     vit = build_detector(encoder, ["a", "b"], image_size=2 * SIDE, num_queries=4, box_size=BOX_SIZE).eval().base_model
     assert (vit.config.num_windows, vit.config.window_block_indexes) == (2, [0, 1])
+    assert num_windowed_blocks(encoder.config) == 2
     pixels = torch.randn(2, 3, 2 * SIDE, 2 * SIDE)
     expected = windowed_states(encoder, pixels, num_windows=2, windowed=[0, 1])
     with torch.no_grad():
@@ -97,13 +98,17 @@ def test_carrier__of_a_larger_image_has_windows_as_large_as_the_images_of_the_en
             assert_close(features, expected[block - 1], atol=1e-5, rtol=0)
 
 
-def test_norm__that_an_encoder_has_not_gets_no_gradient_and_is_not_trained():
+@pytest.mark.parametrize("mode", ["finetune", "partial"])
+def test_norm__that_an_encoder_has_not_gets_no_gradient_and_is_not_trained(mode):
     detector = build_detector(ENCODERS["beit"](), ["a", "b"], image_size=SIDE, num_queries=4, box_size=BOX_SIZE)
+    freeze(detector, mode, num_trained_blocks=2)
     detector.train()(torch.randn(2, 3, SIDE, SIDE), labels=targets(1, 2)).loss.backward()
     for name, parameter in detector.named_parameters():
-        if ".backbone.backbone." in name:
-            assert (parameter.grad is not None) == parameter.requires_grad, name
-            assert parameter.requires_grad != (".layernorm." in name)
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    is_trained = {name: p.requires_grad for name, p in detector.base_model.named_parameters()}
+    assert not is_trained["layernorm.weight"]
+    assert is_trained["encoder.layer.3.norm1.weight"]
+    assert is_trained["encoder.layer.2.norm1.weight"] == (mode == "finetune")
 
 
 @pytest.mark.parametrize(

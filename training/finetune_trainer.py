@@ -36,7 +36,8 @@ def freeze(model: PreTrainedModel, mode: str, num_trained_blocks: int) -> None:
     last_frozen = {"partial": num_blocks - num_trained_blocks, "linear": num_blocks + 1}[mode]
     for name, parameter in model.named_parameters():
         is_head = not name.startswith(f"{model.base_model_prefix}.")
-        parameter.requires_grad_(is_head or ids[name] > last_frozen)
+        if not (is_head or ids[name] > last_frozen):
+            parameter.requires_grad_(False)
     encoder: Any = model.base_model
     depths = depths_of(encoder.config)
     for name, module in encoder.named_modules():
