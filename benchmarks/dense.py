@@ -7,8 +7,8 @@
 Pre-trains an encoder with each of --methods, on the crops and the training scenes without their labels (`feature` with
 --teacher, or --reference, as its teacher), then for each of three seeds a UPerNet on every encoder and on random
 weights of the first one, and for the first seed a linear layer on the frozen patches, a detector, and a detector with
-the encoder frozen (this one not of random weights). All runs of a kind have the same time (--minutes) and settings, and
-with --num_threads several run beside each other, on cores of their own. Frozen patches of every encoder, of the
+the encoder frozen (this one not of random weights). All runs of a kind have the same time (--minutes) and settings,
+and with --num_threads several run beside each other, on cores of their own. Frozen patches of every encoder, of the
 EfficientNet-Lite0 that is given as --reference, and raw pixels are measured by the same linear probe
 (`run_evaluation.py --dense`), but not for detection alone. Test scenes have other stamps and photographs. Writes
 benchmarks/<name>_<hardware>_<date>.md and .json. An interrupted benchmark continues.
