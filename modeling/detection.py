@@ -128,6 +128,7 @@ def build_detector(
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: number for number, label in enumerate(labels)}
     detector = Detector(config)
+    # As the authors': transformers 5.17 draws the heads of the proposals at random, and 5.23 the reference points too.
     for head in (detector.class_embed, *detector.model.enc_out_class_embed):
         nn.init.constant_(head.bias, _BIAS)
     for mlp in (detector.bbox_embed, *detector.model.enc_out_bbox_embed):  # boxes start as the proposals
@@ -202,7 +203,6 @@ def _taps(num_blocks: int) -> list[int]:
 def _config(encoder: Any, image_size: int, num_queries: int) -> RfDetrConfig:
     encoder_config = encoder.config
     width, num_blocks = encoder_config.hidden_size, encoder_config.num_hidden_layers
-    side = patch_grid(image_size, encoder_config.patch_size)[0]
     backbone = RfDetrDinov2Config(  # type: ignore[call-arg]
         hidden_size=width,
         num_hidden_layers=num_blocks,
@@ -232,7 +232,7 @@ def _config(encoder: Any, image_size: int, num_queries: int) -> RfDetrConfig:
         decoder_ffn_dim=ffn_dim,
         decoder_n_points=4 if width >= 768 else 2,
         dropout=0.0,
-        num_queries=min(num_queries, side**2),
+        num_queries=num_queries,
     )
 
 
